@@ -1,0 +1,95 @@
+"""Image transforms: DeiT's training and evaluation transforms and DeiT III's 3-Augment, out of timm's parts."""
+from argparse import Namespace
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import str_to_interp_mode
+from torchvision import transforms
+
+from utils import UserError
+
+REMODES = ("const", "rand", "pixel")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: an animation's first frame, alpha dropped, 16-bit grey scaled to 8.
+
+    The EXIF orientation is ignored, as torchvision's loader does and as the published DeiT figures
+    were measured.
+    """
+    if image.mode.startswith("I"):  # PIL would clip 16-bit values at 255
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+class TrainTransform:
+    """PIL RGB image -> normalised float32 [3, S, S]; `erase=False` leaves random erasing out."""
+
+    def __init__(self, steps: list[Callable], erasing: Callable | None):
+        self.steps = transforms.Compose(steps)
+        self.erasing = erasing
+
+    def __call__(self, image: Image.Image, erase: bool = True) -> torch.Tensor:
+        tensor = self.steps(image)
+        return self.erasing(tensor) if erase and self.erasing else tensor
+
+
+class EvalTransform:
+    """PIL RGB image -> normalised float32 [3, S, S]: resize, centre crop. At 32 px or below an image
+    that already is S x S is taken as it is."""
+
+    def __init__(self, size: int, crop_ratio: float):
+        self.size = size
+        self.fit = transforms.Compose([
+            transforms.Resize(int(size / crop_ratio), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(size)])
+        self.finish = transforms.Compose([
+            transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if self.size > 32 or image.size != (self.size, self.size):
+            image = self.fit(image)
+        return self.finish(image)
+
+
+def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTransform:
+    """The transform of a training or an evaluation image (PIL, RGB) after DeiT.
+
+    Training: a crop (random resized crop; `--src` or an input of 32 px and below: the shorter side
+    resized to the input size, 4 px padded, random crop), flip, colours (`--ThreeAugment` in place of
+    `--aa`; `--color-jitter` with 3-Augment or without `--aa`), normalisation, random erasing (with
+    3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`).
+
+    Raises UserError for an unknown `--aa` policy or `--remode`.
+    """
+    if not is_train:
+        return EvalTransform(args.input_size, args.eval_crop_ratio)
+    if args.remode not in REMODES:
+        raise UserError(f"--remode {args.remode} is unknown: choose one of {', '.join(REMODES)}")
+    policy = "3a" if args.ThreeAugment else "" if args.aa in (None, "none") else args.aa
+    try:
+        primary, secondary, final = create_transform(
+            input_size=args.input_size, is_training=True, color_jitter=args.color_jitter,
+            auto_augment=policy, interpolation=args.train_interpolation, separate=True,
+            re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+    except (AssertionError, KeyError, ValueError, IndexError) as error:  # timm's parser raises any of them
+        raise UserError(f"--aa {policy} is not a policy that timm knows ({error}): give one such as "
+                        "rand-m9-mstd0.5-inc1, augmix-m3, original or none") from error
+    steps = primary.transforms + secondary.transforms + final.transforms
+    erasing = steps.pop() if args.reprob > 0 else None
+    if args.src:
+        steps[0] = _pad_and_crop(args.input_size, args.train_interpolation, "reflect")
+    elif args.input_size <= 32:
+        steps[0] = _pad_and_crop(args.input_size, args.train_interpolation, "constant")
+    return TrainTransform(steps, erasing)
+
+
+def _pad_and_crop(size: int, interpolation: str, padding_mode: str) -> Callable:
+    kinds = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+    resize = transforms.RandomChoice([transforms.Resize(size, str_to_interp_mode(kind)) for kind in kinds])
+    return transforms.Compose([resize, transforms.RandomCrop(size, padding=4, padding_mode=padding_mode)])

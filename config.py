@@ -1,0 +1,617 @@
+"""DeiT's flags and ours, recipes (`--config file.yaml`), value checks, and how a checkpoint fills in
+what was not given. Order of precedence: default < model's own < checkpoint < recipe < command line."""
+import argparse
+import difflib
+import math
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import yaml
+from timm.optim import list_optimizers
+
+from utils import UserError
+
+# Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
+CHANGED_DEFAULTS = {
+    "model": ("deit_base_patch16_224", "deit_tiny_patch16_224_KAN",
+              "the model that this project is about; its _ViT twin is the baseline"),
+    "data_path": ("a path on its authors' cluster", "", "there is no folder to guess"),
+    "device": ("cuda", "auto", "CUDA where there is a GPU, else MPS, else the CPU"),
+}
+# Values that a flag of DeiT's accepts here in addition.
+ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS"]}
+
+# What each flag says something about, which decides what a checkpoint may fill in (see `resolve`):
+#   model  what the network is            data   which images, which classes, at which size
+#   train  how it is trained              place  where and how this one run happens: never from a checkpoint
+_SCOPES = {
+    "model": "model hdim_kan kan_grid_range kan_grid_points kan_h kan_trainable_grid kan_trainable_h",
+    "data": "data_set inat_category input_size eval_crop_ratio",
+    "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
+             "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
+             "weight_decay layer_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
+             "decay_epochs warmup_epochs cooldown_epochs patience_epochs decay_rate color_jitter aa "
+             "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
+             "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
+             "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
+    "place": "config list_models data_path download output_dir device finetune resume start_epoch eval "
+             "dist_eval num_workers pin_mem distributed world_size dist_url print_freq teacher_path",
+}
+SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
+# How a resumed run may differ from the one that wrote the checkpoint: length, batch, memory and arithmetic.
+# The first three change the run on purpose; the others are what a different machine or a NaN asks for.
+MAY_CHANGE_ON_RESUME = {"epochs", "batch_size", "grad_accum",
+                        "amp_dtype", "grad_checkpointing", "model_ema_force_cpu"}
+# To evaluate on other images or with another crop is an ordinary wish; the input size is in the weights.
+MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "eval_crop_ratio"}
+_TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "train")}
+
+_ONE_SHOT = {"config", "list_models"}       # neither in a recipe nor in args.yaml
+
+
+@dataclass(frozen=True)
+class Config:
+    """Effective flags and where they come from.
+
+    args: every flag's value. given: dest -> "command line" | "recipe FILE" for what the user said.
+    sources: the same plus "checkpoint" | "model" after `resolve`; a dest that is missing has its default.
+    notes: sentences about checkpoint values that were overridden or could not be understood.
+    """
+    args: Namespace
+    given: dict[str, str]
+    sources: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- parser
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows defaults that say something (not None, "" or off)."""
+
+    def _get_help_string(self, action):
+        help_text = (action.help or "").replace(" (default: %(default)s)", "")
+        if action.default in (None, "", False, argparse.SUPPRESS):
+            return help_text
+        return help_text + " (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes dashes and underscores alike, knows no abbreviations, and raises
+    `UserError` with one sentence (and the nearest flag) in place of a usage dump."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs})
+        # argparse knows -3 and -0.5 as numbers, but takes -1e3 for a flag
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+    def parse_known_args(self, args=None, namespace=None):
+        spelled = {_plain(option): option for option in self._option_string_actions}
+        respelled = []
+        for token in sys.argv[1:] if args is None else args:
+            name, equals, value = token.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                name = spelled.get(_plain(name), name)
+            respelled.append(name + equals + value)
+        return super().parse_known_args(respelled, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        for token in unknown:
+            if token.startswith("-"):
+                name = token.partition("=")[0]
+                self.error(f"unknown flag {name}{_nearest(name, self._option_string_actions)}")
+        if unknown:
+            self.error(f"unexpected argument '{unknown[0]}': every option here is a --flag")
+        return parsed
+
+    def error(self, message):
+        message = re.sub(r"^argument ", "", message)
+        choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
+        if choice:
+            flag, value = choice.groups()
+            choices = list(self._option_string_actions[flag.split("/")[0]].choices)
+            message = f"{flag}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
+        raise UserError(message)
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    """'; did you mean X?' style ending, or '' where nothing is near."""
+    folded = {_plain(w).lower(): w for w in words}
+    close = difflib.get_close_matches(_plain(word).lower(), folded, n=1)
+    return f": did you mean {folded[close[0]]}?" if close else ""
+
+
+def get_args_parser(add_help: bool = False) -> Parser:
+    """DeiT's 71 flags with its defaults (except `CHANGED_DEFAULTS`), and ours.
+
+    Without help by default, as DeiT's, so that it can be a parent of another parser.
+    """
+    parser = Parser("main.py", usage="%(prog)s [--config RECIPE] [--flag value ...]", add_help=add_help,
+                    description="Train and evaluate vision transformers with KAN feed-forwards.")
+    on_off = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("run").add_argument
+    add("--config", metavar="RECIPE", help="YAML file of flags; the command line goes before it")
+    add("--list-models", action="store_true", help="print the model names and stop")
+    add("--batch-size", default=64, type=int, help="images per process and step")
+    add("--epochs", default=300, type=int, help="length of the training, exactly")
+    add("--grad-accum", default=1, type=int, help="steps whose gradients are summed before an update")
+    add("--bce-loss", action=on_off, default=False, help="binary cross-entropy on every class")
+    add("--unscale-lr", action=on_off, default=False,
+        help="take --lr as it is instead of per 512 images of the global batch")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="deit_tiny_patch16_224_KAN", type=str, metavar="NAME",
+        help="any name that --list-models prints")
+    add("--input-size", default=224, type=int, metavar="PIXELS", help="side of the square input image")
+    add("--drop", type=float, default=0.0, metavar="P",
+        help="dropout after the position embedding, in projections and feed-forwards")
+    add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth of the last block")
+    add("--hdim_kan", type=int, metavar="WIDTH", help="hidden width of the KAN feed-forward")
+    add("--kan-grid-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="first and last grid point")
+    add("--kan-grid-points", type=int, metavar="N", help="basis functions per input")
+    add("--kan-h", type=float, metavar="H", help="width of a basis function")
+    add("--kan-trainable-grid", action=on_off, help="learn where the grid points are")
+    add("--kan-trainable-h", action=on_off, help="learn the width of the basis functions")
+    add("--grad-checkpointing", action=on_off, default=False,
+        help="recompute activations in the backward pass: less memory, more time")
+    add("--amp-dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="arithmetic of the forward pass; auto: what the device is good at")
+
+    add = parser.add_argument_group("moving average of the weights").add_argument
+    add("--model-ema", action=on_off, default=True, help="keep (and evaluate) a moving average")
+    add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="share kept at each step")
+    add("--model-ema-force-cpu", action=on_off, default=False, help="keep it in the CPU's memory")
+
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--opt", default="adamw", type=str, metavar="NAME", help="any of timm's optimizers")
+    add("--opt-eps", default=1e-8, type=float, metavar="EPS", help="the optimizer's epsilon")
+    add("--opt-betas", type=float, nargs="+", metavar="B", help="the optimizer's betas, if not its own")
+    add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm; no clipping if left out")
+    add("--momentum", type=float, default=0.9, metavar="M", help="for optimizers that have one")
+    add("--weight-decay", type=float, default=0.05, metavar="W", help="decay of matrices, not of biases")
+    add("--layer-decay", type=float, metavar="D", help="learning rate of a block relative to the next one's")
+
+    add = parser.add_argument_group("learning rate").add_argument
+    add("--sched", default="cosine", type=str, metavar="NAME",
+        help="cosine, tanh, step, multistep, plateau or poly")
+    add("--lr", type=float, default=5e-4, help="per 512 images of the global batch (see --unscale-lr)")
+    add("--lr-noise", type=float, nargs="+", metavar="F", help="noise on the rate from this share of the "
+        "epochs on (a second value: up to that one)")
+    add("--lr-noise-pct", type=float, default=0.67, metavar="SHARE", help="largest relative noise")
+    add("--lr-noise-std", type=float, default=1.0, metavar="S", help="deviation of the noise")
+    add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="where the warm-up begins")
+    add("--min-lr", type=float, default=1e-5, metavar="LR", help="where the schedule ends")
+    add("--decay-epochs", type=float, default=30, metavar="N", help="epochs between decays (step)")
+    add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up")
+    add("--cooldown-epochs", type=int, default=10, metavar="N", help="epochs of rest after a decay (plateau)")
+    add("--patience-epochs", type=int, default=10, metavar="N", help="epochs without progress (plateau)")
+    add("--decay-rate", "--dr", type=float, default=0.1, metavar="R", help="factor of a decay")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color-jitter", type=float, default=0.3, metavar="J", help="strength; used where --aa is off")
+    add("--aa", type=str, default="rand-m9-mstd0.5-inc1", metavar="POLICY",
+        help="AutoAugment policy: rand-..., augmix-..., original, v0, 3a or none")
+    add("--smoothing", type=float, default=0.1, metavar="S", help="label smoothing")
+    add("--train-interpolation", type=str, default="bicubic", metavar="KIND",
+        help="random, nearest, bilinear, bicubic, box, hamming or lanczos")
+    add("--repeated-aug", action=on_off, default=True, help="each drawn image three times in a batch")
+    add("--train-mode", action=on_off, default=True,
+        help="dropout and stochastic depth while training (off: as in evaluation)")
+    add("--ThreeAugment", action=on_off, default=False, help="DeiT III's three augmentations")
+    add("--src", action=on_off, default=False, help="simple random crop (DeiT III)")
+
+    add = parser.add_argument_group("random erasing").add_argument
+    add("--reprob", type=float, default=0.25, metavar="P", help="probability per image")
+    add("--remode", type=str, default="pixel", metavar="KIND", help="const, rand or pixel")
+    add("--recount", type=int, default=1, metavar="N", help="rectangles per image")
+    add("--resplit", action=on_off, default=False, help="spare the first repeat of each image")
+
+    add = parser.add_argument_group("mixup and cutmix").add_argument
+    add("--mixup", type=float, default=0.8, metavar="ALPHA", help="0: none")
+    add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0: none")
+    add("--cutmix-minmax", type=float, nargs="+", metavar="SHARE",
+        help="smallest and largest side of the pasted box; turns cutmix on")
+    add("--mixup-prob", type=float, default=1.0, metavar="P", help="of either one")
+    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of cutmix where both are on")
+    add("--mixup-mode", type=str, default="batch", metavar="KIND", help="batch, pair or elem")
+
+    add = parser.add_argument_group("distillation and co-training").add_argument
+    add("--teacher-model", default="regnety_160", type=str, metavar="NAME", help="timm name of the teacher")
+    add("--teacher-path", type=str, default="", metavar="FILE", help="its weights, a file or a URL")
+    add("--distillation-type", default="none", choices=["none", "soft", "hard"], type=str,
+        help="learn from the teacher's probabilities or from its first choice")
+    add("--distillation-alpha", default=0.5, type=float, metavar="A", help="weight of the teacher's loss")
+    add("--distillation-tau", default=1.0, type=float, metavar="T", help="temperature (soft)")
+    add("--cosub", action=on_off, default=False, help="co-training of two submodels")
+
+    add = parser.add_argument_group("fine-tuning").add_argument
+    add("--finetune", default="", metavar="FILE", help="weights to start from: a file or a URL")
+    add("--attn-only", action=on_off, default=False, help="train the attention, head and positions alone")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", default="", type=str, metavar="DIR", help="folder of the data set")
+    add("--data-set", default="IMNET", type=str,
+        choices=["CIFAR", "IMNET", "INAT", "INAT19"] + ADDED_CHOICES["data_set"],
+        help="CIFAR is CIFAR-100; IMNET and FOLDER are train/ and val/ with a folder per class")
+    add("--inat-category", default="name", type=str, help="which label of iNaturalist to learn",
+        choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
+    add("--download", action=on_off, default=False, help="fetch a data set that torchvision can fetch")
+    add("--eval-crop-ratio", default=0.875, type=float, metavar="SHARE",
+        help="side of the centre crop relative to the resized image")
+    add("--num_workers", default=10, type=int, metavar="N", help="loader processes per training process")
+    add("--pin-mem", action=on_off, default=True, help="page-locked batches for faster copies to a GPU")
+
+    add = parser.add_argument_group("output and state").add_argument
+    add("--output_dir", default="", metavar="DIR", help="checkpoints and logs; nothing is saved without it")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--seed", default=0, type=int, help="of weights, order and augmentation")
+    add("--resume", default="", metavar="FILE",
+        help="checkpoint to go on from (a file or a URL; auto: the newest in --output_dir, if any)")
+    add("--start_epoch", default=0, type=int, metavar="N",
+        help="first epoch where the checkpoint doesn't say")
+    add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
+    add("--print-freq", default=10, type=int, metavar="N", help="batches between log lines")
+
+    add = parser.add_argument_group("several processes (torchrun starts them)").add_argument
+    add("--dist-eval", action=on_off, default=False, help="share the evaluation out; the result is the same")
+    add("--distributed", action=on_off, default=False, help="refuse to run as a single process")
+    add("--world_size", default=1, type=int, metavar="N", help="processes to expect, if more than 1")
+    add("--dist_url", default="env://", metavar="URL", help="where they meet")
+    return parser
+
+
+@cache
+def _flags() -> dict[str, argparse.Action]:
+    """dest -> action, one for each flag."""
+    return {action.dest: action for action in get_args_parser()._actions}
+
+
+def flag_name(dest: str) -> str:
+    """The flag as the user writes it: 'batch_size' -> '--batch-size'."""
+    return _flags()[dest].option_strings[0]
+
+
+def parse_args(argv: list[str] | None = None) -> Config:
+    """Defaults < the recipe named by --config < the command line (`argv`, or the process's).
+
+    Raises `UserError` for an unknown flag or key, a value of the wrong type or outside the choices, and a
+    recipe that can't be read. `validate` checks values, later: a checkpoint may still fill some in.
+    """
+    parser = get_args_parser(add_help=True)
+    unset = object()
+    parsed = vars(parser.parse_args(argv, Namespace(**{dest: unset for dest in SCOPE})))
+    values = {dest: action.default for dest, action in _flags().items()}
+    given = {}
+    if parsed["config"] is not unset:
+        recipe = load_recipe(parsed["config"])
+        values.update(recipe)
+        given.update(dict.fromkeys(recipe, f"recipe {parsed['config']}"))
+    for dest, value in parsed.items():
+        if value is not unset:
+            values[dest] = value
+            given[dest] = "command line"
+    return Config(Namespace(**values), given, dict(given))
+
+
+# ---------------------------------------------------------------- values
+def _at_least(low):
+    return lambda v: v >= low, f"at least {low}"
+
+
+def _between(low, high):
+    return lambda v: low <= v <= high, f"from {low} to {high}"
+
+
+_POSITIVE = (lambda v: v > 0, "greater than 0")
+_SHARE = (lambda v: 0 < v <= 1, "greater than 0 and at most 1")
+_BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
+# dest -> (test of one number, what the number must be); None, where it is the default, needs no test
+_RANGES = {
+    **dict.fromkeys(("batch_size", "input_size", "grad_accum", "hdim_kan", "recount", "print_freq",
+                     "world_size"), _at_least(1)),
+    **dict.fromkeys(("epochs", "start_epoch", "num_workers", "seed", "warmup_epochs", "cooldown_epochs",
+                     "patience_epochs", "weight_decay", "warmup_lr", "min_lr", "color_jitter", "mixup",
+                     "cutmix"), _at_least(0)),
+    **dict.fromkeys(("lr", "opt_eps", "clip_grad", "decay_epochs", "decay_rate", "lr_noise_std", "kan_h",
+                     "distillation_tau"), _POSITIVE),
+    **dict.fromkeys(("drop", "drop_path", "smoothing", "model_ema_decay", "momentum", "opt_betas"), _BELOW_1),
+    **dict.fromkeys(("reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "cutmix_minmax",
+                     "lr_noise", "lr_noise_pct"), _between(0, 1)),
+    **dict.fromkeys(("eval_crop_ratio", "layer_decay"), _SHARE),
+    "kan_grid_points": _at_least(2),
+}
+_NAMES = {
+    "sched": ["cosine", "tanh", "step", "multistep", "plateau", "poly"],
+    "remode": ["const", "rand", "pixel"],
+    "mixup_mode": ["batch", "pair", "elem"],
+    "train_interpolation": ["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+}
+# timm skips a section of the policy that it doesn't know when it has no digit ("rand-strong"), so all are
+# spelled out here
+_NUMBER = r"\d+(\.\d+)?"
+_AA = re.compile(rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|tweights|t3aw?))*"
+                 rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
+                 rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?|none|")
+
+
+def validate(args: Namespace, world_size: int = 1) -> None:
+    """Raise `UserError`, one sentence that names the flag, for a value that no run could use.
+
+    world_size is the number of processes that were really started. What only training reads may still be odd
+    when `args.eval` is set.
+    """
+    for dest, value in vars(args).items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                _refuse(args, dest, "must be a finite number")
+            if dest in _RANGES and number is not None and not _RANGES[dest][0](number):
+                _refuse(args, dest, f"must be {_RANGES[dest][1]}")
+    for dest, names in {**_NAMES, "opt": list_optimizers()}.items():
+        name = getattr(args, dest)
+        if dest == "opt":
+            name = name.lower().removeprefix("lookahead_")
+        if name not in names:
+            known = "timm's optimizers" if dest == "opt" else ", ".join(names)
+            _refuse(args, dest, f"is not one of {known}{_nearest(name, names)}")
+    if not _AA.fullmatch(args.aa):
+        _refuse(args, "aa", "is no policy: write one like rand-m9-mstd0.5-inc1, augmix-m3, original, "
+                            "v0, 3a or none")
+    try:
+        torch.device("cpu" if args.device == "auto" else args.device)
+    except RuntimeError:
+        _refuse(args, "device", "is no device: use auto, cpu, cuda, cuda:N or mps")
+    if not re.match(r"(env|tcp|file)://", args.dist_url):
+        _refuse(args, "dist_url", "must begin with env://, tcp:// or file://")
+    if args.kan_grid_range is not None and not args.kan_grid_range[0] < args.kan_grid_range[1]:
+        _refuse(args, "kan_grid_range", "must go upwards: MIN below MAX")
+    if args.cutmix_minmax is not None and (len(args.cutmix_minmax) != 2
+                                           or args.cutmix_minmax[0] >= args.cutmix_minmax[1]):
+        _refuse(args, "cutmix_minmax", "must be two shares, the smaller one first")
+    if args.lr_noise is not None and len(args.lr_noise) > 2:
+        _refuse(args, "lr_noise", "must be one or two shares of the epochs")
+    _validate_launch(args, world_size)
+    if not args.eval:
+        _validate_training(args)
+
+
+def _validate_training(args: Namespace) -> None:
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixing and args.batch_size % 2:
+        _refuse(args, "batch_size", "must be even because mixup pairs the images "
+                                    "(or switch it off: --mixup 0 --cutmix 0)")
+    if args.resplit and not args.repeated_aug:
+        raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
+    if args.distillation_type != "none":
+        if not args.teacher_path:
+            raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
+                            "give --teacher-path FILE")
+        if args.cosub:
+            raise UserError("--cosub cannot be combined with --distillation-type: leave one of them out")
+
+
+def _validate_launch(args: Namespace, world_size: int) -> None:
+    expected = args.world_size if args.world_size > 1 else 2
+    launch = f"torchrun --nproc_per_node={expected} main.py ..."
+    if args.world_size not in (1, world_size):              # 1 is the default and says nothing
+        raise UserError(f"--world_size {args.world_size} does not match the {world_size} process(es) that "
+                        f"were started: start them with '{launch}', or leave the flag out")
+    if args.distributed and world_size == 1:
+        raise UserError(f"--distributed needs several processes, but this is a single one: start them with "
+                        f"'{launch}', or leave the flag out")
+
+
+def _refuse(args: Namespace, dest: str, why: str):
+    raise UserError(f"{flag_name(dest)} {_show(getattr(args, dest))} {why}")
+
+
+# ---------------------------------------------------------------- recipes
+class _Loader(yaml.SafeLoader):
+    """Plain data only (no tags that run code), duplicate keys refused, and numbers as YAML 1.2 has them:
+    PyYAML follows 1.1, where 5e-4 is a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as the same value (the text '5e-4' in quotes)."""
+
+
+_EXPONENT = re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    seen = set()
+    for key_node, _ in node.value:
+        key = _plain(str(key_node.value))
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key} appears twice",
+                                                    key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load_recipe(path: str) -> dict:
+    """Flags in a YAML file as dest -> value, each of its flag's type and choices.
+
+    Keys may have dashes or underscores. Raises `UserError` naming the file and the key.
+    """
+    try:
+        recipe = yaml.load(Path(path).read_bytes(), _Loader)
+    except FileNotFoundError:
+        beside = [str(p) for p in Path(path).parent.glob("*.yaml")]
+        raise UserError(f"--config {path}: there is no such file{_nearest(path, beside)}") from None
+    except OSError as e:
+        raise UserError(f"--config {path}: the file cannot be read ({e.strerror})") from None
+    except yaml.MarkedYAMLError as e:
+        where = f", line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise UserError(f"--config {path}{where}: not a recipe in plain YAML ({e.problem})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        first_line = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"--config {path}: not a recipe in plain YAML ({first_line})") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path}: a recipe is a list of 'flag: value' lines, "
+                        f"not {_describe(recipe)}")
+    flags = _flags()
+    values = {}
+    for key, value in recipe.items():
+        dest = _plain(key) if isinstance(key, str) else None
+        if dest in _ONE_SHOT:
+            raise UserError(f"--config {path}: the key {key} belongs on the command line, not in a recipe")
+        if dest not in flags:
+            keys = flags.keys() - _ONE_SHOT
+            raise UserError(f"--config {path}: unknown key {key}{_nearest(str(key).strip('-'), keys)}")
+        try:
+            values[dest] = _typed(flags[dest], value)
+        except ValueError as e:
+            raise UserError(f"--config {path}: {key} {e}") from None
+    return values
+
+
+def _describe(value) -> str:
+    if value is None:
+        return "empty"
+    kinds = {bool: "the switch", int: "the number", float: "the number", str: "the text", list: "the list",
+             dict: "the mapping"}
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{kinds.get(type(value), 'the ' + type(value).__name__)} {text[:80]}"
+
+
+def _typed(action: argparse.Action, value):
+    """A recipe's or checkpoint's `value` as the flag's type. ValueError: 'must be ..., not ...'."""
+    if value is None:
+        if action.default is None:
+            return None
+        raise ValueError("has no value")
+    if action.nargs in ("+", 2):
+        if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
+            many = "two numbers" if action.nargs == 2 else "one or more numbers"
+            raise ValueError(f"must be a list of {many}, not {_describe(value)}")
+        return [_typed_one(action, item) for item in value]
+    return _typed_one(action, value)
+
+
+def _typed_one(action: argparse.Action, value):
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {_describe(value)}")
+    elif action.type is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"must be a whole number, not {_describe(value)}")
+    elif action.type is float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"must be a number, not {_describe(value)}")
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("must be a number of ordinary size") from None
+    elif not isinstance(value, str):
+        raise ValueError(f"must be a text, not {_describe(value)} (put it in quotes)")
+    if action.choices is not None and value not in action.choices:
+        near = _nearest(value, action.choices)
+        raise ValueError(f"must be one of {', '.join(action.choices)}, not '{value}'{near}")
+    return value
+
+
+def dump_yaml(args: Namespace) -> str:
+    """The flags as YAML that --config reads back to the same values."""
+    plain = {dest: list(value) if isinstance(value, tuple) else value
+             for dest, value in vars(args).items() if dest in SCOPE and dest not in _ONE_SHOT}
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)
+
+
+# ---------------------------------------------------------------- checkpoint and model fill in the rest
+def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
+            model_defaults: dict | None = None, purpose: str | None = None) -> Config:
+    """A flag that was not given takes the checkpoint's value, else the model's own, else its default.
+
+    checkpoint_args: the `args` that a checkpoint holds (ours, DeiT's or the original Vision-KAN's: keys that
+    are no flags are ignored). model_defaults: dest -> value that suits the model, e.g. {"input_size": 32}.
+    purpose decides what is taken (see `SCOPE`): "resume" everything but places, "eval" model and data,
+    "finetune" the model unless --model names another one, None nothing.
+    Returns a new Config and changes nothing. Raises `UserError` when a given flag contradicts the checkpoint
+    that is resumed or evaluated, except `MAY_CHANGE_ON_RESUME` and `MAY_CHANGE_ON_EVAL`, which are noted.
+    """
+    model_defaults = model_defaults or {}
+    stored, notes = _understood(checkpoint_args)
+    taken = _TAKEN[purpose]
+    if purpose == "finetune" and "model" in config.given and config.args.model != stored.get("model"):
+        taken = ()
+    may_change = {"resume": MAY_CHANGE_ON_RESUME, "eval": MAY_CHANGE_ON_EVAL,
+                  "finetune": set(_SCOPES["model"].split())}.get(purpose, set())
+    values, sources = dict(vars(config.args)), dict(config.given)
+    for dest, value in model_defaults.items():
+        if dest not in config.given:
+            values[dest], sources[dest] = value, "model"
+    for dest, value in stored.items():
+        if SCOPE[dest] not in taken and not (dest == "teacher_path" and purpose == "resume"):
+            continue
+        if dest not in config.given:
+            if value is not None:
+                values[dest], sources[dest] = value, "checkpoint"
+            continue
+        if value is None:                               # it was trained with the model's own value
+            value = model_defaults.get(dest)
+        if values[dest] != value and SCOPE[dest] != "place":
+            flag, where = flag_name(dest), config.given[dest]
+            theirs = "the model's own value" if value is None else _show(value)
+            if dest not in may_change:
+                remedy = ("leave it out, or start a new run from these weights with --finetune"
+                          if purpose == "resume" else "leave it out")
+                raise UserError(f"{flag} {_show(values[dest])} ({where}) contradicts the checkpoint, "
+                                f"which has {theirs}: {remedy}")
+            notes.append(f"{flag} is {_show(values[dest])} ({where}); the checkpoint has {theirs}")
+    return replace(config, args=Namespace(**values), sources=sources, notes=(*config.notes, *notes))
+
+
+def _understood(checkpoint_args) -> tuple[dict, list[str]]:
+    """Those of a checkpoint's args that are flags other than places, typed; and a note on each bad one."""
+    if isinstance(checkpoint_args, Namespace):
+        checkpoint_args = vars(checkpoint_args)
+    stored, notes = {}, []
+    flags = _flags()
+    for dest, value in (checkpoint_args or {}).items():
+        if dest not in flags or (SCOPE[dest] == "place" and dest != "teacher_path"):
+            continue
+        try:
+            stored[dest] = _typed(flags[dest], value)
+        except ValueError as e:
+            notes.append(f"the checkpoint's {dest} {e}; it is ignored")
+    return stored, notes
+
+
+def _show(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_show, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value) or "''"
+
+
+def describe_sources(config: Config) -> str:
+    """What came from the checkpoint, the model and the recipe, one line for each, then the notes; or ''.
+
+    How the model is trained is listed only where it differs from the defaults."""
+    flags = _flags()
+    groups: dict[str, list[str]] = {}
+    for dest, source in config.sources.items():
+        value = getattr(config.args, dest)
+        plain = SCOPE[dest] in ("train", "place") and value == flags[dest].default
+        if source == "command line" or value is None or plain:
+            continue
+        groups.setdefault(source, []).append(f"{dest} {_show(value)}")
+    lines = [f"from the {source}: {', '.join(sorted(words))}" for source, words in groups.items()]
+    return "\n".join([*lines, *config.notes])

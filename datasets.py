@@ -1,0 +1,440 @@
+"""Data sets and loaders. Every image that cannot be read is named once, counted and survived."""
+import errno
+import json
+import os
+import random
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from augment import build_transform, to_rgb
+from samplers import RASampler, SampleKey
+from utils import Process, UserError
+
+CIFARS = {"CIFAR": CIFAR100, "CIFAR10": CIFAR10}
+FOLDER_CLASSES = {"IMNET": 1000, "TinyIMNET": 200, "FOLDER": None}
+INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
+TRIES = 32  # images tried in place of an unreadable one before training gives up
+
+
+class UnreadableData(UserError):
+    """So many images in a row cannot be read that going on makes no sense."""
+
+    def __init__(self, text: str):
+        # A DataLoader raises a worker's exception again with the whole traceback as its text.
+        super().__init__(text.strip().rsplit(f"{type(self).__name__}: ", 1)[-1])
+
+
+# ---------------------------------------------------------------- images
+class FileImages:
+    """Image files. The paths lie in one array of bytes: a list of millions of strings would be copied
+    into every worker, page by page, as its reference counts change."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index].item())
+
+    def load(self, index: int) -> Image.Image:
+        return load_image(self.name(index))
+
+
+class ArrayImages:
+    """Images in memory: uint8 [N, H, W, 3]."""
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+class Split(NamedTuple):
+    """One half (training or validation) of a data set."""
+    images: FileImages | ArrayImages
+    targets: np.ndarray   # int64 [N], into classes
+    classes: list[str]
+
+
+def load_image(path: str) -> Image.Image:
+    """The image file as 8-bit RGB; raises what PIL raises for a file that it cannot decode."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata and the like: what matters raises
+        with open(path, "rb") as file, Image.open(file) as image:
+            return to_rgb(image)
+
+
+@contextmanager
+def seeded(key: SampleKey) -> Iterator[None]:
+    """Python's, numpy's and torch's CPU generators run from (seed, epoch, position) inside, and go on
+    as if nothing had happened outside."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence([key.seed, key.epoch, key.position]).generate_state(3, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:2].view(np.uint32))
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would reseed the GPUs too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class ImageSet(Dataset):
+    """(image float32 [3, S, S], target) pairs of a split.
+
+    Training takes a `SampleKey` (or a plain index: unseeded). An unreadable image is replaced by
+    another one, chosen by a hash of the key; in evaluation it is a zero image with target -1.
+    `unreadable` (uint8 [N], in shared memory) has a 1 for each image that this process or one of its
+    workers could not read.
+    """
+
+    def __init__(self, split: Split, is_train: bool, args: Namespace):
+        self.images, self.targets, self.classes = split
+        self.is_train = is_train
+        self.input_size = args.input_size
+        self.transform = build_transform(is_train, args)
+        self.spare_first = args.resplit
+        self.quiet = False  # count what is unreadable without naming it
+        self.unreadable = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
+        if not self.is_train:
+            image = self._load(key)
+            if image is None:
+                return torch.zeros(3, self.input_size, self.input_size), -1
+            return self.transform(image), int(self.targets[key])
+        if not isinstance(key, SampleKey):
+            index, image = self._load_or_replace(key, [key])
+            return self.transform(image), int(self.targets[index])
+        index, image = self._load_or_replace(key.index, key[1:])
+        with seeded(key):
+            image = self.transform(image, erase=not (self.spare_first and key.repeat == 0))
+        return image, int(self.targets[index])
+
+    def _load(self, index: int) -> Image.Image | None:
+        try:
+            return self.images.load(index)
+        except MemoryError:
+            raise
+        except Exception as error:  # broken files make PIL's decoders raise nearly anything
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # the machine's fault, not the file's
+            if not self.unreadable[index]:
+                self.unreadable[index] = 1
+                if not self.quiet:
+                    reason = str(error) or type(error).__name__
+                    print(f"Skipping an unreadable image: {self.images.name(index)} ({reason})\n",
+                          end="", file=sys.stderr, flush=True)
+            return None
+
+    def _load_or_replace(self, index: int, key: tuple[int, ...] | list[int]) -> tuple[int, Image.Image]:
+        image = self._load(index)
+        if image is not None:
+            return index, image
+        for other in np.random.default_rng([*key, index]).integers(len(self), size=TRIES).tolist():
+            image = self._load(other)
+            if image is not None:
+                return other, image
+        raise UnreadableData(f"{self.images.name(index)} and {TRIES} other training images cannot be read: "
+                             "check the folder behind --data-path")
+
+
+# ---------------------------------------------------------------- data sets
+def guess_data_set(data_path: str | None) -> str | None:
+    """The --data-set that the folder looks like, or None."""
+    if not data_path:
+        return None
+    root = os.path.expanduser(data_path)
+
+    def has(*names: str) -> bool:
+        return any(os.path.exists(os.path.join(root, name)) for name in names)
+
+    for name, cifar in CIFARS.items():
+        if has(cifar.base_folder):
+            return name
+    for name, year in INAT_YEARS.items():
+        if has(f"train{year}.json", f"val{year}.json"):
+            return name
+    if has("wnids.txt", "val/val_annotations.txt"):
+        return "TinyIMNET"
+    if _class_folders(os.path.join(root, "train")) or _class_folders(os.path.join(root, "val")):
+        return "FOLDER"
+    return None
+
+
+def build_dataset(is_train: bool, args: Namespace,
+                  class_names: list[str] | None = None) -> tuple[ImageSet, int]:
+    """The training or validation images and the number of classes.
+
+    Args:
+        args: the flags; `data_set` None takes what the folder looks like, else IMNET.
+        class_names: the checkpoint's classes in its order. With `args.eval` the data's classes are
+            mapped to them by name; in training they must be the data's own.
+
+    Raises UserError for data that is missing, incomplete or contradicts the flags.
+    """
+    data_set = args.data_set or guess_data_set(args.data_path) or "IMNET"
+    if args.download and data_set not in CIFARS:
+        raise UserError(f"--download cannot fetch --data-set {data_set}, only {' and '.join(CIFARS)}: "
+                        "fetch it yourself and name its folder with --data-path")
+    if data_set == "DIGITS":
+        split = _digits(is_train)
+    elif data_set in CIFARS:
+        split = _cifar(is_train, args, CIFARS[data_set])
+    elif data_set in INAT_YEARS:
+        split = _inat(is_train, args, INAT_YEARS[data_set])
+    else:
+        split = _folders(is_train, args, data_set, class_names)
+    if class_names:
+        split = _as_in_checkpoint(split, args, class_names)
+    return ImageSet(split, is_train, args), len(split.classes)
+
+
+def _as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> Split:
+    if not args.eval:
+        if split.classes != list(class_names):
+            raise UserError(f"the {len(split.classes)} classes under --data-path are not the checkpoint's "
+                            f"{len(class_names)}: use the data it was trained on, or --finetune")
+        return split
+    place = {name: index for index, name in enumerate(class_names)}
+    for name in split.classes:
+        if name not in place:
+            raise UserError(f"the class {name!r} under --data-path is not one of the checkpoint's "
+                            f"{len(class_names)} classes: remove it or evaluate another checkpoint")
+    to_checkpoint = np.array([place[name] for name in split.classes])
+    return Split(split.images, to_checkpoint[split.targets], list(class_names))
+
+
+def _root(args: Namespace) -> str:
+    if not args.data_path:
+        raise UserError("--data-path is not given: name the folder of the data set, "
+                        "or try --data-set DIGITS, which needs none")
+    root = os.path.expanduser(args.data_path)
+    if args.download:
+        return root
+    if not os.path.isdir(root):
+        raise UserError(f"--data-path {args.data_path} is not a folder: check the path")
+    if not os.listdir(root):
+        raise UserError(f"--data-path {args.data_path} is an empty folder: check the path")
+    return root
+
+
+def _class_folders(folder: str) -> list[str]:
+    try:
+        return find_classes(folder)[0]
+    except OSError:
+        return []
+
+
+def _digits(is_train: bool) -> Split:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 with values 0 .. 16, enlarged once to 32 x 32.
+    360 of them (20%, the same share of every digit, whatever --seed) are for validation."""
+    from sklearn.datasets import load_digits  # takes a second, and only this data set needs it
+    from sklearn.model_selection import train_test_split
+    digits = load_digits()
+    halves = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
+    chosen = np.sort(halves[0 if is_train else 1])
+    small = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+    pixels = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
+                       for image in small])
+    return Split(ArrayImages(pixels), digits.target[chosen].astype(np.int64), [str(i) for i in range(10)])
+
+
+def _cifar(is_train: bool, args: Namespace, cifar: type[CIFAR10]) -> Split:
+    root = _root(args)
+    try:
+        # Checks the MD5 of every file before it unpickles one, so a foreign pickle never runs.
+        data = cifar(root, train=is_train, download=args.download)
+    except (RuntimeError, OSError) as error:  # URLError is an OSError
+        if args.download:
+            raise UserError(f"--download could not fetch {cifar.url} to {root} ({error}): "
+                            "check the connection and the folder") from error
+        raise UserError(f"--data-path {args.data_path} holds no intact {cifar.base_folder}: name the folder "
+                        "that contains it, or add --download to fetch it") from error
+    return Split(ArrayImages(data.data), np.array(data.targets, dtype=np.int64), list(data.classes))
+
+
+def _inat(is_train: bool, args: Namespace, year: int) -> Split:
+    """iNaturalist as DeiT reads it: classes numbered in the order in which the training annotations
+    name them, files at <folder>/<category id>/<name> or where the JSON says."""
+    root = _root(args)
+    half = f"{'train' if is_train else 'val'}{year}.json"
+    content = {}
+    for name in {"categories.json", f"train{year}.json", half}:
+        try:
+            with open(os.path.join(root, name), encoding="utf-8") as file:
+                content[name] = json.load(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{name} under --data-path {args.data_path} cannot be read ({error}): "
+                            "iNaturalist needs categories.json, train and val JSON files") from error
+    try:
+        label = {i: category[args.inat_category] for i, category in enumerate(content["categories.json"])}
+        named = dict.fromkeys(label[int(note["category_id"])] for note in content[f"train{year}.json"]["annotations"])
+        place = {name: index for index, name in enumerate(named)}
+        parts = [image["file_name"].split("/") for image in content[half]["images"]]
+        targets = [place[label[int(category)]] for _, _, category, _ in parts]
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise UserError(f"{half} or categories.json under --data-path {args.data_path} has no usable {error}: "
+                        f"check the files and --inat-category {args.inat_category}") from error
+    if not parts:
+        raise UserError(f"{half} under --data-path {args.data_path} lists no image: check the file")
+    paths = [os.path.join(root, top, category, name) for top, _, category, name in parts]
+    if not os.path.lexists(paths[0]):
+        paths = [os.path.join(root, *part) for part in parts]
+    return Split(FileImages(paths), np.array(targets, dtype=np.int64), list(place))
+
+
+def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> Split:
+    """train/<class>/... and val/<class>/..., any depth below the class; Tiny ImageNet's val/images too."""
+    root = _root(args)
+    train, val = os.path.join(root, "train"), os.path.join(root, "val")
+    for folder in [val] if args.eval else [train, val]:
+        if not os.path.isdir(folder):
+            raise UserError(f"--data-path {args.data_path} has no {os.path.basename(folder)}/ folder: "
+                            "it needs train/ and val/ with one folder per class (--eval needs val/ only)")
+    annotations = os.path.join(val, "val_annotations.txt")
+    flat_val = (data_set == "TinyIMNET" and os.path.isfile(annotations)
+                and os.path.isdir(os.path.join(val, "images")) and bool(os.listdir(os.path.join(val, "images"))))
+    flat = _tiny_annotations(annotations) if flat_val else {}
+
+    by_name = args.eval and class_names is not None  # then the checkpoint says what the classes are
+    val_classes = sorted(set(flat.values())) if flat_val else _class_folders(val)
+    classes = [] if by_name else _class_folders(train)
+    classes = classes or val_classes
+    if not classes:
+        raise UserError(f"--data-path {args.data_path} has no class folder in "
+                        f"{'val' if args.eval else 'train'}/: it needs one folder per class")
+    expected = FOLDER_CLASSES[data_set]
+    if expected and len(classes) != expected and not by_name:
+        raise UserError(f"--data-set {data_set} has {expected} classes but --data-path {args.data_path} has "
+                        f"{len(classes)}: use --data-set FOLDER for your own images")
+    for name in val_classes:
+        if name not in classes:
+            raise UserError(f"val/ under --data-path {args.data_path} has the class {name!r} that train/ lacks: "
+                            "add it to train/ or remove it from val/")
+
+    half = "train" if is_train else "val"
+    place = {name: index for index, name in enumerate(classes)}
+    if flat_val and not is_train:
+        samples = [(os.path.join(val, "images", name), place[wnid]) for name, wnid in flat.items()]
+    else:
+        samples = make_dataset(train if is_train else val, place, IMG_EXTENSIONS, allow_empty=True)
+    if is_train:
+        filled = {target for _, target in samples}
+        for name, target in place.items():
+            if target not in filled:
+                raise UserError(f"the class folder {os.path.join('train', name)} under --data-path "
+                                f"{args.data_path} holds no image: fill it or remove it")
+    if not samples:
+        raise UserError(f"{half}/ under --data-path {args.data_path} holds no image: check the folder")
+    return Split(FileImages([path for path, _ in samples]),
+                 np.array([target for _, target in samples], dtype=np.int64), classes)
+
+
+def _tiny_annotations(path: str) -> dict[str, str]:
+    """Tiny ImageNet's val_annotations.txt: image name -> class; the columns after these are boxes."""
+    with open(path, encoding="utf-8") as file:
+        rows = [line.split("\t") for line in file if line.strip()]
+    if any(len(row) < 2 for row in rows):
+        raise UserError(f"{path} has a line without an image name and a class: fetch the file again")
+    return {row[0]: row[1].strip() for row in rows}
+
+
+# ---------------------------------------------------------------- loaders
+@dataclass
+class Loaders:
+    """What a run reads its images from. `train` and `train_sampler` are None with --eval.
+
+    train yields (images float32 [B, 3, S, S], targets int64 [B]), the last incomplete batch dropped;
+    val the same, every image once (over all ranks with --dist-eval), target -1 for an unreadable one.
+    """
+    train: DataLoader | None
+    val: DataLoader
+    train_sampler: RASampler | None
+    data_set: str
+    nb_classes: int
+    class_names: list[str]
+
+    def unreadable_train(self) -> int:
+        """Training images that this process could not read so far."""
+        return int(self.train.dataset.unreadable.count_nonzero()) if self.train else 0
+
+    def unreadable_val(self) -> int:
+        """Validation images that this process could not read so far."""
+        return int(self.val.dataset.unreadable.count_nonzero())
+
+
+def build_loaders(args: Namespace, process: Process, class_names: list[str] | None = None) -> Loaders:
+    """Training and validation loaders of this process; see `build_dataset` for class_names.
+
+    Raises UserError, besides the data sets' own, for flags that contradict each other or the data.
+    """
+    if args.num_workers < 0:
+        raise UserError(f"--num_workers {args.num_workers} is negative: use 0 to load in the main process")
+    if args.resplit and not args.repeated_aug:
+        raise UserError("--resplit spares the first repeat of each image from random erasing: "
+                        "remove it or --no-repeated-aug")
+    if args.download and dist.is_initialized():
+        args = _download_once(args, process)
+    options = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0,
+               "pin_memory": args.pin_mem and process.device.type == "cuda"}
+
+    train = sampler = None
+    if not args.eval:
+        data, _ = build_dataset(True, args, class_names)
+        sampler = RASampler(data, process.world_size, process.rank,
+                            num_repeats=3 if args.repeated_aug else 1, seed=args.seed)
+        if len(sampler) < args.batch_size:
+            raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples that each "
+                            f"of {process.world_size} processes draws per epoch: lower --batch-size")
+        train = DataLoader(data, args.batch_size, sampler=sampler, drop_last=True,
+                           generator=torch.Generator(), **options)
+
+    data, nb_classes = build_dataset(False, args, class_names)
+    if args.dist_eval:
+        shard = range(process.rank, len(data), process.world_size)
+    else:
+        shard = range(len(data))
+        data.quiet = process.rank > 0
+    # Each loader has a generator of its own: iter() draws a number from it, else from the global one.
+    val = DataLoader(data, max(1, int(1.5 * args.batch_size)), sampler=shard,
+                     generator=torch.Generator(), **options)
+    data_set = args.data_set or guess_data_set(args.data_path) or "IMNET"
+    return Loaders(train, val, sampler, data_set, nb_classes, data.classes)
+
+
+def _download_once(args: Namespace, process: Process) -> Namespace:
+    """One process per machine downloads while the others wait; returns flags without the wish."""
+    try:
+        if process.local_rank == 0:
+            build_dataset(False, args)
+    finally:
+        dist.barrier()
+    return Namespace(**{**vars(args), "download": False})

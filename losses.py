@@ -1,0 +1,105 @@
+"""What a training step minimises: `build_criterion` chooses it from the flags.
+
+Every criterion is called as `criterion(images, outputs, targets)`. Targets are class indices int64 [B] or, after
+mixup, probabilities float [B, K].
+"""
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Optional
+
+import torch
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ClassLoss(nn.Module):
+    """A loss of logits [B, K] and targets."""
+    copies = 1      # how often the model sees each image of a batch
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(outputs, targets)
+
+
+class DistillationLoss(nn.Module):
+    """(1 - alpha) * loss on the class token + alpha * loss of the distillation token against a teacher
+    (arXiv:2012.12877, section 4).
+
+    The soft loss is the Kullback-Leibler divergence at temperature tau, times tau^2, divided by the number of
+    logits B*K as in DeiT's code (K times less than the batch mean: choose alpha for that).
+
+    Args:
+        base: loss of logits [B, K] and targets. teacher: gives logits [B, K], is never trained.
+        kind: "soft" or "hard" (cross-entropy with the teacher's first choice).
+    """
+    copies = 1
+
+    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float):
+        super().__init__()
+        self.base, self.teacher, self.kind, self.alpha, self.tau = base, teacher, kind, alpha, tau
+
+    def forward(self, images: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        by_class, by_distillation = (output.float() for output in outputs)
+        with torch.no_grad():
+            teacher = self.teacher(images).float()
+        if self.kind == "soft":
+            tau = self.tau
+            distillation = F.kl_div(F.log_softmax(by_distillation / tau, dim=1), F.log_softmax(teacher / tau, dim=1),
+                                    reduction="sum", log_target=True) * tau ** 2 / by_distillation.numel()
+        else:
+            distillation = F.cross_entropy(by_distillation, teacher.argmax(dim=1))
+        return (1 - self.alpha) * self.base(by_class, targets) + self.alpha * distillation
+
+
+class CosubLoss(nn.Module):
+    """Co-training of two submodels (arXiv:2212.04884): the model sees each image twice, its stochastic depth
+    picks two submodels, and each learns from the targets and from the other's probabilities.
+
+    outputs [2B, K]: the first half from one submodel, the second from the other."""
+    copies = 2
+
+    def __init__(self, num_classes: int, smoothing: float, threshold: Optional[float] = None):
+        super().__init__()
+        self.num_classes, self.smoothing, self.threshold = num_classes, smoothing, threshold
+
+    def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
+        a, b = outputs.float().chunk(2)
+        if targets.ndim == 1:
+            off = self.smoothing / self.num_classes
+            targets = F.one_hot(targets, self.num_classes).to(a.dtype) * (1 - self.smoothing) + off
+        if self.threshold is not None:
+            targets = (targets > self.threshold).to(a.dtype)
+        loss = F.binary_cross_entropy_with_logits
+        return (loss(a, targets) + loss(b, targets)
+                + loss(a, b.detach().sigmoid()) + loss(b, a.detach().sigmoid())) / 4
+
+
+def positive_threshold(args: Namespace, num_classes: int) -> float:
+    """What a target must exceed to count as positive with --bce-loss: mixup spreads smoothing/K over all classes,
+    and only what lies above it was in the image (DeiT's `> 0` makes every class positive)."""
+    return args.smoothing / num_classes + 1e-4
+
+
+def build_base_loss(args: Namespace, num_classes: int, mixup_active: bool) -> nn.Module:
+    """The loss of logits and targets without teacher or second submodel."""
+    if args.bce_loss:
+        threshold = positive_threshold(args, num_classes) if mixup_active else None
+        return BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=threshold)
+    if mixup_active:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+
+
+def build_criterion(args: Namespace, num_classes: int, mixup_active: bool,
+                    teacher: Optional[Callable] = None) -> nn.Module:
+    """The criterion that the flags ask for; `teacher` where --distillation-type is soft or hard."""
+    if args.cosub:
+        return CosubLoss(num_classes, args.smoothing, positive_threshold(args, num_classes) if args.bce_loss else None)
+    base = build_base_loss(args, num_classes, mixup_active)
+    if args.distillation_type != "none":
+        return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return ClassLoss(base)

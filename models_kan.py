@@ -1,0 +1,365 @@
+"""Vision transformers by size and feed-forward, registered with timm; and which keys of a checkpoint go where.
+
+`timm.create_model("deit_tiny_patch16_224_KAN", hdim_kan=96, img_size=64, num_classes=10)` builds one. The sizes
+are those of DeiT (arXiv:2012.12877), DeiT-III (arXiv:2204.07118) and three small ones for 32 pixel images; a new
+size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS`.
+"""
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Mlp, resample_abs_pos_embed
+from timm.models import build_model_with_cfg, register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from faster_kan import FasterKAN, FasterKANLayer
+from utils import UserError
+
+
+# ---------------------------------------------------------------- the two tables
+class Size(NamedTuple):
+    img_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    kan_hidden: int = 192           # the original's, whatever the width
+    distilled: bool = False
+    deit3: bool = False             # layer scale, no position embedding for the class token
+
+
+SIZES = {
+    "deit_tiny_patch16_224": Size(224, 16, 192, 12, 3),
+    "deit_small_patch16_224": Size(224, 16, 384, 12, 6),
+    "deit_base_patch16_224": Size(224, 16, 768, 12, 12),
+    "deit_base_patch16_384": Size(384, 16, 768, 12, 12),
+    "deit_tiny_distilled_patch16_224": Size(224, 16, 192, 12, 3, distilled=True),
+    "deit_small_distilled_patch16_224": Size(224, 16, 384, 12, 6, distilled=True),
+    "deit_base_distilled_patch16_224": Size(224, 16, 768, 12, 12, distilled=True),
+    "deit_base_distilled_patch16_384": Size(384, 16, 768, 12, 12, distilled=True),
+    "deit3_small_patch16_224": Size(224, 16, 384, 12, 6, deit3=True),
+    "deit3_base_patch16_224": Size(224, 16, 768, 12, 12, deit3=True),
+    # hidden width dim/2: the parameters and matrix-product FLOPs of the MLP twin
+    "vit_nano_patch8_32": Size(32, 8, 96, 4, 3, kan_hidden=48),
+    "vit_nano_patch4_32": Size(32, 4, 96, 4, 3, kan_hidden=48),
+    "vit_micro_patch4_32": Size(32, 4, 192, 6, 3, kan_hidden=96),
+}
+
+KAN_OPTIONS = ("hdim_kan", "kan_grid_range", "kan_grid_points", "kan_h", "kan_trainable_grid", "kan_trainable_h")
+
+
+def _kan(size: Size, *, hdim_kan: Optional[int] = None, kan_grid_range=(-2.0, 2.0), kan_grid_points: int = 8,
+         kan_h: float = 0.33, kan_trainable_grid: bool = False, kan_trainable_h: bool = False) -> Callable:
+    """The original Vision-KAN's feed-forward: basis on [-2, 2], h 0.33, two layers."""
+    return partial(FasterKAN, hdim=hdim_kan or size.kan_hidden, grid_min=kan_grid_range[0],
+                   grid_max=kan_grid_range[1], num_grids=kan_grid_points, h=kan_h,
+                   train_grid=kan_trainable_grid, train_h=kan_trainable_h)
+
+
+def _mlp(size: Size) -> Callable:
+    """The twin: DeiT's own MLP, hidden width 4 x dim."""
+    return Mlp
+
+
+FEED_FORWARDS = {"KAN": _kan, "ViT": _mlp}
+
+
+# ---------------------------------------------------------------- registration
+def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = False, *,
+           block_norm_eps: Optional[float] = None, **kwargs) -> nn.Module:
+    options = {key: kwargs.pop(key) for key in KAN_OPTIONS if key in kwargs}
+    if options and feed_forward is _mlp:
+        raise ValueError(f"{', '.join(options)}: no effect on {name}, whose feed-forward is an MLP; "
+                         f"choose {name.removesuffix('_ViT')}_KAN")
+    if pretrained:
+        raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
+    settings: dict[str, Any] = dict(
+        img_size=size.img_size, patch_size=size.patch_size, embed_dim=size.embed_dim, depth=size.depth,
+        num_heads=size.num_heads, mlp_layer=feed_forward(size, **options))
+    if size.deit3:
+        settings.update(no_embed_class=True, init_values=1e-6)
+    model = build_model_with_cfg(
+        VisionTransformerDistilled if size.distilled else VisionTransformer, name, False,
+        pretrained_filter_fn=filter_state_dict, feature_cfg=dict(out_indices=3, feature_cls="getter"),
+        **{**settings, **kwargs})
+    if block_norm_eps is not None:      # released Vision-KAN blocks: 1e-5 beside a final norm of 1e-6
+        for block in model.blocks:
+            block.norm1.eps = block.norm2.eps = block_norm_eps
+    return model
+
+
+default_cfgs = {}
+_TWINS = {}         # name -> size name, of every model registered here
+
+
+def _register(size_name: str, size: Size, suffix: str, feed_forward: Callable) -> None:
+    name = f"{size_name}_{suffix}"
+
+    def entry(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _build(name, size, feed_forward, pretrained, **kwargs)
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"{size_name} with feed-forward {suffix}: {feed_forward.__doc__}"
+    globals()[name] = entry
+    default_cfgs[name] = {
+        "url": "", "num_classes": 1000, "input_size": (3, size.img_size, size.img_size), "pool_size": None,
+        "crop_pct": 0.875 if size.img_size == 224 else 1.0, "interpolation": "bicubic", "fixed_input_size": True,
+        "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "patch_embed.proj",
+        "classifier": ("head", "head_dist") if size.distilled else "head", "license": "apache-2.0"}
+    _TWINS[name] = size_name
+    register_model(entry)
+
+
+for _size_name, _size in SIZES.items():
+    for _suffix, _feed_forward in FEED_FORWARDS.items():
+        _register(_size_name, _size, _suffix, _feed_forward)
+
+
+def registered_models() -> list[str]:
+    """Names of all models of this project, in the order of the tables."""
+    return list(_TWINS)
+
+
+def split_name(name: str) -> tuple[Optional[Size], Optional[str]]:
+    """`deit_tiny_patch16_224_KAN` -> its size and feed-forward suffix; (None, None) for any other model."""
+    if name not in _TWINS:
+        return None, None
+    return SIZES[_TWINS[name]], name.removeprefix(_TWINS[name] + "_")
+
+
+# ---------------------------------------------------------------- cost
+class Flops(NamedTuple):
+    """Floating-point operations of one image's forward pass."""
+    matmul: int         # matrix products, 2 per multiply-add
+    elementwise: int    # basis and activation functions
+
+
+BASIS_FLOPS = 5         # a basis value: subtract, divide, tanh, square, subtract from 1
+GELU_FLOPS = 5          # x * 1/sqrt(2), erf, + 1, * x, * 1/2
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_flops(model: nn.Module) -> Flops:
+    """FLOPs of one forward pass of one image at the model's own image size, for the models of this project.
+
+    Matrix products: the patch embedding, every linear map, and the two products of attention. Elementwise: 5
+    per value of the basis and 5 per GELU. Norms, softmax and residuals are not counted."""
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    conv = model.patch_embed.proj
+    matmul = 2 * model.patch_embed.num_patches * conv.weight.numel()
+    elementwise = 0
+    for module in model.modules():
+        if isinstance(module, Attention):
+            width = module.num_heads * module.head_dim
+            matmul += 2 * tokens * (module.qkv.weight.numel() + module.proj.weight.numel())
+            matmul += 2 * 2 * tokens * tokens * width
+        elif isinstance(module, FasterKANLayer):
+            matmul += 2 * tokens * module.spline_linear.weight.numel()
+            elementwise += BASIS_FLOPS * tokens * module.spline_linear.weight.shape[1]
+        elif isinstance(module, Mlp):
+            matmul += 2 * tokens * (module.fc1.weight.numel() + module.fc2.weight.numel())
+            elementwise += GELU_FLOPS * tokens * module.fc1.out_features
+    for head in (model.head, getattr(model, "head_dist", None)):
+        if isinstance(head, nn.Linear):
+            matmul += 2 * head.weight.numel()
+    return Flops(matmul, elementwise)
+
+
+def twin_mismatch(a: nn.Module, b: nn.Module) -> Optional[str]:
+    """A sentence where two models that are compared differ by over 2% in parameters, else None."""
+    n, m = count_parameters(a), count_parameters(b)
+    if abs(n - m) <= 0.02 * max(n, m):
+        return None
+    return f"not twins: {n:,} against {m:,} parameters, a difference of {abs(n - m) / max(n, m):.1%}"
+
+
+# ---------------------------------------------------------------- which model a checkpoint holds
+@dataclass(frozen=True)
+class ModelSpec:
+    """Arguments of `timm.create_model` for a checkpoint."""
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def rename_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of released Vision-KAN, DeiT and DeiT-III files, or of a DistributedDataParallel model -> ours.
+
+    The original kept an unused MLP beside each KAN: it is left behind."""
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    released = any(".kan.layers." in key for key in state)
+    out = {}
+    for key, value in state.items():
+        if released and ".mlp." in key:
+            continue
+        key = key.replace(".kan.layers.", ".mlp.layers.")
+        out[re.sub(r"gamma_([12])$", r"ls\1.gamma", key)] = value
+    return out
+
+
+def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """timm's hook for loading weights into a model of this project."""
+    return checkpoint_filter_fn(rename_keys(state), model)
+
+
+def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
+    """The model that a ViT checkpoint without a model description holds, from its shapes.
+
+    Args:
+        state: parameters under any known key layout. args: the checkpoint's own flags; names the size.
+    Raises: UserError if the keys are not those of a DeiT-like vision transformer.
+    """
+    released = any(".kan.layers." in key for key in state)
+    state = rename_keys(state)
+    missing = [key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
+                               "blocks.0.norm1.weight") if key not in state]
+    if missing:
+        raise UserError(f"the checkpoint holds no vision transformer of a known layout (no key {missing[0]!r}): "
+                        f"name its architecture with --model")
+    dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    distilled, deit3 = "dist_token" in state, "blocks.0.ls1.gamma" in state
+    prefix = 0 if deit3 else 2 if distilled else 1
+    tokens = state["pos_embed"].shape[1]
+    side = round((tokens - prefix) ** 0.5)
+    if side * side != tokens - prefix:
+        raise UserError(f"pos_embed of the checkpoint has {tokens} positions, which is no square image")
+    kan = "blocks.0.mlp.layers.0.spline_linear.weight" in state
+    suffix = "KAN" if kan else "ViT"
+
+    size_name = _TWINS.get(args.get("model") or "")
+    if size_name is None:
+        shape = (patch, dim, depth, distilled, deit3)
+        same = [n for n, s in SIZES.items() if (s.patch_size, s.embed_dim, s.depth, s.distilled, s.deit3) == shape]
+        same.sort(key=lambda n: SIZES[n].img_size != side * patch)
+        size_name = same[0] if same else next(n for n, s in SIZES.items() if (s.distilled, s.deit3) == shape[3:])
+    size = SIZES[size_name]
+    kwargs: dict[str, Any] = {"img_size": side * patch, "num_classes": _num_classes(state)}
+    for key, value, own in (("embed_dim", dim, size.embed_dim), ("depth", depth, size.depth),
+                            ("patch_size", patch, size.patch_size)):
+        if value != own:
+            kwargs[key] = value
+    if dim != size.embed_dim:
+        kwargs["num_heads"] = max(1, dim // 64)
+    if "blocks.0.attn.qkv.bias" not in state:
+        kwargs["qkv_bias"] = False
+    if released:
+        kwargs["block_norm_eps"] = 1e-5
+    if kan:
+        kwargs["hdim_kan"] = state["blocks.0.mlp.layers.0.spline_linear.weight"].shape[0]
+        grid = state["blocks.0.mlp.layers.0.rbf.grid"]
+        kwargs["kan_grid_points"] = grid.numel()
+        kwargs["kan_grid_range"] = (round(float(grid[0]), 6), round(float(grid[-1]), 6))
+    return ModelSpec(f"{size_name}_{suffix}", kwargs)
+
+
+def _num_classes(state: dict[str, Tensor]) -> int:
+    return state["head.weight"].shape[0] if "head.weight" in state else 0
+
+
+def load_exactly(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Every parameter of `model` from `state`, or a UserError that names the first that does not fit."""
+    state, own = rename_keys(state), model.state_dict()
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or extra or wrong:
+        key = (wrong or missing or extra)[0]
+        reason = (f"has shape {tuple(state[key].shape)} where the model has {tuple(own[key].shape)}" if wrong
+                  else "is missing" if missing else "has no place in the model")
+        raise UserError(f"{what} does not fit the model: {key} {reason} "
+                        f"({len(missing)} keys missing, {len(extra)} unknown, {len(wrong)} of another shape)")
+    model.load_state_dict(state)
+
+
+# ---------------------------------------------------------------- fine-tuning
+@dataclass
+class LoadReport:
+    """What became of each tensor when a model took over another's weights: {key: note}."""
+    loaded: dict[str, str] = field(default_factory=dict)
+    resampled: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    initial: dict[str, str] = field(default_factory=dict)
+
+    def table(self) -> str:
+        """One line per kind of tensor; the numbers of blocks are folded into `*`."""
+        lines = []
+        for title, entries in (("loaded", self.loaded), ("resampled", self.resampled), ("dropped", self.dropped),
+                               ("left as initialised", self.initial)):
+            groups = Counter((re.sub(r"\.\d+\.", ".*.", key, count=1), note) for key, note in entries.items())
+            lines.append(f"  {title}: {len(entries)} tensors")
+            lines += [f"    {key}{f'  x{n}' if n > 1 else ''}{f'  ({note})' if note else ''}"
+                      for (key, note), n in groups.items()]
+        return "\n".join(lines)
+
+
+def _adapt_pos_embed(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Bring `pos_embed` to the model's grid and prefix tokens, in place.
+
+    Positions of the class and distillation tokens are kept. A DeiT-III model has none: there the class token's
+    is added to the token itself, which is the same function; from DeiT-III they become zero, the same again."""
+    pos = state["pos_embed"]
+    if not hasattr(model, "patch_embed") or getattr(model, "pos_embed", None) is None:
+        return
+    tokens = ["cls_token"] + (["dist_token"] if "dist_token" in state else [])
+    n_prefix = len(tokens) if round((pos.shape[1] - len(tokens)) ** 0.5) ** 2 == pos.shape[1] - len(tokens) else 0
+    prefix, grid = pos[:, :n_prefix], pos[:, n_prefix:]
+    grid = resample_abs_pos_embed(grid, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=0)
+    if getattr(model, "no_embed_class", False):
+        for i, token in enumerate(tokens[:n_prefix]):
+            state[token] = state[token] + prefix[:, i:i + 1]
+        prefix = prefix[:, :0]
+    else:
+        wanted = model.num_prefix_tokens
+        if n_prefix == 0:
+            prefix = pos.new_zeros(1, wanted, pos.shape[-1])
+        prefix = torch.cat([prefix[:, :wanted]] + [prefix[:, :1]] * (wanted - prefix.shape[1]), dim=1)
+    state["pos_embed"] = torch.cat([prefix, grid], dim=1)
+
+
+def load_finetune(model: nn.Module, source: dict[str, Tensor]) -> LoadReport:
+    """Take over all of another model's weights that fit, and tell what became of each tensor.
+
+    Position and patch embeddings are resampled to the model's image and patch size. The head is dropped when
+    the class count differs; an MLP has no place in a KAN block and is dropped.
+    Raises: UserError if nothing fits, or nothing of the attention."""
+    source = rename_keys(source)
+    own, report = model.state_dict(), LoadReport()
+    state = dict(source)
+    if "pos_embed" in own and "pos_embed" in state and "cls_token" in state:
+        _adapt_pos_embed(state, model)
+    if isinstance(model, VisionTransformer):
+        pos = state.pop("pos_embed", None)
+        state = checkpoint_filter_fn(state, model)
+        if pos is not None:
+            state["pos_embed"] = pos
+    taken = {}
+    for key, value in own.items():
+        if key in state and state[key].shape == value.shape:
+            taken[key] = state[key]
+            before = source[key].shape if key in source else None
+            if before is not None and before != value.shape:
+                report.resampled[key] = f"{tuple(before)} -> {tuple(value.shape)}"
+            else:
+                report.loaded[key] = ""
+        else:
+            report.initial[key] = ""
+    for key, value in source.items():
+        if key not in taken:
+            report.dropped[key] = (f"{tuple(value.shape)} against {tuple(own[key].shape)}" if key in own
+                                   else "no such part in this model")
+    attention = [key for key in own if ".attn." in key]
+    if not taken or (attention and not any(key in taken for key in attention)):
+        raise UserError("nothing of the checkpoint's attention fits this model, so it would train from random "
+                        "weights: choose the --model of the same width and depth")
+    model.load_state_dict(taken, strict=False)
+    return report
+
+

@@ -1,0 +1,195 @@
+"""Train on a Slurm cluster through submitit: main.py's flags plus where to run, requeue included.
+
+    python run_with_submitit.py --nodes 1 --ngpus 4 --partition gpu \\
+        --config recipes/imagenet_tiny_kan192.yaml --data-path /shared/imagenet
+
+One task per GPU; each gets the environment that torchrun would give it. The first task takes a free port of
+its host and publishes it in the job's folder, which all nodes share anyway for submitit's own files: no
+port to choose, and a requeued job finds a new one. Slurm's early warning before the time limit (SIGUSR2)
+lets main.py save and stop at a step boundary; then the job is put back into the queue and goes on with
+`--resume auto`.
+`--cluster local` runs the same thing on this machine, without Slurm and, if need be, without a GPU.
+"""
+import os
+import shlex
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from config import Parser, get_args_parser, parse_args, validate
+from utils import UserError
+
+try:
+    import submitit
+except ImportError:
+    submitit = None
+
+WAIT_FOR_FIRST_TASK_S = 300
+
+
+def get_launch_parser() -> Parser:
+    """Where and how long to run, as a parent parser beside `config.get_args_parser`."""
+    parser = Parser(add_help=False)
+    add = parser.add_argument_group("cluster").add_argument
+    add("--ngpus", default=1, type=int, metavar="N", help="processes per node, one for each GPU")
+    add("--nodes", default=1, type=int, metavar="N", help="nodes to ask for")
+    add("--timeout", default=2800, type=int, metavar="MINUTES",
+        help="length of the job; what is left then goes back into the queue")
+    add("--job_dir", default="runs/slurm/%j", metavar="DIR",
+        help="submitit's files, and --output_dir's default; %%j is the job's number")
+    add("--cluster", default="slurm", choices=["slurm", "local", "debug"],
+        help="local: processes of this machine; debug: this very process")
+    add("--partition", metavar="NAME", help="Slurm partition")
+    add("--account", metavar="NAME", help="Slurm account")
+    add("--qos", metavar="NAME", help="Slurm quality of service")
+    add("--comment", metavar="TEXT", help="shown to the Slurm administrators")
+    return parser
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """What every task of the job calls. `checkpoint` is submitit's hook for a requeue.
+
+    argv: main.py's flags. folder, output_dir: may hold %j. evaluates: nothing to resume.
+    """
+    argv: list[str]
+    folder: str
+    output_dir: str
+    evaluates: bool = False
+    requeues: int = 0
+
+    def __call__(self) -> int:
+        # here and not above: the login node needs no model code to submit a job
+        import main
+
+        env = submitit.JobEnvironment()
+        folder = Path(self.folder.replace("%j", env.job_id))
+        output_dir = Path(self.output_dir.replace("%j", env.job_id))
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # a requeue after a lost node, too
+        os.environ.update(RANK=str(env.global_rank), LOCAL_RANK=str(env.local_rank),
+                          WORLD_SIZE=str(env.num_tasks),
+                          LOCAL_WORLD_SIZE=str(env.num_tasks // env.num_nodes))
+        address, port = _meet(env, folder / f"{env.job_id}_{self.requeues}_{restarts}.rendezvous")
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
+
+        argv = [*self.argv, "--output_dir", str(output_dir)]
+        if (self.requeues or restarts) and not self.evaluates and (output_dir / "checkpoint.pth").exists():
+            argv += ["--resume", "auto"]
+        warning = env._usr_sig()
+        requeue = signal.getsignal(warning)         # submitit's; main.py puts its own handler in its place
+        received, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        received.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno())       # tells which signals came, whoever handles them
+        code = main.main(argv)
+        signal.set_wakeup_fd(-1)
+        if code == 0:
+            return 0
+        if warning in _drain(received) and callable(requeue):
+            requeue(warning, None)                  # in the first task: asks Slurm, then exits
+            return code
+        raise RuntimeError(f"main.py stopped with exit code {code}: see the log above")
+
+    def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
+        """The same once more; `__call__` adds --resume auto when there is something to resume."""
+        return submitit.helpers.DelayedSubmission(replace(self, requeues=self.requeues + 1))
+
+
+def _drain(received: socket.socket) -> bytes:
+    try:
+        return received.recv(4096)
+    except BlockingIOError:
+        return b""
+
+
+def _meet(env, file: Path) -> tuple[str, str]:
+    """Address and port of the first task, which publishes them in `file`, in the folder that all share."""
+    if env.global_rank == 0:
+        # a machine's own name often doesn't resolve inside containers; one node doesn't need it
+        address = "127.0.0.1" if env.num_nodes == 1 else env.hostnames[0]
+        with socket.socket() as s:
+            s.bind(("", 0))
+            port = s.getsockname()[1]
+        draft = file.with_suffix(".draft")
+        draft.write_text(f"{address} {port}")
+        os.replace(draft, file)
+    deadline = time.monotonic() + WAIT_FOR_FIRST_TASK_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the first task did not write {file} within {WAIT_FOR_FIRST_TASK_S} s: "
+                               "is --job_dir on a file system that all nodes share?")
+        time.sleep(0.1)
+    address, port = file.read_text().split()
+    return address, port
+
+
+def launch(argv: list[str]) -> int:
+    """Submit the job; with a local cluster also wait for it. Returns the exit code."""
+    if submitit is None:
+        raise UserError("run_with_submitit.py needs submitit: 'pip install submitit', or start main.py "
+                        "with torchrun")
+    Parser("run_with_submitit.py", usage="%(prog)s [--nodes N] [--ngpus N] [--flag value ...]",
+           parents=[get_launch_parser(), get_args_parser()],
+           description="Train on a Slurm cluster, with main.py's flags.").parse_args(argv)
+    options, rest = get_launch_parser().parse_known_args(argv)
+    args = parse_args(rest).args
+    for flag in ("ngpus", "nodes", "timeout"):
+        if getattr(options, flag) < 1:
+            raise UserError(f"--{flag} {getattr(options, flag)} must be at least 1")
+    if options.cluster != "slurm" and options.nodes > 1 or options.cluster == "debug" and options.ngpus > 1:
+        raise UserError(f"--cluster {options.cluster} is one "
+                        f"{'node: --nodes' if options.nodes > 1 else 'process: --ngpus'} must be 1")
+    validate(args, world_size=options.nodes * options.ngpus)
+
+    job_dir = options.job_dir
+    if options.cluster != "slurm":              # submitit would leave a folder that is really called %j there
+        job_dir = job_dir.replace("%j", f"{options.cluster}-{os.getpid()}")
+    try:
+        executor = submitit.AutoExecutor(folder=job_dir, cluster=options.cluster, slurm_max_num_timeout=30)
+    except RuntimeError:
+        raise UserError("--cluster slurm: srun was not found on this machine, so run this on a login node, "
+                        "or take --cluster local") from None
+    # the job imports main from here, wherever it was submitted
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+    cpu = args.device == "cpu" or options.cluster != "slurm" and not torch.cuda.is_available()
+    slurm = {f"slurm_{key}": getattr(options, key) for key in ("partition", "account", "qos", "comment")
+             if getattr(options, key)}
+    executor.update_parameters(
+        name="vision_kan", nodes=options.nodes, tasks_per_node=options.ngpus, timeout_min=options.timeout,
+        gpus_per_node=0 if cpu else options.ngpus, cpus_per_task=max(1, args.num_workers),
+        slurm_signal_delay_s=120, slurm_setup=[f"export PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"],
+        **slurm)
+    folder = str(executor.folder)
+    job = executor.submit(Trainer(rest, folder, args.output_dir or folder, args.eval))
+    print(f"job {job.job_id}: log in {job.paths.stdout}", flush=True)
+    return 0 if options.cluster == "slurm" else _wait(job)
+
+
+def _wait(job) -> int:
+    try:
+        return max(job.results())
+    except KeyboardInterrupt:
+        job.cancel()
+        return 130
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError):
+        print(f"job {job.job_id} failed: see {job.paths.stdout} and {job.paths.stderr}", file=sys.stderr)
+        return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the script: `launch` with errors as one sentence and exit code 2."""
+    try:
+        return launch(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Training sampler: DeiT's repeated augmentation, resumable and keyed on (seed, epoch, position).
+
+Evaluation needs no class of its own: `range(rank, n, world_size)` is an exact shard of n images.
+"""
+import math
+from collections.abc import Iterator, Sized
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+
+class SampleKey(NamedTuple):
+    """One draw of the training order. (seed, epoch, position) seeds its augmentation, so the result
+    depends neither on the worker that makes it nor on how many workers or processes there are."""
+    index: int      # of the image in the data set
+    seed: int
+    epoch: int
+    position: int   # in the epoch's order over all processes
+    repeat: int     # which repeat of this image: 0 .. num_repeats - 1
+
+
+class RASampler(Sampler[SampleKey]):
+    """Repeated augmentation ("Augment your batch", Hoffer et al. 2020) as in DeiT.
+
+    The epoch's order holds each image of a permutation `num_repeats` times in a row, rank r takes
+    the positions r, r + num_replicas, ... and stops after n // 256 * 256 / num_replicas of them, so
+    an epoch is about as long as one without repeats. Below 256 images, where DeiT's sampler yields
+    nothing, a rank takes ceil(n / num_replicas). With one repeat it is plain shuffling: every image
+    once, the order wrapped round to fill the last positions. The order itself depends on the seed
+    and the epoch only.
+
+    Args:
+        dataset: the data set, or its length n.
+        num_replicas, rank: number of processes and this one's place.
+        shuffle: False keeps the data set's order.
+        num_repeats: draws of an image in a row; 1 for plain shuffling.
+        seed: of the permutation, mixed with the epoch.
+
+    `len()` is the number of keys of a whole epoch on this rank, whatever `start` was set.
+    """
+
+    def __init__(self, dataset: Sized | int, num_replicas: int = 1, rank: int = 0, shuffle: bool = True,
+                 num_repeats: int = 3, seed: int = 0):
+        self.length = dataset if isinstance(dataset, int) else len(dataset)
+        if self.length < 1 or num_repeats < 1 or not 0 <= rank < num_replicas:
+            raise ValueError(f"RASampler({self.length} images, {num_replicas=}, {rank=}, {num_repeats=})")
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.shuffle = shuffle
+        self.num_repeats = num_repeats
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch and how many keys of this rank to skip, e.g. steps done x batch size."""
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        if self.num_repeats > 1 and self.length >= 256:
+            return self.length // 256 * 256 // self.num_replicas
+        return math.ceil(self.length / self.num_replicas)
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        permutation = self._permutation().numpy()
+        for step in range(self.start, len(self)):
+            position = self.rank + step * self.num_replicas
+            nth, repeat = divmod(position, self.num_repeats)
+            index = int(permutation[nth % self.length])
+            yield SampleKey(index, self.seed, self.epoch, position, repeat)
+
+    def _permutation(self) -> torch.Tensor:
+        """The epoch's order of the images, int64 [n], before they are repeated."""
+        if not self.shuffle:
+            return torch.arange(self.length)
+        generator = torch.Generator()
+        # A hash, because sums such as seed + epoch give (seed 0, epoch 1) and (seed 1, epoch 0) one order.
+        generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
+        return torch.randperm(self.length, generator=generator)

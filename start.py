@@ -1,0 +1,278 @@
+"""What a run starts from: checkpoint, effective flags, model, optimizer, schedule, teacher."""
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Optional
+from urllib.parse import urlparse
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from torch import Tensor, nn
+
+import models_kan
+from config import Config, flag_name, resolve
+from datasets import guess_data_set
+from models_kan import KAN_OPTIONS, ModelSpec
+from utils import CHECKPOINT, PREVIOUS, Process, UserError, checkpoint_args, fetch, load_file, say, weights_of
+
+
+# ---------------------------------------------------------------- the checkpoint
+@dataclass(frozen=True)
+class Start:
+    """purpose: "resume", "eval", "finetune" or None. spec: the checkpoint's model, where it decides on it."""
+    purpose: Optional[str] = None
+    path: str = ""
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    spec: Optional[ModelSpec] = None
+
+    @property
+    def class_names(self) -> Optional[list[str]]:
+        return self.checkpoint.get("class_names") if self.purpose in ("resume", "eval") else None
+
+
+def read_start(config: Config) -> Start:
+    """Read what --resume or --finetune names. Raises UserError where that is not possible."""
+    args = config.args
+    if args.resume:
+        path, checkpoint = _newest(args.output_dir) if args.resume == "auto" else _read(args.resume)
+        if checkpoint:
+            return Start("eval" if args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
+    if args.finetune:
+        path, checkpoint = _read_source(args.finetune)
+        return Start("finetune", path, checkpoint)
+    if args.eval:
+        raise UserError("--eval evaluates a checkpoint: name it with --resume FILE"
+                        if args.resume != "auto" else f"--resume auto: {args.output_dir} holds no checkpoint yet")
+    return Start()
+
+
+def _read(location: str) -> tuple[str, dict[str, Any]]:
+    return location, load_file(fetch(location))
+
+
+def _newest(output_dir: str) -> tuple[str, dict[str, Any]]:
+    """The newest readable checkpoint of a run; ("", {}) where the run has written none."""
+    if not output_dir:
+        raise UserError("--resume auto goes on with the run in --output_dir: give that folder")
+    failures = []
+    for name in (CHECKPOINT, PREVIOUS):
+        path = Path(output_dir).expanduser() / name
+        if not path.exists():
+            continue
+        try:
+            checkpoint = load_file(path)
+        except UserError as error:
+            say(f"warning: {error}", file=sys.stderr)
+            failures.append(str(path))
+            continue
+        if failures:
+            say(f"warning: going on from the earlier {path}", file=sys.stderr)
+        return str(path), checkpoint
+    if failures:
+        raise UserError(f"--resume auto: {' and '.join(failures)} cannot be read: name another file with --resume, "
+                        "or start a new run in another folder")
+    say(f"--resume auto: {output_dir} holds no checkpoint yet, a new run begins")
+    return "", {}
+
+
+def _read_source(source: str) -> tuple[str, dict[str, Any]]:
+    """--finetune: a file, a URL, or the name of a timm model with pretrained weights."""
+    if urlparse(source).scheme in ("http", "https", "file") or Path(source).expanduser().exists():
+        return _read(source)
+    if not timm.is_model(source.split(".")[0]):
+        raise UserError(f"--finetune {source} is neither a file, a URL nor the name of a timm model: check it")
+    try:
+        return source, {"model": timm.create_model(source, pretrained=True).state_dict(), "args": {}}
+    except Exception as error:      # the hub's client raises many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"--finetune {source}: timm's weights cannot be had ({reason}): check the name and the "
+                        "connection, or give a downloaded file") from error
+
+
+def _spec(checkpoint: dict[str, Any], path: str, config: Config) -> ModelSpec:
+    described = checkpoint.get("model_args")
+    if isinstance(described, dict) and isinstance(described.get("name"), str):
+        return ModelSpec(described["name"], dict(described.get("kwargs") or {}))
+    name = config.args.model if "model" in config.given else checkpoint_args(checkpoint).get("model")
+    if name and models_kan.split_name(name)[0] is None and timm.is_model(name):
+        return ModelSpec(name)
+    return models_kan.infer_model(weights_of(checkpoint, path), {"model": name})
+
+
+# ---------------------------------------------------------------- the flags
+def settle(config: Config, start: Start, process: Process) -> Config:
+    """Effective flags: given < checkpoint's < the folder's, model's and machine's own < default (see `resolve`)."""
+    stored = checkpoint_args(start.checkpoint)
+    if start.spec:
+        shape = {"model": start.spec.name, "input_size": start.spec.kwargs.get("img_size")}
+        shape |= {key: start.spec.kwargs.get(key) for key in KAN_OPTIONS}
+        stored |= {key: value for key, value in shape.items() if value is not None}
+    if start.purpose != "resume" and "data_set" not in config.given:
+        found = guess_data_set(config.args.data_path)
+        if found:
+            config = _with(config, data_set=found, source="data folder")
+            stored.pop("data_set", None)
+    config = resolve(config, stored, purpose=start.purpose)
+    own = _own_input_size(config.args.model)
+    if own and "input_size" not in config.sources:
+        config = _with(config, input_size=own, source="model")
+    if "num_workers" not in config.given:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        config = _with(config, num_workers=min(config.args.num_workers, max(1, cores // local)), source="machine")
+    return config
+
+
+def _with(config: Config, source: str, **values) -> Config:
+    return replace(config, args=Namespace(**{**vars(config.args), **values}),
+                   sources={**config.sources, **dict.fromkeys(values, source)})
+
+
+def _own_input_size(name: str) -> Optional[int]:
+    cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    return cfg.input_size[-1] if cfg else None
+
+
+# ---------------------------------------------------------------- the model
+def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
+    """The architecture: the checkpoint's own to resume or evaluate it, else what the flags say."""
+    args = config.args
+    if start.spec:
+        stored = start.spec.kwargs.get("num_classes", num_classes)
+        if stored != num_classes:
+            raise UserError(f"the checkpoint has {stored} classes, the data {num_classes}: check --data-path and "
+                            "--data-set, or start from its weights with --finetune")
+        return ModelSpec(start.spec.name, {"num_classes": num_classes, **start.spec.kwargs})
+    kwargs = {"num_classes": num_classes, "img_size": args.input_size}
+    for key in KAN_OPTIONS:
+        if getattr(args, key):
+            kwargs[key] = getattr(args, key)
+    return ModelSpec(args.model, kwargs)
+
+
+def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
+    """The model with the flags' dropout and stochastic depth, and the spec without what it does not know.
+
+    Any timm classification model; a flag that was given and that the model has no use for is an error."""
+    args = config.args
+    if not timm.is_model(spec.name.split(".")[0]):
+        raise UserError(f"--model {spec.name} is unknown: --list-models prints this project's models, "
+                        "timm.list_models() all others")
+    kwargs = {**spec.kwargs, "drop_path_rate": args.drop_path}
+    if args.drop:       # DeiT's --drop: after the position embedding, in projections and feed-forwards
+        kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
+    flags = {"img_size": "input_size", "drop_path_rate": "drop_path", "pos_drop_rate": "drop",
+             "proj_drop_rate": "drop", **{key: key for key in KAN_OPTIONS}}
+    while True:
+        try:
+            model = timm.create_model(spec.name, **kwargs)
+            break
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if not unknown or unknown.group(1) not in kwargs:
+                raise
+            key = unknown.group(1)
+            if key == "pos_drop_rate":      # no position embedding: its one rate is the head's
+                kwargs["drop_rate"] = args.drop
+            elif key != "img_size" and flags.get(key) in config.given:
+                raise UserError(f"{flag_name(flags[key])} has no effect on --model {spec.name}: leave it "
+                                "out") from error
+            del kwargs[key]
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"--model {spec.name} cannot be built ({str(error).splitlines()[0]}): check --model, "
+                            f"--input-size {args.input_size} and the KAN options") from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if patch and any(args.input_size % side for side in patch):
+        raise UserError(f"--input-size {args.input_size} is not divisible by the model's patch size {patch[0]}: "
+                        f"take {args.input_size // patch[0] * patch[0] or patch[0]}")
+    kept = {key: value for key, value in kwargs.items() if key in spec.kwargs}
+    if args.grad_checkpointing:
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise UserError(f"--grad-checkpointing: --model {spec.name} does not support it")
+        model.set_grad_checkpointing(True)
+    if args.distillation_type != "none" and not args.eval:
+        if not hasattr(model, "set_distilled_training"):
+            raise UserError(f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
+                            f"such as deit_tiny_distilled_patch16_224_KAN, not --model {spec.name}")
+        model.set_distilled_training(True)
+    return model, ModelSpec(spec.name, kept)
+
+
+def freeze_all_but_attention(model: nn.Module) -> None:
+    """--attn-only (arXiv:2203.09795): attention, head and position embedding are trained."""
+    if not any(".attn." in name for name, _ in model.named_parameters()):
+        raise UserError("--attn-only: this model has no attention, leave the flag out")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".attn." in name or name.startswith(("head.", "head_dist.", "pos_embed"))
+
+
+def load_start(model: nn.Module, start: Start) -> Optional[str]:
+    """Weights of --finetune into the model; returns the table of what became of each tensor."""
+    if start.purpose != "finetune":
+        return None
+    source = weights_of(start.checkpoint, start.path)
+    return models_kan.load_finetune(model, source).table()
+
+
+def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> Optional[nn.Module]:
+    """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode."""
+    if args.distillation_type == "none":
+        return None
+    path, checkpoint = _read(args.teacher_path)
+    if not timm.is_model(args.teacher_model.split(".")[0]):
+        raise UserError(f"--teacher-model {args.teacher_model} is no timm model: check the name")
+    described = checkpoint.get("model_args") or {}
+    kwargs = dict(described.get("kwargs") or {}) if described.get("name") == args.teacher_model else {}
+    teacher = timm.create_model(args.teacher_model, **{**kwargs, "num_classes": num_classes})
+    models_kan.load_exactly(teacher, weights_of(checkpoint, path), f"--teacher-path {path}")
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- optimizer and schedule
+def scaled_lr(args: Namespace, world_size: int) -> float:
+    """Linear scaling: --lr is for 512 images an update, unless --unscale-lr."""
+    return args.lr if args.unscale_lr else args.lr * args.batch_size * world_size * args.grad_accum / 512
+
+
+def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    kwargs: dict[str, Any] = {**optimizer_kwargs(args), "lr": lr}
+    if "muon" in args.opt:      # Muon is for hidden matrices: the rest by AdamW
+        kwargs["fallback_list"] = ("head*", "patch_embed*")
+    try:
+        optimizer = create_optimizer_v2(model, **kwargs)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"--opt {args.opt} cannot be set up ({str(error).splitlines()[0]}): check --opt-eps, "
+                        "--opt-betas and --momentum") from error
+    if getattr(optimizer, "is_second_order", False) and models_kan.split_name(args.model)[1] == "KAN":
+        raise UserError(f"--opt {args.opt} needs second derivatives, which the KAN layer does not have: choose another")
+    return optimizer
+
+
+def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
+    """timm's schedule over exactly --epochs epochs; cooldown and patience act with --sched plateau."""
+    kwargs = scheduler_kwargs(args)
+    kwargs["decay_milestones"] = list(range(int(args.decay_epochs), args.epochs, max(1, int(args.decay_epochs))))
+    scheduler, _ = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
+    if args.sched == "plateau":
+        scheduler.lr_scheduler.cooldown = args.cooldown_epochs
+    return scheduler
+
+
+def model_table(build: Callable[[str], nn.Module] = lambda name: timm.create_model(name, device="meta")) -> str:
+    """--list-models: names, parameters and FLOPs of this project's models at their own size."""
+    lines = [f"{'model':42}{'parameters':>14}{'matmul GFLOPs':>16}{'elementwise GFLOPs':>20}"]
+    for name in models_kan.registered_models():
+        model = build(name)
+        flops = models_kan.count_flops(model)
+        lines.append(f"{name:42}{models_kan.count_parameters(model):>14,}{flops.matmul / 1e9:>16.3f}"
+                     f"{flops.elementwise / 1e9:>20.4f}")
+    return "\n".join(lines)

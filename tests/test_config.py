@@ -1,0 +1,477 @@
+"""Flags, recipes, value checks, and what a checkpoint fills in."""
+import copy
+import json
+import re
+import sys
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config
+from config import ADDED_CHOICES, CHANGED_DEFAULTS, SCOPE, Config, dump_yaml, parse_args, resolve, validate
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+    return write
+
+
+def sentence(*argv: str) -> str:
+    with pytest.raises(UserError) as e:
+        parse_args(list(argv))
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def refusal(*argv: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as e:
+        validate(parse_args(list(argv)).args, world_size)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+# ---------------------------------------------------------------- DeiT's flags
+def test_deit_flags_frozen():
+    assert len(DEIT) == 71
+    actions = {action.dest: action for action in config.get_args_parser()._actions}
+    for dest, deit in DEIT.items():
+        action = actions[dest]
+        assert set(deit["options"]) <= set(action.option_strings), dest
+        default = CHANGED_DEFAULTS[dest][1] if dest in CHANGED_DEFAULTS else deit["default"]
+        assert action.default == default, dest
+        assert getattr(action.type, "__name__", None) == deit["type"], dest
+        assert action.nargs == deit["nargs"], dest
+        choices = deit["choices"] and deit["choices"] + ADDED_CHOICES.get(dest, [])
+        assert action.choices == choices, dest
+
+
+def test_changed_defaults_tell_deits_value_and_a_reason():
+    for dest, (theirs, ours, why) in CHANGED_DEFAULTS.items():
+        assert theirs == DEIT[dest]["default"] or dest == "data_path"
+        assert theirs != ours and len(why) > 10
+
+
+def test_every_flag_has_a_scope_and_a_help_text():
+    actions = config.get_args_parser()._actions
+    assert {a.dest for a in actions} == set(SCOPE)
+    assert sum(len(dests.split()) for dests in config._SCOPES.values()) == len(SCOPE)     # none in two scopes
+    assert all(a.help for a in actions)
+
+
+def test_deit_command_line_is_understood():
+    line = ("--model deit_small_patch16_224_KAN --batch-size 256 --data-path /d --output_dir /o "
+            "--num_workers 4 --no-model-ema --no-repeated-aug --opt-betas 0.9 0.95 --dr 0.3 --dist-eval "
+            "--ThreeAugment --unscale-lr")
+    args = parse_args(line.split()).args
+    assert (args.model, args.batch_size, args.data_path) == ("deit_small_patch16_224_KAN", 256, "/d")
+    assert (args.output_dir, args.num_workers, args.opt_betas, args.decay_rate) == ("/o", 4, [0.9, 0.95], 0.3)
+    assert not args.model_ema and not args.repeated_aug and args.dist_eval and args.ThreeAugment
+    assert args.unscale_lr and args.lr == 5e-4
+
+
+def test_both_spellings_of_every_flag():
+    for action in config.get_args_parser()._actions:
+        value = {None: ["1"], 0: [], "+": ["1"], 2: ["1", "2"]}[action.nargs]
+        if action.choices:
+            value = [list(action.choices)[-1]]
+        if action.dest == "config":
+            continue
+        for name in (action.dest, action.dest.replace("_", "-")):
+            assert parse_args([f"--{name}", *value]).given == {action.dest: "command line"}
+            if isinstance(action, BooleanOptionalAction):
+                assert getattr(parse_args([f"--no-{name}"]).args, action.dest) is False
+
+
+def test_equals_sign_and_spelling():
+    assert parse_args(["--output-dir=a_b-c_d"]).args.output_dir == "a_b-c_d"
+
+
+def test_values_keep_their_dashes():
+    assert parse_args(["--kan-grid-range", "-3", "3.5"]).args.kan_grid_range == [-3, 3.5]
+    assert parse_args(["--kan-grid-range", "-1e3", "-.5"]).args.kan_grid_range == [-1000, -0.5]
+    assert parse_args(["--model", "my-model_x"]).args.model == "my-model_x"
+
+
+@pytest.mark.parametrize("flag,near", [("--modle", "--model"), ("--epoch", "--epochs"), ("-lr", "--lr"),
+                                       ("--batchsize=3", "--batch-size"), ("--OUTPUT_DIR", "--output_dir")])
+def test_typo_names_the_nearest_flag(flag, near):
+    assert sentence(flag, "3") == f"unknown flag {flag.partition('=')[0]}: did you mean {near}?"
+
+
+def test_no_abbreviations():
+    assert "unknown flag --data-pa" in sentence("--data-pa", "x")
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--lr", "fast"], ["--lr", "fast"]), (["--batch-size", "2.5"], ["--batch-size", "2.5"]),
+    (["--lr"], ["--lr"]), (["train"], ["train"]), (["--kan-grid-range", "1"], ["--kan-grid-range", "2"]),
+    (["--data-set", "CIFAR100"], ["--data-set", "CIFAR100", "CIFAR10?"]),
+])
+def test_bad_command_line(argv, words):
+    text = sentence(*argv)
+    assert all(word in text for word in words), text
+
+
+def test_the_last_of_two_switches_counts():
+    assert parse_args(["--bce-loss", "--no-bce-loss"]).args.bce_loss is False
+
+
+def test_model_options_default_to_the_models_own():
+    args = parse_args([]).args
+    assert all(getattr(args, dest) is None for dest in SCOPE if dest.startswith(("kan_", "hdim")))
+
+
+def test_parser_can_be_a_parent():
+    child = ArgumentParser(parents=[config.get_args_parser()])
+    assert child.parse_args(["--batch-size", "3"]).batch_size == 3
+
+
+def test_help_shows_defaults_that_say_something(capsys):
+    with pytest.raises(SystemExit) as e:
+        parse_args(["--help"])
+    out = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert e.value.code == 0
+    assert "(default: 64)" in out and "SUPPRESS" not in out and "default: None" not in out
+    assert out.count("(default: True)") == sum(a.default is True for a in config.get_args_parser()._actions)
+
+
+def test_reads_the_process_arguments_when_none_are_given(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--num-workers", "3"])
+    parsed = parse_args()
+    assert parsed.args.num_workers == 3 and parsed.given == {"num_workers": "command line"}
+
+
+# ---------------------------------------------------------------- recipes
+def test_precedence(recipe):
+    file = recipe("epochs: 7\nbatch-size: 32\nbce_loss: true\n")
+    parsed = parse_args(["--config", file, "--batch-size", "8", "--no-bce-loss"])
+    assert (parsed.args.epochs, parsed.args.batch_size, parsed.args.bce_loss) == (7, 8, False)
+    assert parsed.args.lr == 5e-4
+    assert parsed.given == {"epochs": f"recipe {file}", "batch_size": "command line",
+                            "bce_loss": "command line", "config": "command line"}
+
+
+def test_a_flag_given_with_its_default_counts_as_given(recipe):
+    parsed = parse_args(["--config", recipe("epochs: 7"), "--epochs", "300"])
+    assert parsed.args.epochs == 300 and parsed.given["epochs"] == "command line"
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5E-4", "5.0e-4", ".5e-3", "0.0005", "+5e-4"])
+def test_exponents_are_numbers(recipe, text):
+    assert parse_args(["--config", recipe(f"lr: {text}")]).args.lr == 5e-4
+
+
+def test_whole_numbers_for_real_flags(recipe):
+    lr = parse_args(["--config", recipe("lr: 1")]).args.lr
+    assert lr == 1 and isinstance(lr, float)
+
+
+@pytest.mark.parametrize("text,words", [
+    ("modle: x", ["unknown key modle", "model"]),
+    ("batch_sise: 3", ["unknown key batch_sise", "batch_size"]),
+    ("--batch-size: 3", ["unknown key --batch-size", "batch_size"]),
+    ("no_model_ema: true", ["unknown key no_model_ema", "model_ema"]),
+    ("3: 4", ["unknown key 3"]),
+    ("batch_size: true", ["batch_size", "whole number", "true"]),
+    ("batch_size: 3.0", ["batch_size", "whole number", "3.0"]),
+    ("batch_size: '3'", ["batch_size", "whole number", "text '3'"]),
+    ("epochs: 1e2", ["epochs", "whole number"]),
+    ("lr: '5e-4'", ["lr", "must be a number", "'5e-4'"]),
+    ("lr: fast", ["lr", "must be a number", "fast"]),
+    ("lr: false", ["lr", "must be a number", "false"]),
+    ("lr: [1]", ["lr", "must be a number", "list"]),
+    (f"lr: 1{'0' * 400}", ["lr", "ordinary size"]),
+    ("lr:", ["lr", "no value"]),
+    ("bce_loss: 1", ["bce_loss", "true or false", "1"]),
+    ("model: no", ["model", "text", "quotes"]),
+    ("finetune: 5", ["finetune", "text", "5"]),
+    ("output_dir: 2024-05-25", ["output_dir", "text", "quotes"]),
+    ("data_set: CIFAR100", ["data_set", "CIFAR100", "did you mean CIFAR10?"]),
+    ("opt_betas: 0.9", ["opt_betas", "list", "0.9"]),
+    ("opt_betas: []", ["opt_betas", "list"]),
+    ("opt_betas: [0.9, x]", ["opt_betas", "number", "'x'"]),
+    ("kan_grid_range: [1]", ["kan_grid_range", "list of two"]),
+    ("kan_grid_range: [1, 2, 3]", ["kan_grid_range", "list of two"]),
+    ("epochs: 3\nepochs: 4", ["line 2", "epochs appears twice"]),
+    ("batch-size: 3\nbatch_size: 4", ["line 2", "batch_size appears twice"]),
+    ("config: other.yaml", ["config", "command line"]),
+    ("list-models: true", ["list-models", "command line"]),
+    ("- epochs", ["list"]), ("epochs", ["the text 'epochs'"]), ("", ["empty"]), ("3", ["the number 3"]),
+    ("epochs: [", ["line", "plain YAML"]), ("a: b: c", ["line 1", "plain YAML"]),
+    ("a: 1\n--- \nb: 1", ["plain YAML"]), ("? [a, b]\n: 3", ["plain YAML"]),
+    (b"\xff\xfe\x00\x01\x02", ["plain YAML"]), (b"\x89PNG\r\n\x1a\n", ["plain YAML"]),
+    ("lr: " + "[" * 5000, ["plain YAML"]),
+    ("epochs: 2024-99-99", ["plain YAML"]), ("epochs: " + "9" * 5000, ["plain YAML"]),
+])
+def test_bad_recipe(recipe, text, words):
+    file = recipe(text)
+    message = sentence("--config", file)
+    assert file in message and len(message) < 400
+    assert all(word in message for word in words), message
+
+
+def test_recipe_that_would_run_code(recipe, tmp_path):
+    victim = tmp_path / "ran"
+    message = sentence("--config", recipe(f"model: !!python/object/apply:os.mkdir ['{victim}']"))
+    assert "plain YAML" in message and not victim.exists()
+
+
+def test_recipe_missing_or_unreadable(tmp_path):
+    (tmp_path / "tiny_kan.yaml").write_text("epochs: 1")
+    assert "tiny_kan.yaml?" in sentence("--config", str(tmp_path / "tinykan.yaml"))
+    assert "no such file" in sentence("--config", str(tmp_path / "no/recipe.yaml"))
+    assert "cannot be read" in sentence("--config", str(tmp_path))
+
+
+def test_yaml_merge_keys_are_not_duplicates(recipe):
+    message = sentence("--config", recipe("base: &b {lr: 1}\n<<: *b\nlr: 2"))
+    assert "unknown key base" in message
+
+
+# ---------------------------------------------------------------- args.yaml
+def test_args_yaml_round_trip(recipe):
+    argv = ["--opt-betas", "0.9", "0.95", "--output-dir", "5e-4", "--kan-grid-range", "-3", "3",
+            "--aa", "none",
+            "--teacher-model", "yes", "--finetune", "größe: #1", "--no-model-ema", "--bce-loss",
+            "--lr", "1e-20",
+            "--no-kan-trainable-h", "--resume", "12:30", "--model", "null", "--data-path", "2024-05-25"]
+    args = parse_args(argv).args
+    text = dump_yaml(args)
+    again = parse_args(["--config", recipe(text)]).args
+    assert {**vars(again), "config": None} == vars(args)
+    plain = yaml.safe_load(text)                    # any YAML reader understands it
+    assert "config" not in plain and plain["clip_grad"] is None and plain["output_dir"] == "5e-4"
+
+
+def test_args_yaml_of_defaults_passes_validation_under_torchrun(recipe):
+    args = parse_args(["--config", recipe(dump_yaml(parse_args([]).args))]).args
+    validate(args, world_size=8)
+
+
+def test_dump_leaves_out_what_is_no_flag():
+    args = Namespace(**vars(parse_args([]).args), gpu=object())
+    assert "gpu" not in dump_yaml(args)
+
+
+# ---------------------------------------------------------------- values
+def test_defaults_are_valid():
+    validate(parse_args([]).args)
+
+
+@pytest.mark.parametrize("argv", [
+    "--batch-size 0", "--batch-size -4", "--epochs -1", "--input-size 0", "--lr 0", "--lr -1", "--lr nan",
+    "--lr inf", "--drop 1", "--drop -0.1", "--drop-path 1", "--smoothing 1", "--mixup-prob 1.1",
+    "--mixup-switch-prob -1", "--model-ema-decay 1", "--clip-grad 0", "--reprob 2", "--num_workers -1",
+    "--grad-accum 0", "--eval-crop-ratio 0", "--eval-crop-ratio 1.2", "--distillation-tau 0",
+    "--distillation-alpha 2", "--kan-grid-points 1", "--kan-h 0", "--hdim_kan 0", "--weight-decay -1",
+    "--weight-decay nan", "--opt-betas 0.9 1.0", "--opt-betas nan", "--lr-noise 1.5",
+    "--lr-noise 0.1 0.2 0.3",
+    "--kan-grid-range 3 3", "--kan-grid-range 3 -3", "--kan-grid-range 0 inf", "--cutmix-minmax 0.5",
+    "--cutmix-minmax 0.5 0.2", "--cutmix-minmax 0.2 1.5", "--seed -1", "--start_epoch -1", "--recount 0",
+    "--print-freq 0", "--layer-decay 0", "--layer-decay 1.1", "--mixup -1", "--opt-eps 0", "--momentum 1",
+    "--device gpu", "--dist_url localhost:3", "--remode pixels", "--mixup-mode half", "--sched cosin",
+    "--train-interpolation bicubik", "--opt adamww", "--aa rand-strong", "--aa rand-m9-q3", "--aa auto",
+    "--aa rand-mx", "--aa augmix-inc1", "--warmup-epochs -1", "--min-lr -1", "--color-jitter -0.1",
+])
+def test_bad_value_names_its_flag(argv):
+    flag, value = argv.split()[:2]
+    message = refusal(*argv.split())
+    assert message.startswith(flag + " ") and (value in message or float(value) == int(float(value))), message
+
+
+@pytest.mark.parametrize("argv", [
+    "--epochs 0", "--drop 0.99", "--smoothing 0", "--eval-crop-ratio 1", "--reprob 1", "--clip-grad 1e-3",
+    "--aa none", "--aa rand-m9-n3-mstd0.5", "--aa rand-m7-p0.6-mmax20-inc0-t3aw",
+    "--aa augmix-m5-w4-d2-a1.5-b1",
+    "--aa v0r-mstd0.5", "--aa 3a", "--opt lookahead_adamw", "--opt AdamW", "--opt muon", "--sched plateau",
+    "--train-interpolation random", "--device cuda:1", "--device cpu", "--kan-grid-range -1e3 0",
+    "--cutmix-minmax 0.2 0.8", "--lr-noise 0.4 0.9", "--batch-size 7 --mixup 0 --cutmix 0",
+    "--opt-betas 0 0.9",
+    "--batch-size 7 --eval", "--resplit", "--distillation-type hard --teacher-path x", "--world_size 1",
+])
+def test_good_values_pass(argv):
+    validate(parse_args(argv.split()).args)
+
+
+@pytest.mark.parametrize("policy", [
+    "rand-m9-mstd0.5-inc1", "rand-m7-p0.6-mmax20-inc0-t3aw", "augmix-m5-w4-d2-a1.5-b1", "v0r-mstd0.5", "3a",
+    "original", "rand"])
+def test_timm_takes_the_policies_that_we_let_through(policy):
+    from timm.data import create_transform
+    create_transform(32, is_training=True, auto_augment=policy)
+
+
+@pytest.mark.parametrize("argv,words", [
+    ("--batch-size 7", ["--batch-size 7", "even", "--mixup 0 --cutmix 0"]),
+    ("--batch-size 7 --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8", ["--batch-size 7", "even"]),
+    ("--resplit --no-repeated-aug", ["--resplit", "--repeated-aug"]),
+    ("--distillation-type soft", ["--distillation-type soft", "--teacher-path"]),
+    ("--distillation-type soft --teacher-path t --cosub", ["--cosub", "--distillation-type"]),
+    ("--world_size 4", ["--world_size 4", "torchrun --nproc_per_node=4"]),
+    ("--distributed", ["--distributed", "torchrun --nproc_per_node=2"]),
+    ("--sched cosin", ["did you mean cosine?"]), ("--opt adamww", ["did you mean adamw?"]),
+])
+def test_contradictions(argv, words):
+    message = refusal(*argv.split())
+    assert all(word in message for word in words), message
+
+
+def test_launch_that_matches():
+    validate(parse_args(["--distributed", "--world_size", "2"]).args, world_size=2)
+    assert "--world_size 3" in refusal("--world_size", "3", world_size=2)
+
+
+# ---------------------------------------------------------------- checkpoints
+OURS = {"model": "deit_tiny_patch16_224_KAN", "hdim_kan": 20, "input_size": 64, "data_set": "CIFAR",
+        "eval_crop_ratio": 1.0, "epochs": 50, "lr": 0.01, "batch_size": 32, "kan_h": None, "opt_betas": None,
+        "output_dir": "/theirs", "data_path": "/theirs", "device": "cuda", "num_workers": 3, "eval": True,
+        "resume": "x", "finetune": "y", "teacher_path": "teacher.pth", "world_size": 8, "distributed": True,
+        "nb_classes": 100, "gpu": 0}
+
+
+def test_eval_takes_model_and_data_only():
+    got = resolve(parse_args(["--eval"]), OURS, {}, "eval")
+    for dest in ("model", "hdim_kan", "input_size", "data_set", "eval_crop_ratio"):
+        assert getattr(got.args, dest) == OURS[dest]
+    assert (got.args.epochs, got.args.batch_size, got.args.lr, got.args.num_workers) == (300, 64, 5e-4, 10)
+    assert got.args.output_dir == got.args.data_path == got.args.teacher_path == got.args.finetune == ""
+    assert got.sources == {"eval": "command line", "model": "checkpoint", "hdim_kan": "checkpoint",
+                           "input_size": "checkpoint", "data_set": "checkpoint",
+                           "eval_crop_ratio": "checkpoint"}
+    assert not hasattr(got.args, "nb_classes") and got.notes == ()
+
+
+def test_resume_takes_all_but_places():
+    got = resolve(parse_args(["--resume", "auto", "--data-path", "/d"]), OURS, {}, "resume").args
+    assert (got.epochs, got.lr, got.batch_size, got.hdim_kan) == (50, 0.01, 32, 20)
+    assert got.teacher_path == "teacher.pth"
+    assert (got.resume, got.data_path, got.device, got.num_workers) == ("auto", "/d", "auto", 10)
+    assert not got.eval
+    assert (got.output_dir, got.finetune, got.world_size, got.distributed) == ("", "", 1, False)
+
+
+def test_teacher_may_have_moved_on_resume():
+    got = resolve(parse_args(["--resume", "auto", "--teacher-path", "new.pth"]), OURS, {}, "resume")
+    assert got.args.teacher_path == "new.pth" and got.notes == ()
+
+
+def test_finetune_takes_the_model_unless_another_is_named():
+    small = "deit_small_patch16_224_KAN"
+    got = resolve(parse_args(["--finetune", "f"]), {**OURS, "model": small}, {}, "finetune")
+    assert (got.args.model, got.args.hdim_kan) == (small, 20)
+    assert (got.args.input_size, got.args.epochs, got.args.data_set) == (224, 300, "IMNET")
+    same = resolve(parse_args(["--finetune", "f", "--model", OURS["model"]]), OURS, {}, "finetune")
+    assert same.args.hdim_kan == 20
+    other = resolve(parse_args(["--finetune", "f", "--model", small]), OURS, {}, "finetune")
+    assert other.args.model == small and other.args.hdim_kan is None
+    wider = resolve(parse_args(["--finetune", "f", "--hdim_kan", "64"]), OURS, {}, "finetune")
+    assert wider.args.hdim_kan == 64 and "--hdim_kan is 64" in wider.notes[0]
+
+
+def test_model_defaults_come_between(recipe):
+    model = {"input_size": 32, "eval_crop_ratio": 1.0}
+    assert resolve(parse_args([]), None, model).args.input_size == 32
+    assert resolve(parse_args(["--input-size", "48"]), None, model).args.input_size == 48
+    assert resolve(parse_args(["--config", recipe("input_size: 40")]), None, model).args.input_size == 40
+    got = resolve(parse_args([]), OURS, model, "eval")
+    assert got.args.input_size == 64 and got.sources["input_size"] == "checkpoint"
+    bare = resolve(parse_args([]), {}, model, "eval")
+    assert bare.args.input_size == 32 and bare.sources["input_size"] == "model"
+
+
+def test_nothing_is_mutated():
+    parsed, checkpoint, model = parse_args(["--resume", "x", "--epochs", "3"]), dict(OURS), {"input_size": 32}
+    before = copy.deepcopy((parsed, checkpoint, model))
+    got = resolve(parsed, checkpoint, model, "resume")
+    assert (parsed, checkpoint, model) == before and got.args is not parsed.args and got.args != parsed.args
+
+
+@pytest.mark.parametrize("purpose", ["resume", "eval"])
+@pytest.mark.parametrize("argv", ["--hdim_kan 192", "--model deit_small_patch16_224_KAN", "--input-size 96",
+                                  "--kan-h 0.5"])
+def test_contradicting_a_checkpoint(purpose, argv):
+    with pytest.raises(UserError) as e:
+        resolve(parse_args(argv.split()), OURS, {"kan_h": 0.33}, purpose)
+    flag, value = argv.split()
+    theirs = {**OURS, "kan_h": 0.33}[flag.strip("-").replace("-", "_")]
+    assert f"{flag} {value} (command line)" in str(e.value) and f"has {theirs}:" in str(e.value)
+    assert ("--finetune" in str(e.value)) == (purpose == "resume")
+
+
+def test_contradicting_recipe_is_named(recipe):
+    file = recipe("lr: 0.5")
+    with pytest.raises(UserError, match=re.escape(f"--lr 0.5 (recipe {file})")):
+        resolve(parse_args(["--config", file]), OURS, {}, "resume")
+    resolve(parse_args(["--config", file]), OURS, {}, "eval")
+
+
+def test_agreeing_with_a_checkpoint_is_fine(recipe):
+    argv = ["--config", recipe("lr: 0.01\nhdim_kan: 20"), "--kan-h", "0.33", "--data-set", "CIFAR"]
+    got = resolve(parse_args(argv), OURS, {"kan_h": 0.33}, "resume")
+    assert got.notes == () and got.sources["lr"].startswith("recipe") and got.args.kan_h == 0.33
+
+
+def test_length_and_batch_may_change_on_resume():
+    got = resolve(parse_args(["--epochs", "99", "--batch-size", "16", "--grad-accum", "2"]),
+                  {**OURS, "grad_accum": 1}, {}, "resume")
+    assert (got.args.epochs, got.args.batch_size, got.args.grad_accum) == (99, 16, 2)
+    assert len(got.notes) == 3
+    assert "--epochs is 99 (command line); the checkpoint has 50" in got.notes
+
+
+def test_other_images_and_crop_are_fine_in_evaluation():
+    got = resolve(parse_args(["--data-set", "FOLDER", "--eval-crop-ratio", "0.9"]), OURS, {}, "eval")
+    assert (got.args.data_set, got.args.eval_crop_ratio, len(got.notes)) == ("FOLDER", 0.9, 2)
+    with pytest.raises(UserError, match="--data-set FOLDER"):
+        resolve(parse_args(["--data-set", "FOLDER"]), OURS, {}, "resume")
+
+
+def test_nonsense_in_a_foreign_checkpoint_is_noted_and_ignored():
+    foreign = {"data_set": "SVHN", "lr": "fast", "input_size": True, "opt_betas": [0.9, 0.95],
+               "weird": object(), "device": 5, "kan_grid_range": (-2, 2), "epochs": None}
+    got = resolve(parse_args([]), foreign, {}, "resume")
+    assert (got.args.data_set, got.args.lr, got.args.input_size, got.args.epochs) == ("IMNET", 5e-4, 224, 300)
+    assert got.args.opt_betas == [0.9, 0.95] and got.args.kan_grid_range == [-2, 2]
+    assert len(got.notes) == 4 and any("data_set" in n and "SVHN" in n for n in got.notes)
+
+
+def test_a_namespace_is_taken_as_well():
+    assert resolve(parse_args([]), Namespace(**OURS), {}, "eval").args.hdim_kan == 20
+
+
+def test_released_vision_kan_args():
+    released = {"model": "deit_tiny_patch16_224_KAN", "input_size": 64, "eval_crop_ratio": 1.0,
+                "hdim_kan": 192, "train_interpolation": "bicubic", "nb_classes": 100,
+                "data_set": "IMNET", "gpu": 0}
+    got = resolve(parse_args(["--eval", "--resume", "f"]), released, {}, "eval")
+    assert (got.args.input_size, got.args.eval_crop_ratio, got.args.hdim_kan) == (64, 1.0, 192)
+
+
+def test_describe_sources(recipe):
+    file = recipe("epochs: 7\nbatch_size: 64")
+    got = resolve(parse_args(["--config", file, "--seed", "3"]), {"model": "m", "kan_grid_range": [-2, 2]},
+                  {"input_size": 32}, "eval")
+    assert sorted(config.describe_sources(got).splitlines()) == [
+        "from the checkpoint: kan_grid_range -2.0 2.0, model m", "from the model: input_size 32",
+        f"from the recipe {file}: epochs 7"]
+    assert config.describe_sources(parse_args(["--seed", "3"])) == ""
+    noted = resolve(parse_args(["--epochs", "9"]), OURS, {}, "resume")
+    assert config.describe_sources(noted).endswith("--epochs is 9 (command line); the checkpoint has 50")
+    assert "opt_betas" not in config.describe_sources(noted)
+
+
+def test_config_is_frozen():
+    parsed = parse_args([])
+    assert isinstance(parsed, Config)
+    with pytest.raises(AttributeError):
+        parsed.args = None

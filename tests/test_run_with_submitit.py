@@ -1,0 +1,288 @@
+"""The Slurm launcher, with submitit's own local executor: real processes, a small stand-in for main.py."""
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import run_with_submitit
+from run_with_submitit import Trainer, main
+
+submitit = pytest.importorskip("submitit")
+ROOT = Path(__file__).resolve().parent.parent
+
+# Writes down what it was called with; what else it does is up to the test.
+STUB = """
+import json, os, signal, sys, time
+from pathlib import Path
+def main(argv=None):
+    out = Path(argv[argv.index("--output_dir") + 1])
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank = os.environ["RANK"]
+    with open(out / f"calls{rank}.jsonl", "a") as f:
+        f.write(json.dumps({"argv": argv, "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"),
+                            **{k: os.environ[k] for k in keys}}) + "\\n")
+    return behave(argv, out, rank)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of the launcher beside a stub main.py that ends in `behaviour`; run(...) starts it."""
+    for name in ("run_with_submitit.py", "config.py", "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def run(behaviour: str, *argv: str):
+        body = "\n".join("    " + line for line in behaviour.splitlines())
+        (tmp_path / "main.py").write_text(STUB + f"\ndef behave(argv, out, rank):\n{body}\n")
+        # from another folder: the job must find main.py all the same
+        done = subprocess.run([sys.executable, str(tmp_path / "run_with_submitit.py"), "--cluster", "local",
+                               "--job_dir", str(tmp_path / "job"), "--device", "cpu", *argv],
+                              check=False, cwd=elsewhere, capture_output=True, text=True, timeout=100)
+        calls = {file.name[5:-6]: [json.loads(line) for line in file.read_text().splitlines()]
+                 for file in sorted((tmp_path / "job").glob("calls*.jsonl"))}
+        return done, calls
+
+    run.folder = tmp_path / "job"
+    return run
+
+
+def refused(capsys, *argv: str) -> str:
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+# ---------------------------------------------------------------- before anything is submitted
+def test_without_submitit(monkeypatch, capsys):
+    monkeypatch.setattr(run_with_submitit, "submitit", None)
+    assert "pip install submitit" in refused(capsys, "--cluster", "local")
+
+
+@pytest.mark.parametrize("argv,words", [
+    ("--ngpuss 3", "did you mean --ngpus?"), ("--modle x", "did you mean --model?"),
+    ("--ngpus 0", "--ngpus 0"), ("--timeout 0", "--timeout 0"), ("--cluster locl", "did you mean local?"),
+    ("--cluster local --nodes 2", "--nodes must be 1"), ("--cluster debug --ngpus 2", "--ngpus must be 1"),
+    ("--cluster local --lr nan", "--lr nan"), ("--cluster local --config nowhere.yaml", "nowhere.yaml"),
+    ("--cluster local --ngpus 2 --world_size 3", "--world_size 3"),
+])
+def test_bad_flags_are_refused_at_once(argv, words, capsys):
+    assert words in refused(capsys, *argv.split())
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="there is a Slurm here")
+def test_no_slurm_here(capsys, tmp_path):
+    assert "--cluster local" in refused(capsys, "--job_dir", str(tmp_path))
+
+
+def test_help_lists_both_kinds_of_flags(capsys):
+    with pytest.raises(SystemExit) as e:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and "--partition" in out and "--mixup-prob" in out
+
+
+# ---------------------------------------------------------------- what Slurm is asked for
+class FakeSlurm:
+    """Stands in for AutoExecutor: keeps what it was asked for."""
+
+    def __init__(self, folder, cluster, **kwargs):
+        self.folder = Path(folder)
+        FakeSlurm.made = self
+
+    def update_parameters(self, **parameters):
+        self.parameters = parameters
+
+    def submit(self, trainer):
+        self.trainer = trainer
+        return SimpleNamespace(job_id="77", paths=SimpleNamespace(stdout="log"))
+
+
+def test_slurm_parameters(monkeypatch, capsys):
+    monkeypatch.setattr(submitit, "AutoExecutor", FakeSlurm)
+    monkeypatch.setenv("PYTHONPATH", "/a b")
+    flags = ["--num-workers", "6", "--batch-size", "8", "--kan-grid-range", "-3", "3", "--dist-eval"]
+    assert main(["--nodes", "2", "--ngpus", "4", "--timeout", "60", "--partition", "gpu", *flags,
+                 "--qos", "high"]) == 0
+    asked, trainer = FakeSlurm.made.parameters, FakeSlurm.made.trainer
+    assert (asked["nodes"], asked["tasks_per_node"], asked["gpus_per_node"]) == (2, 4, 4)
+    assert (asked["timeout_min"], asked["cpus_per_task"]) == (60, 6)
+    assert (asked["slurm_partition"], asked["slurm_qos"]) == ("gpu", "high") and "slurm_account" not in asked
+    assert asked["slurm_setup"] == [f"export PYTHONPATH='{ROOT}:/a b'"]
+    assert trainer.argv == flags
+    assert trainer.folder == trainer.output_dir == "runs/slurm/%j"
+    assert "job 77" in capsys.readouterr().out
+
+
+def test_output_dir_of_the_user_or_the_recipe_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(submitit, "AutoExecutor", FakeSlurm)
+    monkeypatch.setenv("PYTHONPATH", "")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("output_dir: from_recipe\neval: true")
+    main(["--config", str(recipe)])
+    assert FakeSlurm.made.trainer.output_dir == "from_recipe" and FakeSlurm.made.trainer.evaluates
+    main(["--config", str(recipe), "--output-dir", "mine/%j", "--no-eval"])
+    assert FakeSlurm.made.trainer.output_dir == "mine/%j" and not FakeSlurm.made.trainer.evaluates
+
+
+def test_cpu_asks_slurm_for_no_gpu(monkeypatch):
+    monkeypatch.setattr(submitit, "AutoExecutor", FakeSlurm)
+    monkeypatch.setenv("PYTHONPATH", "")
+    main(["--ngpus", "3", "--device", "cpu"])
+    assert (FakeSlurm.made.parameters["gpus_per_node"], FakeSlurm.made.parameters["tasks_per_node"]) == (0, 3)
+
+
+# ---------------------------------------------------------------- one task of several nodes
+@pytest.fixture
+def task(monkeypatch, tmp_path):
+    """Calls a Trainer as task `rank` of 2 nodes x 2 tasks; returns main's argv."""
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(key, "")
+
+    def call(trainer, rank, **env):
+        seen = []
+        for key, value in env.items():
+            monkeypatch.setenv(key, value)
+        job = SimpleNamespace(job_id="9", global_rank=rank, local_rank=rank % 2, num_tasks=4, num_nodes=2,
+                              hostnames=["node3", "node4"], _usr_sig=lambda: signal.SIGUSR2)
+        monkeypatch.setattr(submitit, "JobEnvironment", lambda: job)
+        monkeypatch.setitem(sys.modules, "main", SimpleNamespace(main=lambda argv: seen.append(argv) or 0))
+        assert trainer() == 0
+        return seen[0]
+
+    return call
+
+
+def test_tasks_of_two_nodes_meet_at_the_first_host(task, tmp_path):
+    (tmp_path / "9").mkdir()
+    trainer = Trainer(["--lr", "1"], str(tmp_path / "%j"), str(tmp_path / "out%j"))
+    assert task(trainer, 0) == ["--lr", "1", "--output_dir", str(tmp_path / "out9")]
+    port = os.environ["MASTER_PORT"]
+    with socket.socket() as s:
+        s.bind(("", int(port)))                                  # it was free
+    task(trainer, 3)
+    keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ[k] for k in keys] == ["3", "1", "4", "2", "node3", port]
+
+
+def test_a_first_task_that_never_comes(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_with_submitit, "WAIT_FOR_FIRST_TASK_S", 0.2)
+    with pytest.raises(RuntimeError, match="--job_dir"):
+        task(Trainer([], str(tmp_path), str(tmp_path)), 1)
+
+
+@pytest.mark.parametrize("requeues,restarts,saved,evaluates,resumes", [
+    (0, "0", True, False, False),           # a first start beside an old checkpoint: main.py's business
+    (1, "0", True, False, True),
+    (0, "1", True, False, True),            # Slurm lost a node and started the same job again
+    (1, "0", False, False, False),          # nothing saved yet: --resume of the user, if any, still holds
+    (1, "0", True, True, False),
+])
+def test_when_to_resume(task, tmp_path, requeues, restarts, saved, evaluates, resumes):
+    if saved:
+        (tmp_path / "checkpoint.pth").touch()
+    trainer = Trainer(["--resume", "mine.pth"], str(tmp_path), str(tmp_path), evaluates, requeues)
+    argv = task(trainer, 0, SLURM_RESTART_COUNT=restarts)
+    assert (argv[-2:] == ["--resume", "auto"]) == resumes
+    assert argv[:2] == ["--resume", "mine.pth"]
+
+
+def test_a_restart_does_not_read_the_old_address(task, tmp_path, monkeypatch):
+    trainer = Trainer([], str(tmp_path), str(tmp_path))
+    task(trainer, 0)
+    monkeypatch.setattr(run_with_submitit, "WAIT_FOR_FIRST_TASK_S", 0.2)
+    for later in (trainer.checkpoint().function, trainer):
+        with pytest.raises(RuntimeError, match="first task"):
+            task(later, 1, SLURM_RESTART_COUNT="1")
+
+
+# ---------------------------------------------------------------- real processes
+def test_two_local_tasks(checkout):
+    done, calls = checkout("return 0", "--ngpus", "2", "--epochs", "3")
+    assert done.returncode == 0, done.stderr
+    assert sorted(calls) == ["0", "1"]
+    for rank, (call,) in calls.items():
+        assert (call["RANK"], call["LOCAL_RANK"], call["WORLD_SIZE"]) == (rank, rank, "2")
+        assert call["MASTER_ADDR"] == "127.0.0.1" and call["cuda"] == ""
+        assert call["argv"] == ["--device", "cpu", "--epochs", "3", "--output_dir", str(checkout.folder)]
+    assert calls["0"][0]["MASTER_PORT"] == calls["1"][0]["MASTER_PORT"]
+    assert re.search(r"job \d+: log in .*0_log.out", done.stdout)
+
+
+# in the first attempt, main.py saves at a step boundary and returns a code of its own
+SAVES_AND_STOPS = """
+if len((out / f"calls{rank}.jsonl").read_text().splitlines()) == 1:
+    got = []
+    signal.signal(signal.SIGUSR2, lambda *_: got.append(1))
+    os.kill(os.getpid(), signal.SIGUSR2)
+    while not got: time.sleep(.01)
+    if rank == "0": (out / "checkpoint.pth").touch()
+    return 75
+return 0
+"""
+# or it leaves the signal to submitit
+LEAVES_IT_TO_SUBMITIT = """
+if len((out / "calls0.jsonl").read_text().splitlines()) == 1:
+    os.kill(os.getpid(), signal.SIGUSR2)
+    time.sleep(60)
+return 0
+"""
+# scancel sends SIGTERM: the user wants it to end
+ENDS_AT_SIGTERM = """
+signal.signal(signal.SIGTERM, lambda *_: None)
+os.kill(os.getpid(), signal.SIGTERM)
+return 75
+"""
+slow = pytest.mark.slow                     # seconds each, but there are several
+
+
+@pytest.mark.parametrize("behaviour,tasks", [(SAVES_AND_STOPS, 2),
+                                             pytest.param(LEAVES_IT_TO_SUBMITIT, 1, marks=slow)])
+def test_early_warning_requeues(checkout, behaviour, tasks):
+    done, calls = checkout(behaviour, "--ngpus", str(tasks))
+    assert done.returncode == 0, done.stderr
+    assert len(calls) == tasks
+    for first, second in calls.values():
+        assert "auto" not in first["argv"]
+        assert (second["argv"][-2:] == ["--resume", "auto"]) == (behaviour == SAVES_AND_STOPS)
+        assert first["MASTER_PORT"] != second["MASTER_PORT"]
+
+
+@pytest.mark.parametrize("behaviour", ["return 2", pytest.param(ENDS_AT_SIGTERM, marks=slow)])
+def test_failure_is_not_requeued(checkout, behaviour):
+    done, calls = checkout(behaviour)
+    assert done.returncode == 1 and len(calls["0"]) == 1
+    assert "failed: see" in done.stderr and "Traceback" not in done.stderr
+
+
+@slow
+def test_debug_runs_in_this_process(checkout):
+    done, calls = checkout("print('stub ran')\nreturn 0", "--cluster", "debug")
+    assert done.returncode == 0 and "stub ran" in done.stdout, done.stderr
+    assert calls["0"][0]["WORLD_SIZE"] == "1"
+
+
+@slow
+@pytest.mark.skipif(not (ROOT / "main.py").exists(), reason="there is no main.py")
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_real_training(tmp_path, tasks):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_with_submitit.py"), "--cluster", "local", "--ngpus", str(tasks),
+         "--job_dir", str(tmp_path), "--data-set", "DIGITS", "--model", "vit_nano_patch8_32_KAN", "--epochs",
+         "1", "--device", "cpu", "--num-workers", "0", "--no-repeated-aug"],
+        check=False, cwd=tmp_path, capture_output=True, text=True, timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    logs = "".join(file.read_text() for file in tmp_path.glob("*_log.*"))
+    assert done.returncode == 0, done.stderr + logs
+    assert (tmp_path / "checkpoint.pth").exists()
+    assert "epochs: 1" in (tmp_path / "args.yaml").read_text()
