@@ -74,7 +74,7 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
     policy = "3a" if args.ThreeAugment else "" if args.aa in (None, "none") else args.aa
     try:
         primary, secondary, final = create_transform(
-            input_size=args.input_size, is_training=True, color_jitter=args.color_jitter,
+            input_size=args.input_size, is_training=True, hflip=args.hflip, color_jitter=args.color_jitter,
             auto_augment=policy, interpolation=args.train_interpolation, separate=True,
             re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
     except (AssertionError, KeyError, ValueError, IndexError) as error:  # timm's parser raises any of them

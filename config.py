@@ -36,7 +36,7 @@ _SCOPES = {
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
-             "decay_epochs warmup_epochs cooldown_epochs patience_epochs decay_rate color_jitter aa "
+             "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa hflip "
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
@@ -184,6 +184,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add = parser.add_argument_group("learning rate").add_argument
     add("--sched", default="cosine", type=str, metavar="NAME",
         help="cosine, tanh, step, multistep, plateau or poly")
+    add("--sched-on-updates", action=on_off, default=False,
+        help="follow the schedule at every update instead of every epoch: for runs of a few epochs")
     add("--lr", type=float, default=5e-4, help="per 512 images of the global batch (see --unscale-lr)")
     add("--lr-noise", type=float, nargs="+", metavar="F", help="noise on the rate from this share of the "
         "epochs on (a second value: up to that one)")
@@ -199,6 +201,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color-jitter", type=float, default=0.3, metavar="J", help="strength; used where --aa is off")
+    add("--hflip", type=float, default=0.5, metavar="P", help="probability of a mirrored image")
     add("--aa", type=str, default="rand-m9-mstd0.5-inc1", metavar="POLICY",
         help="AutoAugment policy: rand-..., augmix-..., original, v0, 3a or none")
     add("--smoothing", type=float, default=0.1, metavar="S", help="label smoothing")
@@ -325,7 +328,7 @@ _RANGES = {
     **dict.fromkeys(("lr", "opt_eps", "clip_grad", "decay_epochs", "decay_rate", "lr_noise_std", "kan_h",
                      "distillation_tau"), _POSITIVE),
     **dict.fromkeys(("drop", "drop_path", "smoothing", "model_ema_decay", "momentum", "opt_betas"), _BELOW_1),
-    **dict.fromkeys(("reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "cutmix_minmax",
+    **dict.fromkeys(("reprob", "hflip", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "cutmix_minmax",
                      "lr_noise", "lr_noise_pct"), _between(0, 1)),
     **dict.fromkeys(("eval_crop_ratio", "layer_decay"), _SHARE),
     "kan_grid_points": _at_least(2),
@@ -377,6 +380,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
     if args.cutmix_minmax is not None and (len(args.cutmix_minmax) != 2
                                            or args.cutmix_minmax[0] >= args.cutmix_minmax[1]):
         _refuse(args, "cutmix_minmax", "must be two shares, the smaller one first")
+    if args.sched == "plateau" and args.sched_on_updates:
+        raise UserError("--sched-on-updates: --sched plateau reacts to each epoch's accuracy, leave one of them out")
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         _refuse(args, "lr_noise", "must be one or two shares of the epochs")
     _validate_launch(args, world_size)

@@ -5,9 +5,9 @@
 
 One task per GPU; each gets the environment that torchrun would give it. The first task takes a free port of
 its host and publishes it in the job's folder, which all nodes share anyway for submitit's own files: no
-port to choose, and a requeued job finds a new one. Slurm's early warning before the time limit (SIGUSR2)
-lets main.py save and stop at a step boundary; then the job is put back into the queue and goes on with
-`--resume auto`.
+port to choose, and a requeued job finds a new one. At Slurm's early warning before the time limit (SIGUSR2)
+the job is put back into the queue and goes on with `--resume auto`; if main.py handles that signal, only after
+it has stopped by itself.
 `--cluster local` runs the same thing on this machine, without Slurm and, if need be, without a GPU.
 """
 import os
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from config import Parser, get_args_parser, parse_args, validate
-from utils import UserError
+from utils import CHECKPOINT, PREVIOUS, UserError
 
 try:
     import submitit
@@ -78,10 +78,11 @@ class Trainer:
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
 
         argv = [*self.argv, "--output_dir", str(output_dir)]
-        if (self.requeues or restarts) and not self.evaluates and (output_dir / "checkpoint.pth").exists():
+        saved = any((output_dir / name).exists() for name in (CHECKPOINT, PREVIOUS))
+        if saved and (self.requeues or restarts) and not self.evaluates:
             argv += ["--resume", "auto"]
         warning = env._usr_sig()
-        requeue = signal.getsignal(warning)         # submitit's; main.py puts its own handler in its place
+        requeue = signal.getsignal(warning)         # submitit's; main.py may put its own in its place
         received, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         received.setblocking(False)

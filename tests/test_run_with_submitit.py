@@ -182,15 +182,16 @@ def test_a_first_task_that_never_comes(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("requeues,restarts,saved,evaluates,resumes", [
-    (0, "0", True, False, False),           # a first start beside an old checkpoint: main.py's business
-    (1, "0", True, False, True),
-    (0, "1", True, False, True),            # Slurm lost a node and started the same job again
-    (1, "0", False, False, False),          # nothing saved yet: --resume of the user, if any, still holds
-    (1, "0", True, True, False),
+    (0, "0", "checkpoint.pth", False, False),           # a first start beside an old checkpoint: main.py's business
+    (1, "0", "checkpoint.pth", False, True),
+    (1, "0", "checkpoint_previous.pth", False, True),       # stopped between the two renames
+    (0, "1", "checkpoint.pth", False, True),            # Slurm lost a node and started the same job again
+    (1, "0", None, False, False),          # nothing saved yet: --resume of the user, if any, still holds
+    (1, "0", "checkpoint.pth", True, False),
 ])
 def test_when_to_resume(task, tmp_path, requeues, restarts, saved, evaluates, resumes):
     if saved:
-        (tmp_path / "checkpoint.pth").touch()
+        (tmp_path / saved).touch()
     trainer = Trainer(["--resume", "mine.pth"], str(tmp_path), str(tmp_path), evaluates, requeues)
     argv = task(trainer, 0, SLURM_RESTART_COUNT=restarts)
     assert (argv[-2:] == ["--resume", "auto"]) == resumes
@@ -279,7 +280,7 @@ def test_real_training(tmp_path, tasks):
     done = subprocess.run(
         [sys.executable, str(ROOT / "run_with_submitit.py"), "--cluster", "local", "--ngpus", str(tasks),
          "--job_dir", str(tmp_path), "--data-set", "DIGITS", "--model", "vit_nano_patch8_32_KAN", "--epochs",
-         "1", "--device", "cpu", "--num-workers", "0", "--no-repeated-aug"],
+         "1", "--device", "cpu", "--num-workers", "0", "--no-repeated-aug", "--aa", "none"],
         check=False, cwd=tmp_path, capture_output=True, text=True, timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     logs = "".join(file.read_text() for file in tmp_path.glob("*_log.*"))
