@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import Mixup, auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_interp_mode
 from torchvision import transforms
@@ -13,6 +13,16 @@ from torchvision import transforms
 from utils import UserError
 
 REMODES = ("const", "rand", "pixel")
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    return auto_augment.posterize(image, max(1, bits_to_keep))
+
+
+# DeiT's own policy, rand-m9-mstd0.5-inc1, asks for 0 bits at strength 10: black in old versions of Pillow, an error
+# since version 13.
+auto_augment.NAME_TO_OP.update(dict.fromkeys(
+    [name for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")], _posterize))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -93,3 +103,11 @@ def _pad_and_crop(size: int, interpolation: str, padding_mode: str) -> Callable:
     kinds = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     resize = transforms.RandomChoice([transforms.Resize(size, str_to_interp_mode(kind)) for kind in kinds])
     return transforms.Compose([resize, transforms.RandomCrop(size, padding=4, padding_mode=padding_mode)])
+
+
+def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix of a batch, or None where the flags switch both off. Draws from numpy's generator."""
+    if args.mixup == 0 and args.cutmix == 0 and args.cutmix_minmax is None:
+        return None
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                 args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import Process, TrainingFailed, UserError, plain, say, seed_everything
+from utils import Process, TrainingFailed, UserError, plain, seed_everything
 
 AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -58,6 +58,19 @@ class TrainState:
                 "lr_scheduler": plain(self.scheduler.state_dict()), "scaler": plain(self.scaler.state_dict()),
                 "model_ema": dict(self.ema.module.state_dict()) if self.ema else None,
                 "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema}
+
+    def note_best(self, results: dict[str, dict[str, float]]) -> tuple[str, ...]:
+        """Raise the best accuracies; returns the names under which this epoch's checkpoint is kept too.
+
+        results: of `evaluate`, under "test" for the raw model and "ema_test" for the average."""
+        also = []
+        if results["test"]["acc1"] > self.max_accuracy:
+            self.max_accuracy = results["test"]["acc1"]
+            also.append("best_checkpoint.pth")
+        if "ema_test" in results and results["ema_test"]["acc1"] > self.max_accuracy_ema:
+            self.max_accuracy_ema = results["ema_test"]["acc1"]
+            also.append("best_ema_checkpoint.pth")
+        return tuple(also)
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError if the optimizer's state is of another model or optimizer."""

@@ -1,18 +1,17 @@
 """Train, evaluate, resume or fine-tune a vision transformer: `python main.py --help`."""
 import sys
-from typing import Any, Optional
+from typing import Optional
 
 import torch
-from timm.data import Mixup
-from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
 import models_kan
 import start as starting
 import utils
+from augment import build_mixup
 from config import Config, describe_sources, dump_yaml, get_args_parser, parse_args, validate
 from datasets import Loaders, build_loaders
-from engine import TrainState, choose_amp_dtype, ema_model, evaluate, summary, train_one_epoch
+from engine import choose_amp_dtype, ema_model, evaluate, summary, train_one_epoch
 from losses import build_criterion
 from models_kan import ModelSpec
 from utils import Process, RunFolder, TrainingFailed, UserError, say
@@ -47,17 +46,16 @@ def run(argv: list[str]) -> int:
     if config.args.list_models:
         print(starting.model_table())
         return 0
-    validate(config.args, utils.world_size_of_launch())
+    if not config.args.resume:      # else the checkpoint still fills in what is missing
+        validate(config.args, utils.world_size_of_launch())
     process = utils.init_process(config.args.device, config.args.dist_url)
     with utils.main_process_first(process):     # one download, then the cached file
         start = starting.read_start(config)
     config = starting.settle(config, start, process)
     args = config.args
     validate(args, process.world_size)
-    if args.eval and "amp_dtype" not in config.given:
-        amp_dtype = torch.float32
-    else:
-        amp_dtype = choose_amp_dtype(args.amp_dtype, process.device)
+    exact = args.eval and "amp_dtype" not in config.given
+    amp_dtype = torch.float32 if exact else choose_amp_dtype(args.amp_dtype, process.device)
     say(f"device: {process.device}, {process.world_size} process(es), {str(amp_dtype).removeprefix('torch.')}")
     say(describe_sources(config))
 
@@ -98,20 +96,12 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                         "choose another folder")
     if args.attn_only:
         starting.freeze_all_but_attention(model)
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
-                  args.mixup_mode, label_smoothing=args.smoothing, num_classes=loaders.nb_classes) if mixing else None
+    mixup = build_mixup(args, loaders.nb_classes)
     teacher = starting.build_teacher(args, loaders.nb_classes, process.device)
-    criterion = build_criterion(args, loaders.nb_classes, mixing, teacher)
-
+    criterion = build_criterion(args, loaders.nb_classes, mixup is not None, teacher)
     lr = starting.scaled_lr(args, process.world_size)
-    optimizer = starting.build_optimizer(args, model, lr)
     updates = -(-len(loaders.train) // args.grad_accum)
-    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None) \
-        if args.model_ema else None
-    state = TrainState(model, optimizer, starting.build_scheduler(args, optimizer, updates),
-                       torch.amp.GradScaler(process.device.type, enabled=amp_dtype == torch.float16), ema,
-                       epoch=args.start_epoch)
+    state = starting.build_state(args, model, lr, updates, process.device, amp_dtype)
     if start.purpose == "resume":
         models_kan.load_exactly(model, utils.weights_of(start.checkpoint, start.path), f"checkpoint {start.path}")
         state.load_state_dict(start.checkpoint)
@@ -122,10 +112,14 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
     net = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None) \
         if process.world_size > 1 else model
 
+    if args.warmup_epochs >= args.epochs and args.sched != "plateau":
+        say(f"warning: the {args.warmup_epochs} epochs of --warmup-epochs fill all {args.epochs} of --epochs, so --lr "
+            "is never reached", file=sys.stderr)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{spec.name}: {models_kan.count_parameters(model):,} parameters, {n_parameters:,} trained; "
         f"{loaders.data_set}, {loaders.nb_classes} classes; lr {lr:.3g} for "
         f"{args.batch_size * process.world_size * args.grad_accum} images an update")
+    description = starting.description(config, spec, loaders)
     folder.start(dump_yaml(args), argv, state.epoch)
     while state.epoch < args.epochs:
         epoch = state.epoch
@@ -146,37 +140,19 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         state.epoch = epoch + 1
         if args.sched == "plateau":
             state.scheduler.step(state.epoch, results["test"]["acc1"])
-        also = note_best(state, results)
+        also = state.note_best(results)
         folder.log({"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"],
                     **{f"{name}_{key}": value for name, result in results.items() for key, value in result.items()},
                     "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,
                     "epoch_seconds": trained["seconds"], "img_per_s": trained["img_per_s"]})
-        folder.save(checkpoint_of(state, spec, config, loaders), also)
+        folder.save({**state.state_dict(), **description}, also)
     folder.close()
-    say(f"best top-1: model {state.max_accuracy:.2f}" + (f", model_ema {state.max_accuracy_ema:.2f}" if ema else ""))
+    averaged = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""
+    say(f"best top-1: model {state.max_accuracy:.2f}{averaged}")
     if folder.failed:
         raise UserError(f"{folder.failed}: the files there are from before; free some space and start again with "
                         "--resume auto")
     return 0
-
-
-def note_best(state: TrainState, results: dict[str, dict[str, float]]) -> tuple[str, ...]:
-    """Raise the best accuracies; returns the names under which this epoch's checkpoint is kept too."""
-    also = []
-    if results["test"]["acc1"] > state.max_accuracy:
-        state.max_accuracy = results["test"]["acc1"]
-        also.append("best_checkpoint.pth")
-    if "ema_test" in results and results["ema_test"]["acc1"] > state.max_accuracy_ema:
-        state.max_accuracy_ema = results["ema_test"]["acc1"]
-        also.append("best_ema_checkpoint.pth")
-    return tuple(also)
-
-
-def checkpoint_of(state: TrainState, spec: ModelSpec, config: Config, loaders: Loaders) -> dict[str, Any]:
-    """DeiT's keys (args as a dict), the model's description and what an exact resume needs; plain types only."""
-    return {**state.state_dict(), "args": utils.plain({**vars(config.args), "nb_classes": loaders.nb_classes}),
-            "model_args": utils.plain({"name": spec.name, "kwargs": spec.kwargs}),
-            "class_names": loaders.class_names, "versions": utils.versions()}
 
 
 if __name__ == "__main__":

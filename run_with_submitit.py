@@ -6,8 +6,8 @@
 One task per GPU; each gets the environment that torchrun would give it. The first task takes a free port of
 its host and publishes it in the job's folder, which all nodes share anyway for submitit's own files: no
 port to choose, and a requeued job finds a new one. At Slurm's early warning before the time limit (SIGUSR2)
-the job is put back into the queue and goes on with `--resume auto`; if main.py handles that signal, only after
-it has stopped by itself.
+the job is put back into the queue and goes on with `--resume auto`; if main.py handles that signal,
+only after it has stopped by itself.
 `--cluster local` runs the same thing on this machine, without Slurm and, if need be, without a GPU.
 """
 import os

@@ -16,13 +16,27 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3
+from torch import nn
 
 import models_kan
 from config import Config, flag_name, resolve
-from datasets import guess_data_set
+from datasets import Loaders, guess_data_set
+from engine import TrainState
 from models_kan import KAN_OPTIONS, ModelSpec
-from utils import CHECKPOINT, PREVIOUS, Process, UserError, checkpoint_args, fetch, load_file, say, weights_of
+from utils import (
+    CHECKPOINT,
+    PREVIOUS,
+    Process,
+    UserError,
+    checkpoint_args,
+    fetch,
+    load_file,
+    plain,
+    say,
+    versions,
+    weights_of,
+)
 
 
 # ---------------------------------------------------------------- the checkpoint
@@ -265,6 +279,24 @@ def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_p
     if args.sched == "plateau":
         scheduler.lr_scheduler.cooldown = args.cooldown_epochs
     return scheduler
+
+
+def build_state(args: Namespace, model: nn.Module, lr: float, updates_per_epoch: int, device: torch.device,
+                amp_dtype: torch.dtype) -> TrainState:
+    """Optimizer, schedule, loss scaler (float16 only) and moving average for a model that is on its device."""
+    optimizer = build_optimizer(args, model, lr)
+    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None) \
+        if args.model_ema else None
+    return TrainState(model, optimizer, build_scheduler(args, optimizer, updates_per_epoch),
+                      torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), ema,
+                      epoch=args.start_epoch)
+
+
+def description(config: Config, spec: ModelSpec, loaders: Loaders) -> dict[str, Any]:
+    """What a checkpoint says of itself beside the state: flags, architecture, classes, versions; plain types."""
+    return {"args": plain({**vars(config.args), "nb_classes": loaders.nb_classes}),
+            "model_args": plain({"name": spec.name, "kwargs": spec.kwargs}),
+            "class_names": loaders.class_names, "versions": versions()}
 
 
 def model_table(build: Callable[[str], nn.Module] = lambda name: timm.create_model(name, device="meta")) -> str:

@@ -68,7 +68,10 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`--device`: auto is CUDA where there is a GPU, else MPS, else the CPU. UserError if it isn't there."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device: use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or local_rank) >= count:

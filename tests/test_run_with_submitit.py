@@ -182,11 +182,11 @@ def test_a_first_task_that_never_comes(task, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("requeues,restarts,saved,evaluates,resumes", [
-    (0, "0", "checkpoint.pth", False, False),           # a first start beside an old checkpoint: main.py's business
+    (0, "0", "checkpoint.pth", False, False),   # a first start beside an old checkpoint: main.py's business
     (1, "0", "checkpoint.pth", False, True),
-    (1, "0", "checkpoint_previous.pth", False, True),       # stopped between the two renames
-    (0, "1", "checkpoint.pth", False, True),            # Slurm lost a node and started the same job again
-    (1, "0", None, False, False),          # nothing saved yet: --resume of the user, if any, still holds
+    (1, "0", "checkpoint_previous.pth", False, True),  # stopped between the two renames
+    (0, "1", "checkpoint.pth", False, True),    # Slurm lost a node and started the same job again
+    (1, "0", None, False, False),               # nothing saved yet: --resume of the user, if any, still holds
     (1, "0", "checkpoint.pth", True, False),
 ])
 def test_when_to_resume(task, tmp_path, requeues, restarts, saved, evaluates, resumes):

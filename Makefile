@@ -1,0 +1,29 @@
+# make quickstart | make test | make test-slow | make lint | make venv
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
+
+.PHONY: venv quickstart test test-slow lint
+
+# Installed once, and again only when the requirements change.
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, and $(PYTHON) is older or missing: make PYTHON=python3.11 ..." >&2; exit 2; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the requirements into $(VENV) (once; a CUDA build of PyTorch takes several GB)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+quickstart: venv
+	$(PY) tools/quickstart.py
+
+test: venv
+	$(PY) -m pytest
+
+test-slow: venv
+	$(PY) -m pytest -m slow --timeout 3600
+
+lint: venv
+	$(PY) -m ruff check .
