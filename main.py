@@ -105,6 +105,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
     if start.purpose == "resume":
         models_kan.load_exactly(model, utils.weights_of(start.checkpoint, start.path), f"checkpoint {start.path}")
         state.load_state_dict(start.checkpoint)
+        start.checkpoint.clear()        # the state has it now
         say(f"resumed from {start.path}: epoch {state.epoch}, best top-1 {state.max_accuracy:.2f}")
     if state.epoch >= args.epochs:
         say(f"the run has finished its {args.epochs} epochs: nothing left to do (raise --epochs to train on)")

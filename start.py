@@ -1,4 +1,5 @@
 """What a run starts from: checkpoint, effective flags, model, optimizer, schedule, teacher."""
+import logging
 import os
 import re
 import sys
@@ -104,10 +105,12 @@ def _read_source(source: str) -> tuple[str, dict[str, Any]]:
         return _read(source)
     if not timm.is_model(source.split(".")[0]):
         raise UserError(f"--finetune {source} is neither a file, a URL nor the name of a timm model: check it")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
+    say(f"fetching the weights of {source} from timm's hub")
     try:
         return source, {"model": timm.create_model(source, pretrained=True).state_dict(), "args": {}}
     except Exception as error:      # the hub's client raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"--finetune {source}: timm's weights cannot be had ({reason}): check the name and the "
                         "connection, or give a downloaded file") from error
 

@@ -142,15 +142,15 @@ def load_file(path: str | Path) -> dict[str, Any]:
             return {"model": load_safetensors(path)}
         with torch.serialization.safe_globals([Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|Unsupported \w+|class|function) (\S+)", str(error))
-        found = f" ({refused.group(1)})" if refused else ""
-        raise UserError(f"checkpoint {path} holds more than tensors and plain values{found}, or is damaged: refused, "
-                        "since reading it could run its code; get it from its source again") from error
     except PermissionError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except Exception as error:      # a damaged archive makes the reader raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise UserError(f"checkpoint {path} holds more than tensors and plain values ({refused.group(1)}): refused, "
+                            "since reading it could run its code; get it from its source again") from error
+        wordy = re.search(r"WeightsUnpickler error: (.*)", str(error))      # behind an essay on the flag
+        reason = wordy.group(1) if wordy else (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"checkpoint {path} cannot be read, it is damaged or no checkpoint ({reason}): "
                         "copy or download it again") from error
     if not isinstance(checkpoint, dict):
