@@ -12,8 +12,6 @@ from torchvision import transforms
 
 from utils import UserError
 
-REMODES = ("const", "rand", "pixel")
-
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     return auto_augment.posterize(image, max(1, bits_to_keep))
@@ -71,16 +69,14 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
     """The transform of a training or an evaluation image (PIL, RGB) after DeiT.
 
     Training: a crop (random resized crop; `--src` or an input of 32 px and below: the shorter side
-    resized to the input size, 4 px padded, random crop), flip, colours (`--ThreeAugment` in place of
+    resized to the input size, `--crop-padding` around it, random crop), flip, colours (`--ThreeAugment` in place of
     `--aa`; `--color-jitter` with 3-Augment or without `--aa`), normalisation, random erasing (with
     3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`).
 
-    Raises UserError for an unknown `--aa` policy or `--remode`.
+    Raises UserError for an `--aa` policy, `--remode` or `--train-interpolation` that timm does not know.
     """
     if not is_train:
         return EvalTransform(args.input_size, args.eval_crop_ratio)
-    if args.remode not in REMODES:
-        raise UserError(f"--remode {args.remode} is unknown: choose one of {', '.join(REMODES)}")
     policy = "3a" if args.ThreeAugment else "" if args.aa in (None, "none") else args.aa
     try:
         primary, secondary, final = create_transform(
@@ -88,21 +84,24 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
             auto_augment=policy, interpolation=args.train_interpolation, separate=True,
             re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
     except (AssertionError, KeyError, ValueError, IndexError) as error:  # timm's parser raises any of them
-        raise UserError(f"--aa {policy} is not a policy that timm knows ({error}): give one such as "
-                        "rand-m9-mstd0.5-inc1, augmix-m3, original or none") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--aa {policy} (or --remode {args.remode}, --train-interpolation "
+                        f"{args.train_interpolation}) is not one that timm knows ({reason}): give a policy "
+                        "such as rand-m9-mstd0.5-inc1, augmix-m3, original or none") from error
     steps = primary.transforms + secondary.transforms + final.transforms
     erasing = steps.pop() if args.reprob > 0 else None
     if args.src:
-        steps[0] = _pad_and_crop(args.input_size, args.train_interpolation, "reflect")
+        steps[0] = _pad_and_crop(args, "reflect")
     elif args.input_size <= 32:
-        steps[0] = _pad_and_crop(args.input_size, args.train_interpolation, "constant")
+        steps[0] = _pad_and_crop(args, "constant")
     return TrainTransform(steps, erasing)
 
 
-def _pad_and_crop(size: int, interpolation: str, padding_mode: str) -> Callable:
+def _pad_and_crop(args: Namespace, padding_mode: str) -> Callable:
+    size, interpolation, padding = args.input_size, args.train_interpolation, args.crop_padding
     kinds = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     resize = transforms.RandomChoice([transforms.Resize(size, str_to_interp_mode(kind)) for kind in kinds])
-    return transforms.Compose([resize, transforms.RandomCrop(size, padding=4, padding_mode=padding_mode)])
+    return transforms.Compose([resize, transforms.RandomCrop(size, padding=padding or None, padding_mode=padding_mode)])
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:

@@ -36,7 +36,7 @@ _SCOPES = {
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
-             "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa hflip "
+             "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa hflip crop_padding "
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
@@ -201,6 +201,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color-jitter", type=float, default=0.3, metavar="J", help="strength; used where --aa is off")
+    add("--crop-padding", type=int, default=4, metavar="PIXELS",
+        help="around the image before its random crop, at inputs of 32 pixels and below and with --src")
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a mirrored image")
     add("--aa", type=str, default="rand-m9-mstd0.5-inc1", metavar="POLICY",
         help="AutoAugment policy: rand-..., augmix-..., original, v0, 3a or none")
@@ -323,7 +325,7 @@ _RANGES = {
     **dict.fromkeys(("batch_size", "input_size", "grad_accum", "hdim_kan", "recount", "print_freq",
                      "world_size"), _at_least(1)),
     **dict.fromkeys(("epochs", "start_epoch", "num_workers", "seed", "warmup_epochs", "cooldown_epochs",
-                     "patience_epochs", "weight_decay", "warmup_lr", "min_lr", "color_jitter", "mixup",
+                     "patience_epochs", "weight_decay", "warmup_lr", "min_lr", "color_jitter", "crop_padding", "mixup",
                      "cutmix"), _at_least(0)),
     **dict.fromkeys(("lr", "opt_eps", "clip_grad", "decay_epochs", "decay_rate", "lr_noise_std", "kan_h",
                      "distillation_tau"), _POSITIVE),

@@ -200,10 +200,7 @@ def build_dataset(is_train: bool, args: Namespace,
 
     Raises UserError for data that is missing, incomplete or contradicts the flags.
     """
-    data_set = args.data_set or guess_data_set(args.data_path) or "IMNET"
-    if args.download and data_set not in CIFARS:
-        raise UserError(f"--download cannot fetch --data-set {data_set}, only {' and '.join(CIFARS)}: "
-                        "fetch it yourself and name its folder with --data-path")
+    data_set = _data_set(args)
     if data_set == "DIGITS":
         split = _digits(is_train)
     elif data_set in CIFARS:
@@ -215,6 +212,14 @@ def build_dataset(is_train: bool, args: Namespace,
     if class_names:
         split = _as_in_checkpoint(split, args, class_names)
     return ImageSet(split, is_train, args), len(split.classes)
+
+
+def _data_set(args: Namespace) -> str:
+    data_set = args.data_set or guess_data_set(args.data_path) or "IMNET"
+    if args.download and data_set not in CIFARS:
+        raise UserError(f"--download cannot fetch --data-set {data_set}, only {' and '.join(CIFARS)}: "
+                        "fetch it yourself and name its folder with --data-path")
+    return data_set
 
 
 def _as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> Split:
@@ -239,9 +244,12 @@ def _root(args: Namespace) -> str:
     root = os.path.expanduser(args.data_path)
     if args.download:
         return root
-    if not os.path.isdir(root):
-        raise UserError(f"--data-path {args.data_path} is not a folder: check the path")
-    if not os.listdir(root):
+    try:
+        empty = not os.listdir(root)
+    except OSError as error:
+        raise UserError(f"--data-path {args.data_path} is not a folder that can be read ({error.strerror}): "
+                        "check the path") from error
+    if empty:
         raise UserError(f"--data-path {args.data_path} is an empty folder: check the path")
     return root
 
@@ -301,8 +309,8 @@ def _inat(is_train: bool, args: Namespace, year: int) -> Split:
         parts = [image["file_name"].split("/") for image in content[half]["images"]]
         targets = [place[label[int(category)]] for _, _, category, _ in parts]
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f"{half} or categories.json under --data-path {args.data_path} has no usable {error}: "
-                        f"check the files and --inat-category {args.inat_category}") from error
+        raise UserError(f"{half}, train{year}.json and categories.json under --data-path {args.data_path} do not "
+                        f"fit together ({error!r}): check them and --inat-category {args.inat_category}") from error
     if not parts:
         raise UserError(f"{half} under --data-path {args.data_path} lists no image: check the file")
     paths = [os.path.join(root, top, category, name) for top, _, category, name in parts]
@@ -360,7 +368,7 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
 
 def _tiny_annotations(path: str) -> dict[str, str]:
     """Tiny ImageNet's val_annotations.txt: image name -> class; the columns after these are boxes."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         rows = [line.split("\t") for line in file if line.strip()]
     if any(len(row) < 2 for row in rows):
         raise UserError(f"{path} has a line without an image name and a class: fetch the file again")
@@ -401,6 +409,7 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
     if args.resplit and not args.repeated_aug:
         raise UserError("--resplit spares the first repeat of each image from random erasing: "
                         "remove it or --no-repeated-aug")
+    data_set = _data_set(args)
     if args.download and dist.is_initialized():
         args = _download_once(args, process)
     options = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0,
@@ -426,7 +435,6 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
     # Each loader has a generator of its own: iter() draws a number from it, else from the global one.
     val = DataLoader(data, max(1, int(1.5 * args.batch_size)), sampler=shard,
                      generator=torch.Generator(), **options)
-    data_set = args.data_set or guess_data_set(args.data_path) or "IMNET"
     return Loaders(train, val, sampler, data_set, nb_classes, data.classes)
 
 

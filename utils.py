@@ -149,7 +149,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
         if refused:
             raise UserError(f"checkpoint {path} holds more than tensors and plain values ({refused.group(1)}): refused, "
                             "since reading it could run its code; get it from its source again") from error
-        wordy = re.search(r"WeightsUnpickler error: (.*)", str(error))      # behind an essay on the flag
+        wordy = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))      # behind an essay on the flag
         reason = wordy.group(1) if wordy else (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"checkpoint {path} cannot be read, it is damaged or no checkpoint ({reason}): "
                         "copy or download it again") from error

@@ -1,0 +1,168 @@
+"""What the end-to-end tests share: small data sets on disk, runs in this process and in others."""
+import io
+import json
+import multiprocessing
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+from functools import cache
+from multiprocessing import forkserver
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import main as program
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO = "vit_nano_patch8_32_KAN"
+# A run of a second: no warm-up that would outlast it, no worker processes.
+QUICK = ("--device", "cpu", "--num_workers", "0", "--model", NANO, "--batch-size", "16", "--warmup-epochs", "0",
+         "--no-repeated-aug")
+TIMES = ("epoch_seconds", "img_per_s")
+LINE = re.compile(r"(model|model_ema): top-1 (\d+\.\d\d) top-5 (\d+\.\d\d) \((\d+) images\)")
+
+
+# ---------------------------------------------------------------- data
+@cache
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    digits = load_digits()
+    return (digits.images * (255 / 16)).round().astype(np.uint8), digits.target
+
+
+def write_digits(folder: Path, train: int = 16, val: int = 8, classes: int = 3, size: int = 32,
+                 names: list[str] | None = None) -> Path:
+    """train/NAME/*.png and val/NAME/*.png with so many real handwritten digits of each class."""
+    images, targets = _digits()
+    for number, name in enumerate(names or [f"digit{c}" for c in range(classes)]):
+        chosen = np.flatnonzero(targets == number % 10)
+        for half, some in (("train", chosen[:train]), ("val", chosen[train:train + val])):
+            (folder / half / name).mkdir(parents=True)
+            for index in some:
+                image = Image.fromarray(images[index]).resize((size, size), Image.Resampling.BICUBIC)
+                image.convert("RGB").save(folder / half / name / f"{index}.png")
+    return folder
+
+
+# ---------------------------------------------------------------- runs
+def run(*argv) -> int:
+    """The real program in this process."""
+    return program.main([str(word) for word in argv])
+
+
+class Run:
+    """The real program in a process of its own, started in no time by a server that has imported everything."""
+
+    def __init__(self, folder: Path, *argv, environment: dict[str, str] | None = None, cwd: Path | None = None,
+                 file_limit: int | None = None):
+        name = f"process{len(list(folder.glob('process*.out')))}"
+        self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
+        self.out.touch()
+        _start_server()
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=_child, args=([str(word) for word in argv], self.out, self.err, environment or {}, cwd, file_limit))
+        self.process.start()
+
+    def wait(self, timeout: float = 100) -> int:
+        """The exit code; -SIGNAL where a signal ended it."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.kill()
+            raise AssertionError(f"still running after {timeout} s: {self.out.read_text()}{self.err.read_text()}")
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _start_server() -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main", "sklearn.model_selection", "torch.utils.tensorboard"])
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _child(argv: list[str], out: Path, err: Path, environment: dict[str, str], cwd: Path | None,
+           file_limit: int | None) -> None:
+    for path, number in ((out, 1), (err, 2)):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), write_through=True) for n in (1, 2))
+    os.environ.update(environment)
+    os.chdir(cwd or "/")
+    torch.set_num_threads(1)
+    if file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    sys.exit(program.main(argv))
+
+
+def command_line(*argv, cwd: Path | None = None, module: tuple[str, ...] = (), timeout: float = 200,
+                 **environment: str) -> subprocess.CompletedProcess:
+    """`python main.py ...`, or `python -m MODULE ... main.py ...`, as a user types it."""
+    words = [sys.executable, *(["-m", *module] if module else []), str(ROOT / "main.py"), *map(str, argv)]
+    return subprocess.run(words, check=False, cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+# ---------------------------------------------------------------- what a run left
+def checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict:
+    return torch.load(folder / name, map_location="cpu", weights_only=True)
+
+
+def log(folder: Path, times: bool = False) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if times or key not in TIMES} for record in records]
+
+
+def differences(a, b, path: str = "") -> list[str]:
+    """Where two nests of dictionaries, lists, tensors and plain values differ, bit by bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{path}.{key}" for key in a.keys() ^ b.keys()]
+        return found + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    return [] if type(a) is type(b) and a == b else [path]
+
+
+def evaluation(text: str) -> dict[str, tuple[str, str, int]]:
+    """The last lines of an evaluation: "model" and "model_ema" -> top-1, top-5, images."""
+    lines = {}
+    for line in text.splitlines()[-2:]:
+        match = LINE.fullmatch(line)
+        if match:
+            lines[match[1]] = (match[2], match[3], int(match[4]))
+    return lines
+
+
+def sentence(capsys, *argv) -> str:
+    """The one line on stderr of a run that ends with exit code 2."""
+    capsys.readouterr()
+    code = run(*argv)
+    out, err = capsys.readouterr()
+    assert code == 2, f"exit code {code}: {out}{err}"
+    lines = err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and lines[-1] == errors[0], err
+    assert "Traceback" not in err
+    return errors[0].removeprefix("error: ")

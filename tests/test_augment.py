@@ -1,0 +1,252 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms
+
+from augment import build_transform, to_rgb
+from config import get_args_parser
+from utils import UserError
+
+
+def make_args(**changes):
+    args = get_args_parser().parse_args([])
+    vars(args).update(changes)
+    return args
+
+
+def photo(width=80, height=60, seed=0):
+    """Smooth colours with some structure, so that every augmentation shows."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def seed_all(seed=0):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def train_outputs(image=None, count=12, **changes):
+    """`count` training tensors stacked, the same random numbers whatever the flags."""
+    transform = build_transform(True, make_args(**{"input_size": 48, **changes}))
+    outputs = []
+    for seed in range(count):
+        seed_all(seed)
+        outputs.append(transform(image or photo()))
+    return torch.stack(outputs)
+
+
+def pixels(tensor):
+    """A normalised tensor as the PIL image it was made of."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    values = ((tensor * std + mean) * 255).round().clamp(0, 255)
+    return Image.fromarray(values.byte().permute(1, 2, 0).numpy())
+
+
+PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
+
+
+# ---------------------------------------------------------------- no flag is dead
+@pytest.mark.parametrize("base, change", [
+    ({}, {"aa": "none"}),
+    ({}, {"aa": "rand-m3-mstd0.5-inc1"}),
+    ({"aa": "none"}, {"color_jitter": 0.0}),
+    ({"ThreeAugment": True}, {"color_jitter": 0.0}),
+    ({}, {"hflip": 0.0}),
+    ({}, {"reprob": 0.0}),
+    ({"reprob": 1.0, **{k: v for k, v in PLAIN.items() if k != "reprob"}}, {"remode": "const"}),
+    ({"reprob": 1.0}, {"remode": "rand"}),
+    ({"reprob": 1.0}, {"recount": 4}),
+    ({"ThreeAugment": True, "reprob": 1.0}, {"reprob": 0.0}),
+    ({}, {"train_interpolation": "bilinear"}),
+    ({}, {"train_interpolation": "random"}),
+    ({"src": True, **PLAIN}, {"train_interpolation": "nearest"}),
+    ({"src": True, **PLAIN}, {"train_interpolation": "random"}),
+    ({"input_size": 24, **PLAIN}, {"train_interpolation": "nearest"}),
+    ({}, {"ThreeAugment": True}),
+    ({}, {"src": True}),
+    ({"ThreeAugment": True}, {"src": True}),
+    ({"input_size": 32}, {"src": True}),
+], ids=str)
+def test_flag_changes_what_training_sees(base, change):
+    before, after = train_outputs(**base), train_outputs(**{**base, **change})
+    assert before.shape == after.shape
+    assert not torch.equal(before, after)
+    assert torch.equal(before, train_outputs(**base))  # or the comparison would say nothing
+
+
+@pytest.mark.parametrize("size", [24, 48])
+def test_eval_crop_ratio_changes_what_evaluation_sees(size):
+    one, other = (build_transform(False, make_args(input_size=size, eval_crop_ratio=ratio))(photo())
+                  for ratio in (0.875, 1.0))
+    assert one.shape == other.shape == (3, size, size)
+    assert not torch.equal(one, other)
+
+
+# ---------------------------------------------------------------- as DeiT
+def test_training_is_timms_transform_above_32_px():
+    args = make_args(input_size=48)
+    theirs = create_transform(48, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa,
+                              interpolation=args.train_interpolation, re_prob=1.0, re_mode=args.remode,
+                              re_count=args.recount)
+    for seed, ours in enumerate(train_outputs(reprob=1.0)):
+        seed_all(seed)
+        assert torch.equal(ours, theirs(photo()))
+
+
+@pytest.mark.parametrize("size, ratio, resized", [(48, 0.875, 54), (33, 1.0, 33), (224, 0.875, 256)])
+def test_evaluation_is_deits_resize_and_centre_crop(size, ratio, resized):
+    theirs = transforms.Compose([
+        transforms.Resize(resized, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(size), transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    ours = build_transform(False, make_args(input_size=size, eval_crop_ratio=ratio))
+    assert torch.equal(ours(photo()), theirs(photo()))
+
+
+@pytest.mark.parametrize("off", ["none", "", None])
+def test_aa_can_be_switched_off(off):
+    assert torch.equal(train_outputs(aa=off), train_outputs(aa="none"))
+
+
+@pytest.mark.parametrize("policy", ["augmix-m3", "original", "v0", "3a", "rand-m9-mstd0.5"])
+def test_timms_other_policies_work(policy):
+    assert train_outputs(aa=policy, count=3).shape == (3, 3, 48, 48)
+
+
+def test_the_strongest_posterize_survives():
+    assert train_outputs(aa="rand-m10-mstd0.5-inc1-n9", count=30).isfinite().all()
+
+
+@pytest.mark.parametrize("policy", ["nonsense", "rand-nonsense9", "augmix-q1"])
+def test_an_unknown_policy_names_the_flag(policy):
+    with pytest.raises(UserError, match=f"--aa {policy} .*none"):
+        build_transform(True, make_args(aa=policy))
+
+
+def test_an_unknown_remode_names_the_flag():
+    with pytest.raises(UserError, match="--remode sometimes"):
+        build_transform(True, make_args(remode="sometimes"))
+
+
+# ---------------------------------------------------------------- 32 px and below
+def test_small_training_image_is_padded_by_4_and_cropped():
+    image = photo(32, 32)
+    padded = ImageOps.expand(image, border=4, fill=0)
+    crops = {padded.crop((x, y, x + 32, y + 32)).tobytes(): (x, y) for x in range(9) for y in range(9)}
+    places = {crops[pixels(output).tobytes()] for output in train_outputs(image, 40, input_size=32, hflip=0., **PLAIN)}
+    assert len(places) > 20
+    assert min(min(place) for place in places) == 0 and max(max(place) for place in places) == 8
+
+
+def test_small_src_pads_by_reflection():
+    image = Image.new("RGB", (32, 32), "white")
+    assert train_outputs(image, 20, input_size=32, src=True, **PLAIN).min() > 2  # white all over
+    assert train_outputs(image, 20, input_size=32, src=False, **PLAIN).min() < -1  # black edges
+
+
+def test_small_evaluation_image_is_taken_as_it_is():
+    output = build_transform(False, make_args(input_size=32))(photo(32, 32))
+    assert pixels(output).tobytes() == photo(32, 32).tobytes()
+
+
+@pytest.mark.parametrize("size", [8, 28, 32, 33, 48])
+@pytest.mark.parametrize("width, height", [(8, 8), (32, 32), (100, 40), (40, 100), (32, 48), (31, 32), (1, 1)])
+@pytest.mark.parametrize("flags", [{}, {"src": True}, {"ThreeAugment": True}], ids=str)
+def test_images_of_any_size_come_out_square(size, width, height, flags):
+    args = make_args(input_size=size, **flags)
+    for is_train in (True, False):
+        output = build_transform(is_train, args)(photo(width, height))
+        assert output.shape == (3, size, size) and output.dtype == torch.float32
+
+
+def test_small_training_resizes_larger_images_instead_of_cutting_a_corner_out():
+    image = Image.new("RGB", (200, 100))
+    image.paste("white", (100, 0, 200, 100))  # left half black, right half white
+    outputs = train_outputs(image, 60, input_size=32, **PLAIN)[:, :, 8:-8, 8:-8]  # away from the padding
+    both = sum(int(output.min() < -1 and output.max() > 2) for output in outputs)
+    assert both > 20  # a 32 px cut out of 200 would show both halves in one of six
+
+
+def test_src_shows_the_shorter_side_almost_whole():
+    image = Image.new("RGB", (96, 96))
+    image.paste("white", (40, 40, 56, 56))
+    shown = (train_outputs(image, 30, src=True, **PLAIN) > 0)[:, 0].sum((1, 2))  # white pixels
+    assert (shown.float() - 64).abs().max() < 20                      # 8 x 8 of 48 x 48, never zoomed into
+    zoomed = (train_outputs(image, 30, **PLAIN) > 0)[:, 0].sum((1, 2))
+    assert zoomed.float().std() > 50
+
+
+# ---------------------------------------------------------------- 3-Augment
+def test_three_augment_is_gray_solarize_or_blur():
+    image = photo(48, 48)
+    reflected = Image.fromarray(np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="reflect"))
+    crops = [reflected.crop((x, y, x + 48, y + 48)) for x in range(9) for y in range(9)]
+    expected = {crop.convert("L").convert("RGB").tobytes(): "gray" for crop in crops}
+    expected |= {ImageOps.solarize(crop).tobytes(): "solarize" for crop in crops}
+    outputs = [pixels(output) for output in train_outputs(image, 60, ThreeAugment=True, src=True, hflip=0., **PLAIN)]
+    kinds = [expected.get(output.tobytes(), "other") for output in outputs]
+    assert all(kinds.count(kind) >= 8 for kind in ("gray", "solarize", "other")), kinds
+    # What is left is blurred: near one of the crops, and smoother than any.
+    for output in (output for output, kind in zip(outputs, kinds) if kind == "other"):
+        distance = min(np.abs(np.asarray(output).astype(int) - np.asarray(crop)).mean() for crop in crops)
+        assert distance < 10
+
+
+def test_three_augment_replaces_aa():
+    assert torch.equal(train_outputs(ThreeAugment=True, aa="none"), train_outputs(ThreeAugment=True))
+
+
+# ---------------------------------------------------------------- random erasing can be left out
+def test_erasing_is_a_last_step_that_can_be_skipped():
+    with_erasing = build_transform(True, make_args(input_size=48, reprob=1.0))
+    without = build_transform(True, make_args(input_size=48, reprob=0.0))
+    for seed in range(5):
+        outputs = []
+        for call in (lambda: with_erasing(photo(), erase=False), lambda: without(photo()),
+                     lambda: with_erasing(photo())):
+            seed_all(seed)
+            outputs.append(call())
+        assert torch.equal(outputs[0], outputs[1])
+        assert not torch.equal(outputs[0], outputs[2])
+
+
+# ---------------------------------------------------------------- modes
+def test_16_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 128, 257, 32896, 65535]], dtype=np.uint16)
+    rgb = to_rgb(Image.fromarray(values))
+    assert rgb.mode == "RGB"
+    assert np.asarray(rgb)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
+    wide = Image.fromarray(np.array([[-5, 0, 257, 32896, 70000]], dtype=np.int32))
+    assert np.asarray(to_rgb(wide))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "F",
+                                  "I", "I;16", "I;16B"])
+def test_every_mode_becomes_rgb(mode):
+    assert to_rgb(Image.new(mode, (5, 4))).mode == "RGB"
+    assert to_rgb(Image.new(mode, (5, 4))).size == (5, 4)
+
+
+def test_alpha_is_dropped_and_the_colour_below_kept():
+    assert to_rgb(Image.new("RGBA", (2, 2), (10, 20, 30, 0))).getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_an_animations_first_frame_is_taken(tmp_path):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / "a.png") as image:
+        assert to_rgb(image).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_ignored_as_by_torchvision(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    photo(20, 10).save(tmp_path / "a.jpg", exif=exif)
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert to_rgb(image).size == (20, 10)

@@ -1,0 +1,769 @@
+"""The program from end to end: real flags, real images on disk, real files, and processes that are killed."""
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+import main as program
+import models_kan
+from e2e import (
+    NANO,
+    QUICK,
+    ROOT,
+    Run,
+    checkpoint,
+    command_line,
+    differences,
+    evaluation,
+    log,
+    run,
+    sentence,
+    write_digits,
+)
+
+REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
+STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema")
+# A slow average would be the initial model for the length of a test, a low rate would leave the weights alone.
+LEARN = ("--model-ema-decay", "0.8", "--unscale-lr", "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def digits64(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits64"), size=64)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """A run of three epochs that nothing interrupted. Read only."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(*three_epochs(data, folder)) == 0
+    return folder
+
+
+def three_epochs(data: Path, folder: Path) -> tuple:
+    return (*QUICK, *LEARN, "--epochs", 3, "--data-path", data, "--output_dir", folder)
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of the finished run, to do something to."""
+    return Path(shutil.copytree(whole, tmp_path / "copied"))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Weights before and after each epoch of the runs of a test: [(before, after, state), ...]."""
+    epochs = []
+    real = program.train_one_epoch
+
+    def watching(net, state, *args, **kwargs):
+        before = {key: value.clone() for key, value in state.model.state_dict().items()}
+        result = real(net, state, *args, **kwargs)
+        epochs.append((before, {key: value.clone() for key, value in state.model.state_dict().items()}, state))
+        return result
+
+    monkeypatch.setattr(program, "train_one_epoch", watching)
+    return epochs
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    return {key for key in before if not torch.equal(before[key], after[key])}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same_run(a: Path, b: Path) -> None:
+    one, two = checkpoint(a), checkpoint(b)
+    assert not differences({key: one[key] for key in STATE}, {key: two[key] for key in STATE})
+    assert log(a) == log(b)
+
+
+# ---------------------------------------------------------------- training
+def test_a_run_leaves_its_files(whole, data):
+    names = {path.name for path in whole.iterdir()}
+    assert {"checkpoint.pth", "checkpoint_previous.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth", "log.txt",
+            "args.yaml", "run.yaml"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not [name for name in names if name.endswith(".tmp")]
+    records = log(whole, times=True)
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert record["test_images"] == record["ema_test_images"] == 24
+        assert record["train_loss"] > 0 and record["epoch_seconds"] > 0 and record["img_per_s"] > 0
+        assert 0 <= record["test_acc1"] <= record["test_acc5"] == 100
+    best = max(records, key=lambda record: record["test_acc1"])
+    assert checkpoint(whole)["max_accuracy"] == best["test_acc1"]
+    assert checkpoint(whole, "best_checkpoint.pth")["epoch"] == best["epoch"]
+    best = max(records, key=lambda record: record["ema_test_acc1"])
+    assert checkpoint(whole, "best_ema_checkpoint.pth")["epoch"] == best["epoch"]
+    args = yaml.safe_load((whole / "args.yaml").read_text())
+    assert (args["model"], args["input_size"], args["data_set"], args["epochs"]) == (NANO, 32, "FOLDER", 3)
+    assert args["data_path"] == str(data)
+    launch, = yaml.safe_load((whole / "run.yaml").read_text())
+    assert launch["processes"] == 1 and "--epochs 3" in launch["command"] and launch["versions"]["torch"]
+
+
+def test_tensorboard_shows_the_numbers_of_the_log(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(whole))
+    board.Reload()
+    for tag, key in (("test/acc1", "test_acc1"), ("train/loss", "train_loss"), ("ema_test/loss", "ema_test_loss")):
+        shown = {event.step: event.value for event in board.Scalars(tag)}
+        assert shown == pytest.approx({record["epoch"]: record[key] for record in log(whole)})
+
+
+def test_training_learns(data, tmp_path):
+    assert run(*QUICK, "--data-path", data, "--output_dir", tmp_path / "out", "--epochs", 12, "--unscale-lr", "--lr", 3e-3,
+               "--mixup", 0, "--cutmix", 0, "--aa", "none", "--reprob", 0, "--hflip", 0, "--model-ema-decay", 0.8,
+               "--drop-path", 0, "--color-jitter", 0) == 0
+    assert checkpoint(tmp_path / "out")["max_accuracy"] > 80      # chance: 33
+
+
+def test_its_args_as_a_recipe_give_the_same_run(whole, tmp_path):
+    assert run("--config", whole / "args.yaml", "--output_dir", tmp_path / "again") == 0
+    same_run(whole, tmp_path / "again")
+
+
+def test_another_seed_gives_another_run(whole, tmp_path):
+    assert run("--config", whole / "args.yaml", "--output_dir", tmp_path / "other", "--seed", 1) == 0
+    assert len(changed(checkpoint(whole)["model"], checkpoint(tmp_path / "other")["model"])) > 20
+
+
+def test_worker_processes_do_not_change_the_run(whole, data, tmp_path):
+    assert run(*three_epochs(data, tmp_path / "out"), "--num_workers", 2) == 0
+    same_run(whole, tmp_path / "out")
+
+
+def test_a_new_run_refuses_a_folder_that_holds_one(copied, data, capsys):
+    before = contents(copied)
+    assert "holds a run already" in sentence(capsys, *three_epochs(data, copied))
+    assert contents(copied) == before
+
+
+def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*QUICK, "--data-path", data, "--epochs", 1) == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [
+    "--bce-loss", "--bce-loss --mixup 0 --cutmix 0", "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.8",
+    "--mixup-mode elem", "--mixup-mode pair", "--cosub", "--cosub --bce-loss", "--ThreeAugment", "--src", "--repeated-aug",
+    "--repeated-aug --resplit", "--no-train-mode", "--grad-accum 2", "--grad-checkpointing", "--amp-dtype bfloat16",
+    "--model-ema-force-cpu", "--no-model-ema", "--layer-decay 0.7", "--clip-grad 1", "--drop 0.2 --drop-path 0.2",
+    "--opt sgd", "--opt lamb", "--opt muon", "--sched tanh", "--sched step --decay-epochs 1",
+    "--sched multistep --decay-epochs 1", "--sched plateau", "--sched poly", "--sched-on-updates",
+    "--lr-noise 0.1 0.9", "--aa augmix-m3", "--aa 3a", "--kan-trainable-grid --kan-trainable-h",
+    "--hdim_kan 16 --kan-grid-points 4 --kan-grid-range -1 1 --kan-h 0.5", "--model vit_nano_patch8_32_ViT",
+    "--model resnet18", "--model vit_tiny_patch16_224 --input-size 32", "--dist-eval --pin-mem --print-freq 1",
+])
+def test_each_way_of_training_runs(flags, data, watched, capsys):
+    assert run(*QUICK, "--data-path", data, "--epochs", 1, *flags.split()) == 0
+    (before, after, state), = watched
+    assert all(value.isfinite().all() for value in after.values())
+    trained = {name for name, parameter in state.model.named_parameters()
+               if before[name].ne(after[name]).any() or not parameter.requires_grad}
+    if "resnet" not in flags:       # a zero-initialised scale leaves nothing out, but holds back what is before it
+        assert trained == dict(state.model.named_parameters()).keys()
+    out, err = capsys.readouterr()
+    assert "model: top-1" in out and ("model_ema: top-1" in out) == ("--no-model-ema" not in flags)
+    assert not err
+
+
+@pytest.mark.parametrize("flags", [(), ("--finetune", "self")])
+def test_attention_only(flags, data, watched, whole):
+    flags = [str(whole / "checkpoint.pth") if word == "self" else word for word in flags]
+    assert run(*QUICK, *LEARN, "--data-path", data, "--epochs", 1, "--attn-only", *flags) == 0
+    (before, after, _), = watched
+    moved = changed(before, after)
+    assert moved == {key for key in before if ".attn." in key or key.startswith("head.") or key == "pos_embed"}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_code_1(copied, data, capsys):
+    before = (copied / "checkpoint.pth").read_bytes()
+    saved = checkpoint(copied)
+    saved["model"]["head.bias"].fill_(float("nan"))
+    torch.save(saved, copied / "checkpoint.pth")
+    spoiled = (copied / "checkpoint.pth").read_bytes()
+    assert before != spoiled
+    assert run(*three_epochs(data, copied), "--resume", "auto", "--epochs", 4) == 1
+    assert re.search(r"^stopped: the loss became nan by step \d+ of epoch 3 .*--lr", capsys.readouterr().err)
+    assert (copied / "checkpoint.pth").read_bytes() == spoiled and len(log(copied)) == 3
+
+
+def test_interrupted_from_the_keyboard(data, tmp_path):
+    process = Run(tmp_path, *three_epochs(data, tmp_path / "out"), "--epochs", 1000)
+    wait_for(tmp_path / "out" / "checkpoint.pth")
+    os.kill(process.process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    assert process.err.read_text().startswith("stopped: interrupted") and "Traceback" not in process.err.read_text()
+    checkpoint(tmp_path / "out")
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- distillation
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("teacher")
+    assert run(*QUICK, "--model", "vit_nano_patch8_32_ViT", "--epochs", 1, "--data-path", data, "--output_dir", folder) == 0
+    return "--teacher-model", "vit_nano_patch8_32_ViT", "--teacher-path", str(folder / "checkpoint.pth")
+
+
+STUDENT = ("--model", "deit_tiny_distilled_patch16_224_KAN", "--input-size", "32", "--hdim_kan", "8")
+
+
+@pytest.mark.parametrize("kind", ["none", "soft", "hard"])
+def test_distillation(kind, data, teacher, watched):
+    weights_of_teacher = torch.load(teacher[-1], weights_only=True)["model"]
+    assert run(*QUICK, *STUDENT, *LEARN, "--data-path", data, "--epochs", 1, "--distillation-type", kind, *teacher) == 0
+    (before, after, _), = watched
+    assert {"dist_token", "cls_token", "head.weight", "head_dist.weight"} <= changed(before, after)
+    assert not changed(weights_of_teacher, torch.load(teacher[-1], weights_only=True)["model"])
+
+
+def test_the_teacher_alone_teaches_with_alpha_1(data, teacher, watched):
+    """alpha 1 leaves the labels out: nothing moves the head of the class token."""
+    assert run(*QUICK, *STUDENT, *LEARN, "--data-path", data, "--epochs", 1, "--distillation-type", "hard",
+               "--distillation-alpha", 1, "--weight-decay", 0, *teacher) == 0
+    (before, after, _), = watched
+    moved = changed(before, after)
+    assert "head_dist.weight" in moved and "head.weight" not in moved
+
+
+def test_distillation_needs_its_teacher_and_a_student_with_a_token(data, teacher, tmp_path, capsys):
+    flags = (*QUICK, "--data-path", data, "--epochs", 1, "--distillation-type", "soft")
+    assert "--teacher-path" in sentence(capsys, *flags, *STUDENT)
+    assert "distillation token" in sentence(capsys, *flags, *teacher)
+    assert "--teacher-model no_such_model" in sentence(capsys, *flags, *STUDENT, *teacher, "--teacher-model", "no_such_model")
+    assert "--teacher-path" in sentence(capsys, *flags, *STUDENT, *teacher, "--teacher-model", "resnet18")
+    assert "does not exist" in sentence(capsys, *flags, *STUDENT, "--teacher-path", tmp_path / "absent.pth")
+
+
+# ---------------------------------------------------------------- evaluation
+def logged(record: dict, images: int = 24) -> dict:
+    return {name: (f"{record[f'{key}_acc1']:.2f}", f"{record[f'{key}_acc5']:.2f}", images)
+            for name, key in (("model", "test"), ("model_ema", "ema_test"))}
+
+
+def test_evaluation_gives_the_numbers_of_the_training(whole, data, capsys):
+    for name in ("checkpoint.pth", "checkpoint_previous.pth", "best_checkpoint.pth"):
+        assert run("--eval", "--resume", whole / name, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
+        record = log(whole)[checkpoint(whole, name)["epoch"]]
+        assert evaluation(capsys.readouterr().out) == logged(record)
+
+
+def test_evaluation_from_the_command_line_in_another_folder(whole, data, tmp_path):
+    done = command_line("--eval", "--resume", whole / "checkpoint.pth", "--data-path", data, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert evaluation(done.stdout) == logged(log(whole)[-1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluation_counts_each_image_whatever_the_batch(whole, data, tmp_path, capsys):
+    odd = write_digits(tmp_path / "odd", val=7)
+    for size in (1, 3, 64):
+        assert run("--eval", "--resume", whole / "checkpoint.pth", "--data-path", odd, "--device", "cpu",
+                   "--num_workers", 0, "--batch-size", size) == 0
+        assert {line[2] for line in evaluation(capsys.readouterr().out).values()} == {21}
+
+
+def test_evaluation_of_digits_without_a_folder(tmp_path, capsys, monkeypatch):
+    flags = (*QUICK, *LEARN, "--data-set", "DIGITS", "--aa", "none", "--reprob", 0, "--batch-size", 256)
+    assert run(*flags, "--epochs", 1, "--output_dir", tmp_path / "out") == 0
+    capsys.readouterr()
+    assert run("--eval", "--resume", tmp_path / "out/checkpoint.pth") == 0
+    assert evaluation(capsys.readouterr().out) == logged(log(tmp_path / "out")[-1], images=360)
+
+
+def test_evaluation_maps_classes_by_name(whole, data, tmp_path, capsys):
+    """Classes of the data that are missing or lie in another order keep the checkpoint's meaning."""
+    part = tmp_path / "part"
+    for name in ("digit1", "digit2"):
+        shutil.copytree(data / "val" / name, part / "val" / name)
+    assert run("--eval", "--resume", whole / "checkpoint.pth", "--data-path", part, "--device", "cpu") == 0
+    top1, _, images = evaluation(capsys.readouterr().out)["model"]
+    model = timm.create_model(NANO, num_classes=3).eval()
+    model.load_state_dict(checkpoint(whole)["model"])
+    right = sum((predictions(model, data / "val" / f"digit{c}") == c).sum().item() for c in (1, 2))
+    assert (top1, images) == (f"{100 * right / 16:.2f}", 16)
+
+
+def predictions(model: torch.nn.Module, folder: Path) -> torch.Tensor:
+    """Classes that the model gives the images of a folder, which already have its size."""
+    mean, std = (np.array(numbers, dtype=np.float32) for numbers in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = np.stack([np.asarray(Image.open(path), dtype=np.float32) for path in sorted(folder.rglob("*.png"))])
+    with torch.inference_mode():
+        return model(torch.from_numpy(((pixels / 255 - mean) / std).transpose(0, 3, 1, 2))).argmax(1)
+
+
+def test_evaluation_needs_a_checkpoint(data, tmp_path, capsys):
+    assert "--resume" in sentence(capsys, "--eval", "--data-path", data)
+    assert "holds no checkpoint" in sentence(capsys, "--eval", "--resume", "auto", "--output_dir", tmp_path)
+
+
+def test_evaluation_writes_nothing(copied, data):
+    before = contents(copied)
+    assert run("--eval", "--resume", "auto", "--output_dir", copied, "--data-path", data, "--device", "cpu") == 0
+    assert contents(copied) == before
+
+
+# ---------------------------------------------------------------- resuming
+class Cut(BaseException):
+    """Ends a run as abruptly as a test can within its own process."""
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 1, "--decay-rate", 0.5),
+    ("--grad-accum", 2, "--sched-on-updates", "--warmup-epochs", 1, "--opt", "sgd", "--cosub", "--drop", 0.1),
+    ("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit")])
+def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
+    flags = (*QUICK, *LEARN, "--data-path", data, "--epochs", 5, *flags)
+    assert run(*flags, "--output_dir", tmp_path / "whole") == 0
+    real, epochs = program.train_one_epoch, []
+
+    def cut_in_the_third_epoch(*args, **kwargs):
+        epochs.append(real(*args, **kwargs))
+        if len(epochs) == 3:
+            raise Cut
+        return epochs[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(program, "train_one_epoch", cut_in_the_third_epoch)
+        run(*flags, "--output_dir", tmp_path / "parts")
+    assert len(log(tmp_path / "parts")) == 2
+    assert run(*flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    starts = [launch["first_epoch"] for launch in yaml.safe_load((tmp_path / "parts/run.yaml").read_text())]
+    assert starts == [0, 2]
+
+
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(whole, data, tmp_path):
+    moments = random.Random(0)
+    flags = (*three_epochs(data, tmp_path / "out"), "--resume", "auto")
+    for _ in range(3):
+        process = Run(tmp_path, *flags)
+        time.sleep(moments.uniform(0, 2))
+        process.kill()
+        if (tmp_path / "out/checkpoint.pth").exists():
+            checkpoint(tmp_path / "out")        # whole
+    last = Run(tmp_path, *flags)
+    assert last.wait() == 0, last.err.read_text()
+    same_run(whole, tmp_path / "out")
+
+
+def test_resuming_keeps_a_better_best_checkpoint(copied, data):
+    saved = checkpoint(copied)
+    torch.save({**saved, "max_accuracy": 100.0, "max_accuracy_ema": 0.0}, copied / "checkpoint.pth")
+    best, best_ema = ((copied / name).read_bytes() for name in ("best_checkpoint.pth", "best_ema_checkpoint.pth"))
+    assert run(*three_epochs(data, copied), "--resume", "auto", "--epochs", 4) == 0
+    assert (copied / "best_checkpoint.pth").read_bytes() == best
+    assert checkpoint(copied)["max_accuracy"] == 100
+    assert (copied / "best_ema_checkpoint.pth").read_bytes() != best_ema    # there any accuracy was better than 0
+
+
+def test_a_finished_run_has_nothing_left_to_do(copied, data, capsys):
+    before = contents(copied)
+    assert run(*three_epochs(data, copied), "--resume", "auto") == 0
+    assert "has finished its 3 epochs" in capsys.readouterr().out
+    assert contents(copied) == before
+
+
+def test_epochs_may_grow(copied, data):
+    assert run(*three_epochs(data, copied), "--resume", "auto", "--epochs", 5) == 0
+    assert [record["epoch"] for record in log(copied)] == [0, 1, 2, 3, 4]
+
+
+def test_resume_auto_begins_where_there_is_nothing(whole, data, tmp_path, capsys):
+    assert run(*three_epochs(data, tmp_path / "new"), "--resume", "auto") == 0
+    assert "a new run begins" in capsys.readouterr().out
+    same_run(whole, tmp_path / "new")
+
+
+def test_only_the_folders_are_needed_to_resume(copied, data, capsys):
+    assert run("--resume", "auto", "--output_dir", copied, "--data-path", data, "--epochs", 4, "--device", "cpu") == 0
+    assert f"model {NANO}" in capsys.readouterr().out
+    assert len(log(copied)) == 4
+
+
+@pytest.mark.parametrize(("flag", "value"), [
+    ("--lr", "0.5"), ("--opt", "sgd"), ("--seed", "7"), ("--model", "vit_nano_patch4_32_KAN"), ("--hdim_kan", "96"),
+    ("--input-size", "64"), ("--data-set", "DIGITS"), ("--mixup", "0"), ("--sched", "step"), ("--kan-h", "0.5")])
+def test_a_flag_that_contradicts_the_checkpoint(flag, value, copied, data, capsys):
+    before = contents(copied)
+    assert flag in sentence(capsys, "--resume", "auto", "--output_dir", copied, "--data-path", data, "--epochs", 4,
+                            "--device", "cpu", flag, value)
+    assert contents(copied) == before
+
+
+def test_resuming_a_checkpoint_into_the_folder_of_another_run(whole, copied, data, tmp_path, capsys):
+    other = shutil.copytree(whole, tmp_path / "other")
+    before = contents(copied)
+    assert "--output_dir" in sentence(capsys, *three_epochs(data, copied), "--resume", other / "checkpoint.pth",
+                                      "--epochs", 4)
+    assert contents(copied) == before
+
+
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(whole, copied, data, capsys):
+    (copied / "checkpoint.pth").write_bytes((copied / "checkpoint.pth").read_bytes()[:100_000])
+    assert run(*three_epochs(data, copied), "--resume", "auto") == 0
+    err = capsys.readouterr().err
+    assert "warning: checkpoint" in err and "checkpoint_previous.pth" in err
+    same_run(whole, copied)
+
+
+def test_both_checkpoints_damaged(copied, data, capsys):
+    for name in ("checkpoint.pth", "checkpoint_previous.pth"):
+        (copied / name).write_bytes(b"")
+    before = contents(copied)
+    assert "cannot be read" in sentence(capsys, *three_epochs(data, copied), "--resume", "auto")
+    assert contents(copied) == before
+
+
+# ---------------------------------------------------------------- checkpoints of the original Vision-KAN
+def released(path: Path, classes: int = 3) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Write a checkpoint in the layout of the original code; returns our models of its two sets of weights."""
+    kwargs = dict(img_size=64, num_classes=classes, hdim_kan=20, qkv_bias=False, block_norm_eps=1e-5)
+    models, states = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = timm.create_model("deit_tiny_patch16_224_KAN", **kwargs).eval()
+        torch.nn.init.normal_(model.head.weight)
+        state = {key.replace(".mlp.layers.", ".kan.layers."): value for key, value in model.state_dict().items()}
+        for block in range(12):        # the original's unused MLP
+            for name, shape in (("fc1.weight", (768, 192)), ("fc1.bias", (768,)), ("fc2.weight", (192, 768)),
+                                ("fc2.bias", (192,))):
+                state[f"blocks.{block}.mlp.{name}"] = torch.zeros(shape)
+        models.append(model)
+        states.append(state)
+    args = Namespace(model="deit_tiny_patch16_224_KAN", data_set="CIFAR", input_size=64, eval_crop_ratio=1, hdim_kan=20,
+                     data_path="./data", device="cuda", batch_size=144, nb_classes=classes, dist_eval=False)
+    torch.save({"model": states[0], "model_ema": states[1], "optimizer": {}, "lr_scheduler": {}, "epoch": 299,
+                "scaler": {}, "args": args}, path)
+    return tuple(models)
+
+
+def test_released_checkpoint_needs_no_flags(digits64, tmp_path, capsys):
+    models = released(tmp_path / "released.pth")
+    assert run("--eval", "--resume", tmp_path / "released.pth", "--data-path", digits64, "--num_workers", 0) == 0
+    out = capsys.readouterr().out
+    inferred = out.partition("from the checkpoint: ")[2].partition("\n")[0]
+    for word in ("model deit_tiny_patch16_224_KAN", "hdim_kan 20", "input_size 64", "eval_crop_ratio 1"):
+        assert word in inferred
+    lines = evaluation(out)
+    truth = torch.arange(3).repeat_interleave(8)
+    for name, model in zip(("model", "model_ema"), models):
+        right = (predictions(model, digits64 / "val") == truth).sum().item()
+        assert lines[name] == (f"{100 * right / 24:.2f}", "100.00", 24)
+    assert lines["model"] != lines["model_ema"]
+
+
+def test_released_checkpoint_is_no_start_for_resuming(digits64, tmp_path, capsys):
+    released(tmp_path / "released.pth")
+    assert "--finetune" in sentence(capsys, "--resume", tmp_path / "released.pth", "--data-path", digits64, "--device", "cpu",
+                                    "--data-set", "FOLDER", "--output_dir", tmp_path / "out")
+
+
+def test_released_checkpoint_as_a_start_for_fine_tuning(digits64, tmp_path, watched, capsys):
+    model, _ = released(tmp_path / "released.pth", classes=100)
+    assert run("--finetune", tmp_path / "released.pth", "--data-path", digits64, *QUICK[:4], "--epochs", 1, "--input-size", 64,
+               "--batch-size", 16, "--warmup-epochs", 0) == 0
+    before = watched[0][0]
+    own = model.state_dict()
+    assert before.keys() - own.keys() == {f"blocks.{i}.attn.qkv.bias" for i in range(12)}
+    assert changed({key: own[key] for key in own}, before) <= {"head.weight", "head.bias"} | {
+        f"blocks.{i}.attn.qkv.bias" for i in range(12)}
+    assert before["head.weight"].shape == (3, 192)
+
+
+@pytest.mark.skipif(not REFERENCE.exists(), reason=f"{REFERENCE.name} is not beside this checkout")
+def test_checkpoint_written_by_the_original_code(tmp_path, capsys):
+    names = [f"class{i:03}" for i in range(100)]
+    data = write_digits(tmp_path / "data", train=1, val=1, names=names, size=64)
+    shutil.rmtree(data / "train")
+    assert run("--eval", "--resume", REFERENCE, "--data-path", data, "--num_workers", 0) == 0
+    out = capsys.readouterr().out
+    assert "hdim_kan 20" in out and "input_size 64" in out
+    assert {name: line[2] for name, line in evaluation(out).items()} == {"model": 100, "model_ema": 100}
+
+
+# ---------------------------------------------------------------- fine-tuning
+@pytest.fixture(scope="module")
+def deit_tiny():
+    """DeiT-tiny as timm has it, with weights that are not the initial ones anywhere."""
+    torch.manual_seed(3)
+    model = timm.create_model("deit_tiny_patch16_224")
+    return {key: torch.randn_like(value) * 0.02 for key, value in model.state_dict().items()}
+
+
+FINE = ("--device", "cpu", "--num_workers", "0", "--model", "deit_tiny_patch16_224_KAN", "--hdim_kan", "8", "--batch-size", "16",
+        "--warmup-epochs", "0", "--epochs", "1")
+
+
+@pytest.mark.parametrize(("name", "size"), [("weights.pth", 32), ("weights.safetensors", 64), ("parallel.pth", 32)])
+def test_finetune_takes_the_attention_over(name, size, data, deit_tiny, tmp_path, watched, capsys):
+    if name.endswith(".safetensors"):
+        save_file(deit_tiny, tmp_path / name)
+    elif name == "parallel.pth":
+        torch.save({f"module.{key}": value for key, value in deit_tiny.items()}, tmp_path / name)
+    else:
+        torch.save({"model": deit_tiny}, tmp_path / name)
+    assert run(*FINE, "--data-path", data, "--input-size", size, "--finetune", tmp_path / name) == 0
+    before, after, _ = watched[0]
+    attention = {key for key in before if ".attn." in key}
+    assert len(attention) == 12 * 4
+    assert not changed({key: deit_tiny[key] for key in attention}, {key: before[key] for key in attention})
+    assert torch.equal(before["pos_embed"][:, 0], deit_tiny["pos_embed"][:, 0])
+    assert before["pos_embed"].shape == (1, 1 + (size // 16) ** 2, 192)
+    assert attention <= changed(before, after)
+    out = capsys.readouterr().out
+    assert f"pos_embed  ((1, 197, 192) -> {tuple(before['pos_embed'].shape)})" in out
+    assert "blocks.*.attn.qkv.weight  x12" in out and "blocks.*.mlp.fc1.weight  x12  (no such part in this model)" in out
+    assert "head.weight  ((1000, 192) against (3, 192))" in out and "left as initialised: " in out
+
+
+def test_finetuned_model_can_be_evaluated_at_once(data, deit_tiny, tmp_path, capsys):
+    torch.save({"model": deit_tiny}, tmp_path / "weights.pth")
+    assert run(*FINE, "--data-path", data, "--input-size", 32, "--finetune", tmp_path / "weights.pth", "--eval") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^model: top-1 \d+\.\d\d top-5 100\.00 \(24 images\)$", out.splitlines()[-1]) and "loaded: " in out
+
+
+def test_finetune_refuses_what_shares_no_attention(data, whole, tmp_path, capsys):
+    torch.save({"model": timm.create_model("resnet18").state_dict()}, tmp_path / "resnet.pth")
+    for file in (tmp_path / "resnet.pth", whole / "checkpoint.pth"):
+        assert "attention" in sentence(capsys, *FINE, "--data-path", data, "--input-size", 32, "--finetune", file)
+    assert "neither a file, a URL nor the name" in sentence(capsys, *FINE, "--data-path", data, "--finetune", "no_such_model")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server for the files of a folder: (folder, address)."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    folder = tmp_path / "www"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{web.server_port}"
+        web.shutdown()
+        thread.join()
+
+
+def test_finetune_from_an_address_with_a_hash(data, deit_tiny, server, tmp_path, capsys):
+    folder, address = server
+    buffer = io.BytesIO()
+    torch.save({"model": deit_tiny}, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    (folder / f"tiny-{digest[:8]}.pth").write_bytes(buffer.getvalue())
+    flags = (*FINE, "--data-path", data, "--input-size", 32, "--eval")
+    assert run(*flags, "--finetune", f"{address}/tiny-{digest[:8]}.pth") == 0
+    assert "downloading" in capsys.readouterr().out
+    (folder / f"tiny-{digest[:8]}.pth").unlink()
+    assert run(*flags, "--finetune", f"{address}/tiny-{digest[:8]}.pth") == 0       # kept from the first time
+
+    (folder / "tiny-0123abcd.pth").write_bytes(buffer.getvalue())
+    assert "not the file that its name promises" in sentence(capsys, *flags, "--finetune", f"{address}/tiny-0123abcd.pth")
+    assert [path.name for path in (tmp_path / "hub/checkpoints").iterdir()] == [f"tiny-{digest[:8]}.pth"]
+    assert "cannot be downloaded" in sentence(capsys, *flags, "--finetune", f"{address}/absent-0123abcd.pth")
+
+
+# ---------------------------------------------------------------- --list-models
+def test_list_models(capsys):
+    assert run("--list-models") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["model", "parameters", "matmul", "GFLOPs", "elementwise", "GFLOPs"]
+    table = {row.split()[0]: row.split()[1:] for row in rows}
+    assert list(table) == models_kan.registered_models()
+    assert table["deit_tiny_patch16_224_ViT"][0] == "5,717,416"         # DeiT-tiny
+    assert float(table["deit_tiny_patch16_224_ViT"][1]) == pytest.approx(2.5, abs=0.1)
+    assert all(float(number.replace(",", "")) > 0 for row in table.values() for number in row)
+
+
+# ---------------------------------------------------------------- bad input
+def test_bad_flags_and_recipes(data, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1\n")
+    assert "--batch-size" in sentence(capsys, "--batch-sise", 8)
+    assert "learning_rate" in sentence(capsys, "--config", recipe)
+    recipe.write_text("lr: fast\n")
+    assert "lr must be a number" in sentence(capsys, "--config", recipe)
+    assert "no such file" in sentence(capsys, "--config", tmp_path / "absent.yaml")
+    assert "--epochs" in sentence(capsys, "--epochs", "many")
+    assert "--epochs" in sentence(capsys, "--epochs", -1)
+    for flags, word in (("--input-size 30", "--input-size 30"), ("--model resnet999", "--model resnet999"),
+                        ("--batch-size 64", "--batch-size 64"), ("--model resnet18 --hdim_kan 8", "--hdim_kan"),
+                        ("--model resnet18 --attn-only", "--attn-only"), ("--data-set CIFAR", "--data-path"),
+                        ("--data-set IMNET", "--data-set"), ("--batch-size 15", "--batch-size"),
+                        ("--finetune /nowhere.pth", "--finetune"), ("--resume auto", "--output_dir")):
+        assert word in sentence(capsys, *QUICK, "--epochs", 1, "--data-path", data, *flags.split())
+    if not torch.cuda.is_available():
+        assert "--device cuda" in sentence(capsys, *QUICK, "--data-path", data, "--device", "cuda")
+
+
+def test_bad_data_folders(data, tmp_path, capsys):
+    flags = (*QUICK, "--epochs", 1, "--output_dir", tmp_path / "out", "--data-path")
+    (tmp_path / "empty").mkdir()
+    assert "--data-path" in sentence(capsys, *QUICK, "--epochs", 1)
+    assert "--data-path" in sentence(capsys, *flags, tmp_path / "absent")
+    assert "is an empty folder" in sentence(capsys, *flags, tmp_path / "empty")
+    assert "--data-path" in sentence(capsys, *flags, data / "train/digit0/0.png")
+
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    (copy / "val/extra").mkdir()
+    assert "'extra'" in sentence(capsys, *flags, copy)
+    shutil.rmtree(copy / "val/extra")
+    for image in (copy / "train/digit1").iterdir():
+        image.unlink()
+    assert f"train{os.sep}digit1" in sentence(capsys, *flags, copy)
+    shutil.rmtree(copy / "val")
+    assert "--data-path" in sentence(capsys, *flags, copy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_images_are_named_counted_and_survived(data, tmp_path, capsys):
+    copy = Path(shutil.copytree(data, tmp_path / "copy"))
+    one = sorted((copy / "train/digit0").iterdir())[0]
+    one.write_bytes(one.read_bytes()[:60])
+    (copy / "val/digit1/notes.jpg").write_text("this is no picture")
+    (copy / "val/digit2/empty.png").touch()
+    assert run(*QUICK, "--data-path", copy, "--epochs", 2, "--output_dir", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    for path in (one, copy / "val/digit1/notes.jpg", copy / "val/digit2/empty.png"):
+        assert err.count(str(path)) == 1
+    assert [(r["train_unreadable"], r["test_unreadable"], r["test_images"]) for r in log(tmp_path / "out")] == [(1, 2, 24)] * 2
+    assert "(24 images)" in out
+    assert run("--eval", "--resume", tmp_path / "out/checkpoint.pth", "--data-path", copy, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "2 images could not be read" in out and evaluation(out) == logged(log(tmp_path / "out")[-1])
+
+
+class Evil:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("flags", ["--eval --resume", "--resume", "--finetune", "--teacher-path"])
+def test_files_that_are_no_checkpoint(flags, data, whole, tmp_path, capsys):
+    files = {}
+    for name in ("text", "zip", "empty", "half", "evil_zip", "evil_pickle", "list", "nothing"):
+        files[name] = tmp_path / f"{name}.pth"
+    files["text"].write_text("weights\n" * 100)
+    with zipfile.ZipFile(files["zip"], "w") as archive:
+        archive.writestr("weights.txt", "none")
+    files["empty"].touch()
+    files["half"].write_bytes((whole / "checkpoint.pth").read_bytes()[:1_000_000])
+    marker = tmp_path / "code_has_run"
+    torch.save({"model": Evil(marker)}, files["evil_zip"])
+    files["evil_pickle"].write_bytes(pickle.dumps({"model": Evil(marker)}))
+    torch.save([1, 2], files["list"])
+    torch.save({"epoch": 3}, files["nothing"])
+    files["folder"] = tmp_path
+    files["absent"] = tmp_path / "absent.pth"
+    extra = (*STUDENT, "--distillation-type", "hard", "--teacher-model", NANO) if "teacher" in flags else ()
+    for path in files.values():
+        text = sentence(capsys, *QUICK, *extra, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "out",
+                        *flags.split(), path)
+        assert str(path) in text, text
+        assert not marker.exists()
+    assert not (tmp_path / "out/checkpoint.pth").exists()
+
+
+def test_a_checkpoint_of_another_kind(data, whole, tmp_path, capsys):
+    torch.save({"model": timm.create_model("resnet18", num_classes=3).state_dict()}, tmp_path / "resnet.pth")
+    flags = ("--eval", "--data-path", data, "--device", "cpu", "--num_workers", 0)
+    assert "vision transformer" in sentence(capsys, *flags, "--resume", tmp_path / "resnet.pth")
+    assert "vision transformer" in sentence(capsys, *flags, "--resume", tmp_path / "resnet.pth", "--model", NANO)
+    assert run(*flags, "--resume", tmp_path / "resnet.pth", "--model", "resnet18", "--input-size", 32) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("model: top-1")
+    assert "--model" in sentence(capsys, *flags, "--resume", whole / "checkpoint.pth", "--model", "resnet18")
+
+
+def test_data_that_are_not_the_checkpoints(data, whole, tmp_path, capsys):
+    flags = ("--eval", "--resume", whole / "checkpoint.pth", "--device", "cpu", "--num_workers", 0)
+    assert "class" in sentence(capsys, *flags, "--data-set", "DIGITS")
+    foreign = write_digits(tmp_path / "foreign", names=["cat", "dog", "frog"])
+    assert "'cat'" in sentence(capsys, *flags, "--data-path", foreign)
+    assert "--data-set" in sentence(capsys, *flags, "--data-path", data, "--data-set", "IMNET")
+
+
+def test_an_output_folder_that_cannot_be_written(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file/below"):
+        assert "--output_dir" in sentence(capsys, *QUICK, "--data-path", data, "--epochs", 1, "--output_dir", folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_does_not_end_the_training(copied, data, tmp_path):
+    """Files may grow to 100 kB here: the log fits, a checkpoint does not."""
+    before = contents(copied)
+    process = Run(tmp_path, *three_epochs(data, copied), "--resume", "auto", "--epochs", 5, file_limit=100_000)
+    assert process.wait() == 2
+    out, err = process.out.read_text(), process.err.read_text()
+    assert "epoch 4/5" in out and "best top-1" in out
+    assert err.count("warning: checkpoint.pth could not be written") == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: checkpoint.pth could not be written")
+    after = contents(copied)
+    assert {name: after[name] for name in before if name.endswith(".pth")} == {
+        name: content for name, content in before.items() if name.endswith(".pth")}
+    assert not [name for name in after if name.endswith(".tmp")]
+    assert run(*three_epochs(data, copied), "--resume", "auto", "--epochs", 5) == 0
+    assert [record["epoch"] for record in log(copied)] == [0, 1, 2, 3, 4]
+
+
+def test_bad_input_on_the_real_command_line(data, whole, tmp_path):
+    """Several at once, each in a process of its own: exit code 2, one sentence, no traceback."""
+    (tmp_path / "text.pth").write_text("no weights")
+    cases = {"--batch-size": ["--batch-sise", "8"], "absent": [*QUICK, "--data-path", str(tmp_path / "absent")],
+             "text.pth": ["--eval", "--resume", str(tmp_path / "text.pth"), "--data-path", str(data)],
+             "holds a run already": [*QUICK, "--data-path", str(data), "--output_dir", str(whole)]}
+    started = {word: subprocess.Popen([sys.executable, str(ROOT / "main.py"), *argv], cwd=tmp_path, text=True,
+                                      env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE) for word, argv in cases.items()}
+    for word, process in started.items():
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 2, out + err
+        assert err.startswith("error: ") and err.count("\n") == 1 and word in err, err
