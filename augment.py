@@ -1,4 +1,4 @@
-"""Image transforms: DeiT's training and evaluation transforms and DeiT III's 3-Augment, out of timm's parts."""
+"""Image transforms: DeiT's for training and evaluation and DeiT III's 3-Augment, out of timm's parts."""
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -17,8 +17,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     return auto_augment.posterize(image, max(1, bits_to_keep))
 
 
-# DeiT's own policy, rand-m9-mstd0.5-inc1, asks for 0 bits at strength 10: black in old versions of Pillow, an error
-# since version 13.
+# DeiT's own policy, rand-m9-mstd0.5-inc1, asks for 0 bits at strength 10: black in old versions of Pillow,
+# an error since version 13.
 auto_augment.NAME_TO_OP.update(dict.fromkeys(
     [name for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")], _posterize))
 
@@ -69,9 +69,9 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
     """The transform of a training or an evaluation image (PIL, RGB) after DeiT.
 
     Training: a crop (random resized crop; `--src` or an input of 32 px and below: the shorter side
-    resized to the input size, `--crop-padding` around it, random crop), flip, colours (`--ThreeAugment` in place of
-    `--aa`; `--color-jitter` with 3-Augment or without `--aa`), normalisation, random erasing (with
-    3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`).
+    resized to the input size, `--crop-padding` around it, random crop), flip, colours (`--ThreeAugment`
+    in place of `--aa`; `--color-jitter` with 3-Augment or without `--aa`), normalisation, random erasing
+    (with 3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`).
 
     Raises UserError for an `--aa` policy, `--remode` or `--train-interpolation` that timm does not know.
     """
@@ -101,11 +101,15 @@ def _pad_and_crop(args: Namespace, padding_mode: str) -> Callable:
     size, interpolation, padding = args.input_size, args.train_interpolation, args.crop_padding
     kinds = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     resize = transforms.RandomChoice([transforms.Resize(size, str_to_interp_mode(kind)) for kind in kinds])
-    return transforms.Compose([resize, transforms.RandomCrop(size, padding=padding or None, padding_mode=padding_mode)])
+    crop = transforms.RandomCrop(size, padding=padding or None, padding_mode=padding_mode)
+    return transforms.Compose([resize, crop])
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix of a batch, or None where the flags switch both off. Draws from numpy's generator."""
+    """timm's mixup and cutmix of a batch, or None where the flags switch both off.
+
+    It draws from numpy's generator.
+    """
     if args.mixup == 0 and args.cutmix == 0 and args.cutmix_minmax is None:
         return None
     return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
@@ -149,7 +149,8 @@ class ImageSet(Dataset):
             if not self.unreadable[index]:
                 self.unreadable[index] = 1
                 if not self.quiet:
-                    reason = str(error) or type(error).__name__
+                    reason = "not an image" if isinstance(error, UnidentifiedImageError) else (
+                        getattr(error, "strerror", None) or str(error) or type(error).__name__)
                     print(f"Skipping an unreadable image: {self.images.name(index)} ({reason})\n",
                           end="", file=sys.stderr, flush=True)
             return None
@@ -267,11 +268,12 @@ def _digits(is_train: bool) -> Split:
     from sklearn.datasets import load_digits  # takes a second, and only this data set needs it
     from sklearn.model_selection import train_test_split
     digits = load_digits()
-    halves = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0)
-    chosen = np.sort(halves[0 if is_train else 1])
+    train, val = train_test_split(np.arange(len(digits.target)), test_size=360, stratify=digits.target,
+                                  random_state=0)
+    chosen = np.sort(train if is_train else val)
     small = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
-    pixels = np.stack([np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB"))
-                       for image in small])
+    large = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in small]
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in large])
     return Split(ArrayImages(pixels), digits.target[chosen].astype(np.int64), [str(i) for i in range(10)])
 
 
@@ -304,13 +306,15 @@ def _inat(is_train: bool, args: Namespace, year: int) -> Split:
                             "iNaturalist needs categories.json, train and val JSON files") from error
     try:
         label = {i: category[args.inat_category] for i, category in enumerate(content["categories.json"])}
-        named = dict.fromkeys(label[int(note["category_id"])] for note in content[f"train{year}.json"]["annotations"])
+        notes = content[f"train{year}.json"]["annotations"]
+        named = dict.fromkeys(label[int(note["category_id"])] for note in notes)
         place = {name: index for index, name in enumerate(named)}
         parts = [image["file_name"].split("/") for image in content[half]["images"]]
         targets = [place[label[int(category)]] for _, _, category, _ in parts]
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise UserError(f"{half}, train{year}.json and categories.json under --data-path {args.data_path} do not "
-                        f"fit together ({error!r}): check them and --inat-category {args.inat_category}") from error
+        raise UserError(f"{half}, train{year}.json and categories.json under --data-path {args.data_path} "
+                        f"do not fit together ({error!r}): check them and --inat-category "
+                        f"{args.inat_category}") from error
     if not parts:
         raise UserError(f"{half} under --data-path {args.data_path} lists no image: check the file")
     paths = [os.path.join(root, top, category, name) for top, _, category, name in parts]
@@ -328,8 +332,9 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
             raise UserError(f"--data-path {args.data_path} has no {os.path.basename(folder)}/ folder: "
                             "it needs train/ and val/ with one folder per class (--eval needs val/ only)")
     annotations = os.path.join(val, "val_annotations.txt")
+    pictures = os.path.join(val, "images")
     flat_val = (data_set == "TinyIMNET" and os.path.isfile(annotations)
-                and os.path.isdir(os.path.join(val, "images")) and bool(os.listdir(os.path.join(val, "images"))))
+                and os.path.isdir(pictures) and bool(os.listdir(pictures)))
     flat = _tiny_annotations(annotations) if flat_val else {}
 
     by_name = args.eval and class_names is not None  # then the checkpoint says what the classes are
@@ -345,13 +350,13 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
                         f"{len(classes)}: use --data-set FOLDER for your own images")
     for name in val_classes:
         if name not in classes:
-            raise UserError(f"val/ under --data-path {args.data_path} has the class {name!r} that train/ lacks: "
-                            "add it to train/ or remove it from val/")
+            raise UserError(f"val/ under --data-path {args.data_path} has the class {name!r} that train/ "
+                            "lacks: add it to train/ or remove it from val/")
 
     half = "train" if is_train else "val"
     place = {name: index for index, name in enumerate(classes)}
     if flat_val and not is_train:
-        samples = [(os.path.join(val, "images", name), place[wnid]) for name, wnid in flat.items()]
+        samples = [(os.path.join(pictures, name), place[wnid]) for name, wnid in flat.items()]
     else:
         samples = make_dataset(train if is_train else val, place, IMG_EXTENSIONS, allow_empty=True)
     if is_train:
@@ -421,8 +426,8 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
         sampler = RASampler(data, process.world_size, process.rank,
                             num_repeats=3 if args.repeated_aug else 1, seed=args.seed)
         if len(sampler) < args.batch_size:
-            raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples that each "
-                            f"of {process.world_size} processes draws per epoch: lower --batch-size")
+            raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples that "
+                            f"each of {process.world_size} processes draws per epoch: lower --batch-size")
         train = DataLoader(data, args.batch_size, sampler=sampler, drop_last=True,
                            generator=torch.Generator(), **options)
 

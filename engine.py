@@ -55,7 +55,7 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """DeiT's keys and ours; `epoch` is the last finished one as in DeiT's files."""
         return {"model": dict(self.model.state_dict()), "optimizer": plain(self.optimizer.state_dict()),
-                "lr_scheduler": plain(self.scheduler.state_dict()), "scaler": plain(self.scaler.state_dict()),
+                "lr_scheduler": plain(_state_of(self.scheduler)), "scaler": plain(self.scaler.state_dict()),
                 "model_ema": dict(self.ema.module.state_dict()) if self.ema else None,
                 "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema}
 
@@ -92,6 +92,15 @@ class TrainState:
             # the only schedule with a memory; all others are functions of the epoch, so that --epochs and the
             # batch size may change
             self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            self.scheduler.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"]["plateau"])
+            self.scheduler.restore_lr = checkpoint["lr_scheduler"]["restore_lr"]
+
+
+def _state_of(scheduler: Scheduler) -> dict[str, Any]:
+    if not isinstance(scheduler, PlateauLRScheduler):
+        return scheduler.state_dict()
+    # timm's leaves out for how long the schedule has waited, and the rate under the noise
+    return {**scheduler.state_dict(), "plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
 
 
 # ---------------------------------------------------------------- training

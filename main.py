@@ -90,10 +90,11 @@ def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.M
 def train(config: Config, argv: list[str], start: starting.Start, model: torch.nn.Module, spec: ModelSpec,
           loaders: Loaders, process: Process, amp_dtype: torch.dtype) -> int:
     args = config.args
-    folder = RunFolder(args.output_dir, process)
-    if folder.folder and start.purpose != "resume" and (folder.folder / utils.CHECKPOINT).exists():
-        raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or "
-                        "choose another folder")
+    with utils.stop_together(process):
+        folder = RunFolder(args.output_dir, process)
+        if folder.holds_another_run(start.path if start.purpose == "resume" else ""):
+            raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or "
+                            "choose another folder")
     if args.attn_only:
         starting.freeze_all_but_attention(model)
     mixup = build_mixup(args, loaders.nb_classes)

@@ -309,7 +309,8 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: nn.Module) -> None:
     if not hasattr(model, "patch_embed") or getattr(model, "pos_embed", None) is None:
         return
     tokens = ["cls_token"] + (["dist_token"] if "dist_token" in state else [])
-    n_prefix = len(tokens) if round((pos.shape[1] - len(tokens)) ** 0.5) ** 2 == pos.shape[1] - len(tokens) else 0
+    patches = pos.shape[1] - len(tokens)
+    n_prefix = len(tokens) if patches > 0 and round(patches ** 0.5) ** 2 == patches else 0
     prefix, grid = pos[:, :n_prefix], pos[:, n_prefix:]
     grid = resample_abs_pos_embed(grid, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=0)
     if getattr(model, "no_embed_class", False):

@@ -3,6 +3,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -278,7 +279,9 @@ def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_p
     """timm's schedule over exactly --epochs epochs; cooldown and patience act with --sched plateau."""
     kwargs = scheduler_kwargs(args)
     kwargs["decay_milestones"] = list(range(int(args.decay_epochs), args.epochs, max(1, int(args.decay_epochs))))
-    scheduler, _ = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
+    with warnings.catch_warnings():     # plateau is on its way out of timm, since its state was not saved; here it is
+        warnings.simplefilter("ignore", FutureWarning)
+        scheduler, _ = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     if args.sched == "plateau":
         scheduler.lr_scheduler.cooldown = args.cooldown_epochs
     return scheduler

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -117,6 +118,22 @@ def main_process_first(process: Process) -> Iterator[None]:
             dist.barrier()
 
 
+@contextmanager
+def stop_together(process: Process) -> Iterator[None]:
+    """A UserError of any process inside is raised on all of them: none waits for one that has left."""
+    error = None
+    try:
+        yield
+    except UserError as e:
+        error = str(e)
+    if process.world_size > 1:
+        errors = [None] * process.world_size
+        dist.all_gather_object(errors, error)
+        error = next(filter(None, errors), None)
+    if error:
+        raise UserError(error)
+
+
 def seed_everything(*key: int) -> None:
     """Seed Python's, numpy's and torch's generators from a hash of `key`, e.g. (seed, epoch, step, rank):
     the random numbers of a step then depend on nothing that happened before it."""
@@ -140,7 +157,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file as load_safetensors
             return {"model": load_safetensors(path)}
-        with torch.serialization.safe_globals([Namespace]):
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # what matters raises
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
@@ -303,6 +321,12 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"--output_dir {folder} cannot be written to ({error.strerror}): "
                                 "choose another folder") from error
+
+    def holds_another_run(self, resumed: str) -> bool:
+        """Whether a checkpoint is here that is not of the run that goes on from the file `resumed` ('': a new run)."""
+        if not self.folder or not (self.folder / CHECKPOINT).exists():
+            return False
+        return not resumed or Path(resumed).expanduser().resolve().parent != self.folder.resolve()
 
     def start(self, args_yaml: str, argv: list[str], epoch: int) -> None:
         """Record flags, command and versions; take back the log lines of epochs that will be done again."""

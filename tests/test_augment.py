@@ -43,7 +43,7 @@ def train_outputs(image=None, count=12, **changes):
 
 def pixels(tensor):
     """A normalised tensor as the PIL image it was made of."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
     values = ((tensor * std + mean) * 255).round().clamp(0, 255)
     return Image.fromarray(values.byte().permute(1, 2, 0).numpy())
 
@@ -72,6 +72,8 @@ PLAIN = {"aa": "none", "color_jitter": 0.0, "reprob": 0.0}
     ({}, {"src": True}),
     ({"ThreeAugment": True}, {"src": True}),
     ({"input_size": 32}, {"src": True}),
+    ({"input_size": 32}, {"crop_padding": 0}),
+    ({"src": True}, {"crop_padding": 8}),
 ], ids=str)
 def test_flag_changes_what_training_sees(base, change):
     before, after = train_outputs(**base), train_outputs(**{**base, **change})
@@ -139,7 +141,8 @@ def test_small_training_image_is_padded_by_4_and_cropped():
     image = photo(32, 32)
     padded = ImageOps.expand(image, border=4, fill=0)
     crops = {padded.crop((x, y, x + 32, y + 32)).tobytes(): (x, y) for x in range(9) for y in range(9)}
-    places = {crops[pixels(output).tobytes()] for output in train_outputs(image, 40, input_size=32, hflip=0., **PLAIN)}
+    outputs = train_outputs(image, 40, input_size=32, hflip=0., **PLAIN)
+    places = {crops[pixels(output).tobytes()] for output in outputs}
     assert len(places) > 20
     assert min(min(place) for place in places) == 0 and max(max(place) for place in places) == 8
 
@@ -156,7 +159,8 @@ def test_small_evaluation_image_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize("size", [8, 28, 32, 33, 48])
-@pytest.mark.parametrize("width, height", [(8, 8), (32, 32), (100, 40), (40, 100), (32, 48), (31, 32), (1, 1)])
+@pytest.mark.parametrize("width, height",
+                         [(8, 8), (32, 32), (100, 40), (40, 100), (32, 48), (31, 32), (1, 1)])
 @pytest.mark.parametrize("flags", [{}, {"src": True}, {"ThreeAugment": True}], ids=str)
 def test_images_of_any_size_come_out_square(size, width, height, flags):
     args = make_args(input_size=size, **flags)
@@ -189,13 +193,14 @@ def test_three_augment_is_gray_solarize_or_blur():
     crops = [reflected.crop((x, y, x + 48, y + 48)) for x in range(9) for y in range(9)]
     expected = {crop.convert("L").convert("RGB").tobytes(): "gray" for crop in crops}
     expected |= {ImageOps.solarize(crop).tobytes(): "solarize" for crop in crops}
-    outputs = [pixels(output) for output in train_outputs(image, 60, ThreeAugment=True, src=True, hflip=0., **PLAIN)]
+    outputs = train_outputs(image, 60, ThreeAugment=True, src=True, hflip=0., **PLAIN)
+    outputs = [pixels(output) for output in outputs]
     kinds = [expected.get(output.tobytes(), "other") for output in outputs]
     assert all(kinds.count(kind) >= 8 for kind in ("gray", "solarize", "other")), kinds
-    # What is left is blurred: near one of the crops, and smoother than any.
-    for output in (output for output, kind in zip(outputs, kinds) if kind == "other"):
+    # What is left is blurred: near one of the crops.
+    for output in (output for output, kind in zip(outputs, kinds, strict=True) if kind == "other"):
         distance = min(np.abs(np.asarray(output).astype(int) - np.asarray(crop)).mean() for crop in crops)
-        assert distance < 10
+        assert distance < 20  # solarizing moves a pixel by 60 and more
 
 
 def test_three_augment_replaces_aa():
@@ -226,8 +231,8 @@ def test_16_bit_grey_is_scaled_not_clipped():
     assert np.asarray(to_rgb(wide))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "F",
-                                  "I", "I;16", "I;16B"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV",
+                                  "F", "I", "I;16", "I;16B"])
 def test_every_mode_becomes_rgb(mode):
     assert to_rgb(Image.new(mode, (5, 4))).mode == "RGB"
     assert to_rgb(Image.new(mode, (5, 4))).size == (5, 4)

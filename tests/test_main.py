@@ -140,10 +140,11 @@ def test_tensorboard_shows_the_numbers_of_the_log(whole):
 
 
 def test_training_learns(data, tmp_path):
-    assert run(*QUICK, "--data-path", data, "--output_dir", tmp_path / "out", "--epochs", 12, "--unscale-lr", "--lr", 3e-3,
+    assert run(*QUICK, "--data-path", data, "--output_dir", tmp_path / "out", "--epochs", 10, "--unscale-lr", "--lr", 2e-3,
                "--mixup", 0, "--cutmix", 0, "--aa", "none", "--reprob", 0, "--hflip", 0, "--model-ema-decay", 0.8,
-               "--drop-path", 0, "--color-jitter", 0) == 0
-    assert checkpoint(tmp_path / "out")["max_accuracy"] > 80      # chance: 33
+               "--drop-path", 0, "--color-jitter", 0, "--crop-padding", 1) == 0
+    saved = checkpoint(tmp_path / "out")
+    assert saved["max_accuracy"] > 80 and saved["max_accuracy_ema"] > 80      # chance: 33
 
 
 def test_its_args_as_a_recipe_give_the_same_run(whole, tmp_path):
@@ -182,7 +183,7 @@ def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch
     "--sched multistep --decay-epochs 1", "--sched plateau", "--sched poly", "--sched-on-updates",
     "--lr-noise 0.1 0.9", "--aa augmix-m3", "--aa 3a", "--kan-trainable-grid --kan-trainable-h",
     "--hdim_kan 16 --kan-grid-points 4 --kan-grid-range -1 1 --kan-h 0.5", "--model vit_nano_patch8_32_ViT",
-    "--model resnet18", "--model vit_tiny_patch16_224 --input-size 32", "--dist-eval --pin-mem --print-freq 1",
+    "--model resnet18 --input-size 32", "--model vit_tiny_patch16_224 --input-size 32", "--dist-eval --pin-mem --print-freq 1",
 ])
 def test_each_way_of_training_runs(flags, data, watched, capsys):
     assert run(*QUICK, "--data-path", data, "--epochs", 1, *flags.split()) == 0
@@ -461,6 +462,8 @@ def released(path: Path, classes: int = 3) -> tuple[torch.nn.Module, torch.nn.Mo
         torch.manual_seed(seed)
         model = timm.create_model("deit_tiny_patch16_224_KAN", **kwargs).eval()
         torch.nn.init.normal_(model.head.weight)
+        for block in model.blocks:     # random blocks at full strength amplify rounding until predictions flip
+            block.mlp.layers[1].spline_linear.weight.data *= 0.1
         state = {key.replace(".mlp.layers.", ".kan.layers."): value for key, value in model.state_dict().items()}
         for block in range(12):        # the original's unused MLP
             for name, shape in (("fc1.weight", (768, 192)), ("fc1.bias", (768,)), ("fc2.weight", (192, 768)),
@@ -670,7 +673,7 @@ def test_unreadable_images_are_named_counted_and_survived(data, tmp_path, capsys
     assert run(*QUICK, "--data-path", copy, "--epochs", 2, "--output_dir", tmp_path / "out") == 0
     out, err = capsys.readouterr()
     for path in (one, copy / "val/digit1/notes.jpg", copy / "val/digit2/empty.png"):
-        assert err.count(str(path)) == 1
+        assert err.count(f"Skipping an unreadable image: {path} ") == 1
     assert [(r["train_unreadable"], r["test_unreadable"], r["test_images"]) for r in log(tmp_path / "out")] == [(1, 2, 24)] * 2
     assert "(24 images)" in out
     assert run("--eval", "--resume", tmp_path / "out/checkpoint.pth", "--data-path", copy, "--device", "cpu") == 0
@@ -727,7 +730,7 @@ def test_data_that_are_not_the_checkpoints(data, whole, tmp_path, capsys):
     assert "class" in sentence(capsys, *flags, "--data-set", "DIGITS")
     foreign = write_digits(tmp_path / "foreign", names=["cat", "dog", "frog"])
     assert "'cat'" in sentence(capsys, *flags, "--data-path", foreign)
-    assert "--data-set" in sentence(capsys, *flags, "--data-path", data, "--data-set", "IMNET")
+    assert "--data-path" in sentence(capsys, *flags, "--data-path", data, "--data-set", "CIFAR")
 
 
 def test_an_output_folder_that_cannot_be_written(data, tmp_path, capsys):
@@ -754,12 +757,11 @@ def test_a_full_disk_does_not_end_the_training(copied, data, tmp_path):
     assert [record["epoch"] for record in log(copied)] == [0, 1, 2, 3, 4]
 
 
-def test_bad_input_on_the_real_command_line(data, whole, tmp_path):
+def test_bad_input_on_the_real_command_line(data, tmp_path):
     """Several at once, each in a process of its own: exit code 2, one sentence, no traceback."""
     (tmp_path / "text.pth").write_text("no weights")
     cases = {"--batch-size": ["--batch-sise", "8"], "absent": [*QUICK, "--data-path", str(tmp_path / "absent")],
-             "text.pth": ["--eval", "--resume", str(tmp_path / "text.pth"), "--data-path", str(data)],
-             "holds a run already": [*QUICK, "--data-path", str(data), "--output_dir", str(whole)]}
+             "text.pth": ["--eval", "--resume", str(tmp_path / "text.pth"), "--data-path", str(data)]}
     started = {word: subprocess.Popen([sys.executable, str(ROOT / "main.py"), *argv], cwd=tmp_path, text=True,
                                       env={**os.environ, "OMP_NUM_THREADS": "1"},
                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE) for word, argv in cases.items()}

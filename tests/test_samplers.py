@@ -15,8 +15,8 @@ def keys(sampler, epoch=0, start=0):
 
 def global_order(n, world, **kwargs):
     """All ranks' keys in the order of their positions."""
-    return sorted((key for rank in range(world) for key in keys(RASampler(n, world, rank, **kwargs), epoch=3)),
-                  key=lambda key: key.position)
+    shares = [keys(RASampler(n, world, rank, **kwargs), epoch=3) for rank in range(world)]
+    return sorted((key for share in shares for key in share), key=lambda key: key.position)
 
 
 class TimmSeeded(RASampler):
@@ -131,8 +131,8 @@ def test_iterating_leaves_torchs_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("arguments", [{"dataset": 0}, {"dataset": 9, "rank": 1}, {"dataset": 9, "num_repeats": 0},
-                                       {"dataset": 9, "rank": -1}])
+@pytest.mark.parametrize("arguments", [{"dataset": 0}, {"dataset": 9, "rank": 1},
+                                       {"dataset": 9, "num_repeats": 0}, {"dataset": 9, "rank": -1}])
 def test_nonsense_is_refused(arguments):
     with pytest.raises(ValueError, match="RASampler"):
         RASampler(**arguments)

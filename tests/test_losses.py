@@ -1,0 +1,255 @@
+"""Every criterion against a formula written out here in numpy or plain PyTorch."""
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from timm.data import Mixup
+from timm.task import TokenDistillationTask
+from torch import nn
+from torch.nn import functional as F
+
+from losses import CosubLoss, DistillationLoss, build_criterion, positive_threshold
+
+B, K = 6, 7
+
+
+def flags(**values) -> Namespace:
+    return Namespace(**{"bce_loss": False, "smoothing": 0.1, "cosub": False, "distillation_type": "none",
+                        "distillation_alpha": 0.5, "distillation_tau": 1.0, **values})
+
+
+@pytest.fixture
+def batch():
+    """Images, logits [B, K] and class indices [B]."""
+    random = torch.Generator().manual_seed(0)
+    return (torch.randn(B, 3, 4, 4, generator=random), 2 * torch.randn(B, K, generator=random),
+            torch.randint(K, (B,), generator=random))
+
+
+def soft(seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(K), B)).float()
+
+
+def log_softmax(x: torch.Tensor) -> np.ndarray:
+    x = x.detach().double().numpy()
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def bce(logits: torch.Tensor, targets) -> float:
+    """-t log s - (1 - t) log(1 - s), averaged over images and classes."""
+    s, t = 1 / (1 + np.exp(-logits.detach().double().numpy())), np.asarray(targets, dtype=np.float64)
+    return float(-(t * np.log(s) + (1 - t) * np.log(1 - s)).mean())
+
+
+def one_hot(targets: torch.Tensor) -> np.ndarray:
+    return np.eye(K)[targets.numpy()]
+
+
+# ---------------------------------------------------------------- without a teacher
+def test_plain_cross_entropy(batch):
+    images, logits, targets = batch
+    loss = build_criterion(flags(smoothing=0.0), K, False)(images, logits, targets)
+    expected = -log_softmax(logits)[np.arange(B), targets.numpy()].mean()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.4])
+def test_label_smoothing(batch, smoothing):
+    images, logits, targets = batch
+    loss = build_criterion(flags(smoothing=smoothing), K, False)(images, logits, targets)
+    smooth = one_hot(targets) * (1 - smoothing) + smoothing / K
+    assert loss.item() == pytest.approx(-(smooth * log_softmax(logits)).sum(1).mean(), rel=1e-6)
+
+
+def test_soft_targets_are_not_smoothed_a_second_time(batch):
+    images, logits, _ = batch
+    loss = build_criterion(flags(smoothing=0.1), K, True)(images, logits, soft())
+    assert loss.item() == pytest.approx(-(soft().numpy() * log_softmax(logits)).sum(1).mean(), rel=1e-6)
+
+
+def test_bce_without_mixup_is_of_smoothed_one_hot_targets(batch):
+    images, logits, targets = batch
+    loss = build_criterion(flags(bce_loss=True), K, False)(images, logits, targets)
+    assert loss.item() == pytest.approx(bce(logits, one_hot(targets) * 0.9 + 0.1 / K), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.0])
+@pytest.mark.parametrize("kind", [{"mixup_alpha": 0.8}, {"mixup_alpha": 0.0, "cutmix_alpha": 1.0}])
+def test_bce_after_mixup_has_the_classes_in_the_image_as_positives(batch, smoothing, kind):
+    images, logits, targets = batch
+    np.random.seed(3)
+    mixed_images, mixed = Mixup(**kind, label_smoothing=smoothing, num_classes=K)(images, targets)
+    in_image = np.maximum(one_hot(targets), one_hot(targets.flip(0)))    # timm mixes image i with image B-1-i
+    assert in_image.sum(1).max() == 2
+    loss = build_criterion(flags(bce_loss=True, smoothing=smoothing), K, True)(mixed_images, logits, mixed)
+    assert loss.item() == pytest.approx(bce(logits, in_image), rel=1e-5)
+    if smoothing:       # DeiT's `targets > 0` makes every class of every image positive, and that is another loss
+        assert bool((mixed > 0).all())
+        assert abs(loss.item() - bce(logits, np.ones((B, K)))) > 0.1
+
+
+def test_threshold_lies_between_the_smoothing_and_the_least_share_of_an_image():
+    for smoothing in (0.0, 0.1, 0.3):
+        threshold = positive_threshold(flags(smoothing=smoothing), K)
+        absent, present = smoothing / K, smoothing / K + 0.001 * (1 - smoothing)
+        assert absent < threshold < present
+
+
+# ---------------------------------------------------------------- distillation
+class Teacher(nn.Module):
+    """Fixed logits that depend on a parameter, so that a gradient could reach it."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(3 * torch.randn(B, K, generator=torch.Generator().manual_seed(5)))
+
+    def forward(self, images):
+        return self.logits + 0 * images.mean()
+
+
+def distil(batch, kind, alpha, tau, teacher=None):
+    images, by_class, targets = batch
+    by_class = by_class.clone().requires_grad_()
+    by_token = torch.randn(B, K, generator=torch.Generator().manual_seed(9)).requires_grad_()
+    teacher = teacher or Teacher()
+    criterion = build_criterion(flags(smoothing=0.0, distillation_type=kind, distillation_alpha=alpha,
+                                      distillation_tau=tau), K, False, teacher)
+    assert isinstance(criterion, DistillationLoss)
+    return criterion(images, (by_class, by_token), targets), by_class, by_token, teacher
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_soft_distillation_is_deits_kl_times_tau_squared_over_numel(batch, alpha, tau):
+    loss, by_class, by_token, teacher = distil(batch, "soft", alpha, tau)
+    p, q = log_softmax(teacher.logits / tau), log_softmax(by_token / tau)
+    kl = (np.exp(p) * (p - q)).sum() * tau ** 2 / (B * K)
+    ce = -log_softmax(by_class)[np.arange(B), batch[2].numpy()].mean()
+    assert loss.item() == pytest.approx((1 - alpha) * ce + alpha * kl, rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_hard_distillation_is_the_cross_entropy_with_the_teachers_choice(batch, alpha):
+    loss, by_class, by_token, teacher = distil(batch, "hard", alpha, 1.0)
+    choice = teacher.logits.detach().numpy().argmax(1)
+    hard = -log_softmax(by_token)[np.arange(B), choice].mean()
+    ce = -log_softmax(by_class)[np.arange(B), batch[2].numpy()].mean()
+    assert loss.item() == pytest.approx((1 - alpha) * ce + alpha * hard, rel=1e-5)
+
+
+def test_alpha_0_and_1_train_one_token_alone(batch):
+    for kind in ("soft", "hard"):
+        for alpha, trained in ((0.0, "class"), (1.0, "token")):
+            loss, by_class, by_token, _ = distil(batch, kind, alpha, 2.0)
+            loss.backward()
+            assert bool(by_class.grad.abs().sum() > 0) == (trained == "class")
+            assert bool(by_token.grad.abs().sum() > 0) == (trained == "token")
+
+
+def test_tau_changes_the_soft_loss_and_not_the_hard_one(batch):
+    losses = {(kind, tau): distil(batch, kind, 0.5, tau)[0].item() for kind in ("soft", "hard") for tau in (1.0, 4.0)}
+    assert abs(losses["soft", 1.0] - losses["soft", 4.0]) > 1e-3
+    assert losses["hard", 1.0] == losses["hard", 4.0]
+
+
+def test_no_gradient_reaches_the_teacher(batch):
+    for kind in ("soft", "hard"):
+        loss, by_class, by_token, teacher = distil(batch, kind, 0.5, 1.0)
+        loss.backward()
+        assert teacher.logits.grad is None and by_class.grad is not None and by_token.grad is not None
+
+
+def test_a_student_that_agrees_with_its_teacher_has_no_soft_loss(batch):
+    images, _, targets = batch
+    teacher = Teacher()
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, "soft", 1.0, 2.0)
+    assert criterion(images, (batch[1], teacher.logits.detach()), targets).item() == pytest.approx(0, abs=1e-6)
+
+
+class Student(nn.Module):
+    """Gives a pair of logits as a distilled ViT does."""
+    num_classes, pretrained_cfg, default_cfg = K, {}, {}
+
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.ModuleList([nn.Linear(3 * 4 * 4, K), nn.Linear(3 * 4 * 4, K)])
+
+    def set_distilled_training(self, enable=True):
+        self.distilled = enable
+
+    def forward(self, images):
+        return tuple(head(images.flatten(1)) for head in self.pair)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_agrees_with_timms_distillation_task(batch, kind):
+    """timm divides the soft loss by B where DeiT divides by B*K; the hard one is the same."""
+    images, _, targets = batch
+    torch.manual_seed(0)
+    student, alpha, tau = Student(), 0.3, 2.0
+    teacher = Teacher()
+    teacher.num_classes, teacher.pretrained_cfg = K, {}
+    task = TokenDistillationTask(student, teacher, nn.CrossEntropyLoss(), distill_type=kind, task_loss_weight=1 - alpha,
+                                 distill_loss_weight=alpha if kind == "hard" else alpha / K, temperature=tau,
+                                 verbose=False)
+    theirs = task(images, targets)
+    ours = DistillationLoss(nn.CrossEntropyLoss(), teacher, kind, alpha, tau)(images, student(images), targets)
+    assert ours.item() == pytest.approx(theirs["loss"].item(), rel=1e-6)
+
+
+def test_distillation_of_a_half_precision_student_is_computed_in_float32(batch):
+    images, logits, targets = batch
+    half = tuple(x.to(torch.bfloat16) for x in (logits, -logits))
+    criterion = DistillationLoss(nn.CrossEntropyLoss(), Teacher(), "soft", 0.5, 3.0)
+    loss = criterion(images, half, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(criterion(images, tuple(x.float() for x in half), targets).item(), rel=1e-6)
+
+
+# ---------------------------------------------------------------- two submodels
+def two_halves():
+    a = torch.randn(B, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    b = torch.randn(B, K, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    return a, b
+
+
+def sigmoid(x: torch.Tensor) -> np.ndarray:
+    return 1 / (1 + np.exp(-x.detach().double().numpy()))
+
+
+@pytest.mark.parametrize("targets", ["indices", "soft"])
+@pytest.mark.parametrize("bce_loss", [False, True])
+def test_cosub_is_the_mean_of_four_terms(batch, targets, bce_loss):
+    images, _, indices = batch
+    a, b = two_halves()
+    criterion = build_criterion(flags(cosub=True, bce_loss=bce_loss), K, targets == "soft")
+    assert isinstance(criterion, CosubLoss) and criterion.copies == 2
+    if targets == "soft":
+        given = soft()
+        expected = given.numpy() > 0.1 / K + 1e-4 if bce_loss else given.numpy()
+        assert not bce_loss or 0 < expected.mean() < 1
+    else:
+        given = indices
+        expected = one_hot(indices) if bce_loss else one_hot(indices) * 0.9 + 0.1 / K
+    loss = criterion(images, torch.cat([a, b]), given)
+    terms = [bce(a, expected), bce(b, expected), bce(a, sigmoid(b)), bce(b, sigmoid(a))]
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_cosub_gradient_does_not_flow_through_the_other_halfs_probabilities(batch):
+    images, _, indices = batch
+    a, b = two_halves()
+    build_criterion(flags(cosub=True), K, False)(images, torch.cat([a, b]), indices).backward()
+    target = one_hot(indices) * 0.9 + 0.1 / K
+    # d BCE(x, t)/dx = (sigmoid(x) - t)/(B*K) from the two terms where x is the logit, and nothing where it is the target
+    for x, other in ((a, b), (b, a)):
+        expected = (2 * sigmoid(x) - target - sigmoid(other)) / (4 * B * K)
+        np.testing.assert_allclose(x.grad.numpy(), expected, atol=1e-7)
+    through = F.binary_cross_entropy_with_logits(b, a.sigmoid()) / 4      # what would come on top
+    assert torch.autograd.grad(through, a)[0].abs().max() > 1e-4
+
+
+def test_other_criteria_show_each_image_once(batch):
+    assert build_criterion(flags(), K, True).copies == 1
+    assert build_criterion(flags(distillation_type="soft"), K, True, Teacher()).copies == 1
