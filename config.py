@@ -36,7 +36,8 @@ _SCOPES = {
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
-             "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa hflip crop_padding "
+             "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa "
+             "hflip crop_padding "
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",

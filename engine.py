@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
-    ema: Optional[ModelEmaV3] = None
+    ema: ModelEmaV3 | None = None
     epoch: int = 0                  # the next one
     max_accuracy: float = 0.0       # best top-1 in percent, raw model
     max_accuracy_ema: float = 0.0
@@ -106,7 +106,7 @@ def _state_of(scheduler: Scheduler) -> dict[str, Any]:
 # ---------------------------------------------------------------- training
 def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loader: DataLoader, process: Process, *,
                     epochs: int, seed: int = 0, amp_dtype: torch.dtype = torch.float32, accumulate: int = 1,
-                    clip_grad: Optional[float] = None, mixup: Optional[Callable] = None, train_mode: bool = True,
+                    clip_grad: float | None = None, mixup: Callable | None = None, train_mode: bool = True,
                     print_freq: int = 10) -> dict[str, float]:
     """One pass over `loader`; returns {"loss", "lr", "seconds", "img_per_s"} of all processes together.
 
@@ -159,7 +159,7 @@ def _float(outputs):
     return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
 
 
-def _update(state: TrainState, clip_grad: Optional[float]) -> None:
+def _update(state: TrainState, clip_grad: float | None) -> None:
     state.scaler.unscale_(state.optimizer)
     if clip_grad is not None:
         dispatch_clip_grad(state.model.parameters(), clip_grad)

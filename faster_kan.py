@@ -11,7 +11,7 @@ the B-splines of Kolmogorov-Arnold networks (Liu et al., arXiv:2404.19756). Para
 released Vision-KAN checkpoints: `layers.N.layernorm`, `layers.N.rbf.grid`, `layers.N.spline_linear.weight`.
 """
 import math
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ MAX_HALF_RANGE = 10.0
 
 
 # ---------------------------------------------------------------- the reference
-def rswaf_basis(u: Tensor, grid: Tensor, h: Union[float, Tensor]) -> Tensor:
+def rswaf_basis(u: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
     """Basis values B_k(u) = 1 - tanh((u - g_k)/h)^2, shape [..., I] -> [..., I, G].
 
     Written as 4e/(1+e)^2 with e = exp(-2|u - g|/h): 1 - tanh^2 loses its tails to cancellation and
@@ -37,7 +37,7 @@ def rswaf_basis(u: Tensor, grid: Tensor, h: Union[float, Tensor]) -> Tensor:
     return 4 * e / (1 + e) ** 2
 
 
-def rswaf_linear_reference(u: Tensor, weight: Tensor, grid: Tensor, h: Union[float, Tensor]) -> Tensor:
+def rswaf_linear_reference(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
     """The whole layer after its LayerNorm in plain PyTorch: u [..., I], weight [O, I*G] -> [..., O]."""
     basis = rswaf_basis(u, grid, h)                     # [..., I, G]
     return F.linear(basis.flatten(-2), weight)          # [..., I*G] @ [I*G, O] -> [..., O]
@@ -59,7 +59,7 @@ class _RSWAFLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, u: Tensor, weight: Tensor, grid: Tensor, h: Union[float, Tensor], single_exp: bool,
+    def forward(ctx, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool,
                 dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(u, weight, grid, *([h] if isinstance(h, Tensor) else []))
         ctx.h, ctx.single_exp, ctx.dtype = None if isinstance(h, Tensor) else h, single_exp, dtype
@@ -108,7 +108,7 @@ class _RSWAFLinear(torch.autograd.Function):
 class _Basis:
     """Basis values of a chunk of tokens, laid out [t, G, I], and what follows from them."""
 
-    def __init__(self, u: Tensor, grid: Tensor, h: Union[float, Tensor], single_exp: bool):
+    def __init__(self, u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool):
         dtype = _math_dtype(u.dtype)
         self.u, self.grid, self.single_exp = u.to(dtype), grid.to(dtype), single_exp
         self.h = h.to(dtype) if isinstance(h, Tensor) else h
@@ -162,7 +162,7 @@ def _columns_by_point(weight: Tensor, n_grid: int, dtype: torch.dtype) -> Tensor
     return weight.to(dtype).view(weight.shape[0], -1, n_grid).transpose(1, 2).flatten(1)
 
 
-def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: Union[float, Tensor],
+def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor,
                  single_exp: bool = False) -> Tensor:
     """y = W vec(B(u)) with a backward that recomputes the basis.
 
@@ -233,7 +233,7 @@ class FasterKANLayer(nn.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, *, grid_min: float = -2.0, grid_max: float = 2.0,
-                 num_grids: int = 8, h: Optional[float] = 0.33, train_grid: bool = False, train_h: bool = False,
+                 num_grids: int = 8, h: float | None = 0.33, train_grid: bool = False, train_h: bool = False,
                  eps: float = 1e-5, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -267,9 +267,9 @@ class FasterKAN(nn.Module):
         kan: keywords of `FasterKANLayer`.
     """
 
-    def __init__(self, in_features: int, hidden_features: Optional[int] = None, out_features: Optional[int] = None,
-                 act_layer=None, norm_layer=None, bias: bool = True, drop: Union[float, Sequence[float]] = 0.0,
-                 device=None, dtype=None, *, hdim: Optional[int] = None, **kan):
+    def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
+                 act_layer=None, norm_layer=None, bias: bool = True, drop: float | Sequence[float] = 0.0,
+                 device=None, dtype=None, *, hdim: int | None = None, **kan):
         super().__init__()
         hidden = hdim or hidden_features or in_features
         drops = (drop, drop) if isinstance(drop, (int, float)) else tuple(drop)

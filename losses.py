@@ -5,7 +5,6 @@ mixup, probabilities float [B, K].
 """
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Optional
 
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -62,7 +61,7 @@ class CosubLoss(nn.Module):
     outputs [2B, K]: the first half from one submodel, the second from the other."""
     copies = 2
 
-    def __init__(self, num_classes: int, smoothing: float, threshold: Optional[float] = None):
+    def __init__(self, num_classes: int, smoothing: float, threshold: float | None = None):
         super().__init__()
         self.num_classes, self.smoothing, self.threshold = num_classes, smoothing, threshold
 
@@ -95,7 +94,7 @@ def build_base_loss(args: Namespace, num_classes: int, mixup_active: bool) -> nn
 
 
 def build_criterion(args: Namespace, num_classes: int, mixup_active: bool,
-                    teacher: Optional[Callable] = None) -> nn.Module:
+                    teacher: Callable | None = None) -> nn.Module:
     """The criterion that the flags ask for; `teacher` where --distillation-type is soft or hard."""
     if args.cosub:
         return CosubLoss(num_classes, args.smoothing, positive_threshold(args, num_classes) if args.bce_loss else None)

@@ -1,6 +1,5 @@
 """Train, evaluate, resume or fine-tune a vision transformer: `python main.py --help`."""
 import sys
-from typing import Optional
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +18,7 @@ from utils import Process, RunFolder, TrainingFailed, UserError, say
 __all__ = ["get_args_parser", "main"]
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run with these command-line words (None: the process's own). Returns the exit code: 0 done, 2 bad input or
     environment, 1 the training failed, 130 interrupted."""
     try:

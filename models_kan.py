@@ -6,9 +6,10 @@ size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS`.
 """
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -54,7 +55,7 @@ SIZES = {
 KAN_OPTIONS = ("hdim_kan", "kan_grid_range", "kan_grid_points", "kan_h", "kan_trainable_grid", "kan_trainable_h")
 
 
-def _kan(size: Size, *, hdim_kan: Optional[int] = None, kan_grid_range=(-2.0, 2.0), kan_grid_points: int = 8,
+def _kan(size: Size, *, hdim_kan: int | None = None, kan_grid_range=(-2.0, 2.0), kan_grid_points: int = 8,
          kan_h: float = 0.33, kan_trainable_grid: bool = False, kan_trainable_h: bool = False) -> Callable:
     """The original Vision-KAN's feed-forward: basis on [-2, 2], h 0.33, two layers."""
     return partial(FasterKAN, hdim=hdim_kan or size.kan_hidden, grid_min=kan_grid_range[0],
@@ -72,7 +73,7 @@ FEED_FORWARDS = {"KAN": _kan, "ViT": _mlp}
 
 # ---------------------------------------------------------------- registration
 def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = False, *,
-           block_norm_eps: Optional[float] = None, **kwargs) -> nn.Module:
+           block_norm_eps: float | None = None, **kwargs) -> nn.Module:
     options = {key: kwargs.pop(key) for key in KAN_OPTIONS if key in kwargs}
     if options and feed_forward is _mlp:
         raise ValueError(f"{', '.join(options)}: no effect on {name}, whose feed-forward is an MLP; "
@@ -126,7 +127,7 @@ def registered_models() -> list[str]:
     return list(_TWINS)
 
 
-def split_name(name: str) -> tuple[Optional[Size], Optional[str]]:
+def split_name(name: str) -> tuple[Size | None, str | None]:
     """`deit_tiny_patch16_224_KAN` -> its size and feed-forward suffix; (None, None) for any other model."""
     if name not in _TWINS:
         return None, None
@@ -174,7 +175,7 @@ def count_flops(model: nn.Module) -> Flops:
     return Flops(matmul, elementwise)
 
 
-def twin_mismatch(a: nn.Module, b: nn.Module) -> Optional[str]:
+def twin_mismatch(a: nn.Module, b: nn.Module) -> str | None:
     """A sentence where two models that are compared differ by over 2% in parameters, else None."""
     n, m = count_parameters(a), count_parameters(b)
     if abs(n - m) <= 0.02 * max(n, m):

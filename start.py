@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 from urllib.parse import urlparse
 
 import timm
@@ -45,13 +45,13 @@ from utils import (
 @dataclass(frozen=True)
 class Start:
     """purpose: "resume", "eval", "finetune" or None. spec: the checkpoint's model, where it decides on it."""
-    purpose: Optional[str] = None
+    purpose: str | None = None
     path: str = ""
     checkpoint: dict[str, Any] = field(default_factory=dict)
-    spec: Optional[ModelSpec] = None
+    spec: ModelSpec | None = None
 
     @property
-    def class_names(self) -> Optional[list[str]]:
+    def class_names(self) -> list[str] | None:
         return self.checkpoint.get("class_names") if self.purpose in ("resume", "eval") else None
 
 
@@ -155,7 +155,7 @@ def _with(config: Config, source: str, **values) -> Config:
                    sources={**config.sources, **dict.fromkeys(values, source)})
 
 
-def _own_input_size(name: str) -> Optional[int]:
+def _own_input_size(name: str) -> int | None:
     cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     return cfg.input_size[-1] if cfg else None
 
@@ -233,7 +233,7 @@ def freeze_all_but_attention(model: nn.Module) -> None:
         parameter.requires_grad = ".attn." in name or name.startswith(("head.", "head_dist.", "pos_embed"))
 
 
-def load_start(model: nn.Module, start: Start) -> Optional[str]:
+def load_start(model: nn.Module, start: Start) -> str | None:
     """Weights of --finetune into the model; returns the table of what became of each tensor."""
     if start.purpose != "finetune":
         return None
@@ -241,7 +241,7 @@ def load_start(model: nn.Module, start: Start) -> Optional[str]:
     return models_kan.load_finetune(model, source).table()
 
 
-def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> Optional[nn.Module]:
+def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
     """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode."""
     if args.distillation_type == "none":
         return None

@@ -344,7 +344,7 @@ class RunFolder:
             _write_whole(self.folder / "args.yaml", args_yaml)
             with open(self.folder / "run.yaml", "a" if epoch else "w") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
-            from torch.utils.tensorboard import SummaryWriter      # slow to import
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
             self.board = SummaryWriter(str(self.folder), purge_step=epoch or None)
 
     def log(self, record: dict[str, Any]) -> None:

@@ -21,11 +21,6 @@ import pytest
 import timm
 import torch
 import yaml
-from PIL import Image
-from safetensors.torch import save_file
-
-import main as program
-import models_kan
 from e2e import (
     NANO,
     QUICK,
@@ -40,6 +35,11 @@ from e2e import (
     sentence,
     write_digits,
 )
+from PIL import Image
+from safetensors.torch import save_file
+
+import main as program
+import models_kan
 
 REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema")
