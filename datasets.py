@@ -426,8 +426,8 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
         sampler = RASampler(data, process.world_size, process.rank,
                             num_repeats=3 if args.repeated_aug else 1, seed=args.seed)
         if len(sampler) < args.batch_size:
-            raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples that "
-                            f"each of {process.world_size} processes draws per epoch: lower --batch-size")
+            raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples "
+                            f"that each of {process.world_size} processes draws per epoch: lower --batch-size")
         train = DataLoader(data, args.batch_size, sampler=sampler, drop_last=True,
                            generator=torch.Generator(), **options)
 

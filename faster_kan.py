@@ -143,7 +143,8 @@ class _Basis:
             return (dbasis * self.derivative()).sum(1)
         dbasis.mul_(self.values).mul_(self.values)
         qp = torch.stack([self.q, self.p])                                          # [2, G]
-        q_sum, p_sum = (qp @ dbasis).unbind(1)                                      # [t, I] each
+        with torch.autocast(dbasis.device.type, enabled=False):     # around a backward it would round to 16 bits
+            q_sum, p_sum = (qp @ dbasis).unbind(1)                                  # [t, I] each
         return (q_sum * self.inv_e - p_sum * self.e) * (2 / self.h)
 
 
@@ -174,8 +175,8 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor,
     Returns: [..., O] in autocast's dtype where autocast is on, else in u's.
     """
     dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
-    y = _RSWAFLinear.apply(u.flatten(0, -2), weight, grid, h, single_exp, dtype)
-    return y.unflatten(0, u.shape[:-1])
+    y = _RSWAFLinear.apply(u.reshape(-1, u.shape[-1]), weight, grid, h, single_exp, dtype)
+    return y.view(*u.shape[:-1], y.shape[-1])
 
 
 # ---------------------------------------------------------------- modules

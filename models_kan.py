@@ -78,7 +78,7 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
     if options and feed_forward is _mlp:
         raise ValueError(f"{', '.join(options)}: no effect on {name}, whose feed-forward is an MLP; "
                          f"choose {name.removesuffix('_ViT')}_KAN")
-    if pretrained:
+    if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
         raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
     settings: dict[str, Any] = dict(
         img_size=size.img_size, patch_size=size.patch_size, embed_dim=size.embed_dim, depth=size.depth,
@@ -86,11 +86,11 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
     if size.deit3:
         settings.update(no_embed_class=True, init_values=1e-6)
     model = build_model_with_cfg(
-        VisionTransformerDistilled if size.distilled else VisionTransformer, name, False,
+        VisionTransformerDistilled if size.distilled else VisionTransformer, name, pretrained,
         pretrained_filter_fn=filter_state_dict, feature_cfg=dict(out_indices=3, feature_cls="getter"),
         **{**settings, **kwargs})
     if block_norm_eps is not None:      # released Vision-KAN blocks: 1e-5 beside a final norm of 1e-6
-        for block in model.blocks:
+        for block in (model.model if kwargs.get("features_only") else model).blocks:
             block.norm1.eps = block.norm2.eps = block_norm_eps
     return model
 

@@ -14,14 +14,16 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import unquote, urlparse
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -73,6 +75,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is no device: use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is not supported: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if not torch.cuda.is_available() or (device.index or local_rank) >= count:
@@ -160,6 +164,11 @@ def load_file(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # what matters raises
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):        # torch does not look at the checksums that it wrote
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{damaged} has a wrong checksum")
     except PermissionError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except Exception as error:      # a damaged archive makes the reader raise nearly anything
@@ -195,13 +204,32 @@ def fetch(location: str) -> Path:
     say(f"downloading {location} to {target}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(location, str(target), digest.group(1) if digest else None, progress=False)
-    except RuntimeError as error:   # torch's word for a wrong hash
-        raise UserError(f"{location} is not the file that its name promises ({error}): nothing was kept") from error
-    except (URLError, OSError, ValueError) as error:
-        raise UserError(f"{location} cannot be downloaded ({getattr(error, 'reason', error)}): check the address and "
-                        "the connection, or download it elsewhere and give the file") from error
+        _download(location, target, digest.group(1) if digest else "")
+    except (HTTPException, OSError, ValueError) as error:       # URLError is an OSError
+        reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
+        raise UserError(f"{location} cannot be downloaded ({reason}): check the address and the connection, or "
+                        "download it elsewhere and give the file") from error
     return target
+
+
+def _download(location: str, target: Path, digest: str) -> None:
+    """`torch.hub.download_url_to_file` would keep what comes before a connection breaks off."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with urlopen(Request(location, headers={"User-Agent": "torch.hub"}), timeout=60) as response, \
+                open(temporary, "wb") as file:
+            shutil.copyfileobj(response, file, 2 ** 20)
+            missing = response.length       # counts down from Content-Length, None without one
+        if missing:
+            raise OSError(f"the connection broke off {missing} bytes before the end")
+        with open(temporary, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if not actual.startswith(digest):
+            raise UserError(f"{location} is not the file that its name promises (its SHA-256 is {actual}): nothing "
+                            "was kept, check the address")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def checkpoint_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,10 +282,13 @@ def _link(source: str | Path, target: Path) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -345,7 +376,7 @@ class RunFolder:
             with open(self.folder / "run.yaml", "a" if epoch else "w") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
             from torch.utils.tensorboard import SummaryWriter  # slow to import
-            self.board = SummaryWriter(str(self.folder), purge_step=epoch or None)
+            self.board = SummaryWriter(str(self.folder), purge_step=epoch)
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of log.txt, and its numbers as TensorBoard scalars at the record's epoch."""

@@ -333,7 +333,8 @@ def write_cifar(root, cifar, monkeypatch, count=12):
         sums = []
         for i, (name, _) in enumerate(getattr(cifar, which)):
             data = np.random.default_rng(i).integers(0, 256, (count, 3072), dtype=np.uint8)
-            sums.append([name, write(name, {"data": data, labels: [(3 * i + j) % classes for j in range(count)]})])
+            content = {"data": data, labels: [(3 * i + j) % classes for j in range(count)]}
+            sums.append([name, write(name, content)])
         monkeypatch.setattr(cifar, which, sums)
     names = {cifar.meta["key"]: [f"class {i}" for i in range(classes)]}
     monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": write(cifar.meta["filename"], names)})

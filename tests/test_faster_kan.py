@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import faster_kan
 from faster_kan import FasterKAN, FasterKANLayer, RSWAFGrid, rswaf_linear, rswaf_linear_reference
 
-# Largest error against fp64 where it was measured, with about three times its room.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# About three times the largest error of an output that was measured against fp64; gradients have 8 times that.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # Names of options, and whether one exponential serves all grid points.
 LAYERS = {
     "original": (dict(), True),
@@ -60,7 +60,13 @@ def exact_layer(layer, x):
 def error(a, b):
     """Largest difference relative to the largest value."""
     assert a.shape == b.shape
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+def tolerance(name, dtype):
+    """The single exponential is clamped where a bump of the widest grid has fallen to 2e-9."""
+    return 1e-8 if dtype == torch.float64 and name.startswith("widest") else TOLERANCE[dtype]
 
 
 # ---------------------------------------------------------------- values
@@ -71,9 +77,7 @@ def test_forward_is_the_definition(name, dtype):
     x = torch.randn(2, 5, 21, dtype=dtype) * 2
     y = layer(x)
     assert y.dtype == dtype
-    # a width of .1 in units of a 16-bit u's rounding: the input itself is known that well only
-    factor = 1 if layer.rbf.initial_h > 0.2 or dtype in (torch.float32, torch.float64) else 8
-    assert error(y, exact_layer(layer, x)) < TOLERANCE[dtype] * factor
+    assert error(y, exact_layer(layer, x)) < tolerance(name, dtype)
 
 
 @pytest.mark.parametrize("shape, n_out", [
@@ -84,8 +88,8 @@ def test_odd_shapes(name, shape, n_out):
     x = torch.randn(shape, dtype=torch.float64)
     y = layer(x)
     assert y.shape == (*shape[:-1], n_out)
-    assert error(y, exact_layer(layer, x)) < 1e-12
-    assert error(layer.reference_forward(x), exact_layer(layer, x)) < 1e-12
+    assert error(y, exact_layer(layer, x)) < 1e-13
+    assert error(layer.reference_forward(x), exact_layer(layer, x)) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["original", "both trainable"])
@@ -109,7 +113,7 @@ def test_non_contiguous_input_and_gradient():
         dy = direction.permute([1, 2, 0] if x.shape[0] == 4 else [2, 1, 0])[:, :x.shape[1]]
         got, = torch.autograd.grad(layer(x), base, dy)
         want, = torch.autograd.grad(exact_layer(layer, x), base, dy)
-        assert error(layer(x), exact_layer(layer, x)) < 1e-12
+        assert error(layer(x), exact_layer(layer, x)) < 1e-13
         assert error(got, want) < 1e-11
 
 
@@ -149,12 +153,9 @@ def test_every_gradient_against_autograd_through_the_definition(name, dtype):
     exactly = copy.deepcopy(layer).double()
     x64 = x.detach().double().requires_grad_()
     want = torch.autograd.grad(exact_layer(exactly, x64), [x64, *exactly.parameters()], dy.double())
-    narrow = dtype in (torch.float16, torch.bfloat16) and layer.rbf.initial_h < 0.2
     for key, a, b in zip(leaves, got, want, strict=True):
         assert a.dtype == dtype
-        if not narrow:          # a 16-bit u resolves no bump that narrow; it stays finite
-            assert error(a, b) < 8 * TOLERANCE[dtype], key
-        assert a.isfinite().all()
+        assert error(a, b) < 8 * tolerance(name, dtype), key
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -166,7 +167,7 @@ def test_gradients_against_autograd_through_reference_forward(name):
     got = torch.autograd.grad(layer(x), leaves, dy)
     want = torch.autograd.grad(layer.reference_forward(x), leaves, dy)
     for a, b in zip(got, want, strict=True):
-        assert error(a, b) < 1e-11
+        assert error(a, b) < 8 * tolerance(name, torch.float64)
 
 
 GRIDS = {
@@ -340,7 +341,7 @@ def test_autocast(name, dtype):
     want = torch.autograd.grad(exact_layer(layer, x), list(leaves.values()), dy.double())
     for key, a, b in zip(leaves, got, want, strict=True):
         assert a.dtype == torch.float32
-        assert error(a, b) < TOLERANCE[dtype], key
+        assert error(a, b) < 8 * TOLERANCE[dtype], key
     assert layer(x).dtype == torch.float32
 
 
@@ -431,8 +432,7 @@ def check_initial(kan, points=8, low=-2.0, high=2.0):
         assert layer.spline_linear.weight.abs().max() <= math.sqrt(3) * xavier + 1e-6
         assert torch.equal(layer.rbf.grid, torch.linspace(low, high, points))
         assert (layer.layernorm.weight == 1).all() and (layer.layernorm.bias == 0).all()
-        h = layer.rbf.h
-        assert float(h) == pytest.approx(0.33) and (not isinstance(h, torch.Tensor) or h.ndim == 0)
+        assert torch.as_tensor(layer.rbf.h).item() == pytest.approx(0.33)
 
 
 def test_initial_values_survive_timms():

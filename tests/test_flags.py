@@ -1,0 +1,524 @@
+"""No flag is dead: each of DeiT's 71 and of ours changes what the real program builds, reads, writes or refuses.
+
+`EFFECTS` has a row for each flag: what to look at, the command line with the flag, and the one without it. Most
+look at what `main` hands to the first epoch, which is caught there; the others train, evaluate or start processes.
+"""
+import json
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from e2e import NANO, QUICK, ROOT, differences, free_port, run, write_digits
+from PIL import Image
+from torch import nn
+
+import augment
+import main as program
+from config import SCOPE
+from datasets import build_loaders
+from engine import train_one_epoch
+from utils import Process
+
+DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
+STUDENT = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_kan 8"
+# Nothing random in an image, so that what a flag adds to it stands out.
+STILL = "--aa none --reprob 0 --hflip 0 --color-jitter 0 --crop-padding 0"
+PLATEAU = "--sched plateau --patience-epochs 1 --cooldown-epochs 1 --epochs 12"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def files(tmp_path_factory):
+    """What the command lines below name as {data}, {small}, {inat}, {weights}, {run}, {teacher}, {other_teacher}."""
+    folder = tmp_path_factory.mktemp("flags")
+    places = {"data": write_digits(folder / "data"), "small": write_digits(folder / "small", train=8, classes=2),
+              "inat": write_inat(folder / "inat"), "run": folder / "run", "folder": folder,
+              "recipe": folder / "recipe.yaml", "teacher": folder / "teacher.pth", "other_teacher": folder / "other.pth",
+              "weights": folder / "weights.pth", "port": free_port()}
+    places["recipe"].write_text("lr: 0.25\n")
+    assert run(*QUICK, "--epochs", 1, "--data-path", places["data"], "--output_dir", places["run"]) == 0
+    for name, model, seed in (("teacher", NANO, 1), ("other_teacher", NANO, 2), ("weights", NANO, 3)):
+        torch.manual_seed(seed)
+        torch.save({"model": timm.create_model(model, num_classes=3).state_dict()}, places[name])
+    PLACES.clear()
+    PLACES.update(places)
+    caught.cache_clear()
+
+
+PLACES: dict[str, object] = {}
+
+
+def write_inat(folder: Path) -> Path:
+    """iNaturalist 2019 with three species of two kingdoms, an image each."""
+    species = [("Plantae", "fern"), ("Plantae", "moss"), ("Animalia", "newt")]
+    folder.mkdir()
+    (folder / "categories.json").write_text(json.dumps([
+        {"id": i, "kingdom": kingdom, "name": name} for i, (kingdom, name) in enumerate(species)]))
+    for half in ("train", "val"):
+        images = [{"id": i, "file_name": f"train_val2019/Any/{i % 3}/{half}{i}.jpg"} for i in range(18)]
+        (folder / f"{half}2019.json").write_text(json.dumps(
+            {"images": images, "annotations": [{"image_id": i, "category_id": i % 3} for i in range(18)]}))
+        for i, image in enumerate(images):
+            path = folder / image["file_name"].replace("Any/", "")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (i, i, i)).save(path)
+    return folder
+
+
+# ---------------------------------------------------------------- what main hands to the first epoch
+class Caught(BaseException):
+    pass
+
+
+def words(line: str) -> list[str]:
+    return line.format(**PLACES).split()
+
+
+@cache
+def caught(line: str) -> SimpleNamespace:
+    """state, net, criterion, loader, process and the options of `train_one_epoch`, caught before anything is trained."""
+    seen = SimpleNamespace()
+
+    def catch(net, state, criterion, loader, process, **options):
+        vars(seen).update(net=net, state=state, model=state.model, criterion=criterion, loader=loader, process=process,
+                          options=SimpleNamespace(**options), weights={k: v.clone() for k, v in
+                                                                       state.model.state_dict().items()})
+        raise Caught
+
+    given = words(line)
+    data = [] if "--data-path" in given or "--data-set" in given else ["--data-path", str(PLACES["data"])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "train_one_epoch", catch)
+        try:
+            code = run(*QUICK, "--epochs", 4, *data, *given)
+            raise AssertionError(f"{line} did not come to train: exit code {code}")
+        except Caught:
+            return seen
+
+
+def optimizer(line):
+    groups = caught(line).state.optimizer.param_groups
+    return type(caught(line).state.optimizer).__name__, [{k: v for k, v in g.items() if k != "params"} for g in groups]
+
+
+def rates(line):
+    """The learning rate of each epoch, for an accuracy that rises once and then stays."""
+    seen = caught(line)
+    scheduler, steps = seen.state.scheduler, []
+    groups = [dict(group) for group in seen.state.optimizer.param_groups]
+    for epoch in range(seen.options.epochs):
+        if not line.startswith("--sched plateau"):
+            scheduler.step(epoch)
+        for update in range(len(seen.loader)):
+            scheduler.step_update(epoch * len(seen.loader) + update)
+            steps.append(max(group["lr"] for group in seen.state.optimizer.param_groups))
+        if line.startswith("--sched plateau"):
+            scheduler.step(epoch + 1, 50.0)
+    for group, before in zip(seen.state.optimizer.param_groups, groups):
+        group.update(before)
+    return steps
+
+
+def batches(line):
+    """Targets and images of an epoch."""
+    loader = caught(line).loader
+    loader.sampler.set_epoch(0)
+    return [(targets, images) for images, targets in loader]
+
+
+def images_of(line):
+    return torch.cat([images for _, images in batches(line)])
+
+
+def draws(line):
+    """Indices into the data set, and repeats."""
+    return [(key.index, key.repeat) for key in caught(line).loader.sampler]
+
+
+def loss(line):
+    """Of fixed outputs on fixed images and hard targets."""
+    seen = caught(line)
+    generator = torch.Generator().manual_seed(0)
+    images, a, b = (torch.randn(shape, generator=generator) for shape in ((4, 3, 32, 32), (4, 3), (4, 3)))
+    outputs = torch.cat([a, b]) if seen.criterion.copies == 2 else (a, b) if "--distillation-type" in line else a
+    return seen.criterion(images, outputs, torch.tensor([0, 1, 2, 0])).item()
+
+
+def mixed(line):
+    """A mixed batch: how many of its pixels are not the image's, its targets."""
+    mixup = caught(line).options.mixup
+    if mixup is None:
+        return None
+    found = []
+    for seed in range(8):
+        np.random.seed(seed)
+        images, targets = mixup(torch.arange(4.).view(4, 1, 1, 1).expand(4, 3, 32, 32).clone(), torch.tensor([0, 1, 2, 0]))
+        found.append((images, targets))
+    return found
+
+
+def rates_of_dropout(line):
+    model = caught(line).model
+    return {name: module.p if isinstance(module, nn.Dropout) else module.drop_prob for name, module in
+            model.named_modules() if isinstance(module, nn.Dropout) or hasattr(module, "drop_prob")}
+
+
+def structure(line):
+    return repr(caught(line).model)
+
+
+def basis(line):
+    return {name: value for name, value in caught(line).model.named_buffers()}, [
+        (name, tuple(value.shape)) for name, value in caught(line).model.named_parameters()], [
+        module.h for module in caught(line).model.modules() if isinstance(getattr(module, "h", None), float)]
+
+
+def trainable(line):
+    return {name for name, parameter in caught(line).model.named_parameters() if parameter.requires_grad}
+
+
+def average(line):
+    ema = caught(line).state.ema
+    return ema and (ema.decay, ema.device)
+
+
+def initial_weights(line):
+    return caught(line).weights
+
+
+def data_of(line):
+    data = caught(line).loader.dataset
+    return len(data), data.classes
+
+
+# ---------------------------------------------------------------- what the program does
+def trained(line):
+    """Weights after an epoch of `train_one_epoch` as main calls it."""
+    seen = caught(line)
+    seen.model.load_state_dict(seen.weights)
+    seen.loader.sampler.set_epoch(0)
+    train_one_epoch(seen.net, seen.state, seen.criterion, seen.loader, seen.process, **vars(seen.options))
+    result = {key: value.clone() for key, value in seen.model.state_dict().items()}
+    seen.model.load_state_dict(seen.weights)
+    caught.cache_clear()
+    return result
+
+
+def printed(line):
+    """Exit code, standard output and error of the whole program."""
+    CAPTURE.readouterr()
+    code = run(*words(line))
+    out, err = CAPTURE.readouterr()
+    return code, out, err
+
+
+def evaluated(line):
+    """The numbers of an evaluation."""
+    return printed(f"--eval --device cpu --num_workers 0 --data-path {{data}} {line}")[1].splitlines()[-2:]
+
+
+def shard(line):
+    """Images that the first of two processes evaluates."""
+    args = program.parse_args([*QUICK, "--input-size", "32", "--data-path", str(PLACES["data"]), *words(line)]).args
+    args.data_set = "FOLDER"
+    return list(build_loaders(args, Process(0, 2)).val.sampler)
+
+
+def pinned(line):
+    args = program.parse_args([*QUICK, "--input-size", "32", "--data-path", str(PLACES["data"]), *words(line)]).args
+    args.data_set = "FOLDER"
+    return build_loaders(args, Process(device=torch.device("cuda"))).train.pin_memory
+
+
+def files_written(line):
+    folder = Path(words(line)[-1]) if line else PLACES["folder"] / "not_given"
+    assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], *words(line)) == 0
+    return folder.exists() and sorted(path.name for path in folder.iterdir() if path.suffix == ".pth")
+
+
+CAPTURE = None
+
+
+@pytest.fixture(autouse=True)
+def capture(capsys):
+    global CAPTURE
+    CAPTURE = capsys
+    yield
+    CAPTURE = None
+
+
+def joined(line):
+    """Exit code of a single process that a launcher started, and what it says on stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            patch.delenv(name, raising=False)
+        patch.setenv("RANK", "0")
+        patch.setenv("WORLD_SIZE", "1")
+        code, _, err = printed(f"--eval --resume {{run}}/checkpoint.pth --data-path {{data}} --device cpu --num_workers 0 {line}")
+    return code, err
+
+
+def fetching(line):
+    """What the program says for a CIFAR-10 that is not there and whose server is not either."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
+        return printed(f"--data-set CIFAR10 --data-path {{folder}}/absent --device cpu {line}")
+
+
+# ---------------------------------------------------------------- the table
+EFFECTS = {
+    # run
+    "batch_size": (lambda line: len(batches(line)[0][0]), "--batch-size 8", ""),
+    "epochs": (lambda line: caught(line).options.epochs, "--epochs 9", ""),
+    "grad_accum": (trained, "--grad-accum 3", ""),
+    "bce_loss": (loss, "--bce-loss", ""),
+    "unscale_lr": (optimizer, "--unscale-lr", ""),
+    "config": (optimizer, "--config {recipe}", ""),
+    "list_models": (printed, "--list-models", "--no-such-flag"),
+    # model
+    "model": (structure, "--model vit_nano_patch8_32_ViT", ""),
+    "input_size": (lambda line: images_of(line).shape, "--input-size 64", ""),
+    "drop": (rates_of_dropout, "--drop 0.3", ""),
+    "drop_path": (rates_of_dropout, "--drop-path 0.5", ""),
+    "hdim_kan": (structure, "--hdim_kan 16", ""),
+    "kan_grid_range": (basis, "--kan-grid-range -1 1", ""),
+    "kan_grid_points": (basis, "--kan-grid-points 5", ""),
+    "kan_h": (trained, "--kan-h 0.7", ""),
+    "kan_trainable_grid": (basis, "--kan-trainable-grid", ""),
+    "kan_trainable_h": (basis, "--kan-trainable-h", ""),
+    "grad_checkpointing": (lambda line: caught(line).model.grad_checkpointing, "--grad-checkpointing", ""),
+    "amp_dtype": (trained, "--amp-dtype bfloat16", ""),
+    # moving average
+    "model_ema": (average, "--no-model-ema", ""),
+    "model_ema_decay": (average, "--model-ema-decay 0.5", ""),
+    "model_ema_force_cpu": (average, "--model-ema-force-cpu", ""),
+    # optimizer
+    "opt": (optimizer, "--opt sgd", ""),
+    "opt_eps": (optimizer, "--opt-eps 1e-3", ""),
+    "opt_betas": (optimizer, "--opt-betas 0.5 0.6", ""),
+    "clip_grad": (trained, "--opt sgd --clip-grad 1e-3", "--opt sgd"),
+    "momentum": (optimizer, "--opt sgd --momentum 0.5", "--opt sgd"),
+    "weight_decay": (optimizer, "--weight-decay 0.3", ""),
+    "layer_decay": (optimizer, "--layer-decay 0.5", ""),
+    # learning rate
+    "sched": (rates, "--sched step --decay-epochs 1", ""),
+    "sched_on_updates": (rates, "--sched-on-updates", ""),
+    "lr": (optimizer, "--lr 0.01", ""),
+    "lr_noise": (rates, "--lr-noise 0.2", ""),
+    "lr_noise_pct": (rates, "--lr-noise 0 --lr-noise-pct 0.1", "--lr-noise 0"),
+    "lr_noise_std": (rates, "--lr-noise 0 --lr-noise-std 0.01", "--lr-noise 0"),
+    "warmup_lr": (rates, "--warmup-epochs 2 --warmup-lr 1e-7", "--warmup-epochs 2"),
+    "min_lr": (rates, "--min-lr 1e-9", ""),
+    "decay_epochs": (rates, "--sched step --decay-epochs 2", "--sched step"),
+    "warmup_epochs": (rates, "--warmup-epochs 2", ""),
+    "cooldown_epochs": (rates, f"{PLATEAU} --cooldown-epochs 3", PLATEAU),
+    "patience_epochs": (rates, f"{PLATEAU} --patience-epochs 3", PLATEAU),
+    "decay_rate": (rates, "--sched step --decay-epochs 1 --decay-rate 0.5", "--sched step --decay-epochs 1"),
+    # augmentation
+    "color_jitter": (images_of, f"{STILL} --color-jitter 0.5", STILL),
+    "crop_padding": (images_of, f"{STILL} --crop-padding 6", STILL),
+    "hflip": (images_of, f"{STILL} --hflip 1", STILL),
+    "aa": (images_of, f"{STILL} --aa rand-m9-n2", STILL),
+    "smoothing": (loss, "--mixup 0 --cutmix 0 --smoothing 0.4", "--mixup 0 --cutmix 0"),
+    "train_interpolation": (images_of, f"{STILL} --input-size 64 --train-interpolation nearest", f"{STILL} --input-size 64"),
+    "repeated_aug": (draws, "--repeated-aug", ""),
+    "train_mode": (trained, "--drop 0.5 --no-train-mode", "--drop 0.5"),
+    "ThreeAugment": (images_of, f"{STILL} --ThreeAugment", STILL),
+    "src": (images_of, f"{STILL} --input-size 64 --src", f"{STILL} --input-size 64"),
+    # random erasing
+    "reprob": (images_of, f"{STILL} --reprob 1", STILL),
+    "remode": (images_of, f"{STILL} --reprob 1 --remode const", f"{STILL} --reprob 1"),
+    "recount": (images_of, f"{STILL} --reprob 1 --recount 4", f"{STILL} --reprob 1"),
+    "resplit": (images_of, f"{STILL} --reprob 1 --repeated-aug --resplit", f"{STILL} --reprob 1 --repeated-aug"),
+    # mixup and cutmix
+    "mixup": (mixed, "--mixup 0", ""),
+    "cutmix": (mixed, "--cutmix 0", ""),
+    "cutmix_minmax": (mixed, "--mixup 0 --cutmix-minmax 0.1 0.2", "--mixup 0"),
+    "mixup_prob": (mixed, "--mixup-prob 0.3", ""),
+    "mixup_switch_prob": (mixed, "--mixup-switch-prob 1", ""),
+    "mixup_mode": (mixed, "--mixup-mode elem", ""),
+    # distillation and co-training
+    "teacher_model": (printed, *(f"--distillation-type soft {STUDENT} --teacher-path {{teacher}} --teacher-model {name} "
+                                 "--data-path {data} --device cpu --num_workers 0 --batch-size 16 --epochs 1 --warmup-epochs 0"
+                                 for name in (NANO, "resnet18"))),
+    "teacher_path": (loss, *(f"--distillation-type soft {STUDENT} --teacher-model {NANO} --teacher-path {path}"
+                             for path in ("{other_teacher}", "{teacher}"))),
+    "distillation_type": (loss, *(f"--distillation-type {kind} {STUDENT} --teacher-model {NANO} --teacher-path {{teacher}}"
+                                  for kind in ("hard", "soft"))),
+    "distillation_alpha": (loss, *(f"--distillation-type hard {STUDENT} --teacher-model {NANO} --teacher-path {{teacher}}"
+                                   f"{more}" for more in (" --distillation-alpha 0.9", ""))),
+    "distillation_tau": (loss, *(f"--distillation-type soft {STUDENT} --teacher-model {NANO} --teacher-path {{teacher}}"
+                                 f"{more}" for more in (" --distillation-tau 3", ""))),
+    "cosub": (loss, "--cosub", ""),
+    # fine-tuning
+    "finetune": (initial_weights, "--finetune {weights}", ""),
+    "attn_only": (trainable, "--attn-only", ""),
+    # data
+    "data_path": (data_of, "--data-path {small}", ""),
+    "data_set": (data_of, "--data-set DIGITS", ""),
+    "inat_category": (data_of, "--data-path {inat} --inat-category kingdom", "--data-path {inat}"),
+    "download": (fetching, "--download", ""),
+    "eval_crop_ratio": (evaluated, "--resume {run}/checkpoint.pth --input-size 32 --eval-crop-ratio 0.5",
+                        "--resume {run}/checkpoint.pth"),
+    "num_workers": (lambda line: caught(line).loader.num_workers, "--num_workers 2", ""),
+    "pin_mem": (pinned, "--no-pin-mem", ""),
+    # output and state
+    "output_dir": (files_written, "--output_dir {folder}/written", ""),
+    "device": (printed, *(f"--device {name} --eval --resume {{run}}/checkpoint.pth --data-path {{data}} --num_workers 0"
+                          for name in ("cuda:99", "cpu"))),
+    "seed": (lambda line: (initial_weights(line), draws(line), images_of(line)), "--seed 5", ""),
+    "resume": (lambda line: caught(line).state.epoch, "--resume {run}/checkpoint.pth", ""),
+    "start_epoch": (lambda line: caught(line).state.epoch, "--start_epoch 3", ""),
+    "eval": (lambda line: printed(f"--resume {{run}}/checkpoint.pth --data-path {{data}} --device cpu --num_workers 0 {line}"),
+             "--eval", ""),
+    "print_freq": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 1", line]))[1].count("img/s"),
+                   "--print-freq 1", ""),
+    # several processes
+    "dist_eval": (shard, "--dist-eval", ""),
+    "distributed": (lambda line: printed(f"--device cpu --data-path {{data}} --epochs 0 {line}"), "--distributed", ""),
+    "world_size": (lambda line: printed(f"--device cpu --data-path {{data}} --epochs 0 {line}"), "--world_size 4", ""),
+    "dist_url": (joined, "--dist_url tcp://127.0.0.1:{port}", ""),
+}
+
+
+def test_the_table_is_complete():
+    assert len(DEIT) == 71
+    assert EFFECTS.keys() == SCOPE.keys() and DEIT.keys() < EFFECTS.keys()
+
+
+@pytest.mark.parametrize("dest", EFFECTS)
+def test_the_flag_has_an_effect(dest):
+    look, with_it, without_it = EFFECTS[dest]
+    assert differences(plain(look(with_it)), plain(look(without_it))), f"{with_it} changes nothing"
+
+
+@pytest.mark.parametrize("look", [optimizer, rates, images_of, draws, loss, mixed, trained, basis, structure, average,
+                                  initial_weights, rates_of_dropout])
+def test_without_a_flag_nothing_changes(look):
+    """The looks above see nothing but the flags: the same command line twice looks the same."""
+    first = plain(look("--mixup-prob 0.5"))
+    caught.cache_clear()
+    assert not differences(first, plain(look("--mixup-prob 0.5")))
+
+
+def plain(value):
+    if isinstance(value, (tuple, set)):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set) else value)]
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+# ---------------------------------------------------------------- which effect, where it is worth saying
+def test_the_rate_is_scaled_to_the_images_of_an_update():
+    for line, rate in (("--lr 0.512", 0.016), ("--lr 0.512 --grad-accum 3", 0.048), ("--lr 0.512 --batch-size 8", 0.008),
+                       ("--lr 0.512 --unscale-lr", 0.512)):
+        assert optimizer(line)[1][0]["lr"] == pytest.approx(rate)
+
+
+def test_schedules_by_hand():
+    line = "--unscale-lr --lr 1 --min-lr 0 "
+    half = 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4))
+    assert rates(line + "--sched cosine")[::3] == pytest.approx(half.tolist())
+    assert rates(line + "--sched step --decay-epochs 2")[::3] == pytest.approx([1, 1, 0.1, 0.1])
+    assert rates(line + "--sched multistep --decay-epochs 2 --decay-rate 0.5")[::3] == pytest.approx([1, 1, 0.5, 0.5])
+    assert rates(line + "--warmup-epochs 2 --warmup-lr 0.2")[:6:3] == pytest.approx([0.2, 0.6])
+    by_update = 0.5 * (1 + np.cos(np.pi * np.arange(12) / 12))
+    assert rates(line + "--sched-on-updates") == pytest.approx(by_update.tolist())
+    plateau = "--sched plateau --epochs 9 --unscale-lr --lr 1 --min-lr 0 --decay-rate 0.5 --patience-epochs 1 "
+    assert rates(plateau + "--cooldown-epochs 0")[::3] == pytest.approx([1, 1, 1, .5, .5, .25, .25, .125, .125])
+    assert rates(plateau + "--cooldown-epochs 2")[::3] == pytest.approx([1, 1, 1, .5, .5, .5, .5, .25, .25])
+
+
+def test_what_attention_only_trains():
+    names = trainable("--attn-only")
+    assert names == {name for name in trainable("") if ".attn." in name or name.startswith("head.") or name == "pos_embed"}
+
+
+def test_layer_decay_by_hand():
+    groups = optimizer("--layer-decay 0.5")[1]
+    # the head, four blocks, the embedding
+    assert sorted({group["lr_scale"] for group in groups}) == pytest.approx([2.0 ** -n for n in range(5, -1, -1)])
+
+
+def test_the_optimizers_numbers_arrive():
+    name, groups = optimizer("--opt adamw --opt-eps 1e-3 --opt-betas 0.5 0.6 --weight-decay 0.3")
+    assert name == "AdamW" and {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert all(group["eps"] == 1e-3 and tuple(group["betas"]) == (0.5, 0.6) for group in groups)
+    name, groups = optimizer("--opt momentum --momentum 0.7")
+    assert name == "SGD" and all(group["momentum"] == 0.7 and not group["nesterov"] for group in groups)
+
+
+def test_clipping_bounds_the_step():
+    """Plain SGD at rate 1 for three updates: no tensor moves further than three times the bound."""
+    line = "--opt momentum --momentum 0 --unscale-lr --lr 1 --weight-decay 0 --sched step"
+    start = {key: value.clone() for key, value in initial_weights(line).items()}
+
+    def distance(weights):
+        return sum((weights[key] - start[key]).square().sum() for key in start).sqrt().item()
+
+    assert distance(trained(f"{line} --clip-grad 1e-3")) <= 3.01e-3 < distance(trained(line))
+
+
+def test_mixing_by_hand():
+    for images, targets in mixed("--cutmix 0 --smoothing 0"):
+        share = targets.max(1).values[1]            # of the image itself or of its partner
+        assert images[1].min() == images[1].max() and targets.sum(1) == pytest.approx(1)
+        assert images[1, 0, 0, 0].item() == pytest.approx((1 * targets[1, 1] + 2 * targets[1, 2]).item(), abs=1e-5)
+        assert 0.5 <= share <= 1
+    for images, targets in mixed("--mixup 0 --smoothing 0"):
+        assert set(images[1].unique().tolist()) <= {1.0, 2.0}
+        assert (images[1] == 1).float().mean().item() == pytest.approx(targets[1, 1].item(), abs=1e-5)
+    for images, _ in mixed("--mixup-prob 0"):
+        assert images[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_repeated_augmentation_draws_three_times():
+    assert [repeat for _, repeat in draws("--repeated-aug")][:6] == [0, 1, 2, 0, 1, 2]
+    assert sorted(index for index, _ in draws("")) == list(range(48))
+
+
+def test_the_first_repeat_is_spared():
+    erased = images_of(f"{STILL} --reprob 1 --repeated-aug --resplit")
+    whole = images_of(f"{STILL} --repeated-aug")
+    same = [torch.equal(a, b) for a, b in zip(erased, whole)]
+    assert same[:12] == [True, False, False] * 4
+
+
+def test_no_train_mode_switches_dropout_off():
+    line = f"{STILL} --mixup 0 --cutmix 0 --no-train-mode"
+    assert not differences(trained(f"{line} --drop 0.5 --drop-path 0.5"), trained(f"{line} --drop 0 --drop-path 0"))
+
+
+def test_gradient_checkpointing_changes_memory_alone():
+    assert not differences(trained("--grad-checkpointing"), trained(""))
+
+
+def test_accumulating_gradients_is_a_larger_batch():
+    line = f"{STILL} --mixup 0 --cutmix 0 --drop-path 0 --opt momentum --unscale-lr --lr 0.1"
+    one, two = trained(f"{line} --batch-size 16"), trained(f"{line} --batch-size 8 --grad-accum 2")
+    start = caught(f"{line} --batch-size 16").weights
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+    assert any((one[key] - start[key]).abs().max() > 1e-3 for key in one)
+
+
+def test_the_crop_of_the_evaluation():
+    args = program.parse_args([]).args
+    args.input_size, args.eval_crop_ratio = 64, 0.5
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
+    middle = augment.build_transform(False, args)(image)
+    args.eval_crop_ratio = 1.0
+    assert torch.equal(middle, augment.build_transform(False, args)(image.crop((32, 32, 96, 96))))
+
+
+def test_the_log_has_no_lines_beyond_print_freq():
+    lines = {freq: printed(" ".join([*QUICK, f"--data-path {{data}} --epochs 2 --batch-size 8 --print-freq {freq}"]))[1].count("img/s")
+             for freq in (1, 4, 100)}
+    assert lines == {1: 12, 4: 4, 100: 2}

@@ -1,0 +1,140 @@
+"""tools/quickstart.py and tools/plot_run.py: the table, the picture, and both trainings end to end."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import models_kan  # noqa: F401  (registers the models)
+from faster_kan import FasterKANLayer
+from tools import plot_run, quickstart
+from utils import UserError, load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_log(folder: Path, *top1: float) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").write_text("".join(
+        json.dumps({"epoch": number, "train_loss": 2.0 - number, "test_acc1": acc1}) + "\n"
+        for number, acc1 in enumerate(top1)))
+    return folder
+
+
+def save(folder: Path, suffix: str, **kwargs) -> None:
+    name = f"vit_nano_patch8_32_{suffix}"
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10, **kwargs)
+    torch.save({"model": model.state_dict(), "model_args": {"name": name, "kwargs": kwargs}}, folder / "checkpoint.pth")
+
+
+def colours(path: Path) -> int:
+    with Image.open(path) as image:
+        return len(image.convert("RGB").getcolors(1 << 24))
+
+
+# ---------------------------------------------------------------- plot_run
+def test_log(tmp_path):
+    assert [record["test_acc1"] for record in plot_run.read_log(write_log(tmp_path, 10.0, 20.0))] == [10, 20]
+    with pytest.raises(UserError, match="output_dir"):
+        plot_run.read_log(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("train_h", [False, True])
+def test_edge_functions_add_up_to_the_layer(train_h):
+    torch.manual_seed(0)
+    layer = FasterKANLayer(3, 2, h=0.5, train_h=train_h)
+    state = {f"it.{key}": value for key, value in layer.state_dict().items()}
+    u = torch.linspace(-3, 3, 50)
+    edges = plot_run.edge_functions(state, "it", 0.5, u, count=6)
+    with torch.no_grad():
+        layer.layernorm = torch.nn.Identity()
+        for output in range(2):
+            total = sum(edges[f"{i} → {output}"] for i in range(3))
+            torch.testing.assert_close(total, layer(u[:, None].expand(-1, 3))[:, output])
+
+
+def test_the_strongest_edges_come_first():
+    torch.manual_seed(0)
+    layer = FasterKANLayer(6, 4)
+    with torch.no_grad():
+        layer.spline_linear.weight[2, 3 * 8:4 * 8] *= 50
+        layer.spline_linear.weight[1, :8] *= 20
+    state = {f"it.{key}": value for key, value in layer.state_dict().items()}
+    assert list(plot_run.edge_functions(state, "it", 0.33, torch.linspace(-3, 3, 50), count=2)) == ["3 → 2", "0 → 1"]
+
+
+def test_curves_are_those_of_the_logs():
+    axes = Figure().subplots()
+    plot_run.draw_curve(axes, {"a": [{"epoch": 0, "x": 5}, {"epoch": 1, "x": 6}], "b": [{"epoch": 0, "x": 7}]}, "x", "y")
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == [([1, 2], [5, 6]), ([1], [7])]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "y"
+
+
+def test_picture_with_and_without_a_kan(tmp_path, capsys):
+    kan, mlp = (write_log(tmp_path / name, 10.0, 20.0) for name in ("KAN", "MLP"))
+    save(mlp, "ViT")
+    assert plot_run.main([str(kan), str(mlp), "--output", str(tmp_path / "curves.png")]) == 0
+    save(kan, "KAN", kan_h=0.7)
+    assert plot_run.main([str(kan), str(mlp)]) == 0
+    assert capsys.readouterr().out.split() == [str(tmp_path / "curves.png"), str(kan / "curves.png")]
+    with Image.open(tmp_path / "curves.png") as small, Image.open(kan / "curves.png") as large:
+        assert large.size[0] == small.size[0] and large.size[1] > 2 * small.size[1]
+    assert min(colours(tmp_path / "curves.png"), colours(kan / "curves.png")) > 50      # not a blank page
+
+
+def test_plot_run_tells_what_is_missing(tmp_path, capsys):
+    assert plot_run.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+# ---------------------------------------------------------------- quickstart
+def test_only_an_earlier_quickstart_is_replaced(tmp_path):
+    folder = tmp_path / "deep" / "quickstart"
+    quickstart.prepare(folder)
+    (folder / "old.txt").touch()
+    quickstart.prepare(folder)
+    assert folder.is_dir() and not (folder / "old.txt").exists()
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter.txt").touch()
+    with pytest.raises(SystemExit, match="choose another folder"):
+        quickstart.prepare(other)
+    assert (other / "chapter.txt").exists()
+
+
+def test_table_of_one_seed_and_of_several():
+    run = {"top1": 96.0, "seconds": 60.0, "img_per_s": 500.0}
+    _, kan, mlp = quickstart.table({"KAN": [run], "MLP": [{**run, "top1": 98.0}]}).splitlines()
+    assert kan.split() == ["KAN", "96.00", "468,010", "16.08", "0.39", "60", "500"]
+    assert mlp.split() == ["MLP", "98.00", "468,778", "16.08", "0.13", "60", "500"]
+    _, kan, _ = quickstart.table({"KAN": [run, {"top1": 98.0, "seconds": 80.0, "img_per_s": 700.0}],
+                                  "MLP": [run, run]}).splitlines()
+    assert kan.split() == ["KAN", "97.00", "±", "1.41", "468,010", "16.08", "0.39", "70", "600"]
+
+
+def test_end_to_end(tmp_path):
+    """The command of the README on one thread, from another folder, cut to an epoch."""
+    answer = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "quickstart.py"), "--output-dir", "out", "--epochs", "1"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=240)
+    assert answer.returncode == 0, answer.stderr
+    lines = {line.split()[0]: line.split() for line in answer.stdout.splitlines() if line.split()}
+    assert lines["KAN"][2] == "468,010" and lines["MLP"][2] == "468,778"
+    assert "not twins" not in answer.stdout
+    assert colours(tmp_path / "out" / "quickstart.png") > 50
+    for name in ("KAN", "MLP"):
+        folder = tmp_path / "out" / f"{name}_seed0"
+        assert {"log.txt", "checkpoint.pth", "args.yaml"} <= {path.name for path in folder.iterdir()}
+        assert any(folder.glob("events.out.tfevents.*"))
+        [record] = plot_run.read_log(folder)
+        assert lines[name][1] == f"{record['test_acc1']:.2f}" and record["test_images"] == 360
+        assert load_file(folder / "checkpoint.pth")["args"]["data_set"] == "DIGITS"

@@ -1,0 +1,108 @@
+"""Training curves of one or several runs, and the edge functions that their KANs have learned, as a PNG.
+
+    python tools/plot_run.py FOLDER [FOLDER ...] [--output picture.png]
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from faster_kan import rswaf_basis
+from utils import UserError, load_file
+
+EDGES = 6       # of each layer that is shown
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The records of a run's log.txt, one an epoch. UserError where there is none."""
+    log = folder / "log.txt"
+    if not log.is_file():
+        raise UserError(f"{folder} holds no log.txt: name the --output_dir of a run")
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str) -> None:
+    for name, records in logs.items():
+        axes.plot([r["epoch"] + 1 for r in records], [r[key] for r in records], label=name, marker=".", markersize=3)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def kan_layers(state: dict[str, torch.Tensor]) -> list[str]:
+    """Key prefixes of a checkpoint's KAN layers, in the order of the blocks; empty for an MLP."""
+    ending = ".spline_linear.weight"
+    return [key.removesuffix(ending) for key in state if key.endswith(ending)]
+
+
+def edge_functions(state: dict[str, torch.Tensor], layer: str, h: float, u: torch.Tensor,
+                   count: int = EDGES) -> dict[str, torch.Tensor]:
+    """The strongest edges of a layer, {"input -> output": phi(u)}, each of u's shape [N].
+
+    phi_oi(u) = sum_k W[o, i*G + k] B_k(u), exact from the weights; strength is its deviation over `u`."""
+    grid = state[f"{layer}.rbf.grid"]
+    weight = state[f"{layer}.spline_linear.weight"].unflatten(1, (-1, len(grid)))       # [O, I, G]
+    basis = rswaf_basis(u, grid, state.get(f"{layer}.rbf.h", h))                        # [N, G]
+    centred = basis - basis.mean(0)
+    strength = torch.einsum("oig,gh,oih->oi", weight, centred.T @ centred / len(u), weight)
+    chosen = strength.flatten().topk(min(count, strength.numel())).indices
+    edges = [divmod(int(index), weight.shape[1]) for index in chosen]
+    return {f"{i} → {o}": basis @ weight[o, i] for o, i in edges}
+
+
+def draw_edges(axes: Axes, state: dict[str, torch.Tensor], layer: str, h: float) -> None:
+    grid = state[f"{layer}.rbf.grid"]
+    u = torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
+    for label, phi in edge_functions(state, layer, h, u).items():
+        axes.plot(u, phi, label=label, linewidth=1.2)
+    for point in grid.tolist():
+        axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
+    axes.set_title(f"{layer}: strongest edges", fontsize=9)
+    axes.set_xlabel("normalised input u (lines: grid points)")
+    axes.set_ylabel("edge function φ(u)")
+    axes.legend(fontsize=7, title="input → output", title_fontsize=7)
+
+
+def plot_runs(folders: list[Path], picture: Path) -> Path:
+    """Draw loss and top-1 of all runs over the epochs, below them edge functions of the first KAN among them."""
+    logs = {folder.name: read_log(folder) for folder in folders}
+    checkpoints = [load_file(folder / "checkpoint.pth") for folder in folders if (folder / "checkpoint.pth").is_file()]
+    kan = next((c for c in checkpoints if kan_layers(c["model"])), None)
+    rows = 3 if kan else 1
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), squeeze=False, layout="constrained")
+    draw_curve(axes[0, 0], logs, "train_loss", "training loss")
+    draw_curve(axes[0, 1], logs, "test_acc1", "top-1 (%)")
+    if kan:
+        layers = kan_layers(kan["model"])
+        h = kan["model_args"]["kwargs"].get("kan_h", 0.33)      # the original's width, unless an option says otherwise
+        for axis, layer in zip(axes[1:].flat, [layers[0], layers[1], layers[-2], layers[-1]]):
+            draw_edges(axis, kan["model"], layer, h)
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="output folders of runs")
+    parser.add_argument("--output", type=Path, help="the picture (default: curves.png in the first folder)")
+    args = parser.parse_args(argv)
+    try:
+        print(plot_runs(args.folders, args.output or args.folders[0] / "curves.png"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
