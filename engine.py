@@ -85,7 +85,7 @@ class TrainState:
             self.ema.module.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
         if checkpoint.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch = checkpoint.get("epoch", -1) + 1
+        self.epoch = checkpoint.get("epoch", self.epoch - 1) + 1
         self.max_accuracy = checkpoint.get("max_accuracy", 0.0)
         self.max_accuracy_ema = checkpoint.get("max_accuracy_ema", 0.0)
         if isinstance(self.scheduler, PlateauLRScheduler):

@@ -238,10 +238,9 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
 
     size_name = _TWINS.get(args.get("model") or "")
     if size_name is None:
-        shape = (patch, dim, depth, distilled, deit3)
-        same = [n for n, s in SIZES.items() if (s.patch_size, s.embed_dim, s.depth, s.distilled, s.deit3) == shape]
-        same.sort(key=lambda n: SIZES[n].img_size != side * patch)
-        size_name = same[0] if same else next(n for n, s in SIZES.items() if (s.distilled, s.deit3) == shape[3:])
+        shape = (dim, patch, depth, side * patch)      # the width first: it settles the number of heads
+        size_name = min((n for n, s in SIZES.items() if (s.distilled, s.deit3) == (distilled, deit3)), key=lambda n: [
+            a != b for a, b in zip(shape, (SIZES[n].embed_dim, SIZES[n].patch_size, SIZES[n].depth, SIZES[n].img_size))])
     size = SIZES[size_name]
     kwargs: dict[str, Any] = {"img_size": side * patch, "num_classes": _num_classes(state)}
     for key, value, own in (("embed_dim", dim, size.embed_dim), ("depth", depth, size.depth),

@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 import timm
 import torch
 from timm.models import get_pretrained_cfg
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -188,8 +188,8 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
     kwargs = {**spec.kwargs, "drop_path_rate": args.drop_path}
     if args.drop:       # DeiT's --drop: after the position embedding, in projections and feed-forwards
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
-    flags = {"img_size": "input_size", "drop_path_rate": "drop_path", "pos_drop_rate": "drop",
-             "proj_drop_rate": "drop", **{key: key for key in KAN_OPTIONS}}
+    flags = {"img_size": "input_size", "drop_path_rate": "drop_path", "drop_rate": "drop",
+             **{key: key for key in KAN_OPTIONS}}
     while True:
         try:
             model = timm.create_model(spec.name, **kwargs)
@@ -199,7 +199,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             if not unknown or unknown.group(1) not in kwargs:
                 raise
             key = unknown.group(1)
-            if key == "pos_drop_rate":      # no position embedding: its one rate is the head's
+            if key in ("pos_drop_rate", "proj_drop_rate"):      # no transformer: its one rate is the head's
                 kwargs["drop_rate"] = args.drop
             elif key != "img_size" and flags.get(key) in config.given:
                 raise UserError(f"{flag_name(flags[key])} has no effect on --model {spec.name}: leave it "
@@ -209,18 +209,22 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             raise UserError(f"--model {spec.name} cannot be built ({str(error).splitlines()[0]}): check --model, "
                             f"--input-size {args.input_size} and the KAN options") from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if patch and any(args.input_size % side for side in patch):
+    if isinstance(patch, tuple) and any(args.input_size % side for side in patch):
         raise UserError(f"--input-size {args.input_size} is not divisible by the model's patch size {patch[0]}: "
                         f"take {args.input_size // patch[0] * patch[0] or patch[0]}")
     kept = {key: value for key, value in kwargs.items() if key in spec.kwargs}
     if args.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise UserError(f"--grad-checkpointing: --model {spec.name} does not support it")
-        model.set_grad_checkpointing(True)
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"--grad-checkpointing: --model {spec.name} does not support it, leave it out") from error
     if args.distillation_type != "none" and not args.eval:
         if not hasattr(model, "set_distilled_training"):
             raise UserError(f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
                             f"such as deit_tiny_distilled_patch16_224_KAN, not --model {spec.name}")
+        if not args.train_mode:
+            raise UserError(f"--distillation-type {args.distillation_type} needs both tokens' outputs, which a model "
+                            "gives in training mode only: leave out --no-train-mode")
         model.set_distilled_training(True)
     return model, ModelSpec(spec.name, kept)
 
@@ -263,7 +267,10 @@ def scaled_lr(args: Namespace, world_size: int) -> float:
 
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     kwargs: dict[str, Any] = {**optimizer_kwargs(args), "lr": lr}
-    if "muon" in args.opt:      # Muon is for hidden matrices: the rest by AdamW
+    info = get_optimizer_info(args.opt.lower().split("_")[-1])     # what follows lookahead_
+    if info.has_betas and len(args.opt_betas or ()) not in (0, info.num_betas):
+        raise UserError(f"--opt {args.opt} takes {info.num_betas} --opt-betas, not {len(args.opt_betas)}")
+    if "muon" in info.name:     # Muon is for hidden matrices: the rest by AdamW
         kwargs["fallback_list"] = ("head*", "patch_embed*")
     try:
         optimizer = create_optimizer_v2(model, **kwargs)

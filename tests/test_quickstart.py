@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def write_log(folder: Path, *top1: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").write_text("".join(
-        json.dumps({"epoch": number, "train_loss": 2.0 - number, "test_acc1": acc1}) + "\n"
+        json.dumps({"epoch": number, "train_loss": 2.0 - number, "test_loss": 1.9 - number, "test_acc1": acc1}) + "\n"
         for number, acc1 in enumerate(top1)))
     return folder
 
@@ -44,6 +44,25 @@ def test_log(tmp_path):
     assert [record["test_acc1"] for record in plot_run.read_log(write_log(tmp_path, 10.0, 20.0))] == [10, 20]
     with pytest.raises(UserError, match="output_dir"):
         plot_run.read_log(tmp_path / "nothing")
+
+
+def test_log_with_a_last_line_cut_off(tmp_path):
+    with open(write_log(tmp_path, 10.0, 20.0) / "log.txt", "a") as log:
+        log.write('{"epoch": 2, "test_')
+    assert [record["epoch"] for record in plot_run.read_log(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["", "hello\n", "3\n", '{"loss": 1}\n', '{"epoch": 0}\nrubbish\n{"epoch": 1}\n'])
+def test_log_that_is_none(tmp_path, text):
+    (tmp_path / "log.txt").write_text(text)
+    with pytest.raises(UserError, match=r"log\.txt"):
+        plot_run.read_log(tmp_path)
+
+
+def test_runs_of_one_name_stay_apart(tmp_path):
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / "other"]
+    assert plot_run.names_of(folders) == ["a/run", "b/run", "b/other"]
+    assert plot_run.names_of(folders[1:]) == ["run", "other"]
 
 
 @pytest.mark.parametrize("train_h", [False, True])
@@ -72,9 +91,12 @@ def test_the_strongest_edges_come_first():
 
 def test_curves_are_those_of_the_logs():
     axes = Figure().subplots()
-    plot_run.draw_curve(axes, {"a": [{"epoch": 0, "x": 5}, {"epoch": 1, "x": 6}], "b": [{"epoch": 0, "x": 7}]}, "x", "y")
-    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == [([1, 2], [5, 6]), ([1], [7])]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    logs = {"a": [{"epoch": 0, "x": 5, "t": 1}, {"epoch": 1, "x": 6, "t": 2}], "b": [{"epoch": 0, "x": 7, "t": 3}]}
+    plot_run.draw_curve(axes, logs, "x", "y", dashed="t")
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines] == \
+        [([1, 2], [5, 6]), ([1, 2], [1, 2]), ([1], [7]), ([1], [3])]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "a (training)", "b", "b (training)"]
+    assert axes.lines[0].get_color() == axes.lines[1].get_color() != axes.lines[2].get_color()
     assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "y"
 
 
@@ -108,6 +130,8 @@ def test_only_an_earlier_quickstart_is_replaced(tmp_path):
     with pytest.raises(SystemExit, match="choose another folder"):
         quickstart.prepare(other)
     assert (other / "chapter.txt").exists()
+    with pytest.raises(SystemExit, match="choose another folder"):
+        quickstart.prepare(other / "chapter.txt")
 
 
 def test_table_of_one_seed_and_of_several():

@@ -22,17 +22,45 @@ EDGES = 6       # of each layer that is shown
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The records of a run's log.txt, one an epoch. UserError where there is none."""
+    """The records of a run's log.txt, one an epoch; a last line that a kill cut off is left out.
+
+    UserError where there is no log, no finished epoch, or something else."""
     log = folder / "log.txt"
     if not log.is_file():
         raise UserError(f"{folder} holds no log.txt: name the --output_dir of a run")
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    lines, records = log.read_text().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append({**json.loads(line), "epoch": int(json.loads(line)["epoch"])})
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines) or not records:
+                raise UserError(f"{log} line {number} is no epoch of a training: name the --output_dir of a "
+                                "run") from error
+    if not records:
+        raise UserError(f"{log} holds no finished epoch yet: wait for the first one")
+    return records
 
 
-def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str) -> None:
+def names_of(folders: list[Path]) -> list[str]:
+    """Names of folders in a legend: as short as keeps them apart."""
+    paths = [folder.resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
+
+
+def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str, dashed: str | None = None) -> None:
+    """`key` of every run over its epochs; `dashed`: a second key, in the same colour."""
     for name, records in logs.items():
-        axes.plot([r["epoch"] + 1 for r in records], [r[key] for r in records], label=name, marker=".", markersize=3)
+        line, = axes.plot([r["epoch"] + 1 for r in records], [r[key] for r in records], label=name, marker=".",
+                          markersize=3)
+        if dashed:
+            axes.plot([r["epoch"] + 1 for r in records], [r[dashed] for r in records], "--", color=line.get_color(),
+                      label=f"{name} (training)")
     axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -74,16 +102,17 @@ def draw_edges(axes: Axes, state: dict[str, torch.Tensor], layer: str, h: float)
 
 def plot_runs(folders: list[Path], picture: Path) -> Path:
     """Draw loss and top-1 of all runs over the epochs, below them edge functions of the first KAN among them."""
-    logs = {folder.name: read_log(folder) for folder in folders}
+    logs = {name: read_log(folder) for name, folder in zip(names_of(folders), folders)}
     checkpoints = [load_file(folder / "checkpoint.pth") for folder in folders if (folder / "checkpoint.pth").is_file()]
     kan = next((c for c in checkpoints if kan_layers(c["model"])), None)
     rows = 3 if kan else 1
     figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), squeeze=False, layout="constrained")
-    draw_curve(axes[0, 0], logs, "train_loss", "training loss")
+    draw_curve(axes[0, 0], logs, "test_loss", "loss", dashed="train_loss")
     draw_curve(axes[0, 1], logs, "test_acc1", "top-1 (%)")
     if kan:
         layers = kan_layers(kan["model"])
-        h = kan["model_args"]["kwargs"].get("kan_h", 0.33)      # the original's width, unless an option says otherwise
+        spec = kan.get("model_args") or {"kwargs": {}}
+        h = spec["kwargs"].get("kan_h", 0.33)       # the original's width, unless an option says otherwise
         for axis, layer in zip(axes[1:].flat, [layers[0], layers[1], layers[-2], layers[-1]]):
             draw_edges(axis, kan["model"], layer, h)
     figure.savefig(picture, dpi=110)

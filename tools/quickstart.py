@@ -24,7 +24,7 @@ MARK = ".quickstart"        # the folder is ours to replace
 
 def prepare(folder: Path) -> None:
     """An empty folder: what an earlier quickstart left there is replaced, anything else is refused."""
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         if not (folder / MARK).exists():
             sys.exit(f"error: --output-dir {folder} holds something else than an earlier quickstart: choose another folder")
         shutil.rmtree(folder)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     args = parser.parse_args(argv)
-    extra = ["--epochs", str(args.epochs)] if args.epochs else []
+    extra = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     prepare(args.output_dir)
     start = time.perf_counter()
     results = {name: [train(name, seed, args.output_dir / f"{name}_seed{seed}", extra) for seed in args.seeds]

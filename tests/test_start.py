@@ -1,0 +1,634 @@
+"""What a run starts from: checkpoint, effective flags, model, optimizer, schedule, teacher."""
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import models_kan
+import start
+from config import parse_args
+from engine import lr_of
+from models_kan import ModelSpec
+from start import (
+    Start,
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    build_state,
+    build_teacher,
+    freeze_all_but_attention,
+    load_start,
+    model_spec,
+    read_start,
+    scaled_lr,
+    settle,
+)
+from utils import CHECKPOINT, PREVIOUS, Process, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
+NANO, TWIN = "vit_nano_patch8_32_KAN", "vit_nano_patch8_32_ViT"
+TOKEN = "deit_tiny_distilled_patch16_224_KAN"
+
+
+def sentence(call, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as e:
+        call(*args, **kwargs)
+    assert str(e.value) and "\n" not in str(e.value)
+    return str(e.value)
+
+
+def settled(*argv, start: Start | None = None):
+    return settle(parse_args(list(map(str, argv))), start or Start(), Process())
+
+
+def nano(name: str = NANO, **kwargs) -> nn.Module:
+    return timm.create_model(name, **{"depth": 1, "num_classes": 4, **kwargs})
+
+
+def save(path: Path, **content) -> Path:
+    torch.save(content, path)
+    return path
+
+
+# ---------------------------------------------------------------- reading
+def test_nothing_to_start_from():
+    assert read_start(parse_args([])) == Start()
+    assert "--resume FILE" in sentence(read_start, parse_args(["--eval"]))
+
+
+@pytest.mark.parametrize(("flags", "purpose"), [(["--resume"], "resume"), (["--eval", "--resume"], "eval"),
+                                                (["--finetune"], "finetune")])
+def test_purpose(tmp_path, flags, purpose):
+    path = save(tmp_path / "c.pth", model=nano().state_dict(), model_args={"name": NANO, "kwargs": {"depth": 1}},
+                class_names=["a", "b"])
+    found = read_start(parse_args([*flags, str(path)]))
+    assert (found.purpose, found.path) == (purpose, str(path))
+    assert found.spec == (None if purpose == "finetune" else ModelSpec(NANO, {"depth": 1}))
+    assert found.class_names == (None if purpose == "finetune" else ["a", "b"])
+
+
+def test_resume_auto(tmp_path, capsys):
+    auto = ["--resume", "auto", "--output_dir", str(tmp_path)]
+    assert "--output_dir" in sentence(read_start, parse_args(["--resume", "auto"]))
+    assert read_start(parse_args(auto)) == Start()
+    assert "a new run begins" in capsys.readouterr().out
+    assert "no checkpoint yet" in sentence(read_start, parse_args([*auto, "--eval"]))
+
+    other = save(tmp_path / "other.pth", model=nano().state_dict())
+    assert read_start(parse_args([*auto, "--finetune", str(other)])).purpose == "finetune"
+
+    for name, epoch in ((CHECKPOINT, 2), (PREVIOUS, 1)):
+        save(tmp_path / name, epoch=epoch, model=nano().state_dict())
+    assert read_start(parse_args([*auto, "--finetune", str(other)])).purpose == "resume"
+    capsys.readouterr()
+    assert read_start(parse_args(auto)).checkpoint["epoch"] == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
+    auto = parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])
+    for name, epoch in ((CHECKPOINT, 2), (PREVIOUS, 1)):
+        save(tmp_path / name, epoch=epoch, model=nano().state_dict())
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    for damaged in (b"", whole[:len(whole) // 2], b"text" * 1000):
+        (tmp_path / CHECKPOINT).write_bytes(damaged)
+        found = read_start(auto)
+        assert found.checkpoint["epoch"] == 1 and found.path == str(tmp_path / PREVIOUS)
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 2 and all(line.startswith("warning: ") for line in told)
+        assert CHECKPOINT in told[0] and PREVIOUS in told[1]
+
+    (tmp_path / PREVIOUS).write_bytes(whole[:100])
+    text = sentence(read_start, auto)
+    assert str(tmp_path / CHECKPOINT) in text and str(tmp_path / PREVIOUS) in text and "new run" in text
+
+    (tmp_path / CHECKPOINT).unlink()
+    (tmp_path / PREVIOUS).unlink()
+    save(tmp_path / PREVIOUS, epoch=1, model=nano().state_dict())       # a kill between the two renames
+    assert read_start(auto).checkpoint["epoch"] == 1
+
+
+def test_finetune_from_nothing_known():
+    for source in ("no/such/file.pth", "resnet5000", "checkpoint.pth"):
+        assert f"--finetune {source} is neither" in sentence(read_start, parse_args(["--finetune", source]))
+    assert "no pretrained weights" in sentence(read_start, parse_args(["--finetune", NANO]))
+    assert "nonsense" in sentence(read_start, parse_args(["--finetune", "test_vit.nonsense"]))
+
+
+HUB = """
+import hashlib, os, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+files, requests = {}, []
+
+class Hub(BaseHTTPRequestHandler):
+    def answer(self):
+        requests.append((self.command, self.path))
+        body = files.get(self.path)
+        self.send_response(200 if body else 404)
+        if body:
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body or b"")
+
+    do_GET = do_HEAD = answer
+
+    def log_message(self, *args):
+        pass
+
+http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{http.server_port}", HF_HOME=sys.argv[1], NO_PROXY="127.0.0.1",
+                  HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DISABLE_TELEMETRY="1")
+import time, timm, torch
+from safetensors.torch import save
+from config import parse_args
+from start import read_start
+from utils import UserError
+
+model = timm.create_model("test_vit")
+files["/timm/test_vit.r160_in1k/resolve/main/model.safetensors"] = save(model.state_dict())
+found = read_start(parse_args(["--finetune", "test_vit.r160_in1k"]))
+same = all(torch.equal(value, model.state_dict()[key]) for key, value in found.checkpoint["model"].items())
+print("fetched", found.purpose, found.path, same, sorted({command for command, _ in requests}))
+http.shutdown()
+http.server_close()
+time.sleep = lambda seconds: None       # the hub's client waits between its retries
+read_start(parse_args(["--finetune", "test_vit.r160_in1k"]))
+print("cached")
+try:
+    read_start(parse_args(["--finetune", "test_vit2.r160_in1k"]))
+except UserError as error:
+    print("error:", error)
+"""
+
+
+def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_path):
+    answer = subprocess.run([sys.executable, "-c", HUB, str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
+                            timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert answer.returncode == 0, answer.stderr
+    lines = [line for line in answer.stdout.splitlines() if not line.startswith("fetching")]
+    assert lines[0] == "fetched finetune test_vit.r160_in1k True ['GET', 'HEAD']" and lines[1] == "cached"
+    assert len(lines) == 3 and "--finetune test_vit2.r160_in1k" in lines[2] and "connection" in lines[2]
+    assert "Traceback" not in answer.stderr
+
+
+# ---------------------------------------------------------------- which model a checkpoint holds
+def spec_of(tmp_path, *argv, **content):
+    path = save(tmp_path / "c.pth", **content)
+    return read_start(parse_args(["--eval", "--resume", str(path), *argv])).spec
+
+
+def test_spec_of_ours_is_what_it_says(tmp_path):
+    said = {"name": NANO, "kwargs": {"depth": 2, "num_classes": 4, "hdim_kan": 5}}
+    spec = spec_of(tmp_path, model=nano().state_dict(), model_args=said, args={"model": "something_else"})
+    assert spec == ModelSpec(NANO, said["kwargs"])
+
+
+def test_spec_of_a_deit_checkpoint_is_inferred_from_its_shapes(tmp_path):
+    model = nano(TWIN, num_classes=7)
+    for args in ({"model": TWIN}, {"model": "unknown_to_timm"}, None):
+        for weights in (model.state_dict(), {f"module.{key}": value for key, value in model.state_dict().items()}):
+            spec = spec_of(tmp_path, model=weights, args=args)
+            assert spec.name == TWIN
+            assert spec.kwargs["num_classes"] == 7 and spec.kwargs["depth"] == 1 and spec.kwargs["img_size"] == 32
+            models_kan.load_exactly(timm.create_model(spec.name, **spec.kwargs), weights, "it")
+
+
+@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+def test_spec_of_a_released_checkpoint(tmp_path):
+    found = read_start(parse_args(["--eval", "--resume", str(RELEASED)]))
+    assert found.spec.name == "deit_tiny_patch16_224_KAN"
+    assert found.spec.kwargs["hdim_kan"] == 20 and found.spec.kwargs["img_size"] == 64
+    config = settled("--eval", "--resume", RELEASED, start=found)
+    assert (config.args.input_size, config.args.hdim_kan) == (64, 20)
+
+
+def test_spec_of_a_foreign_timm_model(tmp_path):
+    weights = timm.create_model("resnet18", num_classes=3).state_dict()
+    assert spec_of(tmp_path, "--model", "resnet18", model=weights) == ModelSpec("resnet18")
+    assert spec_of(tmp_path, model=weights, args={"model": "resnet18"}) == ModelSpec("resnet18")
+    assert "--model" in sentence(spec_of, tmp_path, model=weights)          # nothing says what it is
+    assert "no weights" in sentence(spec_of, tmp_path, epoch=3)
+
+
+# ---------------------------------------------------------------- the flags
+def test_given_flag_goes_before_checkpoint_before_the_models_own_before_default(tmp_path):
+    stored = {"model": NANO, "input_size": 32, "eval_crop_ratio": 1.0, "lr": 0.25, "batch_size": 8, "seed": 5}
+    found = Start("resume", "c.pth", {"args": stored}, ModelSpec(NANO, {"img_size": 32, "hdim_kan": 7}))
+    config = settled("--batch-size", 16, "--epochs", 9, start=found)
+    args, sources = config.args, config.sources
+    assert (args.batch_size, sources["batch_size"]) == (16, "command line")
+    assert (args.lr, sources["lr"]) == (0.25, "checkpoint")
+    assert (args.hdim_kan, sources["hdim_kan"]) == (7, "checkpoint")        # from the architecture, not from the args
+    assert args.momentum == 0.9 and "momentum" not in sources
+    assert "--seed 3" in sentence(settled, "--seed", 3, start=found)
+
+    assert (settled("--model", NANO).args.input_size, settled("--model", NANO).sources["input_size"]) == (32, "model")
+    assert settled("--model", "resnet18").args.input_size == timm.get_pretrained_cfg("resnet18").input_size[-1]
+    assert settled("--model", NANO, "--input-size", 64).args.input_size == 64
+    assert settled("--model", "no_such_model").args.input_size == 224
+
+    config = settled("--eval", start=Start("eval", "c.pth", found.checkpoint, found.spec))
+    assert config.args.eval_crop_ratio == 1.0 and config.args.lr == parse_args([]).args.lr
+
+
+def test_settling_changes_nothing_that_it_is_given():
+    config = parse_args(["--model", NANO])
+    found = Start("resume", "c.pth", {"args": {"lr": 0.25}}, ModelSpec(NANO, {"hdim_kan": 7}))
+    before = vars(config.args).copy(), dict(config.sources), {"args": {"lr": 0.25}}
+    settle(config, found, Process())
+    assert (vars(config.args), config.sources, found.checkpoint) == before
+
+
+def test_data_set_is_guessed_from_the_folder(tmp_path):
+    (tmp_path / "train/cat").mkdir(parents=True)
+    config = settled("--data-path", tmp_path)
+    assert (config.args.data_set, config.sources["data_set"]) == ("FOLDER", "data folder")
+    assert settled("--data-path", tmp_path, "--data-set", "IMNET").args.data_set == "IMNET"
+    assert settled().args.data_set == "IMNET"
+    trained = {"args": {"model": NANO, "data_set": "CIFAR"}}
+    assert settled("--data-path", tmp_path, "--eval", start=Start("eval", "", trained)).args.data_set == "FOLDER"
+    assert settled("--data-path", tmp_path, start=Start("resume", "", trained)).args.data_set == "CIFAR"
+    assert settled("--data-path", tmp_path / "train/cat", "--eval", start=Start("eval", "", trained)
+                   ).args.data_set == "CIFAR"
+
+
+def test_workers_are_capped_by_the_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert settled().args.num_workers == 6
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (settled().args.num_workers, settled().sources["num_workers"]) == (3, "machine")
+    assert settled("--num_workers", 30).args.num_workers == 30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert settled().args.num_workers == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert settled().args.num_workers == 10         # DeiT's
+
+
+# ---------------------------------------------------------------- the model
+def built(*argv, classes: int = 4, depth: int | None = 1, start: Start | None = None):
+    config = settled(*argv, start=start)
+    spec = model_spec(config, start or Start(), classes)
+    if depth:
+        spec.kwargs["depth"] = depth
+    return build_model(spec, config)
+
+
+def test_model_spec_of_the_flags():
+    spec = model_spec(settled("--model", NANO, "--hdim_kan", 6, "--kan-grid-range", -1, 1, "--kan-trainable-h"),
+                      Start(), 5)
+    assert spec == ModelSpec(NANO, {"num_classes": 5, "img_size": 32, "hdim_kan": 6, "kan_grid_range": [-1.0, 1.0],
+                                    "kan_trainable_h": True})
+
+
+def test_model_spec_of_a_checkpoint():
+    found = Start("eval", "c.pth", {}, ModelSpec(NANO, {"num_classes": 4, "depth": 1}))
+    assert model_spec(settled("--eval", start=found), found, 4) == found.spec
+    text = sentence(model_spec, settled("--eval", start=found), found, 5)
+    assert "4 classes" in text and "the data 5" in text and "--data-path" in text and "--finetune" in text
+    foreign = Start("eval", "c.pth", {}, ModelSpec("resnet18"))
+    assert model_spec(settled("--eval", start=foreign), foreign, 9) == ModelSpec("resnet18", {"num_classes": 9})
+
+
+def test_build_model_gives_back_a_spec_that_builds_it_again():
+    model, spec = built("--model", NANO, "--hdim_kan", 6, "--kan-trainable-grid", "--drop-path", 0.3, "--drop", 0.1)
+    assert spec.kwargs == {"num_classes": 4, "img_size": 32, "hdim_kan": 6, "kan_trainable_grid": True, "depth": 1}
+    again = timm.create_model(spec.name, **spec.kwargs)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert again.blocks[0].mlp.layers[0].rbf.grid.requires_grad
+
+
+def test_unknown_model():
+    text = sentence(built, "--model", "vit_pico_KAN")
+    assert "--model vit_pico_KAN" in text and "--list-models" in text
+
+
+@pytest.mark.parametrize("name", [NANO, TWIN])
+def test_drop_reaches_position_projection_and_feed_forward(name):
+    model, _ = built("--model", name, "--drop", 0.25)
+    rates = {module: m.p for module, m in model.named_modules() if isinstance(m, nn.Dropout)}
+    assert rates["pos_drop"] == rates["blocks.0.attn.proj_drop"] == 0.25
+    feed_forward = [rate for module, rate in rates.items() if module.startswith("blocks.0.mlp")]
+    assert feed_forward and set(feed_forward) == {0.25}
+    assert rates.get("head_drop", 0) == 0 and rates.get("blocks.0.attn.attn_drop", 0) == 0      # as in DeiT
+    model, _ = built("--model", name)
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, nn.Dropout))
+
+
+def test_drop_of_a_convolutional_network_is_its_heads():
+    model, spec = built("--model", "resnet18", "--drop", 0.25, depth=None)
+    assert model.drop_rate == 0.25 and spec == ModelSpec("resnet18", {"num_classes": 4})
+
+
+def test_drop_path_of_the_last_block():
+    model, _ = built("--model", NANO, "--drop-path", 0.3, depth=3)
+    rates = [block.drop_path1.drop_prob if isinstance(block.drop_path1, DropPath) else 0 for block in model.blocks]
+    assert rates == pytest.approx([0, 0.15, 0.3])
+
+
+def test_a_flag_that_a_model_has_no_use_for():
+    assert built("--model", "convmixer_768_32", depth=1)[1].kwargs["num_classes"] == 4      # the default is dropped
+    text = sentence(built, "--model", "convmixer_768_32", "--drop-path", 0.1, depth=1)
+    assert "--drop-path" in text and "convmixer_768_32" in text and "leave it out" in text
+    text = sentence(built, "--model", TWIN, "--hdim_kan", 7)
+    assert "hdim_kan" in text and NANO in text
+    text = sentence(built, "--model", "resnet18", "--kan-grid-points", 7, depth=None)
+    assert "--kan-grid-points" in text and "resnet18" in text
+
+
+def test_input_size_and_patches():
+    for size in (33, 7):
+        text = sentence(built, "--model", NANO, "--input-size", size)
+        assert f"--input-size {size}" in text and "patch size 8" in text
+    assert "take 32" in sentence(built, "--model", NANO, "--input-size", 33)
+    assert "take 8" in sentence(built, "--model", NANO, "--input-size", 7)
+    model, _ = built("--model", NANO, "--input-size", 48)
+    assert model(torch.zeros(1, 3, 48, 48)).shape == (1, 4)
+    built("--model", "resnet18", "--input-size", 33, depth=None)
+
+
+def test_grad_checkpointing():
+    model, _ = built("--model", NANO, "--grad-checkpointing", depth=2)
+    assert model.grad_checkpointing is True
+    assert built("--model", NANO)[0].grad_checkpointing is False
+    assert "--grad-checkpointing" in sentence(built, "--model", "coat_tiny", "--grad-checkpointing", depth=None)
+
+
+def test_distillation_needs_a_token_and_training_mode():
+    distil = ["--distillation-type", "soft", "--teacher-path", "t.pth"]
+    text = sentence(built, "--model", NANO, *distil)
+    assert "--distillation-type soft" in text and NANO in text and "distilled" in text
+    model, _ = built("--model", TOKEN, "--input-size", 32, *distil)
+    outputs = model.train()(torch.zeros(2, 3, 32, 32))
+    assert isinstance(outputs, tuple) and [o.shape for o in outputs] == [(2, 4), (2, 4)]
+    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+    assert built("--model", TOKEN, "--input-size", 32)[0].train()(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
+    assert "--no-train-mode" in sentence(built, "--model", TOKEN, "--input-size", 32, "--no-train-mode", *distil)
+    built("--model", NANO, "--eval", *distil)        # evaluating needs no token
+
+
+def test_attention_only():
+    model = nano()
+    freeze_all_but_attention(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"pos_embed", "head.weight", "head.bias", *(
+        f"blocks.0.attn.{part}" for part in ("qkv.weight", "qkv.bias", "proj.weight", "proj.bias"))}
+    names = {p for group in build_optimizer(flags(), model, 1e-3).param_groups for p in group["params"]}
+    assert names == {p for p in model.parameters() if p.requires_grad}
+    token = timm.create_model(TOKEN, depth=1)
+    freeze_all_but_attention(token)
+    assert token.head_dist.weight.requires_grad and not token.dist_token.requires_grad
+    assert "--attn-only" in sentence(freeze_all_but_attention, timm.create_model("resnet18"))
+
+
+def test_finetune_takes_the_weights_over_and_tells(tmp_path):
+    source, model = nano(num_classes=9), nano()
+    table = load_start(model, Start("finetune", "c.pth", {"model": source.state_dict()}))
+    assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    assert "loaded" in table and "head.weight" in table
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert load_start(model, Start("resume", "c.pth", {"model": source.state_dict()})) is None
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- teacher
+def test_teacher(tmp_path):
+    args = Namespace(distillation_type="hard", teacher_model=TWIN, teacher_path=str(tmp_path / "t.pth"))
+    assert build_teacher(Namespace(distillation_type="none"), 4, torch.device("cpu")) is None
+    original = nano(TWIN)
+    save(tmp_path / "t.pth", model=original.state_dict(), model_args={"name": TWIN, "kwargs": {"depth": 1}})
+    teacher = build_teacher(args, 4, torch.device("cpu"))
+    images = torch.rand(2, 3, 32, 32)
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert torch.equal(teacher(images), original.eval()(images))
+
+    assert "--teacher-path" in sentence(build_teacher, args, 5, torch.device("cpu"))
+    save(tmp_path / "t.pth", model=nano(NANO).state_dict())
+    text = sentence(build_teacher, args, 4, torch.device("cpu"))
+    assert "--teacher-path" in text and "does not fit" in text
+    args.teacher_model = "teacher9000"
+    assert "--teacher-model teacher9000" in sentence(build_teacher, args, 4, torch.device("cpu"))
+    args.teacher_path = str(tmp_path / "none.pth")
+    assert "none.pth does not exist" in sentence(build_teacher, args, 4, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- optimizer
+def flags(*argv) -> Namespace:
+    return parse_args(list(map(str, argv))).args
+
+
+def test_learning_rate_is_for_512_images_an_update():
+    assert scaled_lr(flags("--lr", 0.1, "--batch-size", 64), 1) == pytest.approx(0.1 * 64 / 512)
+    assert scaled_lr(flags("--lr", 0.1, "--batch-size", 64, "--grad-accum", 4), 2) == pytest.approx(0.1)
+    assert scaled_lr(flags("--lr", 0.1, "--batch-size", 64, "--unscale-lr"), 8) == 0.1
+
+
+def by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    assert len(groups) == sum(len(group["params"]) for group in optimizer.param_groups)
+    return {name: groups[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("argv", [[], ["--layer-decay", 0.5], ["--opt", "muon"]])
+def test_no_weight_decay_on_biases_norms_positions_and_tokens(argv):
+    model = timm.create_model(TOKEN, depth=1, num_classes=4)
+    decay = {name: group["weight_decay"] for name, group in
+             by_name(model, build_optimizer(flags("--weight-decay", 0.2, *argv), model, 1e-3)).items()}
+    free = {name for name in decay if name.endswith("bias") or "norm" in name} | {"pos_embed", "cls_token", "dist_token"}
+    assert {name for name, value in decay.items() if value == 0} == free
+    assert {value for name, value in decay.items() if name not in free} == {0.2}
+    assert "blocks.0.mlp.layers.0.spline_linear.weight" in decay.keys() - free
+
+
+def test_layer_decay():
+    model = nano(depth=2)
+    optimizer = build_optimizer(flags("--layer-decay", 0.5), model, 1e-3)
+    scale = {name: group["lr_scale"] for name, group in by_name(model, optimizer).items()}
+    assert scale["head.weight"] == 1
+    blocks = [scale[f"blocks.{i}.attn.qkv.weight"] for i in range(2)]
+    assert blocks[0] == blocks[1] / 2 and scale["patch_embed.proj.weight"] == blocks[0] / 2 and blocks[1] < 1
+    build_scheduler(flags("--layer-decay", 0.5, "--warmup-epochs", 0), optimizer, 1).step(0)
+    rates = {name: group["lr"] for name, group in by_name(model, optimizer).items()}
+    assert rates["blocks.0.attn.qkv.weight"] == pytest.approx(1e-3 * blocks[0])
+    assert lr_of(optimizer) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", ["muon", "Muon", "lookahead_muon", "nmuon"])
+def test_muon_is_for_hidden_matrices(name):
+    model = nano()
+    groups = by_name(model, build_optimizer(flags("--opt", name), model, 1e-3))
+    fallback = {name for name, group in groups.items() if group.get("use_fallback")}
+    assert fallback == {name for name in groups if name.startswith(("head", "patch_embed"))}
+    assert "blocks.0.mlp.layers.0.spline_linear.weight" not in fallback
+
+
+def test_betas_eps_and_momentum_reach_the_optimizer():
+    group = build_optimizer(flags("--opt-betas", 0.7, 0.8, "--opt-eps", 1e-3), nano(), 1e-2).param_groups[0]
+    assert (tuple(group["betas"]), group["eps"], group["lr"]) == ((0.7, 0.8), 1e-3, 1e-2)
+    assert tuple(build_optimizer(flags(), nano(), 1e-2).param_groups[0]["betas"]) == (0.9, 0.999)
+    optimizer = build_optimizer(flags("--opt", "sgd", "--momentum", 0.5), nano(), 1e-2)
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_optimizers_that_cannot_be_set_up():
+    for betas, name in (((0.9,), "adamw"), ((0.9, 0.9, 0.9), "adamw"), ((0.9, 0.9), "adan"), ((0.9,), "muon"),
+                        ((0.9,), "lookahead_lamb")):
+        text = sentence(build_optimizer, flags("--opt", name, "--opt-betas", *betas), nano(), 1e-3)
+        assert f"--opt {name}" in text and "--opt-betas" in text
+    build_optimizer(flags("--opt", "adan", "--opt-betas", 0.9, 0.9, 0.9), nano(), 1e-3)
+    if not torch.cuda.is_available():
+        assert "CUDA" in sentence(build_optimizer, flags("--opt", "fusedadamw"), nano(), 1e-3)
+
+
+def test_second_order_optimizers_and_the_kan_layer():
+    for name in ("adahessian", "lookahead_adahessian"):
+        text = sentence(build_optimizer, flags("--opt", name, "--model", NANO), nano(), 1e-3)
+        assert f"--opt {name}" in text and "KAN" in text
+        assert build_optimizer(flags("--opt", name, "--model", TWIN), nano(TWIN), 1e-3).is_second_order
+
+
+def test_state_that_training_starts_from():
+    model = nano()
+    args = flags("--model-ema-decay", 0.5, "--start_epoch", 3)
+    state = build_state(args, model, 1e-3, 5, torch.device("cpu"), torch.float32)
+    assert state.model is model and state.epoch == 3 and not state.scaler.is_enabled()
+    assert state.ema.decay == 0.5 and state.ema.module is not model
+    assert torch.equal(state.ema.module.head.weight, model.head.weight)
+    assert build_state(flags("--no-model-ema"), model, 1e-3, 5, torch.device("cpu"), torch.float32).ema is None
+    forced = build_state(flags("--model-ema-force-cpu"), model, 1e-3, 5, torch.device("cpu"), torch.float16)
+    assert forced.ema.device == "cpu" and forced.scaler.is_enabled()
+    assert not build_state(args, model, 1e-3, 5, torch.device("cpu"), torch.bfloat16).scaler.is_enabled()
+
+
+# ---------------------------------------------------------------- schedule
+LR, MIN, WARM = 1.0, 0.01, 0.001
+
+
+def rates(*argv, epochs: int = 20, updates: int = 4, lr: float = LR) -> list[float]:
+    """The learning rate at the start of each epoch, as main asks for it."""
+    args = flags("--epochs", epochs, "--min-lr", MIN, "--warmup-lr", WARM, *argv)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
+    scheduler = build_scheduler(args, optimizer, updates)
+    result = []
+    for epoch in range(epochs):
+        scheduler.step(epoch)
+        scheduler.step_update(epoch * updates)
+        result.append(optimizer.param_groups[0]["lr"])
+    return result
+
+
+def cosine(epoch: float, epochs: int = 20) -> float:
+    return MIN + (LR - MIN) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
+def test_cosine_fills_exactly_the_epochs_in_spite_of_deits_cooldown():
+    assert parse_args([]).args.cooldown_epochs == 10
+    result = rates("--warmup-epochs", 4)
+    assert result[:4] == pytest.approx([WARM + (LR - WARM) * epoch / 4 for epoch in range(4)])
+    assert result[4:] == pytest.approx([cosine(epoch) for epoch in range(4, 20)])
+    assert MIN < result[-1] < 2 * MIN
+    assert rates("--warmup-epochs", 4, "--cooldown-epochs", 0) == result
+
+
+def test_each_schedule():
+    flat = ["--warmup-epochs", 0]
+    assert rates(*flat) == pytest.approx([cosine(epoch) for epoch in range(20)])
+    tanh = rates(*flat, "--sched", "tanh")
+    assert tanh[0] == pytest.approx(LR, rel=0.01) and tanh[-1] == pytest.approx(MIN, rel=0.5)
+    assert tanh == sorted(tanh, reverse=True) and tanh[10] > cosine(10)
+    step = rates(*flat, "--sched", "step", "--decay-epochs", 6, "--decay-rate", 0.5)
+    assert step == pytest.approx([0.5 ** (epoch // 6) for epoch in range(20)])
+    assert rates(*flat, "--sched", "multistep", "--decay-epochs", 6, "--decay-rate", 0.5) == pytest.approx(step)
+    power = rates(*flat, "--sched", "poly", "--decay-rate", 2)
+    assert power == pytest.approx([MIN + (LR - MIN) * (1 - epoch / 20) ** 2 for epoch in range(20)])
+
+
+def test_schedule_by_updates():
+    args = flags("--epochs", 5, "--warmup-epochs", 1, "--min-lr", MIN, "--warmup-lr", WARM, "--sched-on-updates")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], LR)
+    scheduler = build_scheduler(args, optimizer, 4)
+    seen = []
+    for update in range(20):
+        scheduler.step(update // 4)             # changes nothing
+        scheduler.step_update(update)
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen[:4] == pytest.approx([WARM + (LR - WARM) * update / 4 for update in range(4)])
+    assert seen[4:] == pytest.approx([cosine(update) for update in range(4, 20)])
+    decayed = rates("--sched", "multistep", "--decay-epochs", 2, "--sched-on-updates", "--warmup-epochs", 0, epochs=5)
+    assert decayed == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+def test_noise():
+    quiet = rates("--warmup-epochs", 0)
+    noisy = rates("--warmup-epochs", 0, "--lr-noise", 0.25, 0.75)
+    share = [abs(a / b - 1) for a, b in zip(noisy, quiet, strict=True)]
+    assert max(share[:5]) < 1e-9 and max(share[15:]) < 1e-9 and min(share[5:15]) > 0
+    assert max(share) < 0.67
+    assert rates("--warmup-epochs", 0, "--lr-noise", 0.25)[16] != quiet[16]      # one value: to the end
+    assert rates("--warmup-epochs", 0, "--lr-noise", 0.25, 0.75) == noisy
+    assert rates("--warmup-epochs", 0, "--lr-noise", 0.25, 0.75, "--seed", 1)[5:15] != noisy[5:15]
+    small = rates("--warmup-epochs", 0, "--lr-noise", 0.25, 0.75, "--lr-noise-pct", 0.05)
+    assert max(abs(a / b - 1) for a, b in zip(small, quiet, strict=True)) < 0.05
+    narrow = rates("--warmup-epochs", 0, "--lr-noise", 0.25, 0.75, "--lr-noise-std", 0.01)
+    assert 0 < max(abs(a / b - 1) for a, b in zip(narrow, quiet, strict=True)) < 0.05
+
+
+def plateau(*argv, accuracies) -> list[float]:
+    args = flags("--sched", "plateau", "--min-lr", MIN, "--warmup-lr", WARM, *argv)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], LR)
+    scheduler = build_scheduler(args, optimizer, 4)
+    result = [optimizer.param_groups[0]["lr"]]
+    for epoch, accuracy in enumerate(accuracies):
+        scheduler.step(epoch + 1, accuracy)
+        result.append(optimizer.param_groups[0]["lr"])
+    return result
+
+
+def test_plateau(recwarn):
+    argv = ["--warmup-epochs", 0, "--decay-rate", 0.5, "--cooldown-epochs", 0]
+    rising, flat = list(range(12)), [50] * 12
+    assert plateau(*argv, "--patience-epochs", 2, accuracies=rising) == [1.0] * 13      # the metric goes up: no decay
+    result = plateau(*argv, "--patience-epochs", 2, accuracies=flat)
+    assert result == [1, 1, 1, 1] + [0.5] * 3 + [0.25] * 3 + [0.125] * 3        # the first epoch sets the best
+    assert plateau(*argv, "--patience-epochs", 5, accuracies=flat) == [1] * 7 + [0.5] * 6
+    rested = plateau(*argv[:4], "--cooldown-epochs", 3, "--patience-epochs", 2, accuracies=flat)
+    assert rested == [1] * 4 + [0.5] * 6 + [0.25] * 3
+    assert plateau(*argv, "--patience-epochs", 0, accuracies=flat)[-1] == MIN
+    warm = plateau("--warmup-epochs", 2, "--patience-epochs", 2, accuracies=flat)
+    assert warm[:3] == pytest.approx([WARM, (WARM + LR) / 2, LR])
+    assert not recwarn.list             # timm's words on its deprecation are not for the user
+
+
+def test_warmup_may_be_longer_than_the_run():
+    result = rates("--warmup-epochs", 40)
+    assert result == pytest.approx([WARM + (LR - WARM) * epoch / 40 for epoch in range(20)])
+    assert rates("--warmup-epochs", 0, epochs=1) == [LR]
+
+
+# ---------------------------------------------------------------- what a checkpoint says of itself
+def test_description_is_plain_and_leads_back_to_the_model():
+    config = settled("--model", NANO, "--kan-grid-range", -1, 1, "--opt-betas", 0.8, 0.9)
+    model, spec = build_model(model_spec(config, Start(), 3), config)
+    loaders = Namespace(nb_classes=3, class_names=["a", "b", "c"])
+    said = start.description(config, spec, loaders)
+    assert said["args"]["nb_classes"] == 3 and said["args"]["opt_betas"] == [0.8, 0.9]
+    assert said["class_names"] == ["a", "b", "c"] and "timm" in said["versions"]
+    again = timm.create_model(said["model_args"]["name"], **said["model_args"]["kwargs"])
+    models_kan.load_exactly(again, model.state_dict(), "it")
+    assert isinstance(again, VisionTransformer)
