@@ -239,8 +239,9 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
     size_name = _TWINS.get(args.get("model") or "")
     if size_name is None:
         shape = (dim, patch, depth, side * patch)      # the width first: it settles the number of heads
-        size_name = min((n for n, s in SIZES.items() if (s.distilled, s.deit3) == (distilled, deit3)), key=lambda n: [
-            a != b for a, b in zip(shape, (SIZES[n].embed_dim, SIZES[n].patch_size, SIZES[n].depth, SIZES[n].img_size))])
+        alike = {n: (s.embed_dim, s.patch_size, s.depth, s.img_size) for n, s in SIZES.items()
+                 if (s.distilled, s.deit3) == (distilled, deit3)}
+        size_name = min(alike, key=lambda n: [a != b for a, b in zip(alike[n], shape)])
     size = SIZES[size_name]
     kwargs: dict[str, Any] = {"img_size": side * patch, "num_classes": _num_classes(state)}
     for key, value, own in (("embed_dim", dim, size.embed_dim), ("depth", depth, size.depth),
@@ -258,6 +259,8 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
         grid = state["blocks.0.mlp.layers.0.rbf.grid"]
         kwargs["kan_grid_points"] = grid.numel()
         kwargs["kan_grid_range"] = (round(float(grid[0]), 6), round(float(grid[-1]), 6))
+        if "blocks.0.mlp.layers.0.rbf.h" in state:
+            kwargs["kan_trainable_h"] = True
     return ModelSpec(f"{size_name}_{suffix}", kwargs)
 
 
@@ -311,6 +314,9 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: nn.Module) -> None:
     tokens = ["cls_token"] + (["dist_token"] if "dist_token" in state else [])
     patches = pos.shape[1] - len(tokens)
     n_prefix = len(tokens) if patches > 0 and round(patches ** 0.5) ** 2 == patches else 0
+    if round((pos.shape[1] - n_prefix) ** 0.5) ** 2 != pos.shape[1] - n_prefix:
+        del state["pos_embed"]          # of oblong images, or of further tokens: which position is whose is unknown
+        return
     prefix, grid = pos[:, :n_prefix], pos[:, n_prefix:]
     grid = resample_abs_pos_embed(grid, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=0)
     if getattr(model, "no_embed_class", False):

@@ -13,6 +13,7 @@ from urllib.parse import urlparse
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models import get_pretrained_cfg
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -134,12 +135,12 @@ def settle(config: Config, start: Start, process: Process) -> Config:
         shape = {"model": start.spec.name, "input_size": start.spec.kwargs.get("img_size")}
         shape |= {key: start.spec.kwargs.get(key) for key in KAN_OPTIONS}
         stored |= {key: value for key, value in shape.items() if value is not None}
+    found = None
     if start.purpose != "resume" and "data_set" not in config.given:
         found = guess_data_set(config.args.data_path)
-        if found:
-            config = _with(config, data_set=found, source="data folder")
-            stored.pop("data_set", None)
     config = resolve(config, stored, purpose=start.purpose)
+    if found:
+        config = _with(config, data_set=found, source="data folder")
     own = _own_input_size(config.args.model)
     if own and "input_size" not in config.sources:
         config = _with(config, input_size=own, source="model")
@@ -195,7 +196,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             model = timm.create_model(spec.name, **kwargs)
             break
         except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            unknown = re.search(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'", str(error))    # Python, timm
             if not unknown or unknown.group(1) not in kwargs:
                 raise
             key = unknown.group(1)
@@ -208,10 +209,11 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
         except (ValueError, AssertionError) as error:
             raise UserError(f"--model {spec.name} cannot be built ({str(error).splitlines()[0]}): check --model, "
                             f"--input-size {args.input_size} and the KAN options") from error
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-    if isinstance(patch, tuple) and any(args.input_size % side for side in patch):
-        raise UserError(f"--input-size {args.input_size} is not divisible by the model's patch size {patch[0]}: "
-                        f"take {args.input_size // patch[0] * patch[0] or patch[0]}")
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and any(args.input_size % side for side in embed.patch_size):
+        side = embed.patch_size[0]
+        raise UserError(f"--input-size {args.input_size} is not divisible by the model's patch size {side}: "
+                        f"take {args.input_size // side * side or side}")
     kept = {key: value for key, value in kwargs.items() if key in spec.kwargs}
     if args.grad_checkpointing:
         try:
@@ -285,7 +287,9 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
 def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
     """timm's schedule over exactly --epochs epochs; cooldown and patience act with --sched plateau."""
     kwargs = scheduler_kwargs(args)
-    kwargs["decay_milestones"] = list(range(int(args.decay_epochs), args.epochs, max(1, int(args.decay_epochs))))
+    first = 0 if args.sched_on_updates else 1       # timm's multistep counts epochs from 1
+    kwargs["decay_milestones"] = [epoch + first for epoch in
+                                  range(int(args.decay_epochs), args.epochs, max(1, int(args.decay_epochs)))]
     with warnings.catch_warnings():     # plateau is on its way out of timm, since its state was not saved; here it is
         warnings.simplefilter("ignore", FutureWarning)
         scheduler, _ = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)

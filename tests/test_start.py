@@ -1,12 +1,16 @@
 """What a run starts from: checkpoint, effective flags, model, optimizer, schedule, teacher."""
+import hashlib
 import math
 import os
-import subprocess
-import sys
+import threading
+import time
 from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import safetensors.torch
 import timm
 import torch
 from timm.layers import DropPath
@@ -125,16 +129,15 @@ def test_finetune_from_nothing_known():
     assert "nonsense" in sentence(read_start, parse_args(["--finetune", "test_vit.nonsense"]))
 
 
-HUB = """
-import hashlib, os, sys, threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-files, requests = {}, []
-
 class Hub(BaseHTTPRequestHandler):
+    """Stands in for timm's hub: serves `files` {path: content} with the headers that its client asks for."""
+    files: dict[str, bytes] = {}
+    requests: list[str] = []
+
     def answer(self):
-        requests.append((self.command, self.path))
-        body = files.get(self.path)
+        if self.path in self.files:
+            self.requests.append(self.command)
+        body = self.files.get(self.path)
         self.send_response(200 if body else 404)
         if body:
             self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
@@ -149,41 +152,34 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
-http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{http.server_port}", HF_HOME=sys.argv[1], NO_PROXY="127.0.0.1",
-                  HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DISABLE_TELEMETRY="1")
-import time, timm, torch
-from safetensors.torch import save
-from config import parse_args
-from start import read_start
-from utils import UserError
 
-model = timm.create_model("test_vit")
-files["/timm/test_vit.r160_in1k/resolve/main/model.safetensors"] = save(model.state_dict())
-found = read_start(parse_args(["--finetune", "test_vit.r160_in1k"]))
-same = all(torch.equal(value, model.state_dict()[key]) for key, value in found.checkpoint["model"].items())
-print("fetched", found.purpose, found.path, same, sorted({command for command, _ in requests}))
-http.shutdown()
-http.server_close()
-time.sleep = lambda seconds: None       # the hub's client waits between its retries
-read_start(parse_args(["--finetune", "test_vit.r160_in1k"]))
-print("cached")
-try:
-    read_start(parse_args(["--finetune", "test_vit2.r160_in1k"]))
-except UserError as error:
-    print("error:", error)
-"""
+def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_path, monkeypatch, capfd):
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=http.serve_forever, args=(0.02,))
+    thread.start()
+    url = f"http://127.0.0.1:{http.server_port}"
+    for name, value in (("ENDPOINT", url), ("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", False),
+                        ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
+        monkeypatch.setattr(huggingface_hub.constants, name, value)     # HF_ENDPOINT and HF_HOME were read at import
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    model = timm.create_model("test_vit")
+    Hub.files = {"/timm/test_vit.r160_in1k/resolve/main/model.safetensors": safetensors.torch.save(model.state_dict())}
+    source = parse_args(["--finetune", "test_vit.r160_in1k"])
+    try:
+        found = read_start(source)
+    finally:
+        http.shutdown()
+        thread.join()
+        http.server_close()
+    assert (found.purpose, found.path, Hub.requests) == ("finetune", "test_vit.r160_in1k", ["HEAD", "GET"])
+    assert found.checkpoint["model"].keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.checkpoint["model"].items())
 
-
-def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_path):
-    answer = subprocess.run([sys.executable, "-c", HUB, str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
-                            timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert answer.returncode == 0, answer.stderr
-    lines = [line for line in answer.stdout.splitlines() if not line.startswith("fetching")]
-    assert lines[0] == "fetched finetune test_vit.r160_in1k True ['GET', 'HEAD']" and lines[1] == "cached"
-    assert len(lines) == 3 and "--finetune test_vit2.r160_in1k" in lines[2] and "connection" in lines[2]
-    assert "Traceback" not in answer.stderr
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)            # between the client's retries
+    assert read_start(source).checkpoint["model"].keys() == model.state_dict().keys()
+    text = sentence(read_start, parse_args(["--finetune", "test_vit2.r160_in1k"]))
+    assert "--finetune test_vit2.r160_in1k" in text and "connection" in text and "downloaded file" in text
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- which model a checkpoint holds
@@ -332,8 +328,10 @@ def test_drop_reaches_position_projection_and_feed_forward(name):
 
 
 def test_drop_of_a_convolutional_network_is_its_heads():
-    model, spec = built("--model", "resnet18", "--drop", 0.25, depth=None)
-    assert model.drop_rate == 0.25 and spec == ModelSpec("resnet18", {"num_classes": 4})
+    for name in ("resnet18", "poolformer_s12"):         # Python words its TypeError in one way, timm in another
+        model, spec = built("--model", name, "--drop", 0.25, depth=None)
+        head = model.drop_rate if name == "resnet18" else model.head.drop.p
+        assert head == 0.25 and spec == ModelSpec(name, {"num_classes": 4})
 
 
 def test_drop_path_of_the_last_block():
@@ -343,9 +341,9 @@ def test_drop_path_of_the_last_block():
 
 
 def test_a_flag_that_a_model_has_no_use_for():
-    assert built("--model", "convmixer_768_32", depth=1)[1].kwargs["num_classes"] == 4      # the default is dropped
-    text = sentence(built, "--model", "convmixer_768_32", "--drop-path", 0.1, depth=1)
-    assert "--drop-path" in text and "convmixer_768_32" in text and "leave it out" in text
+    assert built("--model", "dla46x_c", depth=None)[1] == ModelSpec("dla46x_c", {"num_classes": 4})
+    text = sentence(built, "--model", "dla46x_c", "--drop-path", 0.1, depth=None)      # as the default it is dropped
+    assert "--drop-path" in text and "dla46x_c" in text and "leave it out" in text
     text = sentence(built, "--model", TWIN, "--hdim_kan", 7)
     assert "hdim_kan" in text and NANO in text
     text = sentence(built, "--model", "resnet18", "--kan-grid-points", 7, depth=None)
@@ -361,6 +359,7 @@ def test_input_size_and_patches():
     model, _ = built("--model", NANO, "--input-size", 48)
     assert model(torch.zeros(1, 3, 48, 48)).shape == (1, 4)
     built("--model", "resnet18", "--input-size", 33, depth=None)
+    built("--model", "pvt_v2_b0", "--input-size", 32, depth=None)       # patches of 7 that overlap
 
 
 def test_grad_checkpointing():
@@ -550,11 +549,12 @@ def test_each_schedule():
     flat = ["--warmup-epochs", 0]
     assert rates(*flat) == pytest.approx([cosine(epoch) for epoch in range(20)])
     tanh = rates(*flat, "--sched", "tanh")
-    assert tanh[0] == pytest.approx(LR, rel=0.01) and tanh[-1] == pytest.approx(MIN, rel=0.5)
+    assert tanh[0] == pytest.approx(LR, rel=0.01) and MIN < tanh[-1] < 2 * MIN
     assert tanh == sorted(tanh, reverse=True) and tanh[10] > cosine(10)
     step = rates(*flat, "--sched", "step", "--decay-epochs", 6, "--decay-rate", 0.5)
     assert step == pytest.approx([0.5 ** (epoch // 6) for epoch in range(20)])
-    assert rates(*flat, "--sched", "multistep", "--decay-epochs", 6, "--decay-rate", 0.5) == pytest.approx(step)
+    multistep = rates(*flat, "--sched", "multistep", "--decay-epochs", 6, "--decay-rate", 0.5)
+    assert multistep == pytest.approx(step)
     power = rates(*flat, "--sched", "poly", "--decay-rate", 2)
     assert power == pytest.approx([MIN + (LR - MIN) * (1 - epoch / 20) ** 2 for epoch in range(20)])
 
