@@ -48,20 +48,22 @@ def run(argv: list[str]) -> int:
     if not config.args.resume:      # else the checkpoint still fills in what is missing
         validate(config.args, utils.world_size_of_launch())
     process = utils.init_process(config.args.device, config.args.dist_url)
-    with utils.main_process_first(process):     # one download, then the cached file
-        start = starting.read_start(config)
-    config = starting.settle(config, start, process)
-    args = config.args
-    validate(args, process.world_size)
+    with utils.stop_together(process):
+        with utils.main_process_first(process):     # one download, then the cached file
+            start = starting.read_start(config)
+        config = starting.settle(config, start, process)
+        args = config.args
+        validate(args, process.world_size)
     exact = args.eval and "amp_dtype" not in config.given
     amp_dtype = torch.float32 if exact else choose_amp_dtype(args.amp_dtype, process.device)
     say(f"device: {process.device}, {process.world_size} process(es), {str(amp_dtype).removeprefix('torch.')}")
     say(describe_sources(config))
 
-    loaders = build_loaders(args, process, start.class_names)
-    utils.seed_everything(args.seed)
-    model, spec = starting.build_model(starting.model_spec(config, start, loaders.nb_classes), config)
-    table = starting.load_start(model, start)
+    with utils.stop_together(process):
+        loaders = build_loaders(args, process, start.class_names)
+        utils.seed_everything(args.seed)
+        model, spec = starting.build_model(starting.model_spec(config, start, loaders.nb_classes), config)
+        table = starting.load_start(model, start)
     if table:
         say(f"weights from {start.path}:\n{table}")
     if args.eval:

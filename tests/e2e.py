@@ -59,13 +59,14 @@ class Run:
     """The real program in a process of its own, started in no time by a server that has imported everything."""
 
     def __init__(self, folder: Path, *argv, environment: dict[str, str] | None = None, cwd: Path | None = None,
-                 file_limit: int | None = None):
+                 file_limit: int | None = None, call=program.main):
         name = f"process{len(list(folder.glob('process*.out')))}"
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         self.out.touch()
         _start_server()
         self.process = multiprocessing.get_context("forkserver").Process(
-            target=_child, args=([str(word) for word in argv], self.out, self.err, environment or {}, cwd, file_limit))
+            target=_child,
+            args=(call, [str(word) for word in argv], self.out, self.err, environment or {}, cwd, file_limit))
         self.process.start()
 
     def wait(self, timeout: float = 100) -> int:
@@ -95,7 +96,7 @@ def _start_server() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def _child(argv: list[str], out: Path, err: Path, environment: dict[str, str], cwd: Path | None,
+def _child(call, argv: list[str], out: Path, err: Path, environment: dict[str, str], cwd: Path | None,
            file_limit: int | None) -> None:
     for path, number in ((out, 1), (err, 2)):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -106,7 +107,7 @@ def _child(argv: list[str], out: Path, err: Path, environment: dict[str, str], c
     torch.set_num_threads(1)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.exit(program.main(argv))
+    sys.exit(call(argv))
 
 
 def command_line(*argv, cwd: Path | None = None, module: tuple[str, ...] = (), timeout: float = 200,

@@ -35,10 +35,10 @@ PLATEAU = "--sched plateau --unscale-lr --lr 1 --min-lr 0 --decay-rate 0.5 --epo
 def files(tmp_path_factory):
     """What the command lines below name as {data}, {run}, {teacher} and so on."""
     folder = tmp_path_factory.mktemp("flags")
-    places = {"data": write_digits(folder / "data"), "small": write_digits(folder / "small", train=8, classes=2),
-              "data64": write_digits(folder / "data64", size=64), "inat": write_inat(folder / "inat"), "run": folder / "run", "folder": folder,
-              "recipe": folder / "recipe.yaml", "teacher": folder / "teacher.pth", "other_teacher": folder / "other.pth",
-              "weights": folder / "weights.pth", "port": free_port()}
+    places = {"folder": folder, "run": folder / "run", "recipe": folder / "recipe.yaml", "port": free_port(),
+              "data": write_digits(folder / "data"), "small": write_digits(folder / "small", train=8, classes=2),
+              "data64": write_digits(folder / "data64", size=64), "inat": write_inat(folder / "inat"),
+              "teacher": folder / "teacher.pth", "other_teacher": folder / "other.pth", "weights": folder / "weights.pth"}
     places["recipe"].write_text("lr: 0.25\n")
     assert run(*QUICK, "--epochs", 1, "--data-path", places["data"], "--output_dir", places["run"]) == 0
     for name, model, seed in (("teacher", NANO, 1), ("other_teacher", NANO, 2), ("weights", NANO, 3)):
