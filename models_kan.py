@@ -337,8 +337,10 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor]) -> LoadReport:
     Position and patch embeddings are resampled to the model's image and patch size. The head is dropped when
     the class count differs; an MLP has no place in a KAN block and is dropped.
     Raises: UserError if nothing fits, or nothing of the attention."""
-    source = rename_keys(source)
     own, report = model.state_dict(), LoadReport()
+    if any(".kan.layers." in key for key in source):
+        report.dropped = {key: "never used by the original" for key in source if ".mlp." in key}
+    source = rename_keys(source)
     state = dict(source)
     if "pos_embed" in own and "pos_embed" in state and "cls_token" in state:
         _adapt_pos_embed(state, model)

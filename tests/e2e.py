@@ -66,7 +66,8 @@ class Run:
         _start_server()
         self.process = multiprocessing.get_context("forkserver").Process(
             target=_child,
-            args=(call, [str(word) for word in argv], self.out, self.err, environment or {}, cwd, file_limit))
+            args=(call, [str(word) for word in argv], self.out, self.err, environment or {}, cwd, file_limit,
+                  multiprocessing.get_start_method()))
         self.process.start()
 
     def wait(self, timeout: float = 100) -> int:
@@ -97,13 +98,14 @@ def _start_server() -> None:
 
 
 def _child(call, argv: list[str], out: Path, err: Path, environment: dict[str, str], cwd: Path | None,
-           file_limit: int | None) -> None:
+           file_limit: int | None, start_method: str) -> None:
     for path, number in ((out, 1), (err, 2)):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), write_through=True) for n in (1, 2))
     os.environ.update(environment)
     os.chdir(cwd or "/")
+    multiprocessing.set_start_method(start_method, force=True)      # of its own workers, as anywhere else
     torch.set_num_threads(1)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
