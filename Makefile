@@ -20,7 +20,7 @@ quickstart: venv
 	$(PY) tools/quickstart.py
 
 test: venv
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 test-slow: venv
 	$(PY) -m pytest -m slow --timeout 3600

@@ -148,6 +148,27 @@ def test_training_learns(tmp_path):
     assert last["test_acc1"] > 80 and last["ema_test_acc1"] > 80      # chance: 50
 
 
+def test_the_rate_follows_the_schedule(data, whole, tmp_path):
+    rates = [record["train_lr"] for record in log(whole)]       # cosine from 1e-3 to 1e-5, constant in an epoch
+    assert rates == pytest.approx([1e-5 + 0.99e-3 * 0.5 * (1 + np.cos(np.pi * epoch / 3)) for epoch in range(3)])
+    assert run(*three_epochs(data, tmp_path / "out"), "--sched-on-updates", "--warmup-epochs", 1, "--warmup-lr", 1e-4) == 0
+    rates = [record["train_lr"] for record in log(tmp_path / "out")]        # after 3, 6 and 9 updates of 9
+    assert rates == pytest.approx([1e-5 + 0.99e-3 * 0.5 * (1 + np.cos(np.pi * epoch / 3)) for epoch in (1, 2, 3)])
+
+
+def test_each_epoch_has_an_order_of_its_own(data, monkeypatch):
+    real, orders = program.train_one_epoch, []
+
+    def noting(net, state, criterion, loader, *args, **kwargs):
+        orders.append([key.index for key in loader.sampler])
+        return real(net, state, criterion, loader, *args, **kwargs)
+
+    monkeypatch.setattr(program, "train_one_epoch", noting)
+    assert run(*QUICK, "--data-path", data, "--epochs", 3) == 0
+    assert [sorted(order) for order in orders] == [list(range(48))] * 3
+    assert len({tuple(order) for order in orders}) == 3
+
+
 def test_its_args_as_a_recipe_give_the_same_run(whole, tmp_path):
     assert run("--config", whole / "args.yaml", "--output_dir", tmp_path / "again") == 0
     same_run(whole, tmp_path / "again")

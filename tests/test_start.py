@@ -362,6 +362,19 @@ def test_input_size_and_patches():
     built("--model", "pvt_v2_b0", "--input-size", 32, depth=None)       # patches of 7 that overlap
 
 
+@pytest.mark.parametrize("name", [
+    "coat_lite_tiny", "convnext_atto", "efficientvit_m0", "hrnet_w18_small", "levit_128s", "mobilenetv3_small_050",
+    "swin_tiny_patch4_window7_224", "tiny_vit_5m_224", "vit_tiny_patch16_224", "vovnet39a", "xcit_nano_12_p8_224"])
+def test_families_of_timm_can_be_built(name):
+    """They differ in which arguments they take, how they refuse one, and in what `patch_embed` is."""
+    for argv in ([], ["--drop", 0.1]):
+        with torch.device("meta"):
+            model, spec = built("--model", name, *argv, depth=None)
+            size = settled("--model", name).args.input_size
+            assert model(torch.zeros(2, 3, size, size)).shape == (2, 4)
+        assert spec.kwargs["num_classes"] == 4
+
+
 def test_grad_checkpointing():
     model, _ = built("--model", NANO, "--grad-checkpointing", depth=2)
     assert model.grad_checkpointing is True
