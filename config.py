@@ -323,9 +323,9 @@ _SHARE = (lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
-    **dict.fromkeys(("batch_size", "input_size", "grad_accum", "hdim_kan", "recount", "print_freq",
+    **dict.fromkeys(("epochs", "batch_size", "input_size", "grad_accum", "hdim_kan", "recount", "print_freq",
                      "world_size"), _at_least(1)),
-    **dict.fromkeys(("epochs", "start_epoch", "num_workers", "seed", "warmup_epochs", "cooldown_epochs",
+    **dict.fromkeys(("start_epoch", "num_workers", "seed", "warmup_epochs", "cooldown_epochs",
                      "patience_epochs", "weight_decay", "warmup_lr", "min_lr", "color_jitter", "crop_padding", "mixup",
                      "cutmix"), _at_least(0)),
     **dict.fromkeys(("lr", "opt_eps", "clip_grad", "decay_epochs", "decay_rate", "lr_noise_std", "kan_h",

@@ -143,7 +143,10 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loa
             _update(state, clip_grad)
             state.scheduler.step_update(epoch * updates_per_epoch + step // accumulate + 1)
         if (step + 1) % print_freq == 0 or step + 1 == steps:
-            mean = _mean_loss(loss_sum / (step + 1), process, state, step)
+            mean = loss_sum / (step + 1)
+            if step + 1 == steps:       # the last update's weights are in no loss of this epoch
+                mean = torch.where(_all_finite(state.model), mean, torch.nan)
+            mean = _mean_loss(mean, process, state, step)
             rate = images_seen * process.world_size / (time.perf_counter() - start)
             left = (steps * (epochs - epoch) - step - 1) * (time.perf_counter() - start) / (step + 1)
             tqdm_safe_print(f"epoch {epoch}/{epochs}  step {step + 1}/{steps}  {100 * (step + 1) / steps:.0f}%  loss "
@@ -168,6 +171,10 @@ def _update(state: TrainState, clip_grad: float | None) -> None:
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update(state.model)
+
+
+def _all_finite(model: nn.Module) -> Tensor:
+    return torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
 
 
 def _mean_loss(mean: Tensor, process: Process, state: TrainState, step: int) -> float:

@@ -78,11 +78,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} is not supported: use auto, cpu, cuda, cuda:N or mps")
     if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
         count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (device.index or local_rank) >= count:
-            raise UserError(f"--device {name}: this process needs GPU {device.index or local_rank}, and PyTorch "
-                            f"sees {count} of them; use --device cpu, or start fewer processes")
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if not torch.cuda.is_available() or index >= count:
+            raise UserError(f"--device {name}: this process needs GPU {index}, and PyTorch sees {count} of them; use "
+                            "--device cpu, or start fewer processes")
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has no Apple GPU that PyTorch can use; use --device cpu")
@@ -368,6 +369,8 @@ class RunFolder:
                   "commit": git_commit(), "processes": self.process.world_size, "device": str(self.process.device),
                   "versions": versions()}
         with self._tolerant("args.yaml, run.yaml and log.txt"):
+            for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
+                leftover.unlink(missing_ok=True)
             log = self.folder / "log.txt"
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]

@@ -269,7 +269,7 @@ def test_defaults_are_valid():
 
 
 @pytest.mark.parametrize("argv", [
-    "--batch-size 0", "--batch-size -4", "--epochs -1", "--input-size 0", "--lr 0", "--lr -1", "--lr nan",
+    "--batch-size 0", "--batch-size -4", "--epochs 0", "--epochs -1", "--input-size 0", "--lr 0", "--lr -1", "--lr nan",
     "--lr inf", "--drop 1", "--drop -0.1", "--drop-path 1", "--smoothing 1", "--mixup-prob 1.1",
     "--mixup-switch-prob -1", "--model-ema-decay 1", "--clip-grad 0", "--reprob 2", "--num_workers -1",
     "--grad-accum 0", "--eval-crop-ratio 0", "--eval-crop-ratio 1.2", "--distillation-tau 0",
@@ -290,7 +290,7 @@ def test_bad_value_names_its_flag(argv):
 
 
 @pytest.mark.parametrize("argv", [
-    "--epochs 0", "--drop 0.99", "--smoothing 0", "--eval-crop-ratio 1", "--reprob 1", "--clip-grad 1e-3",
+    "--epochs 1", "--drop 0.99", "--smoothing 0", "--eval-crop-ratio 1", "--reprob 1", "--clip-grad 1e-3",
     "--aa none", "--aa rand-m9-n3-mstd0.5", "--aa rand-m7-p0.6-mmax20-inc0-t3aw",
     "--aa augmix-m5-w4-d2-a1.5-b1",
     "--aa v0r-mstd0.5", "--aa 3a", "--opt lookahead_adamw", "--opt AdamW", "--opt muon", "--sched plateau",

@@ -161,7 +161,8 @@ def loss_of_the_second_is_nan(argv: list[str]) -> int:
 
 
 def test_a_loss_that_is_not_finite_on_one_process_ends_both(data, tmp_path):
-    runs = launch(tmp_path, *QUICK, "--epochs", 2, "--data-path", data, "--batch-size", 8, "--output_dir", tmp_path / "out",
+    # an epoch of one step: the loss of the first process is still finite, its weights are not any more
+    runs = launch(tmp_path, *QUICK, "--epochs", 2, "--data-path", data, "--batch-size", 24, "--output_dir", tmp_path / "out",
                   call=loss_of_the_second_is_nan)
     finish(runs, code=1)
     for process in runs:

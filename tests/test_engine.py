@@ -283,6 +283,18 @@ def test_a_loss_that_is_not_finite_ends_the_training(value):
         epoch_of(state_of(nano()), batches(5), Poison(4, value), print_freq=100)
 
 
+@pytest.mark.parametrize("spoiled_step, stops", [(4, True), (9, False)])
+def test_weights_that_the_last_update_spoils_end_the_training(spoiled_step, stops):
+    """The loss of every step is finite: only the last gradient is not."""
+    state, steps = state_of(nano()), iter(range(1, 100))
+    state.model.head.weight.register_hook(lambda grad: grad * (math.nan if next(steps) == spoiled_step else 1))
+    if stops:
+        with pytest.raises(TrainingFailed, match="by step 4 of epoch 0"):
+            epoch_of(state, batches(4), print_freq=100)
+    else:
+        assert math.isfinite(epoch_of(state, batches(4), print_freq=100)["loss"])
+
+
 def test_returned_figures():
     state, data = state_of(nano(), lr=0.0), batches(4)
     result = epoch_of(state, data, print_freq=3)

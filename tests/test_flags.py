@@ -28,6 +28,7 @@ DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
 STUDENT = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_kan 8"
 # Nothing random in an image, so that what a flag adds to it stands out.
 STILL = "--aa none --reprob 0 --hflip 0 --color-jitter 0 --crop-padding 0"
+EVALUATION = "--eval --resume {run}/checkpoint.pth --data-path {data} --device cpu --num_workers 0"
 PLATEAU = "--sched plateau --unscale-lr --lr 1 --min-lr 0 --decay-rate 0.5 --epochs 9 --patience-epochs 1"
 
 
@@ -40,6 +41,10 @@ def files(tmp_path_factory):
               "data64": write_digits(folder / "data64", size=64), "inat": write_inat(folder / "inat"),
               "teacher": folder / "teacher.pth", "other_teacher": folder / "other.pth", "weights": folder / "weights.pth"}
     places["recipe"].write_text("lr: 0.25\n")
+    places["same"] = write_digits(folder / "same")
+    pictures = sorted(places["same"].rglob("*.png"))
+    for path in pictures[1:]:
+        path.write_bytes(pictures[0].read_bytes())
     assert run(*QUICK, "--epochs", 1, "--data-path", places["data"], "--output_dir", places["run"]) == 0
     for name, model, seed in (("teacher", NANO, 1), ("other_teacher", NANO, 2), ("weights", NANO, 3)):
         torch.manual_seed(seed)
@@ -265,7 +270,7 @@ def joined(line):
             patch.delenv(name, raising=False)
         patch.setenv("RANK", "0")
         patch.setenv("WORLD_SIZE", "1")
-        code, _, err = printed(f"--eval --resume {{run}}/checkpoint.pth --data-path {{data}} --device cpu --num_workers 0 {line}")
+        code, _, err = printed(f"{EVALUATION} {line}")
     return code, err
 
 
@@ -374,19 +379,17 @@ EFFECTS = {
     "pin_mem": (pinned, "--no-pin-mem", ""),
     # output and state
     "output_dir": (files_written, "--output_dir {folder}/written", ""),
-    "device": (printed, *(f"--device {name} --eval --resume {{run}}/checkpoint.pth --data-path {{data}} --num_workers 0"
-                          for name in ("cuda:99", "cpu"))),
+    "device": (lambda line: printed(f"{EVALUATION} {line}")[0], "--device cuda:99", ""),
     "seed": (lambda line: (initial_weights(line), draws(line), images_of(line)), "--seed 5", ""),
     "resume": (lambda line: caught(line).state.epoch, "--resume {run}/checkpoint.pth", ""),
     "start_epoch": (lambda line: caught(line).state.epoch, "--start_epoch 3", ""),
-    "eval": (lambda line: printed(f"--resume {{run}}/checkpoint.pth --data-path {{data}} --device cpu --num_workers 0 {line}"),
-             "--eval", ""),
+    "eval": (lambda line: printed(f"{EVALUATION.removeprefix('--eval')} {line}"), "--eval", ""),
     "print_freq": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 1", line]))[1].count("img/s"),
                    "--print-freq 1", ""),
     # several processes
     "dist_eval": (shard, "--dist-eval", ""),
-    "distributed": (lambda line: printed(f"--device cpu --data-path {{data}} --epochs 0 {line}"), "--distributed", ""),
-    "world_size": (lambda line: printed(f"--device cpu --data-path {{data}} --epochs 0 {line}"), "--world_size 4", ""),
+    "distributed": (lambda line: printed(f"{EVALUATION} {line}")[0], "--distributed", ""),
+    "world_size": (lambda line: printed(f"{EVALUATION} {line}")[0], "--world_size 4", ""),
     "dist_url": (joined, "--dist_url tcp://127.0.0.1:{port}", ""),
 }
 
@@ -458,6 +461,21 @@ def test_the_optimizers_numbers_arrive():
     assert all(group["eps"] == 1e-3 and tuple(group["betas"]) == (0.5, 0.6) for group in groups)
     name, groups = optimizer("--opt momentum --momentum 0.7")
     assert name == "SGD" and all(group["momentum"] == 0.7 and not group["nesterov"] for group in groups)
+
+
+def test_the_seed_is_of_everything_random():
+    for look in (initial_weights, draws):
+        assert differences(plain(look("--seed 5")), plain(look("")))
+    # of one and the same image, where the order makes no difference
+    assert not differences(*(images_of(f"--data-path {{same}} {STILL} --seed {seed}") for seed in (5, 6)))
+    assert differences(*(images_of(f"--data-path {{same}} --seed {seed}") for seed in (5, 6)))
+    assert caught("--seed 5").options.seed == 5     # mixup, dropout
+
+
+def test_the_teacher_is_not_trained():
+    teacher = caught(f"--distillation-type hard {STUDENT} --teacher-model {NANO} --teacher-path {{teacher}}").criterion.teacher
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_clipping_bounds_the_step():

@@ -186,7 +186,8 @@ def test_worker_processes_do_not_change_the_run(whole, data, tmp_path):
 
 def test_a_new_run_refuses_a_folder_that_holds_one(copied, data, capsys):
     before = contents(copied)
-    assert "holds a run already" in sentence(capsys, *three_epochs(data, copied))
+    for flags in ((), ("--finetune", copied / "checkpoint.pth")):
+        assert "holds a run already" in sentence(capsys, *three_epochs(data, copied), *flags)
     assert contents(copied) == before
 
 

@@ -691,6 +691,8 @@ def test_a_released_kan_is_a_source_too():
     source = spread(small("deit_tiny_patch16_224_KAN", qkv_bias=False, block_norm_eps=1e-5))
     model = small("deit_tiny_patch16_224_KAN", 1, num_classes=3)
     report = load_finetune(model, released_layout(source))
+    unused = {key for key in released_layout(source) if ".mlp." in key}
+    assert unused and {report.dropped.pop(key) for key in unused} == {"never used by the original"}
     check_complete(report, model, models_kan.rename_keys(released_layout(source)))
     assert torch.equal(model.blocks[1].mlp.layers[0].spline_linear.weight,
                        source.blocks[1].mlp.layers[0].spline_linear.weight)

@@ -144,6 +144,7 @@ def test_table_of_one_seed_and_of_several():
     assert kan.split() == ["KAN", "97.00", "±", "1.41", "468,010", "16.08", "0.39", "70", "600"]
 
 
+@pytest.mark.slow
 def test_end_to_end(tmp_path):
     """The command of the README on one thread, from another folder, cut to an epoch."""
     answer = subprocess.run(

@@ -3,9 +3,12 @@
     python tools/quickstart.py [--seeds 0 1 2] [--output-dir runs/quickstart] [--epochs N]
 """
 import argparse
+import os
 import shutil
 import statistics
+import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +17,6 @@ sys.path.insert(0, str(ROOT))
 import timm
 import torch
 
-import main as program
 import models_kan
 from tools.plot_run import plot_runs, read_log
 
@@ -32,16 +34,38 @@ def prepare(folder: Path) -> None:
     (folder / MARK).touch()
 
 
-def train(name: str, seed: int, folder: Path, extra: list[str]) -> dict[str, float]:
-    """One run of `recipes/quickstart_*.yaml`: {"top1", "seconds", "img_per_s"}, seconds of everything."""
-    recipe = ROOT / "recipes" / f"quickstart_{name.lower()}.yaml"
-    start = time.perf_counter()
-    code = program.main(["--config", str(recipe), "--output_dir", str(folder), "--seed", str(seed), *extra])
-    if code:
-        sys.exit(code)
-    log = read_log(folder)
-    return {"top1": log[-1]["test_acc1"], "seconds": time.perf_counter() - start,
-            "img_per_s": statistics.median(record["img_per_s"] for record in log)}
+def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, float]]:
+    """Both twins by `recipes/quickstart_*.yaml`: name -> {"top1", "seconds", "img_per_s"}, seconds of everything.
+
+    They train side by side, each on half of the cores: equal conditions for both, and on a machine that is busy
+    otherwise too, one thread that waits for no other is faster than two that do."""
+    threads = max(1, torch.get_num_threads() // 2)
+    results, failures = {}, []
+
+    def run(name: str) -> None:
+        folder = output_dir / f"{name}_seed{seed}"
+        command = [sys.executable, str(ROOT / "main.py"), "--config", str(ROOT / f"recipes/quickstart_{name.lower()}.yaml"),
+                   "--output_dir", str(folder), "--seed", str(seed), *extra]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                   env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"})
+        for line in process.stdout:
+            print(f"{name} | {line}", end="", flush=True)
+        if process.wait():
+            failures.append(process.returncode)
+            return
+        log = read_log(folder)
+        results[name] = {"top1": log[-1]["test_acc1"], "seconds": time.perf_counter() - start,
+                         "img_per_s": statistics.median(record["img_per_s"] for record in log)}
+
+    runs = [threading.Thread(target=run, args=(name,)) for name in TWINS]
+    for thread in runs:
+        thread.start()
+    for thread in runs:
+        thread.join()
+    if failures:
+        sys.exit(failures[0])
+    return results
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
@@ -69,11 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     extra = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     prepare(args.output_dir)
     start = time.perf_counter()
-    results = {name: [train(name, seed, args.output_dir / f"{name}_seed{seed}", extra) for seed in args.seeds]
-               for name in TWINS}
+    by_seed = [train(seed, args.output_dir, extra) for seed in args.seeds]
+    results = {name: [runs[name] for runs in by_seed] for name in TWINS}
     picture = plot_runs([args.output_dir / f"{name}_seed{args.seeds[0]}" for name in TWINS],
                         args.output_dir / "quickstart.png")
-    print(f"\n{len(args.seeds)} seed(s), {torch.get_num_threads()} threads, PyTorch {torch.__version__}, last epoch\n")
+    print(f"\n{len(args.seeds)} seed(s), side by side with {max(1, torch.get_num_threads() // 2)} thread(s) each, "
+          f"PyTorch {torch.__version__}, last epoch\n")
     print(table(results))
     print(f"\n{time.perf_counter() - start:.0f} s together. In {args.output_dir}: a folder for each run with log.txt, "
           f"checkpoint.pth, args.yaml and TensorBoard events, and the picture {picture.name}")
