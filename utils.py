@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 import zipfile
 from argparse import Namespace
@@ -345,6 +346,7 @@ class RunFolder:
         self.process = process
         self.failed = ""
         self.board = None
+        self.unwritten = ""     # lines of log.txt that had no room yet
         if self.folder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -378,21 +380,35 @@ class RunFolder:
             _write_whole(self.folder / "args.yaml", args_yaml)
             with open(self.folder / "run.yaml", "a" if epoch else "w") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-            self.board = SummaryWriter(str(self.folder), purge_step=epoch)
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of log.txt, and its numbers as TensorBoard scalars at the record's epoch."""
         if not self.folder:
             return
+        self.unwritten += json.dumps(record) + "\n"
         with self._tolerant("log.txt"):
-            with open(self.folder / "log.txt", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            _append_whole(self.folder / "log.txt", self.unwritten)
+            self.unwritten = ""
+        if self.unwritten:
+            return
+        with self._tolerant("the TensorBoard events"):
+            board, self.board = self.board or self._open_board(record["epoch"]), None     # a writer that failed is dead
             for key, value in record.items():
-                if self.board and key != "epoch" and isinstance(value, (int, float)):
-                    self.board.add_scalar(re.sub(r"^(train|test|ema_test)_", r"\1/", key), value, record["epoch"])
-            if self.board:
-                self.board.flush()
+                if key != "epoch" and isinstance(value, (int, float)):
+                    board.add_scalar(re.sub(r"^(train|test|ema_test)_", r"\1/", key), value, record["epoch"])
+            board.flush()
+            self.board = board
+
+    def _open_board(self, epoch: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        def hook(failure: threading.ExceptHookArgs) -> None:
+            # TensorBoard's thread dies of a full disk; its next call raises the same here, to be told in a sentence
+            if not issubclass(failure.exc_type, OSError):
+                threading.__excepthook__(failure)
+
+        threading.excepthook = hook
+        return SummaryWriter(str(self.folder), purge_step=epoch)
 
     def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
         if self.folder:
@@ -403,6 +419,7 @@ class RunFolder:
         if self.board:
             with self._tolerant("the TensorBoard events"):
                 self.board.close()
+        self.board = None
 
     @contextmanager
     def _tolerant(self, what: str) -> Iterator[None]:
@@ -423,6 +440,15 @@ def _epoch_of(line: str) -> float:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _append_whole(path: Path, text: str) -> None:
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):        # the disk is full now: half a line would spoil the next one
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -1,4 +1,5 @@
 """What the end-to-end tests share: small data sets on disk, runs in this process and in others."""
+import atexit
 import io
 import json
 import multiprocessing
@@ -69,6 +70,7 @@ class Run:
             args=(call, [str(word) for word in argv], self.out, self.err, environment or {}, cwd, file_limit,
                   multiprocessing.get_start_method()))
         self.process.start()
+        atexit.register(self.kill)      # a failed test must not leave it behind
 
     def wait(self, timeout: float = 100) -> int:
         """The exit code; -SIGNAL where a signal ended it."""

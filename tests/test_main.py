@@ -780,6 +780,39 @@ def test_a_full_disk_does_not_end_the_training(copied, data, tmp_path):
     assert [record["epoch"] for record in log(copied)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_while(data, tmp_path):
+    """Not a byte is free, then all is well again: no line of the log is missing or cut, and the run counts as done."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "none", disk], check=False, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    process = Run(tmp_path, *three_epochs(data, disk / "out"), "--epochs", 40)
+    try:
+        wait_for(disk / "out/checkpoint_previous.pth")
+        fill = open(disk / "fill", "wb", buffering=0)
+        with pytest.raises(OSError):
+            while True:
+                fill.write(bytes(4096))
+        lost = ("checkpoint.pth could not", "log.txt could not")
+        end = time.monotonic() + 60
+        while not all(words in process.err.read_text() for words in lost):
+            assert process.process.is_alive() and time.monotonic() < end
+            with pytest.raises(OSError):        # what a failed save has given back
+                while True:
+                    fill.write(bytes(4096))
+            time.sleep(0.01)
+        fill.close()
+        (disk / "fill").unlink()
+        assert process.wait() == 0
+        assert "Traceback" not in process.err.read_text()
+        assert [record["epoch"] for record in log(disk / "out")] == list(range(40))
+        assert checkpoint(disk / "out")["epoch"] == 39
+    finally:
+        process.kill()
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_bad_input_on_the_real_command_line(data, tmp_path):
     """Several at once, each in a process of its own: exit code 2, one sentence, no traceback."""
     (tmp_path / "text.pth").write_text("no weights")
