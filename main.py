@@ -13,31 +13,14 @@ from datasets import Loaders, build_loaders
 from engine import choose_amp_dtype, ema_model, evaluate, summary, train_one_epoch
 from losses import build_criterion
 from models_kan import ModelSpec
-from utils import Process, RunFolder, TrainingFailed, UserError, say
+from utils import Process, RunFolder, UserError, say
 
 __all__ = ["get_args_parser", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with these command-line words (None: the process's own). Returns the exit code: 0 done, 2 bad input or
-    environment, 1 the training failed, 130 interrupted."""
-    try:
-        return run(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except TrainingFailed as error:
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
-        return 1
-    except torch.OutOfMemoryError:
-        print("stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add --grad-checkpointing",
-              file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        utils.end_process()
+    """Run with these command-line words (None: the process's own); returns the exit code of `utils.exit_code`."""
+    return utils.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: list[str]) -> int:

@@ -17,7 +17,7 @@ import threading
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -41,6 +41,28 @@ class UserError(Exception):
 
 class TrainingFailed(Exception):
     """The run cannot go on (exit code 1); its text is one sentence that says why and what was kept."""
+
+
+def exit_code(program: Callable[[], int]) -> int:
+    """What `program` returns, or after an error, told in one sentence: 2 for bad input or environment, 1 where the
+    training failed, 130 where it was interrupted. Leaves the process group."""
+    try:
+        return program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except TrainingFailed as error:
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        return 1
+    except torch.OutOfMemoryError:
+        print("stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add --grad-checkpointing",
+              file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        end_process()
 
 
 # ---------------------------------------------------------------- process group

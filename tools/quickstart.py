@@ -40,12 +40,11 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
     They train side by side, each on half of the cores: equal conditions for both, and on a machine that is busy
     otherwise too, one thread that waits for no other is faster than two that do."""
     threads = max(1, torch.get_num_threads() // 2)
-    results, failures = {}, []
+    seconds, failures = {}, []
 
     def run(name: str) -> None:
-        folder = output_dir / f"{name}_seed{seed}"
         command = [sys.executable, str(ROOT / "main.py"), "--config", str(ROOT / f"recipes/quickstart_{name.lower()}.yaml"),
-                   "--output_dir", str(folder), "--seed", str(seed), *extra]
+                   "--output_dir", str(output_dir / f"{name}_seed{seed}"), "--seed", str(seed), *extra]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"})
@@ -53,10 +52,7 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
             print(f"{name} | {line}", end="", flush=True)
         if process.wait():
             failures.append(process.returncode)
-            return
-        log = read_log(folder)
-        results[name] = {"top1": log[-1]["test_acc1"], "seconds": time.perf_counter() - start,
-                         "img_per_s": statistics.median(record["img_per_s"] for record in log)}
+        seconds[name] = time.perf_counter() - start
 
     runs = [threading.Thread(target=run, args=(name,)) for name in TWINS]
     for thread in runs:
@@ -65,7 +61,9 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
         thread.join()
     if failures:
         sys.exit(failures[0])
-    return results
+    logs = {name: read_log(output_dir / f"{name}_seed{seed}") for name in TWINS}
+    return {name: {"top1": log[-1]["test_acc1"], "seconds": seconds[name],
+                   "img_per_s": statistics.median(record["img_per_s"] for record in log)} for name, log in logs.items()}
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
