@@ -220,8 +220,10 @@ def test_two_local_tasks(checkout):
     assert re.search(r"job \d+: log in .*0_log.out", done.stdout)
 
 
-# in the first attempt, main.py saves at a step boundary and returns a code of its own
+# in the first attempt, main.py saves at a step boundary and returns a code of its own; the tasks have met before, as
+# in a process group (one that starts only after the requeue would read the second attempt's job)
 SAVES_AND_STOPS = """
+while len(list(out.glob("calls*.jsonl"))) < int(os.environ["WORLD_SIZE"]): time.sleep(.01)
 if len((out / f"calls{rank}.jsonl").read_text().splitlines()) == 1:
     got = []
     signal.signal(signal.SIGUSR2, lambda *_: got.append(1))
