@@ -15,11 +15,12 @@ import torch
 import yaml
 from timm.optim import list_optimizers
 
+from group_kan import BASES
 from utils import UserError
 
 # Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
 CHANGED_DEFAULTS = {
-    "model": ("deit_base_patch16_224", "deit_tiny_patch16_224_KAN",
+    "model": ("deit_base_patch16_224", "deit_tiny_patch16_224_GKAN",
               "the model that this project is about; its _ViT twin is the baseline"),
     "data_path": ("a path on its authors' cluster", "", "there is no folder to guess"),
     "device": ("cuda", "auto", "CUDA where there is a GPU, else MPS, else the CPU"),
@@ -31,11 +32,12 @@ ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS"]}
 #   model  what the network is            data   which images, which classes, at which size
 #   train  how it is trained              place  where and how this one run happens: never from a checkpoint
 _SCOPES = {
-    "model": "model hdim_kan kan_grid_range kan_grid_points kan_h kan_trainable_grid kan_trainable_h",
+    "model": "model hdim_kan kan_groups kan_base kan_input_phi kan_trainable_base kan_grid_range kan_grid_points kan_h "
+             "kan_trainable_grid kan_trainable_h kan_basis kan_base_branch kan_second_norm",
     "data": "data_set inat_category input_size eval_crop_ratio",
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
-             "weight_decay layer_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
+             "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
              "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa "
              "hflip crop_padding "
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
@@ -151,7 +153,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
         help="take --lr as it is instead of per 512 images of the global batch")
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="deit_tiny_patch16_224_KAN", type=str, metavar="NAME",
+    add("--model", default="deit_tiny_patch16_224_GKAN", type=str, metavar="NAME",
         help="any name that --list-models prints")
     add("--input-size", default=224, type=int, metavar="PIXELS", help="side of the square input image")
     add("--drop", type=float, default=0.0, metavar="P",
@@ -161,8 +163,17 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--kan-grid-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="first and last grid point")
     add("--kan-grid-points", type=int, metavar="N", help="basis functions per input")
     add("--kan-h", type=float, metavar="H", help="width of a basis function")
-    add("--kan-trainable-grid", action=on_off, help="learn where the grid points are")
-    add("--kan-trainable-h", action=on_off, help="learn the width of the basis functions")
+    add("--kan-basis", choices=["original", "covering"],
+        help="the released models' grid, h and initialisation, or ones that cover the inputs and begin as an MLP (_KAN)")
+    add("--kan-base-branch", action=on_off, help="add a linear map of silu(u) to each layer (_KAN)")
+    add("--kan-second-norm", choices=["layer", "static", "none"],
+        help="what normalises the hidden units: a LayerNorm, a learned scale and shift of each, nothing (_KAN)")
+    add("--kan-groups", type=int, metavar="N", help="learned activations a layer; 0: one for each channel (_GKAN)")
+    add("--kan-base", choices=list(BASES), help="activation that the learned one begins as (_GKAN)")
+    add("--kan-input-phi", action=on_off, help="a learned activation before the first linear map too (_GKAN)")
+    add("--kan-trainable-base", action=on_off, help="learn the scale of the base function (_GKAN)")
+    add("--kan-trainable-grid", action=on_off, help="learn where the grid points are (_KAN)")
+    add("--kan-trainable-h", action=on_off, help="learn the width of the basis functions (_KAN)")
     add("--grad-checkpointing", action=on_off, default=False,
         help="recompute activations in the backward pass: less memory, more time")
     add("--amp-dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
@@ -180,6 +191,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--clip-grad", type=float, metavar="NORM", help="largest gradient norm; no clipping if left out")
     add("--momentum", type=float, default=0.9, metavar="M", help="for optimizers that have one")
     add("--weight-decay", type=float, default=0.05, metavar="W", help="decay of matrices, not of biases")
+    add("--kan-lr-mult", type=float, default=20.0, metavar="M",
+        help="learning rate of the learned activations' coefficients relative to the others' (_GKAN)")
+    add("--kan-weight-decay", type=float, default=0.0, metavar="W", help="decay of those coefficients (_GKAN)")
     add("--layer-decay", type=float, metavar="D", help="learning rate of a block relative to the next one's")
 
     add = parser.add_argument_group("learning rate").add_argument
@@ -326,7 +340,8 @@ _RANGES = {
     **dict.fromkeys(("epochs", "batch_size", "input_size", "grad_accum", "hdim_kan", "recount", "print_freq",
                      "world_size"), _at_least(1)),
     **dict.fromkeys(("start_epoch", "num_workers", "seed", "warmup_epochs", "cooldown_epochs",
-                     "patience_epochs", "weight_decay", "warmup_lr", "min_lr", "color_jitter", "crop_padding", "mixup",
+                     "patience_epochs", "weight_decay", "kan_groups",
+                     "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr", "color_jitter", "crop_padding", "mixup",
                      "cutmix"), _at_least(0)),
     **dict.fromkeys(("lr", "opt_eps", "clip_grad", "decay_epochs", "decay_rate", "lr_noise_std", "kan_h",
                      "distillation_tau"), _POSITIVE),

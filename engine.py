@@ -191,8 +191,8 @@ def _mean_loss(mean: Tensor, process: Process, state: TrainState, step: int) -> 
 
 
 def lr_of(optimizer: torch.optim.Optimizer) -> float:
-    """The rate of the group with the largest: with --layer-decay that is the head's."""
-    return max(group["lr"] for group in optimizer.param_groups)
+    """The rate of the group with the largest: with --layer-decay that is the head's. Without --kan-lr-mult."""
+    return max(group["lr"] for group in optimizer.param_groups if "kan_multiple" not in group)
 
 
 def progress(batches: Iterator, steps: int, title: str, process: Process) -> Iterator:

@@ -11,8 +11,9 @@ the B-splines of Kolmogorov-Arnold networks (Liu et al., arXiv:2404.19756). Para
 released Vision-KAN checkpoints: `layers.N.layernorm`, `layers.N.rbf.grid`, `layers.N.spline_linear.weight`.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -153,6 +154,8 @@ def _math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(u: Tensor, n_grid: int):
+    if torch.compiler.is_compiling():
+        return [slice(None)]
     limit = CHUNK_VALUES.get(u.device.type, CHUNK_VALUES_OTHER)
     step = max(1, limit // max(1, u.shape[1] * n_grid))
     return [slice(start, min(start + step, u.shape[0])) for start in range(0, u.shape[0], step)]
@@ -184,13 +187,68 @@ class SplineLinear(nn.Module):
     """The weights of every edge function, [O, I*G]. No `nn.Linear`: timm gives each of those a ViT's
     initialisation."""
 
-    def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None, dtype=None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def init_as_mlp(self, coefficients: Tensor) -> None:
+        """W[o, i, k] = R[o, i] * a_k: a random linear map R, deviation in^-1/2, of the function sum_k a_k B_k."""
+        inputs = self.weight.shape[1] // len(coefficients)
+        r = torch.randn(len(self.weight), inputs, device=self.weight.device) / inputs ** 0.5
+        self.weight.copy_((r[..., None] * coefficients.to(r)).flatten(1))
+
+
+@torch.no_grad()
+def fit_basis(function: Callable[[Tensor], Tensor], grid: Tensor, h: float | Tensor, *, mean: Tensor | float = 0.0,
+              std: Tensor | float = 1.0, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Coefficients a with sum_k a_k B_k(u) ~ function(mean + std * u) for a standard normal u.
+
+    Least squares by Gauss-Hermite quadrature in float64, with a small ridge that keeps a bounded where bumps
+    overlap so much that they are nearly dependent.
+
+    Args:
+        function: elementwise. grid: [G]. h: width of a bump. mean, std: numbers, or [N] for N fits at once.
+        ridge: relative to the mean of E[B_k^2].
+    Returns: a [N, G] or [G], and the root mean square error relative to the function's own (N or one number).
+    """
+    nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+    u, w = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    grid, h = grid.detach().double().cpu(), h.detach().double().cpu() if isinstance(h, Tensor) else h
+    mean, std = (torch.as_tensor(value, dtype=torch.float64).cpu() for value in (mean, std))
+    target = function(mean[..., None] + std[..., None] * u)             # [N, nodes]
+    basis = rswaf_basis(u, grid, h)                                     # [nodes, G]
+    gram = basis.T @ (w[:, None] * basis)
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(grid), dtype=torch.float64)
+    moments = (w * target) @ basis                                      # [N, G]
+    a = torch.linalg.solve(gram, moments[..., None]).squeeze(-1)        # gram is symmetric
+    error = ((a @ basis.T - target).square() * w).sum(-1).sqrt() / (target.square() * w).sum(-1).sqrt()
+    return a, error
+
+
+class StaticNorm(nn.Module):
+    """u = scale * x + shift for each feature, learned: in place of a LayerNorm, whose statistics mix the features
+    of a token. x [..., features]."""
+
+    def __init__(self, features: int, device=None, dtype=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.shift = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
 
 
 class RSWAFGrid(nn.Module):
@@ -224,34 +282,67 @@ class RSWAFGrid(nn.Module):
 
 
 class FasterKANLayer(nn.Module):
-    """LayerNorm, basis, one linear map: x [..., in_features] -> [..., out_features].
+    """Normalisation, basis, one linear map: x [..., in_features] -> [..., out_features].
 
     Args:
         grid_min, grid_max, num_grids: the uniform initial grid (original: 8 points on [-2, 2]).
         h: width of a bump (original: 0.33); None: the spacing of the grid.
         train_grid, train_h: learn grid points, width.
+        norm: "layer" (original), "static" (a learned scale and shift of each feature) or "none".
+        bias: add a bias. base_branch: add a linear map of silu(u), as the KAN paper does.
+        init_as: a key of `FITTED`: the layer begins as a random linear map of that function; None: Xavier's
+            uniform distribution over the spline's weights (original).
         eps: of the LayerNorm.
     """
 
     def __init__(self, in_features: int, out_features: int, *, grid_min: float = -2.0, grid_max: float = 2.0,
                  num_grids: int = 8, h: float | None = 0.33, train_grid: bool = False, train_h: bool = False,
+                 norm: str = "layer", bias: bool = False, base_branch: bool = False, init_as: str | None = None,
                  eps: float = 1e-5, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.init_as = in_features, out_features, init_as
         if h is None:
             h = (grid_max - grid_min) / max(1, num_grids - 1)
-        self.layernorm = nn.LayerNorm(in_features, eps=eps, **dd)
+        if norm not in ("layer", "static", "none"):
+            raise ValueError(f"norm {norm} is not one of layer, static, none")
+        self.layernorm = (nn.LayerNorm(in_features, eps=eps, **dd) if norm == "layer"
+                          else StaticNorm(in_features, **dd) if norm == "static" else nn.Identity())
         self.rbf = RSWAFGrid(grid_min, grid_max, num_grids, h, train_grid, train_h, **dd)
-        self.spline_linear = SplineLinear(in_features * num_grids, out_features, **dd)
+        self.spline_linear = SplineLinear(in_features * num_grids, out_features, bias, **dd)
+        self.base_linear = SplineLinear(in_features, out_features, **dd) if base_branch else None
+        self._init_spline()
+
+    def reset_parameters(self) -> None:
+        for module in self.children():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._init_spline()
+
+    def _init_spline(self) -> None:
+        if self.init_as is not None and not self.rbf.grid.is_meta:
+            coefficients, _ = fit_basis(FITTED[self.init_as], self.rbf.grid, self.rbf.h)
+            self.spline_linear.init_as_mlp(coefficients)
 
     def forward(self, x: Tensor) -> Tensor:
         u = self.layernorm(x)
-        return rswaf_linear(u, self.spline_linear.weight, self.rbf.grid, self.rbf.h, self.rbf.single_exp)
+        y = rswaf_linear(u, self.spline_linear.weight, self.rbf.grid, self.rbf.h, self.rbf.single_exp)
+        return self._add_linear(y, u)
 
     def reference_forward(self, x: Tensor) -> Tensor:
         """The same function through plain PyTorch and its autograd."""
-        return rswaf_linear_reference(self.layernorm(x), self.spline_linear.weight, self.rbf.grid, self.rbf.h)
+        u = self.layernorm(x)
+        return self._add_linear(rswaf_linear_reference(u, self.spline_linear.weight, self.rbf.grid, self.rbf.h), u)
+
+    def _add_linear(self, y: Tensor, u: Tensor) -> Tensor:
+        if self.spline_linear.bias is not None:
+            y = y + self.spline_linear.bias.to(y.dtype)
+        if self.base_linear is not None:
+            y = y + F.linear(F.silu(u), self.base_linear.weight)
+        return y
+
+
+FITTED: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "gelu": F.gelu}
 
 
 class FasterKAN(nn.Module):
@@ -263,28 +354,32 @@ class FasterKAN(nn.Module):
             mlp_ratio * dim.
         drop: dropout after each layer, one rate or a pair.
         act_layer, norm_layer, bias: parts of an MLP that a FasterKAN has no place for (the edge functions are
-            the activation, each layer normalises its own input, released checkpoints have no bias); accepted
-            because timm passes them.
+            the activation, each layer normalises its own input, `kan_bias` is its own); accepted because timm
+            passes them.
+        kan_bias: `bias` of both layers (released checkpoints have none).
+        second_norm: `norm` of the second layer; the first one's is a LayerNorm.
+        init_as_mlp: begin as a random MLP: the first layer linear, the second a linear map of GELUs.
         kan: keywords of `FasterKANLayer`.
     """
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
                  act_layer=None, norm_layer=None, bias: bool = True, drop: float | Sequence[float] = 0.0,
-                 device=None, dtype=None, *, hdim: int | None = None, **kan):
+                 device=None, dtype=None, *, hdim: int | None = None, kan_bias: bool = False,
+                 second_norm: str = "layer", init_as_mlp: bool = False, **kan):
         super().__init__()
         hidden = hdim or hidden_features or in_features
         drops = (drop, drop) if isinstance(drop, (int, float)) else tuple(drop)
-        dd = {"device": device, "dtype": dtype}
+        kan |= {"bias": kan_bias, "device": device, "dtype": dtype}
         self.layers = nn.ModuleList([
-            FasterKANLayer(in_features, hidden, **kan, **dd),
-            FasterKANLayer(hidden, out_features or in_features, **kan, **dd)])
+            FasterKANLayer(in_features, hidden, init_as="identity" if init_as_mlp else None, **kan),
+            FasterKANLayer(hidden, out_features or in_features, norm=second_norm,
+                           init_as="gelu" if init_as_mlp else None, **kan)])
         self.drops = nn.ModuleList([nn.Dropout(p) for p in drops])
 
     def init_weights(self) -> None:
         """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""
-        for module in self.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        for layer in self.layers:
+            layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, drop in zip(self.layers, self.drops):

@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
         loaders = build_loaders(args, process, start.class_names)
         utils.seed_everything(args.seed)
         model, spec = starting.build_model(starting.model_spec(config, start, loaders.nb_classes), config)
-        table = starting.load_start(model, start)
+        table = starting.load_start(model, spec, start, loaders, args.seed)
     if table:
         say(f"weights from {start.path}:\n{table}")
     if args.eval:

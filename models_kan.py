@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, resample_abs_pos_embed
@@ -19,7 +21,9 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from efficient_kan import EfficientKAN, EfficientKANLayer
 from faster_kan import FasterKAN, FasterKANLayer
+from group_kan import GroupActivation, GroupKAN
 from utils import UserError
 
 
@@ -31,6 +35,7 @@ class Size(NamedTuple):
     depth: int
     num_heads: int
     kan_hidden: int = 192           # the original's, whatever the width
+    ekan_hidden: int = 192
     distilled: bool = False
     deit3: bool = False             # layer scale, no position embedding for the class token
 
@@ -46,21 +51,40 @@ SIZES = {
     "deit_base_distilled_patch16_384": Size(384, 16, 768, 12, 12, distilled=True),
     "deit3_small_patch16_224": Size(224, 16, 384, 12, 6, deit3=True),
     "deit3_base_patch16_224": Size(224, 16, 768, 12, 12, deit3=True),
-    # hidden width dim/2: the parameters and matrix-product FLOPs of the MLP twin
-    "vit_nano_patch8_32": Size(32, 8, 96, 4, 3, kan_hidden=48),
-    "vit_nano_patch4_32": Size(32, 4, 96, 4, 3, kan_hidden=48),
-    "vit_micro_patch4_32": Size(32, 4, 192, 6, 3, kan_hidden=96),
+    # hidden width dim/2: the parameters and matrix-product FLOPs of the MLP twin; the parameters, too, at the 10
+    # numbers per edge of an efficient-KAN
+    "vit_nano_patch8_32": Size(32, 8, 96, 4, 3, kan_hidden=48, ekan_hidden=39),
+    "vit_nano_patch4_32": Size(32, 4, 96, 4, 3, kan_hidden=48, ekan_hidden=39),
+    "vit_micro_patch4_32": Size(32, 4, 192, 6, 3, kan_hidden=96, ekan_hidden=77),
 }
 
-KAN_OPTIONS = ("hdim_kan", "kan_grid_range", "kan_grid_points", "kan_h", "kan_trainable_grid", "kan_trainable_h")
+
+def _kan(size: Size, *, hdim_kan: int | None = None, kan_basis: str = "original", kan_grid_range=None,
+         kan_grid_points: int = 8, kan_h: float | None = None, kan_trainable_grid: bool = False,
+         kan_trainable_h: bool = False, kan_base_branch: bool = False, kan_second_norm: str = "layer") -> Callable:
+    """FasterKAN, a function on every edge. Basis "original": the released Vision-KAN's, on [-2, 2] with h 0.33;
+    "covering": on [-3, 3] with h the spacing of the points, a bias, and weights that begin as a random MLP's."""
+    covering = {"original": False, "covering": True}[kan_basis]
+    low, high = kan_grid_range or ((-3.0, 3.0) if covering else (-2.0, 2.0))
+    return partial(FasterKAN, hdim=hdim_kan or size.kan_hidden, grid_min=low, grid_max=high, num_grids=kan_grid_points,
+                   h=(None if covering else 0.33) if kan_h is None else kan_h,
+                   train_grid=kan_trainable_grid, train_h=kan_trainable_h, kan_bias=covering, init_as_mlp=covering,
+                   base_branch=kan_base_branch, second_norm=kan_second_norm)
 
 
-def _kan(size: Size, *, hdim_kan: int | None = None, kan_grid_range=(-2.0, 2.0), kan_grid_points: int = 8,
-         kan_h: float = 0.33, kan_trainable_grid: bool = False, kan_trainable_h: bool = False) -> Callable:
-    """The original Vision-KAN's feed-forward: basis on [-2, 2], h 0.33, two layers."""
-    return partial(FasterKAN, hdim=hdim_kan or size.kan_hidden, grid_min=kan_grid_range[0],
-                   grid_max=kan_grid_range[1], num_grids=kan_grid_points, h=kan_h,
-                   train_grid=kan_trainable_grid, train_h=kan_trainable_h)
+def _gkan(size: Size, *, hdim_kan: int | None = None, kan_groups: int = 8, kan_base: str = "gelu",
+          kan_input_phi: bool = True, kan_trainable_base: bool = False, kan_grid_range=(-3.0, 3.0),
+          kan_grid_points: int = 8, kan_h: float | None = None) -> Callable:
+    """Group KAN: an MLP with learned activations, equal to the MLP at first, hidden width 4 x dim."""
+    return partial(GroupKAN, hdim=hdim_kan, groups=kan_groups, base=kan_base, input_phi=kan_input_phi,
+                   trainable_base=kan_trainable_base, grid_min=kan_grid_range[0], grid_max=kan_grid_range[1],
+                   num_grids=kan_grid_points, h=kan_h)
+
+
+def _ekan(size: Size, *, hdim_kan: int | None = None, kan_grid_range=(-1.0, 1.0), kan_grid_points: int = 8) -> Callable:
+    """Efficient-KAN, the first feed-forward of Vision-KAN: SiLU and cubic B-splines on [-1, 1], two layers."""
+    return partial(EfficientKAN, hdim=hdim_kan or size.ekan_hidden, grid_min=kan_grid_range[0],
+                   grid_max=kan_grid_range[1], num_grids=kan_grid_points)
 
 
 def _mlp(size: Size) -> Callable:
@@ -68,16 +92,21 @@ def _mlp(size: Size) -> Callable:
     return Mlp
 
 
-FEED_FORWARDS = {"KAN": _kan, "ViT": _mlp}
+FEED_FORWARDS = {"KAN": _kan, "GKAN": _gkan, "EKAN": _ekan, "ViT": _mlp}
+_OPTIONS = {function: list(signature(function).parameters)[1:] for function in FEED_FORWARDS.values()}
+# Every option that some feed-forward has, each a flag of the same name.
+KAN_OPTIONS = tuple(dict.fromkeys(option for options in _OPTIONS.values() for option in options))
 
 
 # ---------------------------------------------------------------- registration
 def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = False, *,
            block_norm_eps: float | None = None, **kwargs) -> nn.Module:
     options = {key: kwargs.pop(key) for key in KAN_OPTIONS if key in kwargs}
-    if options and feed_forward is _mlp:
-        raise ValueError(f"{', '.join(options)}: no effect on {name}, whose feed-forward is an MLP; "
-                         f"choose {name.removesuffix('_ViT')}_KAN")
+    without_effect = [key for key in options if key not in _OPTIONS[feed_forward]]
+    if without_effect:
+        having = [suffix for suffix, function in FEED_FORWARDS.items() if set(without_effect) <= set(_OPTIONS[function])]
+        raise ValueError(f"{', '.join(without_effect)}: no effect on {name}"
+                         + (f", choose {name.rpartition('_')[0]}_{' or _'.join(having)}" if having else ""))
     if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
         raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
     settings: dict[str, Any] = dict(
@@ -134,6 +163,25 @@ def split_name(name: str) -> tuple[Size | None, str | None]:
     return SIZES[_TWINS[name]], name.removeprefix(_TWINS[name] + "_")
 
 
+def options_of(name: str) -> list[str]:
+    """Those of `KAN_OPTIONS` that a model has; none for models that are not of this project."""
+    suffix = split_name(name)[1]
+    return _OPTIONS[FEED_FORWARDS[suffix]] if suffix else []
+
+
+def models_with(option: str, name: str) -> list[str]:
+    """Twins of a model that have an option which it lacks; none for models that are not of this project."""
+    if name not in _TWINS:
+        return []
+    return [f"{_TWINS[name]}_{suffix}" for suffix, function in FEED_FORWARDS.items() if option in _OPTIONS[function]]
+
+
+def mlp_twin(spec: "ModelSpec") -> nn.Module:
+    """The model of the same size and settings whose feed-forward is the MLP."""
+    kwargs = {key: value for key, value in spec.kwargs.items() if key not in KAN_OPTIONS}
+    return timm.create_model(f"{_TWINS[spec.name]}_ViT", **kwargs)
+
+
 # ---------------------------------------------------------------- cost
 class Flops(NamedTuple):
     """Floating-point operations of one image's forward pass."""
@@ -142,7 +190,9 @@ class Flops(NamedTuple):
 
 
 BASIS_FLOPS = 5         # a basis value: subtract, divide, tanh, square, subtract from 1
+BSPLINE_FLOPS = 13      # a cubic one: |s - k| 2, max(c - |s - k|, 0)^3 4 for both c, their weighted sum 3
 GELU_FLOPS = 5          # x * 1/sqrt(2), erf, + 1, * x, * 1/2
+SILU_FLOPS = 4          # x / (1 + exp(-x))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -153,7 +203,7 @@ def count_flops(model: nn.Module) -> Flops:
     """FLOPs of one forward pass of one image at the model's own image size, for the models of this project.
 
     Matrix products: the patch embedding, every linear map, and the two products of attention. Elementwise: 5
-    per value of the basis and 5 per GELU. Norms, softmax and residuals are not counted."""
+    per value of the basis (13 per B-spline), 5 per GELU and 4 per SiLU. Norms, softmax and residuals are not counted."""
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     conv = model.patch_embed.proj
     matmul = 2 * model.patch_embed.num_patches * conv.weight.numel()
@@ -166,9 +216,16 @@ def count_flops(model: nn.Module) -> Flops:
         elif isinstance(module, FasterKANLayer):
             matmul += 2 * tokens * module.spline_linear.weight.numel()
             elementwise += BASIS_FLOPS * tokens * module.spline_linear.weight.shape[1]
-        elif isinstance(module, Mlp):
+        elif isinstance(module, EfficientKANLayer):
+            matmul += 2 * tokens * (module.base_weight.numel() + module.spline_weight.numel())
+            elementwise += (BSPLINE_FLOPS * module.num_grids + SILU_FLOPS) * tokens * module.in_features
+        elif isinstance(module, (Mlp, GroupKAN)):
             matmul += 2 * tokens * (module.fc1.weight.numel() + module.fc2.weight.numel())
-            elementwise += GELU_FLOPS * tokens * module.fc1.out_features
+            if isinstance(module, Mlp):
+                elementwise += GELU_FLOPS * tokens * module.fc1.out_features
+        elif isinstance(module, GroupActivation):       # 7 a point: the basis value, times its coefficient, added
+            base = GELU_FLOPS if module.base != "identity" else 0
+            elementwise += ((BASIS_FLOPS + 2) * len(module.points) + base) * tokens * module.channels
     for head in (model.head, getattr(model, "head_dist", None)):
         if isinstance(head, nn.Linear):
             matmul += 2 * head.weight.numel()
@@ -234,7 +291,8 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
     if side * side != tokens - prefix:
         raise UserError(f"pos_embed of the checkpoint has {tokens} positions, which is no square image")
     kan = "blocks.0.mlp.layers.0.spline_linear.weight" in state
-    suffix = "KAN" if kan else "ViT"
+    group = "blocks.0.mlp.phi2.coefficients" in state
+    suffix = "KAN" if kan else "GKAN" if group else "ViT"
 
     size_name = _TWINS.get(args.get("model") or "")
     if size_name is None:
@@ -261,6 +319,28 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
         kwargs["kan_grid_range"] = (round(float(grid[0]), 6), round(float(grid[-1]), 6))
         if "blocks.0.mlp.layers.0.rbf.h" in state:
             kwargs["kan_trainable_h"] = True
+        if "blocks.0.mlp.layers.0.spline_linear.bias" in state:
+            kwargs["kan_basis"] = "covering"
+        if "blocks.0.mlp.layers.0.base_linear.weight" in state:
+            kwargs["kan_base_branch"] = True
+        if "blocks.0.mlp.layers.1.layernorm.weight" not in state:
+            static = "blocks.0.mlp.layers.1.layernorm.scale" in state
+            kwargs["kan_second_norm"] = "static" if static else "none"
+    if group:
+        groups, points = state["blocks.0.mlp.phi2.coefficients"].shape
+        grid, hidden = state["blocks.0.mlp.phi2.grid"], state["blocks.0.mlp.fc1.weight"].shape[0]
+        kwargs |= {"kan_groups": 0 if groups == hidden else groups, "kan_grid_points": points,
+                   "kan_grid_range": (round(float(grid[0]), 6), round(float(grid[-1]), 6)),
+                   "kan_input_phi": "blocks.0.mlp.phi1.coefficients" in state,
+                   "kan_trainable_base": "blocks.0.mlp.phi2.scale" in state}
+        if hidden != 4 * dim:
+            kwargs["hdim_kan"] = hidden
+    if "blocks.0.mlp.layers.0.spline_scaler" in state:
+        suffix = "EKAN"
+        kwargs["hdim_kan"], _, points = state["blocks.0.mlp.layers.0.spline_weight"].shape
+        knots = state["blocks.0.mlp.layers.0.grid"]
+        kwargs["kan_grid_points"] = points
+        kwargs["kan_grid_range"] = (round(float(knots[-1 - points]), 6), round(float(knots[points]), 6))
     return ModelSpec(f"{size_name}_{suffix}", kwargs)
 
 
@@ -279,7 +359,16 @@ def load_exactly(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
                   else "is missing" if missing else "has no place in the model")
         raise UserError(f"{what} does not fit the model: {key} {reason} "
                         f"({len(missing)} keys missing, {len(extra)} unknown, {len(wrong)} of another shape)")
-    model.load_state_dict(state)
+    _load(model, state, what)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """What a module itself refuses, such as a learned function on another grid, is the user's matter too."""
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{what} does not fit the model: {str(error).splitlines()[-1].strip()}: check --kan-grid-range "
+                        "and --kan-grid-points") from error
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -287,6 +376,7 @@ def load_exactly(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
 class LoadReport:
     """What became of each tensor when a model took over another's weights: {key: note}."""
     loaded: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, str] = field(default_factory=dict)
     resampled: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     initial: dict[str, str] = field(default_factory=dict)
@@ -294,8 +384,8 @@ class LoadReport:
     def table(self) -> str:
         """One line per kind of tensor; the numbers of blocks are folded into `*`."""
         lines = []
-        for title, entries in (("loaded", self.loaded), ("resampled", self.resampled), ("dropped", self.dropped),
-                               ("left as initialised", self.initial)):
+        for title, entries in (("loaded", self.loaded), ("converted", self.converted), ("resampled", self.resampled),
+                               ("dropped", self.dropped), ("left as initialised", self.initial)):
             groups = Counter((re.sub(r"\.\d+\.", ".*.", key, count=1), note) for key, note in entries.items())
             lines.append(f"  {title}: {len(entries)} tensors")
             lines += [f"    {key}{f'  x{n}' if n > 1 else ''}{f'  ({note})' if note else ''}"
@@ -335,7 +425,8 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor]) -> LoadReport:
     """Take over all of another model's weights that fit, and tell what became of each tensor.
 
     Position and patch embeddings are resampled to the model's image and patch size. The head is dropped when
-    the class count differs; an MLP has no place in a KAN block and is dropped.
+    the class count differs. An MLP becomes a group KAN as it is; in a block of another KAN it has no place and is
+    dropped (`conversion.load_converted` fits one to it).
     Raises: UserError if nothing fits, or nothing of the attention."""
     own, report = model.state_dict(), LoadReport()
     if any(".kan.layers." in key for key in source):
@@ -358,6 +449,8 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor]) -> LoadReport:
                 report.resampled[key] = f"{tuple(before)} -> {tuple(value.shape)}"
             else:
                 report.loaded[key] = ""
+        elif ".mlp.phi" in key and key.rpartition(".mlp.phi")[0] + ".mlp.fc1.weight" in state:
+            report.converted[key] = "begins as the MLP's activation"
         else:
             report.initial[key] = ""
     for key, value in source.items():
@@ -368,7 +461,7 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor]) -> LoadReport:
     if not taken or (attention and not any(key in taken for key in attention)):
         raise UserError("nothing of the checkpoint's attention fits this model, so it would train from random "
                         "weights: choose the --model of the same width and depth")
-    model.load_state_dict(taken, strict=False)
+    _load(model, taken, "the checkpoint")
     return report
 
 

@@ -7,6 +7,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -22,11 +23,14 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import conversion
 import models_kan
-from config import Config, flag_name, resolve
+from config import Config, flag_name, get_args_parser, resolve
 from datasets import Loaders, guess_data_set
 from engine import TrainState
+from group_kan import GroupActivation
 from models_kan import KAN_OPTIONS, ModelSpec
+from samplers import RASampler
 from utils import (
     CHECKPOINT,
     PREVIOUS,
@@ -64,7 +68,7 @@ def read_start(config: Config) -> Start:
         if checkpoint:
             return Start("eval" if args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
     if args.finetune:
-        path, checkpoint = _read_source(args.finetune)
+        path, checkpoint = read_source(args.finetune)
         return Start("finetune", path, checkpoint)
     if args.eval:
         raise UserError("--eval evaluates a checkpoint: name it with --resume FILE"
@@ -101,7 +105,7 @@ def _newest(output_dir: str) -> tuple[str, dict[str, Any]]:
     return "", {}
 
 
-def _read_source(source: str) -> tuple[str, dict[str, Any]]:
+def read_source(source: str) -> tuple[str, dict[str, Any]]:
     """--finetune: a file, a URL, or the name of a timm model with pretrained weights."""
     if urlparse(source).scheme in ("http", "https", "file") or Path(source).expanduser().exists():
         return _read(source)
@@ -141,9 +145,7 @@ def settle(config: Config, start: Start, process: Process) -> Config:
     config = resolve(config, stored, purpose=start.purpose)
     if found:
         config = _with(config, data_set=found, source="data folder")
-    own = _own_input_size(config.args.model)
-    if own and "input_size" not in config.sources:
-        config = _with(config, input_size=own, source="model")
+    config = with_own_input_size(config)
     if "num_workers" not in config.given:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -156,9 +158,13 @@ def _with(config: Config, source: str, **values) -> Config:
                    sources={**config.sources, **dict.fromkeys(values, source)})
 
 
-def _own_input_size(name: str) -> int | None:
+def with_own_input_size(config: Config) -> Config:
+    """--input-size of the model where nothing else says it."""
+    name = config.args.model
     cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-    return cfg.input_size[-1] if cfg else None
+    if cfg is None or "input_size" in config.sources:
+        return config
+    return _with(config, input_size=cfg.input_size[-1], source="model")
 
 
 # ---------------------------------------------------------------- the model
@@ -173,7 +179,7 @@ def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
         return ModelSpec(start.spec.name, {"num_classes": num_classes, **start.spec.kwargs})
     kwargs = {"num_classes": num_classes, "img_size": args.input_size}
     for key in KAN_OPTIONS:
-        if getattr(args, key):
+        if getattr(args, key) is not None:
             kwargs[key] = getattr(args, key)
     return ModelSpec(args.model, kwargs)
 
@@ -186,11 +192,10 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
     if not timm.is_model(spec.name.split(".")[0]):
         raise UserError(f"--model {spec.name} is unknown: --list-models prints this project's models, "
                         "timm.list_models() all others")
-    kwargs = {**spec.kwargs, "drop_path_rate": args.drop_path}
+    kwargs = {**_options_with_effect(spec, config), "drop_path_rate": args.drop_path}
     if args.drop:       # DeiT's --drop: after the position embedding, in projections and feed-forwards
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
-    flags = {"img_size": "input_size", "drop_path_rate": "drop_path", "drop_rate": "drop",
-             **{key: key for key in KAN_OPTIONS}}
+    flags = {"img_size": "input_size", "drop_path_rate": "drop_path", "drop_rate": "drop"}
     while True:
         try:
             model = timm.create_model(spec.name, **kwargs)
@@ -203,12 +208,16 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             if key in ("pos_drop_rate", "proj_drop_rate"):      # no transformer: its one rate is the head's
                 kwargs["drop_rate"] = args.drop
             elif key != "img_size" and flags.get(key) in config.given:
-                raise UserError(f"{flag_name(flags[key])} has no effect on --model {spec.name}: leave it "
-                                "out") from error
+                raise _no_effect(flags[key], spec.name) from error
             del kwargs[key]
         except (ValueError, AssertionError) as error:
             raise UserError(f"--model {spec.name} cannot be built ({str(error).splitlines()[0]}): check --model, "
                             f"--input-size {args.input_size} and the KAN options") from error
+    if not args.eval and not any(isinstance(module, GroupActivation) for module in model.modules()):
+        for key in ("kan_lr_mult", "kan_weight_decay"):     # a run's args.yaml as a recipe has their defaults too
+            where, value = config.given.get(key), getattr(args, key)
+            if where == "command line" or (where and value != get_args_parser().get_default(key)):
+                raise _no_effect(key, spec.name, like="kan_groups")
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and any(args.input_size % side for side in embed.patch_size):
         side = embed.patch_size[0]
@@ -231,6 +240,22 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
     return model, ModelSpec(spec.name, kept)
 
 
+def _options_with_effect(spec: ModelSpec, config: Config) -> dict[str, Any]:
+    """The spec's arguments without the options that its model does not have: for one that was given, an error."""
+    without = set(KAN_OPTIONS) - set(models_kan.options_of(spec.name))
+    for key in KAN_OPTIONS:
+        if key in without and key in config.given and getattr(config.args, key) is not None:
+            raise _no_effect(key, spec.name)
+    return {key: value for key, value in spec.kwargs.items() if key not in without}
+
+
+def _no_effect(dest: str, name: str, like: str | None = None) -> UserError:
+    """like: an option that the models have on which the flag has an effect."""
+    others = models_kan.models_with(like or dest, name)
+    return UserError(f"{flag_name(dest)} has no effect on --model {name}: leave it out"
+                     + (f", or choose {' or '.join(others)}" if others else ""))
+
+
 def freeze_all_but_attention(model: nn.Module) -> None:
     """--attn-only (arXiv:2203.09795): attention, head and position embedding are trained."""
     if not any(".attn." in name for name, _ in model.named_parameters()):
@@ -239,12 +264,27 @@ def freeze_all_but_attention(model: nn.Module) -> None:
         parameter.requires_grad = ".attn." in name or name.startswith(("head.", "head_dist.", "pos_embed"))
 
 
-def load_start(model: nn.Module, start: Start) -> str | None:
+def load_start(model: nn.Module, spec: ModelSpec, start: Start, loaders: Loaders, seed: int) -> str | None:
     """Weights of --finetune into the model; returns the table of what became of each tensor."""
     if start.purpose != "finetune":
         return None
-    source = weights_of(start.checkpoint, start.path)
-    return models_kan.load_finetune(model, source).table()
+    report, errors = conversion.load_converted(model, spec, weights_of(start.checkpoint, start.path),
+                                               lambda: _calibration_batch(loaders, seed))
+    return report.table() + (f"\n{conversion.table(errors)}" if errors else "")
+
+
+def _calibration_batch(loaders: Loaders, seed: int, size: int = 64) -> torch.Tensor:
+    """Training images (with --eval: validation images), the same on every process."""
+    if loaders.train:
+        data = loaders.train.dataset
+        keys = list(islice(RASampler(data, num_repeats=1, seed=seed), size))
+    else:
+        data = loaders.val.dataset
+        keys = list(range(0, len(data), max(1, len(data) // size)))[:size]
+    readable = [image for image, target in map(data.__getitem__, keys) if target >= 0]
+    if not readable:
+        raise UserError("no image to calibrate the conversion with can be read: check the data folder")
+    return torch.stack(readable)
 
 
 def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
@@ -273,15 +313,30 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     if info.has_betas and len(args.opt_betas or ()) not in (0, info.num_betas):
         raise UserError(f"--opt {args.opt} takes {info.num_betas} --opt-betas, not {len(args.opt_betas)}")
     if "muon" in info.name:     # Muon is for hidden matrices: the rest by AdamW
-        kwargs["fallback_list"] = ("head*", "patch_embed*")
+        kwargs["fallback_list"] = ("head*", "patch_embed*", "*.coefficients")
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt} cannot be set up ({str(error).splitlines()[0]}): check --opt-eps, "
                         "--opt-betas and --momentum") from error
-    if getattr(optimizer, "is_second_order", False) and models_kan.split_name(args.model)[1] == "KAN":
+    if getattr(optimizer, "is_second_order", False) and models_kan.split_name(args.model)[1] in ("KAN", "GKAN", "EKAN"):
         raise UserError(f"--opt {args.opt} needs second derivatives, which the KAN layer does not have: choose another")
+    _split_coefficients(args, model, optimizer)
     return optimizer
+
+
+def _split_coefficients(args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give the coefficients of learned activations groups of their own: --kan-lr-mult, --kan-weight-decay."""
+    coefficients = {id(m.coefficients) for m in model.modules() if isinstance(m, GroupActivation)}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in coefficients]
+        if not own:
+            continue
+        group["params"] = [p for p in group["params"] if id(p) not in coefficients]
+        settings = {**group, "params": own, "weight_decay": args.kan_weight_decay, "kan_multiple": args.kan_lr_mult}
+        settings["lr_scale"] = group.get("lr_scale", 1.0) * args.kan_lr_mult
+        optimizer.add_param_group(settings)
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
 
 
 def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
@@ -295,6 +350,8 @@ def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_p
         scheduler, _ = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     if args.sched == "plateau":
         scheduler.lr_scheduler.cooldown = args.cooldown_epochs
+        # the other schedules scale --min-lr with the rest
+        scheduler.lr_scheduler.min_lrs = [args.min_lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
     return scheduler
 
 

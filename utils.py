@@ -30,8 +30,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors import safe_open
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+SAFETENSORS_KEY = "vision_kan"      # of a .safetensors file's metadata: JSON of what a checkpoint says beside weights
 
 
 class UserError(Exception):
@@ -183,8 +185,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} {what}: check the path")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file as load_safetensors
-            return {"model": load_safetensors(path)}
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
+                return {**about, "model": {key: file.get_tensor(key) for key in file.keys()}}
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # what matters raises
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)

@@ -93,18 +93,23 @@ def test_torchrun_of_two_equals_one_process_of_twice_the_batch(data, tmp_path):
     assert max((one["model"][key] - before[key]).abs().max() for key in before) > 0.01      # there was much to differ in
 
 
-def test_the_processes_agree_on_the_weights(data, tmp_path):
+@pytest.mark.parametrize("model", [NANO, "vit_nano_patch8_32_GKAN"])
+def test_the_processes_agree_on_the_weights(model, data, tmp_path):
     out = finish(launch(tmp_path, *QUICK, "--epochs", 1, "--data-path", data, "--batch-size", 8, "--repeated-aug",
-                        "--drop", 0.1, "--lr", 0.1, "--output_dir", tmp_path / "out", call=weights_of_each_process))
+                        "--drop", 0.1, "--lr", 0.1, "--model", model, "--output_dir", tmp_path / "out",
+                        call=weights_of_each_process))
     assert out[1] == "" and "model: top-1" in out[0]
     ranks = [checkpoint(tmp_path, f"rank{rank}.pth") for rank in (0, 1)]
     assert not differences(*ranks)
     saved = checkpoint(tmp_path / "out")
     assert not differences(ranks[0], {key: saved[key] for key in ranks[0]})
+    learned = [value for key, value in saved["model"].items() if key.endswith(".coefficients")]
+    assert len(learned) == (8 if model.endswith("_GKAN") else 0) and all(value.abs().min() > 0 for value in learned)
 
 
-def test_accumulating_gradients_in_two_processes(data, tmp_path):
-    flags = (*QUICK, *ALIKE, "--epochs", 1, "--data-path", data)
+@pytest.mark.parametrize("model", [NANO, "vit_nano_patch8_32_GKAN"])
+def test_accumulating_gradients_in_two_processes(model, data, tmp_path):
+    flags = (*QUICK, *ALIKE, "--epochs", 1, "--data-path", data, "--model", model)
     runs = launch(tmp_path, *flags, "--batch-size", 4, "--grad-accum", 2, "--output_dir", tmp_path / "two")
     assert run(*flags, "--batch-size", 16, "--output_dir", tmp_path / "one") == 0
     finish(runs)

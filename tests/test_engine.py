@@ -599,6 +599,22 @@ def test_average_where_it_is_evaluated():
     assert isinstance(state.ema, ModelEmaV3)
 
 
+def test_the_rate_that_is_told_is_the_highest_but_the_coefficients():
+    def rate(*groups) -> float:
+        return lr_of(torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], **group} for group in groups]))
+
+    assert rate({"lr": 0.1}) == 0.1
+    assert rate({"lr": 0.1}, {"lr": 0.4}, {"lr": 0.2}) == 0.4           # with --layer-decay the head's
+    assert rate({"lr": 8.0, "kan_multiple": 20.0}, {"lr": 0.1}, {"lr": 0.4}) == 0.4
+    assert rate({"lr": 0.0, "kan_multiple": 0.0}, {"lr": 0.1}) == 0.1
+    torch.manual_seed(0)
+    state = state_of(timm.create_model("vit_nano_patch8_32_GKAN", depth=1, num_classes=K), lr=0.01)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    assert max(group["lr"] for group in state.optimizer.param_groups) == pytest.approx(0.2)
+    assert epoch_of(state, batches(1))["lr"] == 0.01
+    assert all(not torch.equal(before[name], p) for name, p in state.model.named_parameters())
+
+
 # ---------------------------------------------------------------- resuming
 class Run:
     """A small run as `main` goes through it: digits, repeated augmentation, mixup, drop path, dropout, average."""
@@ -611,7 +627,9 @@ class Run:
         data = ImageSet(few, True, self.args)
         self.sampler = RASampler(data, seed=self.args.seed)
         self.loader = DataLoader(data, 16, sampler=self.sampler, generator=torch.Generator())
-        model = nano(seed, num_classes=10, depth=2, drop_path_rate=0.3, proj_drop_rate=0.2, pos_drop_rate=0.2)
+        torch.manual_seed(seed)
+        model = timm.create_model(self.args.model, num_classes=10, depth=2, drop_path_rate=0.3, proj_drop_rate=0.2,
+                                  pos_drop_rate=0.2)
         assert any(isinstance(module, DropPath) for module in model.modules())
         self.state = build_state(self.args, model, 1e-3, len(self.loader), CPU, torch.float32)
         self.mixup = build_mixup(self.args, 10)
@@ -645,6 +663,8 @@ class Run:
 @pytest.mark.parametrize("argv", [
     (), ("--sched-on-updates",), ("--opt", "lookahead_adamw"), ("--opt", "sgd", "--layer-decay", 0.7),
     ("--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 0, "--lr-noise", 0.1, "--decay-rate", 0.5),
+    ("--model", "vit_nano_patch8_32_GKAN", "--kan-weight-decay", 0.01),
+    ("--model", "vit_nano_patch8_32_GKAN", "--sched", "plateau", "--patience-epochs", 0, "--opt", "lookahead_adamw"),
     pytest.param(("--opt", "muon"), marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_to_the_last_bit(argv):
     whole = Run(*argv).epochs(2)

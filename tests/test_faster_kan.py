@@ -532,3 +532,108 @@ def test_the_reference_is_the_definition_with_all_of_its_tails():
     far = torch.tensor([[30.0]])
     tail = faster_kan.rswaf_basis(far, torch.tensor([0.0]), 1.0)
     assert float(tail) == pytest.approx(4 * math.exp(-60), rel=1e-5)        # 1 - tanh^2 is 0 here
+
+
+# ---------------------------------------------------------------- a layer that begins as an MLP's
+COVERING = dict(grid_min=-3.0, grid_max=3.0, h=None, bias=True)
+
+
+def test_the_fit_is_least_squares_under_a_standard_normal():
+    """Against sampling: u from a normal distribution, the same normal equations."""
+    grid, h = torch.linspace(-3, 3, 8), 6 / 7
+    a, rms = faster_kan.fit_basis(F.gelu, grid, h)
+    u = torch.randn(400_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = 1 - torch.tanh((u[:, None] - grid.double()) / h) ** 2
+    sampled = ((basis @ a - F.gelu(u)).square().mean() / F.gelu(u).square().mean()).sqrt()
+    assert float(rms) == pytest.approx(float(sampled), rel=0.02)
+    best = torch.linalg.lstsq(basis, F.gelu(u)).solution
+    residual = ((basis @ best - F.gelu(u)).square().mean() / F.gelu(u).square().mean()).sqrt()
+    assert float(residual) == pytest.approx(float(rms), rel=0.02)
+
+
+@pytest.mark.parametrize("grid, h, identity, gelu", [
+    ((-2, 2), 0.33, 0.36, 0.39), ((-2, 2), 4 / 7, 0.29, 0.32), ((-3, 3), 6 / 7, 0.065, 0.071), ((-4, 4), 8 / 7, 0.011, 0.016)])
+def test_why_the_grid_matters(grid, h, identity, gelu):
+    """Relative errors of the best fit: what the original grid cannot hold of its own input."""
+    points = torch.linspace(*grid, 8)
+    assert float(faster_kan.fit_basis(lambda u: u, points, h)[1]) == pytest.approx(identity, rel=0.05)
+    assert float(faster_kan.fit_basis(F.gelu, points, h)[1]) == pytest.approx(gelu, rel=0.05)
+
+
+def test_many_fits_at_once_are_the_single_ones():
+    grid = torch.linspace(-3, 3, 8)
+    mean, std = torch.tensor([0.0, -1.0, 2.0]), torch.tensor([1.0, 0.5, 2.0])
+    a, rms = faster_kan.fit_basis(F.gelu, grid, 6 / 7, mean=mean, std=std)
+    for i in range(3):
+        one, error_of_one = faster_kan.fit_basis(F.gelu, grid, 6 / 7, mean=float(mean[i]), std=float(std[i]))
+        torch.testing.assert_close(a[i], one)
+        assert float(rms[i]) == pytest.approx(float(error_of_one))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("init_as, function", [("identity", lambda u: u), ("gelu", F.gelu)])
+def test_a_layer_begins_as_a_random_linear_map_of_a_function(init_as, function):
+    torch.manual_seed(0)
+    layer = FasterKANLayer(96, 64, init_as=init_as, **COVERING)
+    coefficients, rms = faster_kan.fit_basis(function, layer.rbf.grid, layer.rbf.h)
+    w = layer.spline_linear.weight.view(64, 96, 8)
+    r = w[..., 0] / coefficients[0].float()
+    torch.testing.assert_close(w, r[..., None] * coefficients.float(), rtol=1e-4, atol=1e-5)
+    assert float(r.std()) == pytest.approx(96 ** -0.5, rel=0.05) and abs(float(r.mean())) < 0.01
+    x = torch.randn(2000, 96)
+    expected = function(layer.layernorm(x)) @ r.T
+    assert float((layer(x) - expected).norm() / expected.norm()) == pytest.approx(float(rms), rel=0.2)
+
+
+@torch.no_grad()
+def test_a_kan_begins_as_a_random_mlp():
+    torch.manual_seed(0)
+    kan = FasterKAN(96, hdim=48, kan_bias=True, init_as_mlp=True, grid_min=-4, grid_max=4, h=None)
+    (first, a1), (second, a2) = ((layer, faster_kan.fit_basis(f, layer.rbf.grid, layer.rbf.h)[0][0].float())
+                                 for layer, f in zip(kan.layers, (lambda u: u, F.gelu)))
+    r1, r2 = (layer.spline_linear.weight.view(layer.out_features, -1, 8)[..., 0] / a for layer, a in ((first, a1), (second, a2)))
+    n = F.layer_norm(torch.randn(500, 96), (96,))
+    mlp = F.gelu(F.layer_norm(n @ r1.T, (48,))) @ r2.T
+    assert float((kan(n) - mlp).norm() / mlp.norm()) < 0.03
+
+
+def test_repaired_layers_agree_with_the_reference_and_give_every_gradient():
+    for options in (dict(), dict(base_branch=True), dict(norm="static"), dict(norm="none", base_branch=True)):
+        torch.manual_seed(0)
+        layer = FasterKANLayer(6, 5, init_as="gelu", **COVERING, **options).double()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+        dy = torch.randn(7, 5, dtype=torch.float64)
+        inputs = [x, *layer.parameters()]
+        ours = torch.autograd.grad(layer(x), inputs, dy)
+        theirs = torch.autograd.grad(layer.reference_forward(x), inputs, dy)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+            assert a.abs().max() > 0
+
+
+def test_parts_are_what_the_options_say():
+    plain = FasterKANLayer(6, 5)
+    assert {name for name, _ in plain.named_parameters()} == {"layernorm.weight", "layernorm.bias", "spline_linear.weight"}
+    full = FasterKANLayer(6, 5, bias=True, base_branch=True, norm="static")
+    assert {name for name, _ in full.named_parameters()} == {
+        "layernorm.scale", "layernorm.shift", "spline_linear.weight", "spline_linear.bias", "base_linear.weight"}
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(faster_kan.StaticNorm(6)(x), x)
+    with pytest.raises(ValueError, match="batch"):
+        FasterKANLayer(6, 5, norm="batch")
+
+
+def test_weights_that_begin_as_an_mlp_survive_the_meta_device():
+    with torch.device("meta"):
+        kan = FasterKAN(16, hdim=8, kan_bias=True, init_as_mlp=True, **{k: v for k, v in COVERING.items() if k != "bias"})
+    kan.to_empty(device="cpu")
+    torch.manual_seed(0)
+    kan.init_weights()
+    direct = FasterKAN(16, hdim=8, kan_bias=True, init_as_mlp=True, **{k: v for k, v in COVERING.items() if k != "bias"})
+    torch.manual_seed(0)
+    direct.init_weights()
+    for key, value in direct.state_dict().items():
+        torch.testing.assert_close(kan.state_dict()[key], value)

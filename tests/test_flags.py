@@ -25,6 +25,7 @@ from engine import train_one_epoch
 from utils import Process
 
 DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
+GROUPS = "--model vit_nano_patch8_32_GKAN"
 STUDENT = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_kan 8"
 # Nothing random in an image, so that what a flag adds to it stands out.
 STILL = "--aa none --reprob 0 --hflip 0 --color-jitter 0 --crop-padding 0"
@@ -302,6 +303,13 @@ EFFECTS = {
     "kan_h": (trained, "--kan-h 0.7", ""),
     "kan_trainable_grid": (basis, "--kan-trainable-grid", ""),
     "kan_trainable_h": (basis, "--kan-trainable-h", ""),
+    "kan_basis": (basis, "--kan-basis covering", ""),
+    "kan_base_branch": (basis, "--kan-base-branch", ""),
+    "kan_second_norm": (structure, "--kan-second-norm static", ""),
+    "kan_groups": (basis, f"{GROUPS} --kan-groups 2", GROUPS),
+    "kan_base": (structure, f"{GROUPS} --kan-base relu2", GROUPS),
+    "kan_input_phi": (basis, f"{GROUPS} --no-kan-input-phi", GROUPS),
+    "kan_trainable_base": (basis, f"{GROUPS} --kan-trainable-base", GROUPS),
     "grad_checkpointing": (lambda line: caught(line).model.grad_checkpointing, "--grad-checkpointing", ""),
     "amp_dtype": (trained, "--amp-dtype bfloat16", ""),
     # moving average
@@ -316,6 +324,8 @@ EFFECTS = {
     "momentum": (optimizer, "--opt sgd --momentum 0.5", "--opt sgd"),
     "weight_decay": (optimizer, "--weight-decay 0.3", ""),
     "layer_decay": (optimizer, "--layer-decay 0.5", ""),
+    "kan_lr_mult": (trained, f"{GROUPS} --kan-lr-mult 5", GROUPS),
+    "kan_weight_decay": (optimizer, f"{GROUPS} --kan-weight-decay 0.3", GROUPS),
     # learning rate
     "sched": (rates, "--sched step --decay-epochs 1", ""),
     "sched_on_updates": (rates, "--sched-on-updates", ""),
@@ -453,6 +463,24 @@ def test_layer_decay_by_hand():
     groups = optimizer("--layer-decay 0.5")[1]
     # the head, four blocks, the embedding
     assert sorted({group["lr_scale"] for group in groups}) == pytest.approx([2.0 ** -n for n in range(5, -1, -1)])
+
+
+def test_the_rate_and_decay_of_coefficients_by_hand():
+    line = f"{GROUPS} --unscale-lr --lr 0.01 --weight-decay 0.2 --kan-lr-mult 5 --kan-weight-decay 0.3"
+    groups = {(group["weight_decay"], group["lr"]) for group in optimizer(line)[1]}
+    assert groups == {(0.0, 0.01), (0.2, 0.01), (0.3, 0.05)}
+    assert {(group["weight_decay"], group["lr"]) for group in optimizer(GROUPS + " --unscale-lr --lr 0.01")[1]} == {
+        (0.0, 0.01), (0.05, 0.01), (0.0, 0.2)}
+
+
+def test_options_of_the_activation_by_hand():
+    phis = {name: module for name, module in caught(f"{GROUPS} --kan-groups 2 --kan-base silu --kan-h 0.7 --kan-grid-points 5 "
+                                                    "--kan-grid-range -1 2").model.named_modules() if ".phi" in name}
+    assert len(phis) == 8
+    for name, phi in phis.items():
+        assert phi.coefficients.shape == (2, 5) and phi.h == 0.7 and phi.points == (-1, -0.25, 0.5, 1.25, 2)
+        assert phi.base == ("identity" if name.endswith("phi1") else "silu")
+    assert caught(f"{GROUPS} --kan-groups 0").model.blocks[0].mlp.phi2.coefficients.shape == (384, 8)
 
 
 def test_the_optimizers_numbers_arrive():

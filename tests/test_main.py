@@ -41,6 +41,7 @@ from safetensors.torch import save_file
 import main as program
 import models_kan
 
+GKAN = "vit_nano_patch8_32_GKAN"
 REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema")
 # A slow average would be the initial model for the length of a test, a low rate would leave the weights alone.
@@ -206,6 +207,8 @@ def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch
     "--sched multistep --decay-epochs 1", "--sched plateau", "--sched poly", "--sched-on-updates",
     "--lr-noise 0.1 0.9", "--aa augmix-m3", "--aa 3a", "--kan-trainable-grid --kan-trainable-h",
     "--hdim_kan 16 --kan-grid-points 4 --kan-grid-range -1 1 --kan-h 0.5", "--model vit_nano_patch8_32_ViT",
+    "--model vit_nano_patch8_32_GKAN", "--model vit_nano_patch8_32_GKAN --opt muon --kan-trainable-base --kan-groups 0",
+    "--model vit_nano_patch8_32_GKAN --sched plateau --kan-base relu2 --kan-weight-decay 0.1 --amp-dtype bfloat16",
     "--model resnet18 --input-size 32", "--model vit_tiny_patch16_224 --input-size 32", "--dist-eval --pin-mem --print-freq 1",
 ])
 def test_each_way_of_training_runs(flags, data, watched, capsys):
@@ -256,6 +259,64 @@ def wait_for(path: Path, seconds: float = 60) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- learned activations
+def test_a_group_kan_from_training_to_evaluation(data, tmp_path, watched, capsys):
+    """Its coefficients move at their own rate, are averaged and saved, and are there again for an evaluation."""
+    out = tmp_path / "out"
+    flags = (*QUICK, *LEARN, "--data-path", data, "--output_dir", out, "--resume", "auto")
+    options = ("--model", GKAN, "--kan-groups", 4, "--kan-base", "silu", "--kan-grid-range", -2, 2, "--kan-grid-points", 6,
+               "--kan-h", 0.7, "--kan-lr-mult", 10, "--kan-weight-decay", 0.01)
+    assert run(*flags, *options, "--epochs", 1) == 0
+    (before, after, state), = watched
+    coefficients = {key for key in before if key.endswith(".coefficients")}
+    assert len(coefficients) == 8 and all(before[key].abs().max() == 0 < after[key].abs().min() for key in coefficients)
+    group, = [group for group in state.optimizer.param_groups if "kan_multiple" in group]
+    assert group["weight_decay"] == 0.01 and log(out)[0]["train_lr"] == pytest.approx(group["lr"] / 10)
+    # 3 updates of Adam: at most about 3 rates
+    assert 0.012 < max(after[key].abs().max() for key in coefficients) < 0.035
+
+    saved = checkpoint(out)
+    assert saved["model_args"] == {"name": GKAN, "kwargs": {
+        "num_classes": 3, "img_size": 32, "kan_groups": 4, "kan_base": "silu", "kan_grid_range": [-2.0, 2.0],
+        "kan_grid_points": 6, "kan_h": 0.7}}
+    for key in coefficients:
+        assert torch.equal(saved["model"][key], after[key])
+        assert 0 < saved["model_ema"][key].abs().max() < after[key].abs().max()
+    capsys.readouterr()
+    # no flag says what it is
+    assert run("--eval", "--resume", out / "checkpoint.pth", "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
+    assert evaluation(capsys.readouterr().out) == logged(log(out)[-1])
+    assert run(*[word for word in flags if word not in (NANO, "--model")], "--epochs", 2) == 0
+    assert [record["epoch"] for record in log(out)] == [0, 1] and state is not watched[1][2]
+    assert {(g["kan_multiple"], g["weight_decay"]) for g in watched[1][2].optimizer.param_groups if "kan_multiple" in g} == {
+        (10.0, 0.01)}
+    for more, words in ((("--kan-lr-mult", 3), "--kan-lr-mult 3.0"), (("--kan-groups", 8), "--kan-groups 8"),
+                        (("--kan-base", "gelu"), "--kan-base gelu"), (("--no-kan-input-phi",), "--kan-input-phi")):
+        assert words in sentence(capsys, *flags, "--model", GKAN, "--epochs", 3, *more)
+
+
+def test_a_group_kan_starts_from_its_twins_weights(data, tmp_path, watched, capsys):
+    """Fine-tuned from an MLP it begins as the MLP, and to the last bit of its numbers."""
+    twin = tmp_path / "twin"
+    flags = (*QUICK, *LEARN, "--data-path", data, "--epochs", 1)
+    assert run(*flags, "--model", "vit_nano_patch8_32_ViT", "--output_dir", twin) == 0
+    capsys.readouterr()
+    quiet = ("--data-path", data, "--device", "cpu", "--num_workers", 0)
+    assert run("--eval", "--finetune", twin / "checkpoint.pth", "--model", GKAN, *quiet) == 0
+    out = capsys.readouterr().out
+    assert evaluation(out)["model"] == logged(log(twin)[-1])["model"] and "blocks.*.mlp.fc1.weight  x4" in out
+    assert run(*flags, "--finetune", twin / "checkpoint.pth", "--model", GKAN) == 0
+    own, before = checkpoint(twin)["model"], watched[1][0]
+    assert not changed(own, before) and all(before[key].abs().max() == 0 for key in before if "coefficients" in key)
+
+
+@pytest.mark.parametrize("flags", ["--kan-lr-mult 5", "--kan-weight-decay 0.1", "--kan-groups 4", "--kan-base silu"])
+@pytest.mark.parametrize("model", [NANO, "vit_nano_patch8_32_ViT"])
+def test_a_flag_of_learned_activations_for_a_model_without_them(flags, model, data, capsys):
+    text = sentence(capsys, *QUICK, "--data-path", data, "--epochs", 1, "--model", model, *flags.split())
+    assert text.startswith(f"{flags.split()[0]} has no effect on --model {model}: leave it out, or choose {GKAN}")
 
 
 # ---------------------------------------------------------------- distillation
@@ -372,7 +433,9 @@ class Cut(BaseException):
 @pytest.mark.parametrize("flags", [
     (), ("--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 1, "--decay-rate", 0.5),
     ("--grad-accum", 2, "--sched-on-updates", "--warmup-epochs", 1, "--opt", "sgd", "--cosub", "--drop", 0.1),
-    ("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit")])
+    ("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit"),
+    ("--model", GKAN, "--kan-trainable-base", "--kan-groups", 4, "--kan-weight-decay", 0.1, "--layer-decay", 0.7),
+    ("--model", GKAN, "--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 2, "--opt", "lookahead_adamw")])
 def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
     flags = (*QUICK, *LEARN, "--data-path", data, "--epochs", 5, *flags)
     assert run(*flags, "--output_dir", tmp_path / "whole") == 0

@@ -15,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_kan
+from efficient_kan import EfficientKAN, uniform_knots
 from faster_kan import FasterKAN, FasterKANLayer
+from group_kan import GroupKAN
 from models_kan import (
     ModelSpec,
     count_flops,
@@ -37,7 +39,8 @@ SIZE_NAMES = [
     "deit_base_distilled_patch16_384", "deit3_small_patch16_224", "deit3_base_patch16_224",
     "vit_nano_patch8_32", "vit_nano_patch4_32", "vit_micro_patch4_32"]
 DEIT_NAMES = [name for name in SIZE_NAMES if name.startswith("deit")]
-NAMES = [f"{name}_{suffix}" for name in SIZE_NAMES for suffix in ("KAN", "ViT")]
+FEED_FORWARDS = {"KAN": FasterKAN, "GKAN": GroupKAN, "EKAN": EfficientKAN, "ViT": timm.layers.Mlp}
+NAMES = [f"{name}_{suffix}" for name in SIZE_NAMES for suffix in FEED_FORWARDS]
 NANO = "vit_nano_patch8_32_KAN"
 
 
@@ -66,7 +69,7 @@ def spread(model, seed=1):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in model.state_dict().items():
-            if not key.endswith(("rbf.grid", "rbf.h")):
+            if not key.endswith((".grid", "rbf.h")):
                 value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
     return model
 
@@ -83,16 +86,16 @@ def same_state(a, b):
 
 # ---------------------------------------------------------------- registration
 def test_timm_lists_every_model():
-    assert sorted(timm.list_models("*_KAN")) == sorted(f"{name}_KAN" for name in SIZE_NAMES)
-    assert sorted(timm.list_models("*_ViT")) == sorted(f"{name}_ViT" for name in SIZE_NAMES)
+    for suffix in FEED_FORWARDS:
+        assert sorted(timm.list_models(f"*_{suffix}")) == sorted(f"{name}_{suffix}" for name in SIZE_NAMES)
     assert models_kan.registered_models() == NAMES
     assert list(models_kan.SIZES) == SIZE_NAMES
 
 
 def test_names_are_split_into_size_and_feed_forward():
     for name in SIZE_NAMES:
-        assert split_name(f"{name}_KAN") == (models_kan.SIZES[name], "KAN")
-        assert split_name(f"{name}_ViT") == (models_kan.SIZES[name], "ViT")
+        for suffix in FEED_FORWARDS:
+            assert split_name(f"{name}_{suffix}") == (models_kan.SIZES[name], suffix)
     assert split_name("deit_tiny_patch16_224") == (None, None)
     assert split_name("resnet18") == (None, None)
 
@@ -153,15 +156,14 @@ def check_gradients(model):
 def test_every_parameter_has_a_gradient(name):
     model = small(name)
     check_gradients(model)
-    feed_forward = FasterKAN if name.endswith("_KAN") else timm.layers.Mlp
-    assert all(type(block.mlp) is feed_forward for block in model.blocks)
+    assert all(type(block.mlp) is FEED_FORWARDS[split_name(name)[1]] for block in model.blocks)
     assert bool([m for m in model.modules() if isinstance(m, timm.layers.Mlp)]) == name.endswith("_ViT")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_of_the_whole_model_has_a_gradient(name):
-    check_gradients(small(name, depth=models_kan.SIZES[name[:-4]].depth))
+    check_gradients(small(name, depth=split_name(name)[0].depth))
 
 
 @pytest.mark.parametrize("name", DEIT_NAMES)
@@ -176,13 +178,13 @@ def test_the_vit_twin_is_timms_model(name):
 
 @pytest.mark.parametrize("name", SIZE_NAMES)
 def test_the_kan_differs_from_its_twin_in_the_feed_forward_only(name):
-    kan, vit = ({k: v.shape for k, v in blank(f"{name}_{suffix}").state_dict().items()
-                 if ".mlp." not in k} for suffix in ("KAN", "ViT"))
-    assert kan == vit
+    kan, *others = ({k: v.shape for k, v in blank(f"{name}_{suffix}").state_dict().items()
+                     if ".mlp." not in k} for suffix in FEED_FORWARDS)
+    assert all(kan == other for other in others)
     assert "blocks.0.attn.qkv.bias" in kan and "blocks.0.attn.proj.bias" in kan
 
 
-@pytest.mark.parametrize("suffix", ["KAN", "ViT"])
+@pytest.mark.parametrize("suffix", FEED_FORWARDS)
 def test_timms_options_reach_the_blocks(suffix):
     model = timm.create_model(f"vit_micro_patch4_32_{suffix}", drop_rate=0.1, pos_drop_rate=0.2, proj_drop_rate=0.3,
                               attn_drop_rate=0.4, drop_path_rate=0.5, num_classes=11)
@@ -225,6 +227,28 @@ def test_hidden_width():
         assert shapes(blank(f"{name}_KAN", hdim_kan=20)) == [(20, dim * 8), (dim, 160)]
 
 
+def test_hidden_width_of_an_efficient_kan():
+    for name, width in [("deit_tiny_patch16_224", 192), ("deit_base_patch16_224", 192), ("vit_nano_patch8_32", 39),
+                        ("vit_nano_patch4_32", 39), ("vit_micro_patch4_32", 77)]:
+        dim = models_kan.SIZES[name].embed_dim
+        for kwargs, hidden in [({}, width), ({"hdim_kan": 20}, 20)]:
+            layers = blank(f"{name}_EKAN", **kwargs).blocks[-1].mlp.layers
+            assert [tuple(layer.spline_weight.shape) for layer in layers] == [(hidden, dim, 8), (dim, hidden, 8)]
+
+
+def test_options_of_an_efficient_kan():
+    model = timm.create_model("vit_nano_patch8_32_EKAN", kan_grid_range=(-3, 1), kan_grid_points=5, hdim_kan=10)
+    for block in model.blocks:
+        for layer in block.mlp.layers:
+            assert layer.grid.tolist() == [-9, -7, -5, -3, -1, 1, 3, 5, 7] and layer.spline_order == 3
+    for option in (dict(kan_h=0.5), dict(kan_trainable_grid=True), dict(kan_groups=4)):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: no effect on vit_nano_patch8_32_EKAN, choose"):
+            timm.create_model("vit_nano_patch8_32_EKAN", **option)
+    for option in (dict(kan_grid_points=3), dict(kan_grid_range=(1, 1))):
+        with pytest.raises(ValueError, match="more basis functions than its order"):
+            timm.create_model("vit_nano_patch8_32_EKAN", **option)
+
+
 def test_kan_options():
     model = timm.create_model(NANO, kan_grid_range=(-1.0, 3.0), kan_grid_points=5, kan_h=0.7, hdim_kan=10)
     assert shapes(model) == [(10, 480), (96, 50)]
@@ -250,6 +274,43 @@ def test_kan_options_on_a_twin_are_refused(option):
                                          "choose vit_nano_patch8_32_KAN"):
         timm.create_model("vit_nano_patch8_32_ViT", **option)
     blank(NANO, **option)
+
+
+def test_options_of_a_group_kan():
+    name = "vit_nano_patch8_32_GKAN"
+    model = timm.create_model(name, kan_grid_range=(-1.0, 3.0), kan_grid_points=5, kan_h=0.7, hdim_kan=24, kan_groups=3,
+                              kan_base="relu2", kan_trainable_base=True)
+    for block in model.blocks:
+        assert (block.mlp.fc1.weight.shape, block.mlp.fc2.weight.shape) == ((24, 96), (96, 24))
+        for phi, base in ((block.mlp.phi1, "identity"), (block.mlp.phi2, "relu2")):
+            assert (phi.points, phi.h, phi.base, phi.coefficients.shape) == ((-1, 0, 1, 2, 3), 0.7, base, (3, 5))
+            assert phi.scale.shape == (3,)
+    check_gradients(model)
+    default = timm.create_model(name).blocks[0].mlp
+    for phi, base in ((default.phi1, "identity"), (default.phi2, "gelu")):
+        assert phi.coefficients.shape == (8, 8) and phi.base == base and phi.scale is None
+        assert (phi.points[0], phi.points[-1], phi.h) == (-3, 3, pytest.approx(6 / 7))
+    assert type(timm.create_model(name, kan_input_phi=False).blocks[0].mlp.phi1) is nn.Identity
+    each = timm.create_model(name, kan_groups=0).blocks[0].mlp
+    assert (each.phi1.coefficients.shape, each.phi2.coefficients.shape) == ((96, 8), (384, 8))
+    for options, words in ((dict(kan_groups=5), "5 groups do not divide 96"), (dict(hdim_kan=20), "8 groups do not divide 20"),
+                           (dict(kan_h=0.2), "too narrow"), (dict(kan_base="tanh"), "base tanh")):
+        with pytest.raises(ValueError, match=words):
+            timm.create_model(name, **options)
+    for option in (dict(kan_groups=2), dict(kan_base="silu"), dict(kan_input_phi=False), dict(kan_trainable_base=True)):
+        for suffix in ("KAN", "EKAN", "ViT"):
+            with pytest.raises(ValueError, match=f"{next(iter(option))}: no effect on vit_nano_patch8_32_{suffix}, "
+                                                 "choose vit_nano_patch8_32_GKAN"):
+                timm.create_model(f"vit_nano_patch8_32_{suffix}", **option)
+
+
+def test_options_and_twins_of_a_name():
+    for name in NAMES:
+        options = models_kan.options_of(name)
+        assert ("kan_groups" in options) == name.endswith("_GKAN") and bool(options) != name.endswith("_ViT")
+        assert models_kan.models_with("kan_groups", name) == [f"{name.rpartition('_')[0]}_GKAN"]
+    assert models_kan.options_of("resnet18") == models_kan.models_with("kan_groups", "resnet18") == []
+    assert {o for name in NAMES for o in models_kan.options_of(name)} == set(models_kan.KAN_OPTIONS)
 
 
 def test_bad_options_are_refused():
@@ -279,6 +340,10 @@ def test_small_models_are_twins(name):
     assert abs(count_parameters(kan) - count_parameters(vit)) <= 0.02 * count_parameters(vit)
     assert count_flops(kan).matmul == count_flops(vit).matmul
     assert twin_mismatch(kan, vit) is None and twin_mismatch(vit, kan) is None
+    assert twin_mismatch(blank(f"{name}_EKAN", num_classes=10), vit) is None
+    group = blank(f"{name}_GKAN", num_classes=10)
+    assert count_parameters(group) - count_parameters(vit) == 2 * len(vit.blocks) * 8 * 8      # the coefficients
+    assert count_flops(group).matmul == count_flops(vit).matmul and twin_mismatch(group, vit) is None
 
 
 def test_models_of_other_sizes_are_no_twins():
@@ -298,6 +363,8 @@ def test_models_of_other_sizes_are_no_twins():
     ("deit_tiny_distilled_patch16_224_ViT", {"img_size": 96, "depth": 3}),
     ("deit_small_patch16_224_ViT", {"img_size": 48, "depth": 2}), ("deit3_small_patch16_224_ViT", {"img_size": 48}),
     ("deit3_small_patch16_224_KAN", {"img_size": 48, "depth": 2, "kan_grid_points": 5}),
+    ("vit_nano_patch8_32_EKAN", {}), ("deit_tiny_patch16_224_EKAN", {"img_size": 48, "kan_grid_points": 5}),
+    ("vit_nano_patch8_32_GKAN", {}), ("deit3_small_patch16_224_GKAN", {"img_size": 48, "depth": 2, "hdim_kan": 64}),
     ("deit_base_patch16_384_KAN", {"img_size": (32, 64), "depth": 1, "qkv_bias": False})], ids=str)
 def test_flops_are_those_that_pytorch_counts(name, kwargs):
     model = create(name, **kwargs)
@@ -310,6 +377,13 @@ def test_elementwise_flops():
     tokens = 17                                     # 4 x 4 patches and the class token
     kan = blank(NANO, hdim_kan=20, kan_grid_points=6)
     assert count_flops(kan).elementwise == 4 * tokens * 5 * 6 * (96 + 20)           # 4 blocks, 5 a basis value
+    ekan = blank("vit_nano_patch8_32_EKAN", hdim_kan=20, kan_grid_points=6)
+    assert count_flops(ekan).elementwise == 4 * tokens * (13 * 6 + 4) * (96 + 20)   # 13 a B-spline, 4 a SiLU
+    # both activations: 7 a point, and 5 the GELU of the second
+    group = blank("vit_nano_patch8_32_GKAN", kan_grid_points=6, kan_groups=4)
+    assert count_flops(group).elementwise == 4 * tokens * (7 * 6 * 96 + (7 * 6 + 5) * 384)
+    group = blank("vit_nano_patch8_32_GKAN", kan_input_phi=False)
+    assert count_flops(group).elementwise == 4 * tokens * (7 * 8 + 5) * 384
     vit = blank("vit_nano_patch8_32_ViT")
     assert count_flops(vit).elementwise == 4 * tokens * 5 * 384                     # 5 a GELU
     distilled = blank("deit_tiny_distilled_patch16_224_ViT")
@@ -467,6 +541,45 @@ def test_a_state_dict_tells_its_model(source, kwargs, name, inferred):
     assert rebuilt.blocks[0].attn.num_heads == model.blocks[0].attn.num_heads
 
 
+@pytest.mark.parametrize("name, kwargs", [
+    ("vit_nano_patch8_32_EKAN", {}), ("vit_nano_patch4_32_EKAN", {"hdim_kan": 10, "kan_grid_points": 4}),
+    ("deit_tiny_patch16_224_EKAN", {"depth": 2, "kan_grid_range": (-1.5, 0.7), "kan_grid_points": 11})], ids=str)
+def test_an_efficient_kan_tells_its_grid(name, kwargs):
+    model = spread(create(name, num_classes=7, **kwargs))
+    spec = infer_model(model.state_dict(), {})
+    size = split_name(name)[0]
+    assert spec == ModelSpec(name, {"img_size": size.img_size, "num_classes": 7, "hdim_kan": size.ekan_hidden,
+                                    "kan_grid_points": 8, "kan_grid_range": (-1.0, 1.0), **kwargs})
+    other = create(spec.name, seed=5, **spec.kwargs)
+    knots = uniform_knots(*spec.kwargs["kan_grid_range"], spec.kwargs["kan_grid_points"], 3).float()
+    assert torch.equal(other.blocks[0].mlp.layers[1].grid, knots)
+    load_exactly(other, model.state_dict(), "the file")
+    assert torch.equal(other(images(model)), model(images(model)))
+
+
+@pytest.mark.parametrize("name, kwargs", [
+    ("vit_nano_patch8_32_GKAN", {}), ("vit_nano_patch4_32_GKAN", {"hdim_kan": 48, "kan_grid_points": 4, "kan_groups": 2}),
+    ("vit_nano_patch8_32_GKAN", {"kan_groups": 0, "kan_input_phi": False}),
+    ("deit_tiny_patch16_224_GKAN", {"depth": 2, "kan_grid_range": (-1.5, 0.7), "kan_trainable_base": True})], ids=str)
+def test_a_group_kan_tells_its_activations(name, kwargs):
+    model = spread(create(name, num_classes=7, **kwargs))
+    spec = infer_model(model.state_dict(), {})
+    assert spec == ModelSpec(name, {"img_size": split_name(name)[0].img_size, "num_classes": 7, "kan_groups": 8,
+                                    "kan_grid_points": 8, "kan_grid_range": (-3.0, 3.0), "kan_input_phi": True,
+                                    "kan_trainable_base": False, **kwargs})
+    other = create(spec.name, seed=5, **spec.kwargs)
+    load_exactly(other, model.state_dict(), "the file")
+    assert torch.equal(other(images(model)), model(images(model)))
+
+
+def test_a_function_on_another_grid_is_refused_in_a_sentence():
+    source, model = (spread(create("vit_nano_patch8_32_GKAN", kan_grid_range=(-low, 3))) for low in (2, 3))
+    for load in (lambda state: load_exactly(model, state, "FILE.pth"), lambda state: load_finetune(model, state)):
+        with pytest.raises(UserError, match="grid has 8 points from -2 to 3 where the model has 8 from -3 to 3") as caught:
+            load(source.state_dict())
+        assert "--kan-grid-range" in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_the_checkpoints_flags_name_the_size():
     state = blank("deit_base_patch16_384_ViT", img_size=224).state_dict()
     kwargs = {"img_size": 224, "num_classes": 1000}
@@ -586,7 +699,7 @@ def test_the_head_is_kept_where_the_class_count_is_equal():
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224_KAN", "deit_tiny_distilled_patch16_224_ViT",
-                                  "deit3_small_patch16_224_KAN", NANO])
+                                  "deit3_small_patch16_224_KAN", NANO, "vit_nano_patch8_32_EKAN"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_the_same_model_is_taken_whole(name, prefix):
     source, model = spread(small(name)), small(name, seed=1)
@@ -732,6 +845,8 @@ def test_a_timm_model_of_another_kind_can_be_the_target():
     (NANO, dict(img_size=16, kan_grid_range=(-1.0, 2.5), kan_grid_points=5, kan_h=0.4, kan_trainable_h=True)),
     (NANO, dict(qkv_bias=False, block_norm_eps=1e-5, num_classes=3)),
     ("deit_tiny_distilled_patch16_224_KAN", dict(img_size=32, depth=2, num_classes=7)),
+    ("vit_nano_patch8_32_EKAN", dict(kan_grid_range=(-1.0, 2.5), kan_grid_points=5, num_classes=7)),
+    ("vit_nano_patch8_32_GKAN", dict(kan_groups=4, kan_base="silu", kan_h=1.1, kan_grid_range=(-2.0, 2.5), num_classes=7)),
     ("vit_nano_patch8_32_ViT", dict(num_classes=7))], ids=str)
 @pytest.mark.parametrize("safe", [True, False])
 def test_saved_for_hugging_face(name, kwargs, safe, tmp_path):
@@ -762,7 +877,8 @@ def test_weights_in_a_released_layout_through_timms_loader(tmp_path):
     assert torch.equal(other(images(model)), model(images(model)))
 
 
-@pytest.mark.parametrize("name", [NANO, "deit_tiny_distilled_patch16_224_KAN", "deit3_small_patch16_224_KAN"])
+@pytest.mark.parametrize("name", [NANO, "deit_tiny_distilled_patch16_224_KAN", "deit3_small_patch16_224_KAN",
+                                  "vit_nano_patch8_32_GKAN"])
 def test_features(name):
     model = small(name, depth=4).eval()
     x = images(model)
@@ -777,10 +893,11 @@ def test_features(name):
     assert small(name, num_classes=0)(x).shape == (2, model.embed_dim)
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("name", [NANO, "vit_nano_patch8_32_EKAN", "vit_nano_patch8_32_GKAN"])
+def test_gradient_checkpointing_changes_nothing(name):
     grads = []
     for checkpointing in (False, True):
-        model = small(NANO)
+        model = small(name)
         model.set_grad_checkpointing(checkpointing)
         model.train()
         model(images(model)).square().sum().backward()

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import timm
 
-import models_kan  # noqa: F401  (registers the models)
-from config import parse_args, validate
+import conversion
+import models_kan
+import start
+from config import get_args_parser, parse_args, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -24,6 +26,24 @@ ROWS = {
     "cifar100_small_kan384": ("deit_small_patch16_224_KAN", 384, "CIFAR", "78.69", "94.73"),
     "cifar100_base_kan768": ("deit_base_patch16_224_KAN", 768, "CIFAR", "76.96", "94.36"),
 }
+# What is compared: name -> its feed-forwards, in files NAME_FEEDFORWARD.yaml that differ in nothing else
+ALL = ("gkan", "kan_full", "mlp")
+TWINS = {
+    "quickstart": ("gkan", "mlp"), "cifar10": ("kan", "mlp"),
+    **{f"{kind}_{size}": ALL for kind in ("imagenet", "imagenet_finetune", "cifar100_finetune")
+       for size in ("tiny", "small", "base")},
+    "cifar10_finetune_tiny": ALL, "cifar10_finetune_base": ("gkan", "mlp"), "finetune_folder": ALL,
+}
+FOR_GPUS = {f"{name}_{kind}" for name, kinds in TWINS.items() if name not in ("quickstart", "cifar10")
+            for kind in kinds} - ROWS.keys()
+# The only figures there are for those: DeiT's own
+PUBLISHED = {
+    "imagenet_small_mlp": "top-1 79.9, top-5 95.0 ", "imagenet_base_mlp": "top-1 81.8, top-5 95.6 ",
+    "cifar100_finetune_base_mlp": "top-1 90.8 ", "cifar10_finetune_base_mlp": "top-1 99.1 ",
+}
+GLOBAL_BATCH = {"imagenet": 1024, "imagenet_finetune": 512, "cifar100_finetune": 768, "cifar10_finetune": 768,
+                "finetune": 64}
+CLASSES = {"IMNET": 1000, "FOLDER": 1000, "CIFAR": 100, "CIFAR10": 10, "DIGITS": 10}
 
 
 def header(path: Path) -> dict[str, str]:
@@ -40,9 +60,23 @@ def header(path: Path) -> dict[str, str]:
     return fields
 
 
-def test_all_rows_are_covered():
-    twins = {f"{name}_{kind}" for name in ("quickstart", "cifar10") for kind in ("kan", "mlp")}
-    assert ROWS.keys() | twins <= {path.stem for path in RECIPES}
+def recipe(name: str) -> Path:
+    return ROOT / "recipes" / f"{name}.yaml"
+
+
+def build(path: Path, model: str | None = None):
+    """The recipe's model, or another one of its size and without KAN options, on no device."""
+    config = start.with_own_input_size(parse_args(["--config", str(path)]))
+    spec = start.model_spec(config, start.Start(), CLASSES[config.args.data_set])
+    if model:
+        spec = models_kan.ModelSpec(model, {key: spec.kwargs[key] for key in ("num_classes", "img_size")})
+        return timm.create_model(spec.name, device="meta", **spec.kwargs)
+    return start.build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), config)[0]
+
+
+def test_all_recipes_are_known():
+    twins = {f"{name}_{kind}" for name, kinds in TWINS.items() for kind in kinds}
+    assert {path.stem for path in RECIPES} == ROWS.keys() | twins
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -74,7 +108,7 @@ def test_header(path, monkeypatch):
 @pytest.mark.parametrize("name", ROWS)
 def test_row(name):
     model, hidden, data_set, top1, top5 = ROWS[name]
-    path = ROOT / "recipes" / f"{name}.yaml"
+    path = recipe(name)
     args = parse_args(["--config", str(path)]).args
     assert (args.model, args.hdim_kan, args.data_set, args.input_size) == (model, hidden, data_set, 224)
     assert header(path)["expected"].startswith(f"top-1 {top1}, top-5 {top5} ")
@@ -83,10 +117,51 @@ def test_row(name):
     assert args.eval_crop_ratio == (0.875 if name == "imagenet_tiny_mlp" else 1.0)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "cifar10"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_model_is_built(path):
+    """And is the one whose cost the header computes."""
+    model, cost = build(path), header(path)["cost"]
+    computed = re.search(r"Computed: ([\d.]+) GMAC per image", cost)
+    assert bool(computed) == ("not measured" in cost)
+    if computed:
+        assert computed.group(1) == f"{models_kan.count_flops(model).matmul / 2e9:.2f}"
+
+
+@pytest.mark.parametrize("name", sorted(FOR_GPUS))
+def test_for_gpus(name):
+    """The figures are DeiT's or none, the processes of the command make up the batch, the weights are of the size."""
+    fields, args = header(recipe(name)), parse_args(["--config", str(recipe(name))]).args
+    assert fields["expected"].startswith(PUBLISHED.get(name, "top-1 not measured yet"))
+    if name in PUBLISHED:
+        assert "Not re-run by us" in fields["source"] and "DeiT" in fields["source"]
+    assert ("--download" in fields["command"]) == args.data_set.startswith("CIFAR")
+
+    processes = int(*re.findall(r"torchrun --nproc_per_node=(\d+) ", fields["command"]) or [1])
+    kind = re.match(r"imagenet(_finetune)?|cifar\d+_finetune|finetune", name).group()
+    assert processes * args.batch_size * args.grad_accum == GLOBAL_BATCH[kind]
+    assert args.dist_eval == (processes > 1)
+    size = args.model.rpartition("_")[0]
+    assert bool(re.fullmatch(rf"https://\S+/{size}-[0-9a-f]{{8}}\.pth", args.finetune)) == ("finetune" in name)
+    for key in ("kan_lr_mult", "kan_weight_decay"):
+        assert getattr(args, key) == get_args_parser().get_default(key)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FOR_GPUS if not name.endswith("_mlp")))
+def test_kan_and_mlp_are_comparable(name):
+    """As many parameters as the MLP; a full-edge KAN that begins with DeiT's weights can take its MLP over."""
+    args = parse_args(["--config", str(recipe(name))]).args
+    model, twin = build(recipe(name)), build(recipe(name), f"{args.model.rpartition('_')[0]}_ViT")
+    if name.endswith("_kan_full") and args.finetune:
+        assert conversion.why_not(model, twin) is None
+        assert "8 times the MLP's parameters" in header(recipe(name))["settings"]
+    else:
+        assert models_kan.twin_mismatch(model, twin) is None
+
+
+@pytest.mark.parametrize("name", TWINS)
 def test_the_baseline_is_a_fair_twin(name):
     """Same settings, another feed-forward, whose own options are the only other difference."""
-    kan, mlp = (vars(parse_args(["--config", str(ROOT / f"recipes/{name}_{kind}.yaml")]).args)
-                for kind in ("kan", "mlp"))
-    assert {key for key in kan if kan[key] != mlp[key] and not key.startswith("kan_")} == {"model", "config"}
-    assert kan["model"].removesuffix("_KAN") == mlp["model"].removesuffix("_ViT")
+    *kans, mlp = (vars(parse_args(["--config", str(recipe(f"{name}_{kind}"))]).args) for kind in TWINS[name])
+    for kan in kans:
+        assert {key for key in kan if kan[key] != mlp[key]} - set(models_kan.KAN_OPTIONS) == {"model", "config"}
+        assert kan["model"].rpartition("_")[0] == mlp["model"].removesuffix("_ViT")

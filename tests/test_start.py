@@ -19,7 +19,7 @@ from torch import nn
 
 import models_kan
 import start
-from config import parse_args
+from config import dump_yaml, parse_args
 from engine import lr_of
 from models_kan import ModelSpec
 from start import (
@@ -41,6 +41,7 @@ from utils import CHECKPOINT, PREVIOUS, Process, UserError
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 NANO, TWIN = "vit_nano_patch8_32_KAN", "vit_nano_patch8_32_ViT"
+GKAN = "vit_nano_patch8_32_GKAN"
 TOKEN = "deit_tiny_distilled_patch16_224_KAN"
 
 
@@ -350,6 +351,44 @@ def test_a_flag_that_a_model_has_no_use_for():
     assert "--kan-grid-points" in text and "resnet18" in text
 
 
+@pytest.mark.parametrize(("flag", "name", "others"), [
+    (("--kan-groups", 4), TWIN, [GKAN]), (("--kan-groups", 4), NANO, [GKAN]), (("--kan-base", "silu"), NANO, [GKAN]),
+    (("--no-kan-input-phi",), TWIN, [GKAN]), (("--kan-trainable-base",), NANO, [GKAN]),
+    (("--kan-trainable-grid",), GKAN, [NANO]), (("--no-kan-trainable-h",), GKAN, [NANO]),
+    (("--kan-lr-mult", 5), TWIN, [GKAN]), (("--kan-lr-mult", 20), NANO, [GKAN]), (("--kan-weight-decay", 0.1), NANO, [GKAN]),
+    (("--kan-groups", 4), "resnet18", []), (("--kan-lr-mult", 5), "resnet18", [])])
+def test_an_option_of_another_feed_forward(flag, name, others):
+    depth = None if name == "resnet18" else 1
+    text = sentence(built, "--model", name, *flag, depth=depth)
+    flag_name = flag[0].replace("--no-", "--")
+    assert text.startswith(f"{flag_name} has no effect on --model {name}: leave it out") and "\n" not in text
+    assert all(other in text for other in others) and ("choose" in text) == bool(others)
+    for other in others:
+        built("--model", other, *flag)
+
+
+def test_an_option_of_another_feed_forward_that_was_not_given(tmp_path):
+    """What a checkpoint of another model, or a run's args.yaml, says in passing is no error."""
+    spec = ModelSpec(TWIN, {"num_classes": 4, "depth": 1, "kan_groups": 4, "kan_trainable_grid": False})
+    model, kept = build_model(spec, settled("--model", TWIN))
+    assert kept == ModelSpec(TWIN, {"num_classes": 4, "depth": 1}) and isinstance(model, VisionTransformer)
+    stored = {"model": TWIN, "kan_lr_mult": 7.0, "kan_weight_decay": 0.1}
+    found = Start("resume", "c.pth", {"args": stored}, ModelSpec(TWIN, {"depth": 1}))
+    config = settled(start=found)
+    assert config.args.kan_lr_mult == 7.0
+    build_model(model_spec(config, found, 4), config)
+    recipe = tmp_path / "args.yaml"
+    recipe.write_text(dump_yaml(settled("--model", TWIN).args))
+    built("--config", recipe)
+    assert "--kan-lr-mult" in sentence(built, "--config", recipe, "--kan-lr-mult", 3)
+    recipe.write_text(f"model: {TWIN}\nkan_lr_mult: 3\n")
+    assert "--kan-lr-mult has no effect" in sentence(built, "--config", recipe)
+    built("--config", recipe, "--eval")         # trains nothing
+    # of a checkpoint that does not say what its options were
+    bare = Start("eval", "c.pth", {}, ModelSpec(TWIN, {"num_classes": 4, "depth": 1}))
+    assert "--kan-groups has no effect" in sentence(built, "--eval", "--kan-groups", 4, start=bare)
+
+
 def test_input_size_and_patches():
     for size in (33, 7):
         text = sentence(built, "--model", NANO, "--input-size", size)
@@ -509,8 +548,8 @@ def test_optimizers_that_cannot_be_set_up():
 
 
 def test_second_order_optimizers_and_the_kan_layer():
-    for name in ("adahessian", "lookahead_adahessian"):
-        text = sentence(build_optimizer, flags("--opt", name, "--model", NANO), nano(), 1e-3)
+    for name, model in (("adahessian", NANO), ("lookahead_adahessian", NANO), ("adahessian", GKAN)):
+        text = sentence(build_optimizer, flags("--opt", name, "--model", model), nano(model), 1e-3)
         assert f"--opt {name}" in text and "KAN" in text
         assert build_optimizer(flags("--opt", name, "--model", TWIN), nano(TWIN), 1e-3).is_second_order
 
@@ -526,6 +565,171 @@ def test_state_that_training_starts_from():
     forced = build_state(flags("--model-ema-force-cpu"), model, 1e-3, 5, torch.device("cpu"), torch.float16)
     assert forced.ema.device == "cpu" and forced.scaler.is_enabled()
     assert not build_state(args, model, 1e-3, 5, torch.device("cpu"), torch.bfloat16).scaler.is_enabled()
+
+
+# ---------------------------------------------------------------- coefficients of learned activations
+def coefficients(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if name.endswith(".coefficients")}
+
+
+def gkan(*argv, **kwargs):
+    """Flags, a group KAN and its optimizer at rate 1e-3."""
+    torch.manual_seed(0)
+    args, model = flags("--model", GKAN, *argv), nano(GKAN, **kwargs)
+    return args, model, build_optimizer(args, model, 1e-3)
+
+
+OPTIMIZERS = ["adamw", "lookahead_adamw", "muon", "lookahead_muon", "lamb", "sgd", "lion", "adafactor"]
+
+
+@pytest.mark.parametrize("argv", [
+    *(["--opt", name] for name in OPTIMIZERS), ["--layer-decay", 0.5], ["--layer-decay", 0.5, "--opt", "muon"],
+    ["--weight-decay", 0], ["--weight-decay", 0, "--layer-decay", 0.5], ["--sched", "plateau"]], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_coefficients_have_groups_of_their_own(argv, decay):
+    _, model, optimizer = gkan("--kan-weight-decay", decay, *argv, kan_trainable_base=True)
+    own = coefficients(model)
+    assert len(own) == 2
+    groups = by_name(model, optimizer)          # asserts that each trained parameter is in one group only
+    assert groups.keys() == {name for name, _ in model.named_parameters()}
+    assert {name for name, group in groups.items() if "kan_multiple" in group} == own.keys()
+    assert {group["weight_decay"] for name, group in groups.items() if name in own} == {decay}
+    assert {group["kan_multiple"] for name, group in groups.items() if name in own} == {20.0}
+    plain = flags("--model", GKAN, *argv)
+    others = {name: group["weight_decay"] for name, group in groups.items() if name not in own}
+    assert set(others.values()) == {0, plain.weight_decay}
+    assert others["blocks.0.mlp.phi1.scale"] == 0 and others["blocks.0.mlp.fc1.weight"] == plain.weight_decay
+    assert not [group for group in optimizer.param_groups if not group["params"]]
+    if "muon" in argv:
+        fallback = {name for name, group in groups.items() if group.get("use_fallback")}
+        assert own.keys() <= fallback and "blocks.0.mlp.fc1.weight" not in fallback
+
+
+def test_models_without_coefficients_have_the_groups_of_before():
+    for name in (NANO, TWIN):
+        groups = build_optimizer(flags("--model", name), nano(name), 1e-3).param_groups
+        assert len(groups) == 2 and not [group for group in groups if "kan_multiple" in group]
+
+
+def steps_of(args, model, optimizer, epochs: int = 6, updates: int = 4):
+    """{parameter: rate} before each update; with plateau for an accuracy that never rises."""
+    scheduler = build_scheduler(args, optimizer, updates)
+    for epoch in range(epochs):
+        if args.sched != "plateau":
+            scheduler.step(epoch)
+        for update in range(updates):
+            scheduler.step_update(epoch * updates + update)
+            yield {name: group["lr"] for name, group in by_name(model, optimizer).items()}
+        if args.sched == "plateau":
+            scheduler.step(epoch + 1, 50.0)
+
+
+SCHEDULES = {
+    "cosine": ["--warmup-epochs", 2], "cosine by updates": ["--sched-on-updates", "--warmup-epochs", 1],
+    "step": ["--sched", "step", "--decay-epochs", 2, "--warmup-epochs", 0], "tanh": ["--sched", "tanh", "--warmup-epochs", 1],
+    "noise": ["--lr-noise", 0.1],
+    "plateau": ["--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 0, "--decay-rate", 0.3],
+    "plateau after a warm-up": ["--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 0, "--warmup-epochs", 2],
+    "plateau with noise": ["--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 1, "--lr-noise", 0.1],
+    "plateau at its lowest": ["--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 0, "--warmup-epochs", 0,
+                              "--min-lr", 2e-4]}
+
+
+@pytest.mark.parametrize("multiple", [20, 0.5])
+@pytest.mark.parametrize("more", [[], ["--layer-decay", 0.5], ["--weight-decay", 0], ["--opt", "lookahead_adamw"],
+                                  ["--opt", "muon"]], ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_coefficients_learn_at_a_multiple_of_the_rate_at_every_step(schedule, more, multiple):
+    argv = ["--epochs", 6, *SCHEDULES[schedule], *more]
+    args, model, optimizer = gkan("--kan-lr-mult", multiple, *argv)
+    twin = nano(TWIN)
+    twins = steps_of(flags(*argv), twin, build_optimizer(flags(*argv), twin, 1e-3))
+    seen = []
+    for rate, of_twin in zip(steps_of(args, model, optimizer), twins, strict=True):
+        assert {name: rate[name] for name in of_twin} == pytest.approx(of_twin, rel=1e-12)      # the others as in the twin
+        for name in coefficients(model):
+            assert rate[name] == pytest.approx(multiple * rate["blocks.0.mlp.fc1.weight"], rel=1e-12)
+        assert lr_of(optimizer) == rate["head.weight"]
+        seen.append(rate["head.weight"])
+    assert len(set(seen)) > 1           # a schedule, not a constant
+
+
+def test_the_lowest_rate_of_plateau_is_scaled_as_in_the_other_schedules():
+    low = ["--epochs", 40, "--min-lr", 2e-4, "--warmup-epochs", 0]
+    args, model, optimizer = gkan(*low, "--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 0)
+    *_, last = steps_of(args, model, optimizer, epochs=12)
+    assert last["head.weight"] == pytest.approx(2e-4) and last["blocks.0.mlp.phi2.coefficients"] == pytest.approx(4e-3)
+    args, model, optimizer = gkan(*low)
+    *_, last = steps_of(args, model, optimizer, epochs=41)
+    assert last["head.weight"] == pytest.approx(2e-4) and last["blocks.0.mlp.phi2.coefficients"] == pytest.approx(4e-3)
+
+
+def train(args, model, optimizer, steps: int = 3, seed: int = 0):
+    """A few updates on random images at the rate of the schedule."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in zip(range(steps), steps_of(args, model, optimizer)):
+        model(torch.randn(4, 3, 32, 32, generator=generator)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("argv", [[], ["--sched", "plateau"], ["--sched", "plateau", "--warmup-epochs", 0],
+                                  ["--opt", "sgd", "--warmup-epochs", 0],
+                                  ["--opt", "lookahead_adamw"], ["--opt", "muon"], ["--kan-weight-decay", 0.5]], ids=str)
+def test_a_multiple_of_0_freezes_the_coefficients(argv):
+    for multiple in (0, 20):
+        args, model, optimizer = gkan("--kan-lr-mult", multiple, *argv)
+        with torch.no_grad():
+            for p in coefficients(model).values():
+                p.fill_(0.25)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        after = train(args, model, optimizer)
+        frozen = {name for name, p in model.named_parameters() if torch.equal(before[name], after[name])}
+        assert frozen == (set() if multiple else coefficients(model).keys())
+
+
+def test_their_weight_decay_is_their_own():
+    weights = {}
+    for decay in (0, 0.5):
+        args, model, optimizer = gkan("--weight-decay", 0, "--kan-weight-decay", decay, "--warmup-epochs", 0, "--kan-lr-mult", 1)
+        with torch.no_grad():
+            for p in coefficients(model).values():
+                p.fill_(0.25)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)        # the decay alone
+        next(steps_of(args, model, optimizer))
+        optimizer.step()
+        weights[decay] = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.testing.assert_close(weights[0.5]["blocks.0.mlp.phi1.coefficients"], torch.full((8, 8), 0.25 * (1 - 0.5e-3)))
+    assert {name for name in weights[0] if not torch.equal(weights[0][name], weights[0.5][name])} == coefficients(model).keys()
+
+
+def test_attention_only_trains_no_coefficient():
+    args, model = flags("--model", GKAN, "--attn-only"), nano(GKAN)
+    freeze_all_but_attention(model)
+    optimizer = build_optimizer(args, model, 1e-3)
+    assert by_name(model, optimizer).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any("kan_multiple" in group for group in optimizer.param_groups) and lr_of(optimizer) == 1e-3
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_adamw", "muon", "lamb", "sgd"])
+@pytest.mark.parametrize("more", [[], ["--layer-decay", 0.5]], ids=str)
+def test_the_optimizers_state_survives_a_file(opt, more, tmp_path):
+    argv = ["--opt", opt, "--warmup-epochs", 0, *more]
+    args, model, optimizer = gkan(*argv)
+    weights = train(args, model, optimizer)
+    torch.save({"model": weights, "optimizer": optimizer.state_dict()}, tmp_path / "c.pth")
+    whole = train(args, model, optimizer, seed=1)
+
+    args, model, optimizer = gkan(*argv)
+    saved = torch.load(tmp_path / "c.pth", weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert {name for name, group in by_name(model, optimizer).items() if "kan_multiple" in group} == coefficients(model).keys()
+    again = train(args, model, optimizer, seed=1)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert not torch.equal(whole["blocks.0.mlp.phi1.coefficients"], weights["blocks.0.mlp.phi1.coefficients"])
 
 
 # ---------------------------------------------------------------- schedule

@@ -1,4 +1,4 @@
-"""Train a small KAN vision transformer and its MLP twin on real handwritten digits, and compare them.
+"""Train a small group KAN vision transformer and its MLP twin on real handwritten digits, and compare them.
 
     python tools/quickstart.py [--seeds 0 1 2] [--output-dir runs/quickstart] [--epochs N]
 """
@@ -20,7 +20,7 @@ import torch
 import models_kan
 from tools.plot_run import plot_runs, read_log
 
-TWINS = {"KAN": "vit_nano_patch8_32_KAN", "MLP": "vit_nano_patch8_32_ViT"}
+TWINS = {"GKAN": "vit_nano_patch8_32_GKAN", "MLP": "vit_nano_patch8_32_ViT"}
 MARK = ".quickstart"        # the folder is ours to replace
 
 
@@ -68,14 +68,14 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """A line for each twin: top-1 (mean and deviation over the seeds), size, cost."""
-    lines = [f"{'':5}{'top-1 (%)':>16}{'parameters':>13}{'matmul MFLOPs':>15}{'elementwise':>13}{'seconds':>9}{'img/s':>8}"]
+    lines = [f"{'':6}{'top-1 (%)':>16}{'parameters':>13}{'matmul MFLOPs':>15}{'elementwise':>13}{'seconds':>9}{'img/s':>8}"]
     models = {name: timm.create_model(model, num_classes=10) for name, model in TWINS.items()}
     for name, runs in results.items():
         top1 = [run["top1"] for run in runs]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
         flops = models_kan.count_flops(models[name])
         seconds, rate = (statistics.mean(run[key] for run in runs) for key in ("seconds", "img_per_s"))
-        lines.append(f"{name:5}{statistics.mean(top1):>{16 - len(spread)}.2f}{spread}"
+        lines.append(f"{name:6}{statistics.mean(top1):>{16 - len(spread)}.2f}{spread}"
                      f"{models_kan.count_parameters(models[name]):>13,}{flops.matmul / 1e6:>15.2f}"
                      f"{flops.elementwise / 1e6:>13.2f}{seconds:>9.0f}{rate:>8.0f}")
     mismatch = models_kan.twin_mismatch(*models.values())

@@ -1,0 +1,225 @@
+"""The group KAN feed-forward: an MLP whose activations are learned functions, shared by groups of channels.
+
+    y = W2 phi2(W1 phi1(n) + b1) + b2,    phi(u) = s * base(u) + sum_k C[g, k] * B_k(u)
+
+n is the block's LayerNorm output, g the group of the channel that u is of, B_k FasterKAN's basis on a fixed
+grid, base of phi1 the identity and of phi2 GELU. Every edge function is w_oi * phi_g(u_i): a Kolmogorov-Arnold
+network (arXiv:2404.19756, with its residual base function) whose edges share their shape within a group, as
+the rationals of the Kolmogorov-Arnold transformer do (arXiv:2409.10594). C begins at 0, so it begins as the
+MLP, and an MLP's weights are its weights: `fc1` and `fc2` are named as in `timm.layers.Mlp`.
+
+Legend for shapes: T tokens (all leading dimensions flattened), I channels, G grid points.
+"""
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from faster_kan import MAX_HALF_RANGE, rswaf_basis
+
+BASES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda u: u, "gelu": F.gelu, "silu": F.silu, "relu": F.relu, "relu2": lambda u: F.relu(u).square()}
+# Values of u that are worked on at once on a CPU: the few arrays of this size stay in its L2 cache.
+CHUNK_VALUES = 2 ** 17
+
+
+# ---------------------------------------------------------------- the op
+def rswaf_spline_reference(u: Tensor, coefficients: Tensor, grid: Tensor, h: float) -> Tensor:
+    """sum_k c[i, k] B_k(u_i) in plain PyTorch: u [..., I], coefficients [I, G], grid [G] -> [..., I]."""
+    return (rswaf_basis(u, grid, h) * coefficients).sum(-1)
+
+
+class _RSWAFSpline(torch.autograd.Function):
+    """`rswaf_spline_reference` that keeps u and the coefficients only, and computes the basis again in its
+    backward, one grid point after the other: nothing is larger than u.
+
+    With E = exp(2(u - m)/h), m the middle of the grid, p_k = exp(-2(g_k - m)/h)/4, q_k = exp(2(g_k - m)/h)/4:
+
+        B_k = 1/D_k,    D_k = p_k E + q_k/E + 1/2,    dB_k/du = (2/h) (q_k/E - p_k E) / D_k^2
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, c: Tensor, grid: tuple[float, ...], h: float) -> Tensor:     # u [T, I], c [G, I]
+        ctx.save_for_backward(u, c)
+        ctx.grid, ctx.h = grid, h
+        y = torch.empty_like(u)
+        points = _points(c, grid, h)
+        for rows in _chunks(u):
+            e, inv_e = _exponentials(u[rows], grid, h)
+            part = torch.zeros_like(e)
+            for c_k, p, q in points:
+                part.addcdiv_(c_k, _denominator(e, inv_e, p, q))
+            y[rows] = part
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        u, c = ctx.saved_tensors
+        du, dc = torch.empty_like(u), torch.zeros_like(c)
+        points = [(c_k * p, c_k * q, dc_k, p, q) for (c_k, p, q), dc_k in zip(_points(c, ctx.grid, ctx.h), dc.unbind())]
+        for rows in _chunks(u):
+            e, inv_e = _exponentials(u[rows], ctx.grid, ctx.h)
+            g = dy[rows].to(e.dtype)
+            p_sum, q_sum = torch.zeros_like(e), torch.zeros_like(e)
+            for c_p, c_q, dc_k, p, q in points:
+                basis = _denominator(e, inv_e, p, q).reciprocal_()
+                g_basis = g * basis
+                dc_k += g_basis.sum(0)
+                g_basis.mul_(basis)
+                p_sum.addcmul_(g_basis, c_p)
+                q_sum.addcmul_(g_basis, c_q)
+            du[rows] = (q_sum.mul_(inv_e) - p_sum.mul_(e)).mul_(2 / ctx.h)
+        return du, dc, None, None
+
+
+def _points(c: Tensor, grid: tuple[float, ...], h: float) -> list[tuple[Tensor, float, float]]:
+    """(c_k [I], p_k, q_k) of every grid point."""
+    offsets = [2 * (g - (grid[0] + grid[-1]) / 2) / h for g in grid]
+    return [(c_k, math.exp(-offset) / 4, math.exp(offset) / 4) for c_k, offset in zip(c.unbind(), offsets)]
+
+
+def _exponentials(u: Tensor, grid: tuple[float, ...], h: float) -> tuple[Tensor, Tensor]:
+    """E and 1/E [t, I] of `_RSWAFSpline`, in at least float32."""
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    # beyond e^40 every B_k is below 1e-8 and E * p_k must not overflow
+    e = torch.exp(((u - (grid[0] + grid[-1]) / 2) * (2 / h)).clamp_(-40, 40))
+    return e, e.reciprocal()
+
+
+def _denominator(e: Tensor, inv_e: Tensor, p: float, q: float) -> Tensor:
+    return (e * p).add_(inv_e, alpha=q).add_(0.5)
+
+
+def _chunks(u: Tensor) -> list[slice]:
+    """Rows of u [T, I] to work on at once: all on a GPU and where a compiler fuses the loop anyway."""
+    step = len(u)
+    if u.device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(1, CHUNK_VALUES // max(1, u.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(u), max(1, step))]
+
+
+def rswaf_spline(u: Tensor, coefficients: Tensor, grid: tuple[float, ...], h: float) -> Tensor:
+    """sum_k c[g, k] B_k(u_i) for channel i of group g.
+
+    Args:
+        u: [..., I], any floating dtype; computed in at least float32.
+        coefficients: [groups, G]; group g has the channels g * I/groups to (g + 1) * I/groups - 1.
+        grid: G grid points with max |g - middle| / h <= MAX_HALF_RANGE. h: width of a bump.
+    Returns: [..., I] in u's dtype.
+    """
+    channels = u.shape[-1]
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    c = coefficients.to(dtype).repeat_interleave(channels // len(coefficients), 0)      # [I, G]
+    return _RSWAFSpline.apply(u.reshape(-1, channels), c.t().contiguous(), grid, h).view(u.shape)
+
+
+# ---------------------------------------------------------------- modules
+class GroupActivation(nn.Module):
+    """phi(u) = s * base(u) + sum_k C[g, k] B_k(u), elementwise: [..., channels] -> the same shape.
+
+    Args:
+        groups: how many functions, each shared by channels / groups neighbouring channels; 0: one per channel.
+        base: a key of `BASES`.
+        grid_min, grid_max, num_grids: the uniform grid. h: width of a bump; None: the grid's spacing.
+        trainable_base: learn s (one per group, 1 at the start), else it is 1.
+    Raises: ValueError if the groups do not divide the channels, or for an impossible grid or base.
+    """
+
+    def __init__(self, channels: int, *, groups: int = 8, base: str = "gelu", grid_min: float = -3.0,
+                 grid_max: float = 3.0, num_grids: int = 8, h: float | None = None, trainable_base: bool = False,
+                 device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        groups = groups or channels
+        if groups < 0 or channels % groups:
+            raise ValueError(f"{groups} groups do not divide {channels} channels")
+        if base not in BASES:
+            raise ValueError(f"base {base} is not one of {', '.join(BASES)}")
+        if num_grids < 2 or not grid_min < grid_max or (h is not None and not h > 0):
+            raise ValueError(f"a grid needs at least 2 points, min < max and h > 0, got {num_grids} points on "
+                             f"[{grid_min}, {grid_max}] with h = {h}")
+        self.h = (grid_max - grid_min) / (num_grids - 1) if h is None else h
+        if (grid_max - grid_min) / 2 / self.h > MAX_HALF_RANGE:
+            raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least "
+                             f"{(grid_max - grid_min) / 2 / MAX_HALF_RANGE:g}")
+        self.channels, self.base = channels, base
+        # The points as numbers are what counts; the buffer tells a checkpoint's reader what they were.
+        self.points = tuple(torch.linspace(grid_min, grid_max, num_grids, dtype=torch.float64, device="cpu").tolist())
+        self.register_buffer("grid", torch.empty(num_grids, **dd))
+        self.coefficients = nn.Parameter(torch.empty(groups, num_grids, **dd))
+        self.scale = nn.Parameter(torch.empty(groups, **dd)) if trainable_base else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The base alone; timm calls it, also after `to_empty` from meta."""
+        self.grid.copy_(torch.tensor(self.points))
+        nn.init.zeros_(self.coefficients)
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self._base(u) + rswaf_spline(u, self.coefficients, self.points, self.h)
+
+    def reference_forward(self, u: Tensor) -> Tensor:
+        """The same function through plain PyTorch and its autograd."""
+        c = self.coefficients.repeat_interleave(self.channels // len(self.coefficients), 0)
+        points = torch.tensor(self.points, dtype=torch.promote_types(u.dtype, torch.float32), device=u.device)
+        return self._base(u) + rswaf_spline_reference(u, c, points, self.h)
+
+    def _base(self, u: Tensor) -> Tensor:
+        y = BASES[self.base](u)
+        if self.scale is None:
+            return y
+        return y * self.scale.repeat_interleave(self.channels // len(self.scale)).to(y.dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs) -> None:
+        grid = state_dict.get(f"{prefix}grid")
+        if grid is not None and (grid.shape != self.grid.shape or not torch.allclose(
+                grid.cpu(), torch.tensor(self.points, dtype=grid.dtype, device="cpu"), atol=1e-4)):
+            error_msgs.append(f"{prefix}grid has {len(grid)} points from {grid[0]:g} to {grid[-1]:g} where the model has "
+                              f"{len(self.points)} from {self.points[0]:g} to {self.points[-1]:g}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        return (f"{self.channels} channels, {len(self.coefficients)} groups, base={self.base}, {len(self.points)} "
+                f"points on [{self.points[0]:g}, {self.points[-1]:g}], h={self.h:.3g}")
+
+
+class GroupKAN(nn.Module):
+    """The group KAN in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
+
+    Args:
+        in_features, hidden_features, out_features: widths; hidden and out default to in_features.
+        hdim: the hidden width where it must differ from `hidden_features`, which timm always passes as
+            mlp_ratio * dim.
+        base: base function of phi2, a key of `BASES`; takes the place of timm's `act_layer`.
+        input_phi: False leaves out phi1.
+        drop: dropout after phi2 and after W2, one rate or a pair.
+        act_layer, norm_layer: accepted because timm passes them; phi2 is the activation.
+        phi: keywords of `GroupActivation`.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
+                 act_layer=None, norm_layer=None, bias: bool = True, drop: float | Sequence[float] = 0.0,
+                 device=None, dtype=None, *, hdim: int | None = None, base: str = "gelu", input_phi: bool = True,
+                 **phi):
+        super().__init__()
+        hidden = hdim or hidden_features or in_features
+        drops = (drop, drop) if isinstance(drop, (int, float)) else tuple(drop)
+        dd = {"device": device, "dtype": dtype}
+        self.phi1 = GroupActivation(in_features, base="identity", **phi, **dd) if input_phi else nn.Identity()
+        self.fc1 = nn.Linear(in_features, hidden, bias=bias, **dd)
+        self.phi2 = GroupActivation(hidden, base=base, **phi, **dd)
+        self.drop1 = nn.Dropout(drops[0])
+        self.fc2 = nn.Linear(hidden, out_features or in_features, bias=bias, **dd)
+        self.drop2 = nn.Dropout(drops[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.phi2(self.fc1(self.phi1(x))))
+        return self.drop2(self.fc2(x))

@@ -1,0 +1,134 @@
+"""tools/convert.py as a user calls it: real files, real images, every wish and every mistake."""
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from test_conversion import trained
+
+import main as program
+import models_kan
+from tools import convert
+from utils import load_file
+
+NANO = "vit_nano_patch8_32"
+FULL = ["--hdim_kan", "384", "--kan-basis", "covering", "--kan-second-norm", "static", "--kan-grid-range", "-4", "4"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """train/ and val/ of ten classes, which also serve as a folder of loose images."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 4), ("val", 2)):
+        for c in range(10):
+            (folder / split / f"class{c}").mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((36, 36)).save(folder / split / f"class{c}" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    file = tmp_path_factory.mktemp("source") / "deit.pth"
+    torch.save({"model": trained().state_dict()}, file)
+    return file
+
+
+def test_group_kan(source, photos, tmp_path, capsys):
+    target = tmp_path / "deep" / "g.safetensors"
+    assert convert.main([str(source), str(target), "--model", f"{NANO}_GKAN", "--check", str(photos / "val")]) == 0
+    out = capsys.readouterr().out
+    assert "converted: 16 tensors" in out and "20 images" in out and "100.0%" in out
+    with safe_open(target, "pt") as file:
+        about = json.loads(file.metadata()["vision_kan"])
+        assert file.metadata()["format"] == "pt"
+    model = timm.create_model(about["model_args"]["name"], **about["model_args"]["kwargs"])
+    models_kan.load_exactly(model, load_file(target)["model"], "the target")
+    with torch.no_grad():
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(model.eval()(x), trained()(x), atol=1e-5, rtol=1e-5)
+    assert [path.name for path in target.parent.iterdir()] == ["g.safetensors"]
+
+
+def test_full_edge_kan(source, photos, tmp_path, capsys):
+    target = tmp_path / "k.safetensors"
+    command = [str(source), str(target), "--model", f"{NANO}_KAN", *FULL]
+    assert convert.main([*command, "--calibrate", str(photos / "train"), "--check", str(photos / "val")]) == 0
+    out = capsys.readouterr().out
+    assert "fitted to the MLP" in out and "error of the feed-forward" in out
+    assert convert.main(command) == 2
+    assert "--calibrate" in capsys.readouterr().err
+
+
+def test_main_evaluates_and_finetunes_the_target(source, photos, tmp_path, capsys):
+    target = tmp_path / "g.safetensors"
+    assert convert.main([str(source), str(target), "--model", f"{NANO}_GKAN"]) == 0
+    assert program.main(["--eval", "--resume", str(target), "--data-path", str(photos), "--data-set", "FOLDER",
+                         "--num_workers", "0"]) == 0
+    assert "20 images" in capsys.readouterr().out
+    assert program.main(["--finetune", str(target), "--model", f"{NANO}_GKAN", "--input-size", "32", "--data-path",
+                         str(photos), "--data-set", "FOLDER", "--num_workers", "0", "--epochs", "1", "--batch-size", "8",
+                         "--output_dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_main_converts_by_itself(source, photos, tmp_path, capsys):
+    """--finetune into a full-edge KAN takes its calibration batch from the training images."""
+    assert program.main(["--finetune", str(source), "--model", f"{NANO}_KAN", *FULL, "--input-size", "32", "--data-path",
+                         str(photos), "--data-set", "FOLDER", "--num_workers", "0", "--epochs", "1", "--batch-size", "8",
+                         "--output_dir", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "fitted to the MLP" in out and "error of the feed-forward" in out
+    assert "mlp.fc1" not in out
+    kept = load_file(tmp_path / "run" / "checkpoint.pth")["model_args"]["kwargs"]
+    assert kept["kan_second_norm"] == "static" and kept["hdim_kan"] == 384
+
+
+def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, capsys):
+    exact = models_kan.load_finetune
+
+    def damaged(model, state):
+        report = exact(model, state)
+        if hasattr(model.blocks[0].mlp, "phi2"):
+            with torch.no_grad():
+                model.blocks[0].mlp.phi2.coefficients += 0.1
+        return report
+
+    monkeypatch.setattr(models_kan, "load_finetune", damaged)
+    assert convert.main([str(source), str(tmp_path / "g.safetensors"), "--model", f"{NANO}_GKAN", "--check",
+                         str(photos / "val")]) == 1
+    assert "differs from its source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["nowhere.pth", "t.safetensors", "--model", f"{NANO}_GKAN"], "neither a file"),
+    (["SOURCE", "t.pth", "--model", f"{NANO}_GKAN"], "must end in .safetensors"),
+    (["SOURCE", "t.safetensors", "--model", "no_such_model"], "is unknown"),
+    (["SOURCE", "t.safetensors", "--model", f"{NANO}_GKAN", "--kan-grups", "4"], "--kan-grups"),
+    (["SOURCE", "t.safetensors", "--model", f"{NANO}_ViT"], "nothing was converted"),
+    (["SOURCE", "t.safetensors", "--model", f"{NANO}_KAN"], "nothing was converted"),
+    (["SOURCE", "t.safetensors", "--model", "deit_tiny_patch16_224_GKAN"], "nothing of the checkpoint's attention"),
+    (["SOURCE", "t.safetensors", "--model", f"{NANO}_GKAN", "--check", "EMPTY"], "holds no images")])
+def test_mistakes(words, sentence, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    words = [{"SOURCE": str(source), "EMPTY": str(tmp_path / "empty")}.get(word, word) for word in words]
+    assert convert.main(words) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and "Traceback" not in err
+
+
+def test_unreadable_images_are_left_out(source, photos, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    target = str(tmp_path / "g.safetensors")
+    assert convert.main([str(source), target, "--model", f"{NANO}_GKAN", "--check", str(tmp_path)]) == 2
+    assert "can be read" in capsys.readouterr().err
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "whole.png")
+    assert convert.main([str(source), target, "--model", f"{NANO}_GKAN", "--check", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert "broken.jpg" in captured.err and "1 images" in captured.out

@@ -1,0 +1,143 @@
+"""Turn a vision transformer's MLPs into KANs without training, and write the model as .safetensors.
+
+    python tools/convert.py SOURCE TARGET.safetensors --model deit_tiny_patch16_224_GKAN [--check IMAGES]
+    python tools/convert.py SOURCE TARGET.safetensors --model deit_tiny_patch16_224_KAN --hdim_kan 768 \
+        --kan-basis covering --kan-second-norm static --kan-grid-range -4 4 --calibrate IMAGES [--check IMAGES]
+
+SOURCE is a DeiT checkpoint, one of ours, a .safetensors file, a URL, or the name of a timm model. A group KAN
+computes what the MLP did; a full-edge KAN is fitted to it on images of --calibrate. Further flags are main.py's
+(--input-size, --kan-...). The target loads with `main.py --eval --resume`, `--resume` or `--finetune`.
+"""
+import argparse
+import json
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+import conversion
+import models_kan
+import start as starting
+import utils
+from augment import build_transform
+from config import parse_args, validate
+from datasets import UnreadableData, load_image
+from utils import UserError, say, weights_of
+
+EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
+AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
+
+
+def images_in(folder: Path, args: Namespace, limit: int | None = None) -> Tensor:
+    """[B, 3, S, S]: images of a folder and its subfolders, spread evenly over them, as main.py evaluates them."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise UserError(f"{folder} holds no images: name a folder with some")
+    transform = build_transform(False, args)
+    step = max(1, len(files) // limit) if limit else 1
+    return torch.stack(list(islice(_readable(files[::step], transform), limit)))
+
+
+def _readable(files: list[Path], transform) -> Iterator[Tensor]:
+    found = False
+    for file in files:
+        try:
+            image = transform(load_image(str(file)))
+        except (OSError, UnreadableData, ValueError) as error:
+            say(f"warning: {file} cannot be read and is left out ({error})", file=sys.stderr)
+            continue
+        found = True
+        yield image
+    if not found:
+        raise UserError(f"none of the {len(files)} images beside {files[0]} can be read")
+
+
+def compare(source: nn.Module, model: nn.Module, images: Tensor, exact: bool) -> int:
+    """Print how far the logits of the two differ; 1 if further than they should."""
+    with torch.inference_mode():
+        ours, theirs = (torch.cat([net.eval()(batch) for batch in images.split(32)]) for net in (model, source))
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    same = (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
+    say(f"logits of {len(images)} images: largest difference {(ours - theirs).abs().max():.3g}, {error:.2e} of the largest "
+        f"logit; the first choice is the same for {same:.1%}")
+    if error <= EXACT if exact else same >= AGREEMENT:
+        return 0
+    say("error: the converted model differs from its source by more than it should"
+        + ("" if exact else ": take a wider --kan-grid-range, more --kan-grid-points or more images in --calibrate"),
+        file=sys.stderr)
+    return 1
+
+
+def write(model: nn.Module, target: Path, about: dict) -> None:
+    """The weights as .safetensors with `about` in its metadata, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".safetensors", dir=target.parent)
+    os.close(handle)
+    try:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary,
+                  metadata={"format": "pt", utils.SAFETENSORS_KEY: json.dumps(about)})
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--model", required=True, metavar="NAME", help="what to turn it into")
+    parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="images that a full-edge KAN is fitted on")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="images whose logits are compared")
+    own, flags = parser.parse_known_args(argv)
+    if own.target.suffix != ".safetensors":
+        raise UserError(f"TARGET {own.target} must end in .safetensors")
+    config = parse_args(["--model", own.model, "--drop-path", "0", *flags])
+    path, checkpoint = starting.read_source(own.source)
+    state = weights_of(checkpoint, path)
+    config = starting.with_own_input_size(config)
+    validate(config.args)
+    found = models_kan.infer_model(state, utils.checkpoint_args(checkpoint))
+    spec = starting.model_spec(config, starting.Start(), found.kwargs["num_classes"])
+    model, spec = starting.build_model(spec, config)
+
+    def calibration() -> Tensor:
+        if not own.calibrate:
+            raise UserError(f"{own.model} is fitted to the MLPs on images: give --calibrate FOLDER")
+        return images_in(own.calibrate, config.args, 64)
+
+    report, errors = conversion.load_converted(model, spec, state, calibration)
+    say(report.table())
+    if errors:
+        say(conversion.table(errors))
+    if not report.converted:
+        raise UserError(f"nothing was converted: {own.source} holds no MLP that fits {own.model}; see the table above")
+    about = {"model_args": utils.plain({"name": spec.name, "kwargs": spec.kwargs}), "args": {}}
+    if checkpoint.get("class_names"):
+        about["class_names"] = checkpoint["class_names"]
+    write(model, own.target, about)
+    say(f"{own.target}: {spec.name}, {models_kan.count_parameters(model):,} parameters")
+    if not own.check:
+        return 0
+    source = timm.create_model(found.name, **{**found.kwargs, "img_size": config.args.input_size})
+    models_kan.load_finetune(source, state)
+    return compare(source, model, images_in(own.check, config.args), exact=not errors)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return utils.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
