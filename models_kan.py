@@ -193,6 +193,7 @@ BASIS_FLOPS = 5         # a basis value: subtract, divide, tanh, square, subtrac
 BSPLINE_FLOPS = 13      # a cubic one: |s - k| 2, max(c - |s - k|, 0)^3 4 for both c, their weighted sum 3
 GELU_FLOPS = 5          # x * 1/sqrt(2), erf, + 1, * x, * 1/2
 SILU_FLOPS = 4          # x / (1 + exp(-x))
+BASE_FLOPS = {"identity": 0, "gelu": GELU_FLOPS, "silu": SILU_FLOPS, "relu": 1, "relu2": 2}
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -216,6 +217,9 @@ def count_flops(model: nn.Module) -> Flops:
         elif isinstance(module, FasterKANLayer):
             matmul += 2 * tokens * module.spline_linear.weight.numel()
             elementwise += BASIS_FLOPS * tokens * module.spline_linear.weight.shape[1]
+            if module.base_linear is not None:
+                matmul += 2 * tokens * module.base_linear.weight.numel()
+                elementwise += SILU_FLOPS * tokens * module.in_features
         elif isinstance(module, EfficientKANLayer):
             matmul += 2 * tokens * (module.base_weight.numel() + module.spline_weight.numel())
             elementwise += (BSPLINE_FLOPS * module.num_grids + SILU_FLOPS) * tokens * module.in_features
@@ -224,8 +228,7 @@ def count_flops(model: nn.Module) -> Flops:
             if isinstance(module, Mlp):
                 elementwise += GELU_FLOPS * tokens * module.fc1.out_features
         elif isinstance(module, GroupActivation):       # 7 a point: the basis value, times its coefficient, added
-            base = GELU_FLOPS if module.base != "identity" else 0
-            elementwise += ((BASIS_FLOPS + 2) * len(module.points) + base) * tokens * module.channels
+            elementwise += ((BASIS_FLOPS + 2) * len(module.points) + BASE_FLOPS[module.base]) * tokens * module.channels
     for head in (model.head, getattr(model, "head_dist", None)):
         if isinstance(head, nn.Linear):
             matmul += 2 * head.weight.numel()

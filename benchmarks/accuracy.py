@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "kan": ("KAN", {"kan_basis": "covering"}),
     "ekan": ("EKAN", {}),
 }
-RECIPE = {"epochs": 3, "batch_size": 128, "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.05, "smoothing": 0.1,
+RECIPE = {"epochs": 4, "batch_size": 128, "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.05, "smoothing": 0.1,
           "clip_grad": 1.0, "warmup_steps": 200, "ema_decay": 0.99, "kan_lr_mult": 20.0, "kan_weight_decay": 0.0}
 SIZE = "vit_nano_patch8_32"
 MODEL = {"class_token": False, "global_pool": "avg", "weight_init": "reset"}      # PyTorch's initialisation
@@ -159,7 +159,7 @@ def _load_functions(model: nn.Module, kind: str, folder: Path | None) -> None:
 
     mean: phi2's, averaged over blocks, groups and all those runs: one fixed activation for the network.
     own: every block's and group's function, averaged over the runs of seed 0 alone."""
-    files = sorted(folder.glob(f"gkan-seed*/{CHECKPOINT}")) if folder else []
+    files = sorted(folder.glob(f"{run_name('gkan', RECIPE['epochs'], '*')}/{CHECKPOINT}")) if folder else []
     if not files:
         sys.exit("error: mean-shape and frozen take functions that gkan runs have learned: run --variants gkan first")
     states = [load_file(file)["model"] for file in files]
@@ -293,6 +293,10 @@ def train(model: nn.Module, images: dict[str, Tensor], recipe: dict[str, Any], s
             "train_loss": round(stored["loss"], 4), "seconds": round(seconds), "step_ms": round(min(step_ms), 1)}
 
 
+def run_name(variant: str, epochs: int, seed: int | str) -> str:
+    return f"{variant}-{epochs}epochs-seed{seed}"
+
+
 def run(setting: str, variant: str, seed: int, data: Path, work: Path, results: Path) -> None:
     """One run, appended to the results."""
     torch.set_num_threads(1)
@@ -306,7 +310,7 @@ def run(setting: str, variant: str, seed: int, data: Path, work: Path, results: 
         model, columns["step0_error"] = pretrained(suffix, options, seed, images, folder)
         images = subset(images, CLASSES_B)
     flops = models_kan.count_flops(model)
-    columns |= train(model, images, recipe, seed, folder / f"{variant}-seed{seed}")
+    columns |= train(model, images, recipe, seed, folder / run_name(variant, recipe["epochs"], seed))
     columns |= {"setting": setting, "variant": variant, "seed": seed, "epochs": recipe["epochs"], "lr": recipe["lr"],
                 "parameters": models_kan.count_parameters(model), "matmul_mflops": round(flops.matmul / 1e6, 2),
                 "elementwise_mflops": round(flops.elementwise / 1e6, 3), "torch": torch.__version__,
@@ -458,20 +462,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not args.data or not args.variants:
         parser.error("give --data FOLDER and --variants")
-    for variant in args.variants:
-        parse_variant(variant)
     if args.worker:
         run(args.setting, args.variants[0], args.seeds[0], args.data, args.work_dir, args.results)
         return 0
-    done = {(row["setting"], row["variant"], row["seed"]) for row in read_rows(args.results / "runs.csv")}
+    done = {(row["setting"], row["variant"], row["epochs"], row["seed"]) for row in read_rows(args.results / "runs.csv")}
+    epochs = {variant: parse_variant(variant)[3]["epochs"] for variant in args.variants}
     todo = [(variant, seed) for seed in args.seeds for variant in args.variants
-            if (args.setting, variant, seed) not in done]
+            if (args.setting, variant, epochs[variant], seed) not in done]
     load_images(args.data, args.work_dir)
     failures = []
 
     def work(job: tuple[str, int]) -> None:
         variant, seed = job
-        log = args.work_dir / args.setting / f"{variant}-seed{seed}" / "log.txt"
+        log = args.work_dir / args.setting / run_name(variant, epochs[variant], seed) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a") as stream:
             code = subprocess.call(

@@ -198,8 +198,8 @@ def test_fixed_shapes_come_from_learned_ones_and_stay(folder, small):
         run("scratch", "mean-shape", folder)
     run("scratch", "gkan", folder)
     run("scratch", "mean-shape", folder)
-    learned = accuracy.load_file(folder / "work" / "scratch" / "gkan-seed0" / "checkpoint.pth")["model"]
-    fixed = accuracy.load_file(folder / "work" / "scratch" / "mean-shape-seed0" / "checkpoint.pth")["model"]
+    learned = accuracy.load_file(folder / "work" / "scratch" / "gkan-2epochs-seed0" / "checkpoint.pth")["model"]
+    fixed = accuracy.load_file(folder / "work" / "scratch" / "mean-shape-2epochs-seed0" / "checkpoint.pth")["model"]
     mean = torch.cat([value for key, value in learned.items() if key.endswith("phi2.coefficients")]).mean(0)
     assert mean.abs().max() > 0
     assert all(torch.equal(value[0], mean) for key, value in fixed.items() if key.endswith("phi2.coefficients"))

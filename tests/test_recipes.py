@@ -1,6 +1,7 @@
 """Every recipe is understood, names a model that exists, and its header says what a reader wants to know."""
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def recipe(name: str) -> Path:
     return ROOT / "recipes" / f"{name}.yaml"
 
 
+@cache
 def build(path: Path, model: str | None = None):
     """The recipe's model, or another one of its size and without KAN options, on no device."""
     config = start.with_own_input_size(parse_args(["--config", str(path)]))

@@ -450,11 +450,12 @@ def test_attention_only():
 
 def test_finetune_takes_the_weights_over_and_tells(tmp_path):
     source, model = nano(num_classes=9), nano()
-    table = load_start(model, Start("finetune", "c.pth", {"model": source.state_dict()}))
+    spec, content = ModelSpec(NANO, {"depth": 1, "num_classes": 4}), {"model": source.state_dict()}
+    table = load_start(model, spec, Start("finetune", "c.pth", content), None, 0)
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     assert "loaded" in table and "head.weight" in table
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert load_start(model, Start("resume", "c.pth", {"model": source.state_dict()})) is None
+    assert load_start(model, spec, Start("resume", "c.pth", content), None, 0) is None
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
