@@ -102,7 +102,9 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         say(f"warning: the {args.warmup_epochs} epochs of --warmup-epochs fill all {args.epochs} of --epochs, so --lr "
             "is never reached", file=sys.stderr)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"{spec.name}: {models_kan.count_parameters(model):,} parameters, {n_parameters:,} trained; "
+    flops = models_kan.count_flops(model) if models_kan.split_name(spec.name)[0] else None
+    cost = f", {flops.matmul / 1e6:,.1f} M matmul and {flops.elementwise / 1e6:,.2f} M elementwise FLOPs" if flops else ""
+    say(f"{spec.name}: {models_kan.count_parameters(model):,} parameters, {n_parameters:,} trained{cost}; "
         f"{loaders.data_set}, {loaders.nb_classes} classes; lr {lr:.3g} for "
         f"{args.batch_size * process.world_size * args.grad_accum} images an update")
     description = starting.description(config, spec, loaders)

@@ -235,12 +235,22 @@ def count_flops(model: nn.Module) -> Flops:
     return Flops(matmul, elementwise)
 
 
+TWINS_MAY_DIFFER = {"parameters": 0.02, "matmul FLOPs": 0.05}
+
+
 def twin_mismatch(a: nn.Module, b: nn.Module) -> str | None:
-    """A sentence where two models that are compared differ by over 2% in parameters, else None."""
-    n, m = count_parameters(a), count_parameters(b)
-    if abs(n - m) <= 0.02 * max(n, m):
-        return None
-    return f"not twins: {n:,} against {m:,} parameters, a difference of {abs(n - m) / max(n, m):.1%}"
+    """A sentence where two models that are compared differ by more than `TWINS_MAY_DIFFER`, else None."""
+    return cost_mismatch(*({"parameters": count_parameters(model), "matmul FLOPs": count_flops(model).matmul}
+                           for model in (a, b)))
+
+
+def cost_mismatch(a: dict[str, float], b: dict[str, float]) -> str | None:
+    """The same for costs that are known already, under the keys of `TWINS_MAY_DIFFER`."""
+    for key, limit in TWINS_MAY_DIFFER.items():
+        if abs(a[key] - b[key]) > limit * max(a[key], b[key]):
+            return (f"not twins: {a[key]:,} against {b[key]:,} {key}, a difference of "
+                    f"{abs(a[key] - b[key]) / max(a[key], b[key]):.1%}")
+    return None
 
 
 # ---------------------------------------------------------------- which model a checkpoint holds

@@ -5,7 +5,6 @@ import re
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -373,11 +372,11 @@ def description(config: Config, spec: ModelSpec, loaders: Loaders) -> dict[str, 
             "class_names": loaders.class_names, "versions": versions()}
 
 
-def model_table(build: Callable[[str], nn.Module] = lambda name: timm.create_model(name, device="meta")) -> str:
+def model_table() -> str:
     """--list-models: names, parameters and FLOPs of this project's models at their own size."""
     lines = [f"{'model':42}{'parameters':>14}{'matmul GFLOPs':>16}{'elementwise GFLOPs':>20}"]
     for name in models_kan.registered_models():
-        model = build(name)
+        model = timm.create_model(name, device="meta")
         flops = models_kan.count_flops(model)
         lines.append(f"{name:42}{models_kan.count_parameters(model):>14,}{flops.matmul / 1e9:>16.3f}"
                      f"{flops.elementwise / 1e9:>20.4f}")

@@ -388,21 +388,16 @@ def table(rows: list[dict[str, Any]], baseline: str) -> str:
             + (f" n={len(pairs)}" if len(pairs) != len(runs) else ""))
         first = next(iter(runs.values()))
         if reference:
-            unfair = unfairness(first, next(iter(reference.values())))
-            notes += [f"{variant} is no fair twin of {baseline}: {unfair}"] if unfair else []
+            mismatch = models_kan.cost_mismatch(_cost(first), _cost(next(iter(reference.values()))))
+            notes += [f"{variant} and {baseline} are {mismatch}"] if mismatch else []
         lines.append(f"| {variant} | {_spread(top1)} | {len(runs)} | {difference} | {_spread(averaged)} | "
                      f"{int(first['parameters']):,} | {first['matmul_mflops']} | {first['elementwise_mflops']} | "
                      f"{statistics.median(float(r['step_ms']) for r in runs.values()):.0f} |")
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
-def unfairness(row: dict[str, Any], reference: dict[str, Any]) -> str | None:
-    """Why a comparison would not be fair: parameters differ by over 2%, matrix-product FLOPs by over 5%."""
-    for key, limit in (("parameters", 0.02), ("matmul_mflops", 0.05)):
-        ratio = float(row[key]) / float(reference[key])
-        if abs(ratio - 1) > limit:
-            return f"{key} {row[key]} against {reference[key]} ({ratio - 1:+.1%})"
-    return None
+def _cost(row: dict[str, Any]) -> dict[str, float]:
+    return {"parameters": int(row["parameters"]), "matmul FLOPs": 1e6 * float(row["matmul_mflops"])}
 
 
 def _spread(values: list[float]) -> str:
