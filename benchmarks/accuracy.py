@@ -2,10 +2,12 @@
 
     python benchmarks/accuracy.py scratch  --data cifar10 --variants mlp gkan relu2 kan --seeds 0 1 2 3 4
     python benchmarks/accuracy.py transfer --data cifar10 --variants mlp gkan --seeds 0 1 2 3 4
+    python benchmarks/accuracy.py convert  --data cifar10 --seeds 0 1 2 3 4
     python benchmarks/accuracy.py report
 
 `scratch` trains a small ViT (`vit_nano_patch8_32`: 32 px, patch 8, width 96, depth 4) from random weights.
 `transfer` trains the MLP ViT on classes 0-4, converts it, and fine-tunes every variant alike on classes 5-9.
+`convert` turns the MLPs of finished `scratch --variants mlp` runs into full-edge KANs, without training.
 A variant is a name of `VARIANTS` and changes to it: `gkan,kan_groups=16,lr=2e-3`. For one seed, everything that
 two variants share begins with the same numbers and sees the same images in the same order.
 
@@ -41,11 +43,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 
+import conversion
 import models_kan
 from config import parse_args
 from engine import evaluate, train_one_epoch
 from group_kan import GroupActivation
 from losses import build_criterion
+from models_kan import ModelSpec
 from samplers import RASampler
 from start import build_state
 from utils import CHECKPOINT, Process, load_file, save_checkpoint, seed_everything
@@ -344,6 +348,43 @@ def pretrained(suffix: str, options: dict[str, Any], seed: int, images: dict[str
     return model, error
 
 
+GRIDS = [((-2.0, 2.0), 0.33), ((-2.0, 2.0), None), ((-3.0, 3.0), None), ((-4.0, 4.0), None)]      # range, h
+
+
+def convert(seeds: list[int], data: Path, work: Path, results: Path) -> None:
+    """Top-1 of trained MLP ViTs and of the full-edge KANs that they become, for several grids; a table and a CSV."""
+    images, device = load_images(data, work), Process()
+    val = Batches(images["val"], images["val_y"], 500, 0, augment=False)
+    batch = normalise(images["train"][:: max(1, len(images["train"]) // 256)][:256])
+    rows = []
+    for seed in seeds:
+        checkpoint = work / "scratch" / run_name("mlp", RECIPE["epochs"], seed) / CHECKPOINT
+        if not checkpoint.exists():
+            sys.exit(f"error: {checkpoint} is missing: run scratch --variants mlp --seeds {seed} first")
+        state = load_file(checkpoint)["model"]
+        source = build("ViT", {}, seed, 10, None)
+        source.load_state_dict(state)
+        top1 = evaluate(source, val, device)["acc1"]
+        for grid, h in GRIDS:
+            kwargs = {**MODEL, "num_classes": 10, "hdim_kan": 4 * source.embed_dim, "kan_basis": "covering",
+                      "kan_second_norm": "static", "kan_grid_range": grid, **({} if h is None else {"kan_h": h})}
+            model = timm.create_model(f"{SIZE}_KAN", **kwargs)
+            _, errors = conversion.load_converted(model, ModelSpec(f"{SIZE}_KAN", kwargs), state, lambda: batch)
+            rows.append({"seed": seed, "grid": f"[{grid[0]:g}, {grid[1]:g}]", "h": "spacing" if h is None else h,
+                         "top1_mlp": round(top1, 2), "top1_kan": round(evaluate(model, val, device)["acc1"], 2),
+                         "block_errors": " ".join(f"{e.error:.4f}" for e in errors)})
+            print(rows[-1], flush=True)
+    results.mkdir(parents=True, exist_ok=True)
+    with open(results / "conversion.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print("\n| grid | h | top-1 after - before | largest difference |\n|---|---|---|---|")
+    for grid, h in dict.fromkeys((row["grid"], row["h"]) for row in rows):
+        lost = [row["top1_kan"] - row["top1_mlp"] for row in rows if (row["grid"], row["h"]) == (grid, h)]
+        print(f"| {grid} | {h} | {statistics.mean(lost):+.2f} | {max(lost, key=abs):+.2f} |")
+
+
 # ---------------------------------------------------------------- results
 def append(file: Path, columns: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -441,7 +482,7 @@ def report(results: Path, only: list[str] | None, baseline: str) -> None:
 # ---------------------------------------------------------------- command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("setting", choices=["scratch", "transfer", "report"])
+    parser.add_argument("setting", choices=["scratch", "transfer", "convert", "report"])
     parser.add_argument("--data", type=Path, help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--variants", nargs="+", metavar="V")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -455,8 +496,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.setting == "report":
         report(args.results, args.variants, args.baseline)
         return 0
-    if not args.data or not args.variants:
+    if not args.data or not (args.variants or args.setting == "convert"):
         parser.error("give --data FOLDER and --variants")
+    if args.setting == "convert":
+        convert(args.seeds, args.data, args.work_dir, args.results)
+        return 0
     if args.worker:
         run(args.setting, args.variants[0], args.seeds[0], args.data, args.work_dir, args.results)
         return 0

@@ -201,6 +201,19 @@ def test_fixed_shapes_come_from_learned_ones_and_stay(folder, small):
     assert not any("phi1" in key for key in fixed)
 
 
+def test_conversion_of_finished_runs(folder, small, capsys):
+    with pytest.raises(SystemExit, match="run scratch --variants mlp --seeds 0 first"):
+        accuracy.convert([0], folder / "data", folder / "work", folder / "results")
+    run("scratch", "mlp", folder)
+    accuracy.convert([0], folder / "data", folder / "work", folder / "results")
+    with open(folder / "results" / "conversion.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    errors = [max(map(float, row["block_errors"].split())) for row in rows]
+    assert len(rows) == 4 and errors == sorted(errors, reverse=True) and errors[-1] < 0.05 < errors[0]
+    assert float(rows[-1]["top1_kan"]) == pytest.approx(float(rows[-1]["top1_mlp"]), abs=10)     # of 20 images
+    assert "| [-4, 4] | spacing |" in capsys.readouterr().out
+
+
 def test_the_command_runs_what_is_missing_and_reports(folder, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")          # no compiler: the eager models start faster
     command = ["scratch", "--data", str(folder / "data"), "--variants", "mlp,epochs=1,batch_size=12,warmup_steps=1", "--seeds",
