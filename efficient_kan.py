@@ -175,6 +175,8 @@ class EfficientKANLayer(nn.Module):
         weight.copy_((noise - 0.5) * (self.scale_noise / intervals) @ fit.t().to(weight.device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():       # an exported graph is of PyTorch's own operations, any batch size
+            return self.reference_forward(x)
         spline = self.spline_weight * self.spline_scaler.unsqueeze(-1)                              # [O, I, G]
         weight = torch.cat([self.base_weight.unsqueeze(1), spline.transpose(1, 2)], 1).flatten(1)   # [O, (1 + G)*I]
         device = x.device.type

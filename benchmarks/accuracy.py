@@ -47,6 +47,7 @@ import conversion
 import models_kan
 from config import parse_args
 from engine import evaluate, train_one_epoch
+from faster_kan import FasterKANLayer
 from group_kan import GroupActivation
 from losses import build_criterion
 from models_kan import ModelSpec
@@ -56,7 +57,7 @@ from utils import CHECKPOINT, Process, load_file, save_checkpoint, seed_everythi
 
 # name -> (model suffix, what differs). `act`: another fixed activation in the MLP. `frozen`: learned functions
 # that are not trained here, see `_load_functions`. `phi_qkv`, `phi_out`: a learned function before the qkv map, or
-# after the second linear map.
+# after the second linear map. `gain`: of a full-edge layer's initial weights.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("ViT", {}),
     "relu": ("ViT", {"act": "relu"}),
@@ -94,7 +95,7 @@ def parse_variant(text: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
         parsed = _value(value)
         if key in recipe:
             recipe[key] = parsed
-        elif key in (*models_kan.KAN_OPTIONS, "act", "frozen", "phi_qkv", "phi_out", "weight_init", "mlp_ratio"):
+        elif key in (*models_kan.KAN_OPTIONS, "act", "frozen", "phi_qkv", "phi_out", "gain", "weight_init", "mlp_ratio"):
             options[key] = parsed
         else:
             sys.exit(f"error: --variants {text}: {key} is none of {', '.join((*recipe, *models_kan.KAN_OPTIONS))}")
@@ -114,7 +115,7 @@ def _value(text: str) -> Any:
 def build(suffix: str, options: dict[str, Any], seed: int, num_classes: int, functions: Path | None) -> nn.Module:
     """The model; what it shares with the MLP twin has the twin's random weights."""
     options = dict(options)
-    act, frozen, phi_qkv, phi_out = (options.pop(key, None) for key in ("act", "frozen", "phi_qkv", "phi_out"))
+    act, frozen, phi_qkv, phi_out, gain = (options.pop(key, None) for key in ("act", "frozen", "phi_qkv", "phi_out", "gain"))
     settings = {**MODEL, "num_classes": num_classes}
     settings |= {key: options.pop(key) for key in ("weight_init", "mlp_ratio") if key in options}
     if act:
@@ -131,6 +132,9 @@ def build(suffix: str, options: dict[str, Any], seed: int, num_classes: int, fun
             block.attn.qkv = _PhiLinear(GroupActivation(block.attn.qkv.in_features, base="identity"), block.attn.qkv)
         if phi_out:
             block.mlp.drop2 = GroupActivation(block.mlp.fc2.out_features, base="identity")
+    for layer in model.modules() if gain else ():
+        if isinstance(layer, FasterKANLayer):
+            layer.spline_linear.weight.data *= gain
     if frozen:
         _load_functions(model, frozen, functions)
     return model

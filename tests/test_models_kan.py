@@ -908,3 +908,20 @@ def test_gradient_checkpointing_changes_nothing(name):
         model(images(model)).square().sum().backward()
         grads.append({key: p.grad for key, p in model.named_parameters()})
     assert same_state(*grads)
+
+
+@pytest.mark.parametrize("suffix, options", [
+    ("GKAN", {}), ("KAN", {}), ("EKAN", {}),
+    ("KAN", {"kan_basis": "covering", "kan_second_norm": "static", "kan_base_branch": True})])
+def test_export(suffix, options):
+    """Exported with a free batch size, PyTorch's own operations alone."""
+    model = create(f"vit_nano_patch8_32_{suffix}", num_classes=10, depth=1, **options).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        batch = torch.export.Dim("batch", min=1, max=64)
+        exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=({0: batch},))
+        images = torch.randn(5, 3, 32, 32)
+        torch.testing.assert_close(exported.module()(images), model(images), atol=1e-4, rtol=1e-4)
+    assert all(str(node.target).startswith(("aten.", "<built-in function getitem")) for node in exported.graph.nodes
+               if node.op == "call_function" and "_guards" not in str(node.target))
