@@ -30,7 +30,7 @@ ROWS = {
 # What is compared: name -> its feed-forwards, in files NAME_FEEDFORWARD.yaml that differ in nothing else
 ALL = ("gkan", "kan_full", "mlp")
 TWINS = {
-    "quickstart": ("gkan", "mlp"), "cifar10": ("kan", "mlp"),
+    "quickstart": ("gkan", "mlp"), "cifar10": ("gkan", "kan", "mlp"),
     **{f"{kind}_{size}": ALL for kind in ("imagenet", "imagenet_finetune", "cifar100_finetune")
        for size in ("tiny", "small", "base")},
     "cifar10_finetune_tiny": ALL, "cifar10_finetune_base": ("gkan", "mlp"), "finetune_folder": ALL,
