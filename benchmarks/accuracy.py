@@ -470,17 +470,22 @@ def plot(rows: list[dict[str, Any]], file: Path, title: str) -> None:
     plt.close(figure)
 
 
-def report(results: Path, only: list[str] | None, baseline: str) -> None:
+def report(results: Path, baseline: str) -> None:
+    """Print a table for each setting and length, write them to report.md, and draw a picture for each."""
     rows = read_rows(results / "runs.csv")
     if not rows:
         sys.exit(f"error: {results} holds no finished run yet")
-    for setting, epochs in sorted({(row["setting"], row["epochs"]) for row in rows}, reverse=True):
-        chosen = [r for r in rows if (r["setting"], r["epochs"]) == (setting, epochs) and (not only or r["variant"] in only)]
-        if not chosen:
-            continue
+    parts = [f"Written by `benchmarks/accuracy.py report` from `runs.csv`: PyTorch {torch.__version__}, timm {timm.__version__}, "
+             f"one thread a run. A difference is paired by seed, its 95% interval is Student's. Milliseconds a step are the "
+             f"median over seeds of each run's fastest epoch, on a machine that had other work."]
+    for setting, epochs in sorted({(row["setting"], row["epochs"]) for row in rows}):
+        chosen = [row for row in rows if (row["setting"], row["epochs"]) == (setting, epochs)]
         reference = baseline + (f",epochs={epochs}" if epochs != RECIPE["epochs"] and "epochs=" not in baseline else "")
-        print(f"\n{setting}, {epochs} epochs, difference from {reference}\n\n{table(chosen, reference)}")
+        parts.append(f"## {setting}, {epochs} epochs, difference from {reference}\n\n{table(chosen, reference)}")
         plot(chosen, results / f"{setting}_{epochs}_epochs.png", f"CIFAR-10, {setting}, {epochs} epochs")
+    text = "\n\n".join(parts)
+    print(text)
+    (results / "report.md").write_text(f"# Accuracy\n\n{text}\n")
 
 
 # ---------------------------------------------------------------- command
@@ -498,7 +503,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.setting == "report":
-        report(args.results, args.variants, args.baseline)
+        report(args.results, args.baseline)
         return 0
     if not args.data or not (args.variants or args.setting == "convert"):
         parser.error("give --data FOLDER and --variants")
@@ -533,7 +538,7 @@ def main(argv: list[str] | None = None) -> int:
     if failures:
         print("error: " + "; ".join(failures), file=sys.stderr)
         return 1
-    report(args.results, None, args.baseline)
+    report(args.results, args.baseline)
     return 0
 
 

@@ -165,5 +165,5 @@ def test_the_baseline_is_a_fair_twin(name):
     """Same settings, another feed-forward, whose own options are the only other difference."""
     *kans, mlp = (vars(parse_args(["--config", str(recipe(f"{name}_{kind}"))]).args) for kind in TWINS[name])
     for kan in kans:
-        assert {key for key in kan if kan[key] != mlp[key]} - set(models_kan.KAN_OPTIONS) == {"model", "config"}
+        assert {key for key in kan if kan[key] != mlp[key]} - {*models_kan.KAN_OPTIONS, "kan_lr_mult"} == {"model", "config"}
         assert kan["model"].rpartition("_")[0] == mlp["model"].removesuffix("_ViT")
