@@ -639,7 +639,9 @@ def test_finetune_takes_the_attention_over(name, size, data, deit_tiny, tmp_path
     assert attention <= changed(before, after)
     out = capsys.readouterr().out
     assert f"pos_embed  ((1, 197, 192) -> {tuple(before['pos_embed'].shape)})" in out
-    assert "blocks.*.attn.qkv.weight  x12" in out and "blocks.*.mlp.fc1.weight  x12  (no such part in this model)" in out
+    assert "blocks.*.attn.qkv.weight  x12" in out
+    assert ("blocks.*.mlp.fc1.weight  x12  (no conversion: its MLP is 192 x 768, the KAN 192 x 8: give --hdim_kan 768)"
+            in out)
     assert "head.weight  ((1000, 192) against (3, 192))" in out and "left as initialised: " in out
 
 
