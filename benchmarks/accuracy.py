@@ -41,13 +41,14 @@ import yaml
 from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import register_parametrization
 from torchvision.datasets import ImageFolder
 
 import conversion
 import models_kan
 from config import parse_args
 from engine import evaluate, train_one_epoch
-from faster_kan import FasterKANLayer
+from faster_kan import FasterKANLayer, rswaf_basis
 from group_kan import GroupActivation
 from losses import build_criterion
 from models_kan import ModelSpec
@@ -57,7 +58,7 @@ from utils import CHECKPOINT, Process, load_file, save_checkpoint, seed_everythi
 
 # name -> (model suffix, what differs). `act`: another fixed activation in the MLP. `frozen`: learned functions
 # that are not trained here, see `_load_functions`. `phi_qkv`, `phi_out`: a learned function before the qkv map, or
-# after the second linear map. `gain`: of a full-edge layer's initial weights.
+# after the second linear map. `gain`: of a full-edge layer's initial weights. `whiten`: see `_Whitened`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("ViT", {}),
     "relu": ("ViT", {"act": "relu"}),
@@ -95,7 +96,8 @@ def parse_variant(text: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
         parsed = _value(value)
         if key in recipe:
             recipe[key] = parsed
-        elif key in (*models_kan.KAN_OPTIONS, "act", "frozen", "phi_qkv", "phi_out", "gain", "weight_init", "mlp_ratio"):
+        elif key in (*models_kan.KAN_OPTIONS, "act", "frozen", "phi_qkv", "phi_out", "gain", "whiten", "weight_init",
+                     "mlp_ratio"):
             options[key] = parsed
         else:
             sys.exit(f"error: --variants {text}: {key} is none of {', '.join((*recipe, *models_kan.KAN_OPTIONS))}")
@@ -115,7 +117,8 @@ def _value(text: str) -> Any:
 def build(suffix: str, options: dict[str, Any], seed: int, num_classes: int, functions: Path | None) -> nn.Module:
     """The model; what it shares with the MLP twin has the twin's random weights."""
     options = dict(options)
-    act, frozen, phi_qkv, phi_out, gain = (options.pop(key, None) for key in ("act", "frozen", "phi_qkv", "phi_out", "gain"))
+    act, frozen, phi_qkv, phi_out, gain, whiten = (
+        options.pop(key, None) for key in ("act", "frozen", "phi_qkv", "phi_out", "gain", "whiten"))
     settings = {**MODEL, "num_classes": num_classes}
     settings |= {key: options.pop(key) for key in ("weight_init", "mlp_ratio") if key in options}
     if act:
@@ -135,9 +138,36 @@ def build(suffix: str, options: dict[str, Any], seed: int, num_classes: int, fun
     for layer in model.modules() if gain else ():
         if isinstance(layer, FasterKANLayer):
             layer.spline_linear.weight.data *= gain
+    for layer in model.modules() if whiten else ():
+        if isinstance(layer, FasterKANLayer):
+            register_parametrization(layer.spline_linear, "weight", _Whitened(layer.rbf.grid, layer.rbf.h, whiten))
     if frozen:
         _load_functions(model, frozen, functions)
     return model
+
+
+class _Whitened(nn.Module):
+    """Spline weights [O, I*G] as combinations of functions that are orthonormal for a standard normal input.
+
+    The optimizer then works on v [O, I*G], W = v M for each input. zca: M = (E[B B'] + r)^-1/2; pca: the functions
+    are the eigenvectors of E[B B'], smooth ones first."""
+
+    def __init__(self, grid: Tensor, h: float, kind: str, ridge: float = 1e-3):
+        super().__init__()
+        nodes, weights = np.polynomial.hermite_e.hermegauss(200)
+        basis = rswaf_basis(torch.from_numpy(nodes), grid.double(), h)
+        gram = basis.T @ (torch.from_numpy(weights / weights.sum())[:, None] * basis)
+        values, vectors = torch.linalg.eigh(gram)
+        m = (values + ridge * values.mean()).rsqrt()[:, None] * vectors.T
+        m = vectors @ m if kind == "zca" else m
+        self.register_buffer("m", m.float(), persistent=False)
+        self.register_buffer("inverse", torch.linalg.inv(m).float(), persistent=False)
+
+    def forward(self, v: Tensor) -> Tensor:
+        return (v.view(len(v), -1, len(self.m)) @ self.m).flatten(1)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return (weight.view(len(weight), -1, len(self.m)) @ self.inverse).flatten(1)
 
 
 class SquaredReLU(nn.Module):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -105,6 +106,7 @@ def _child(call, argv: list[str], out: Path, err: Path, environment: dict[str, s
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), write_through=True) for n in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored where the tests run in the background
     os.environ.update(environment)
     os.chdir(cwd or "/")
     multiprocessing.set_start_method(start_method, force=True)      # of its own workers, as anywhere else
