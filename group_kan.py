@@ -10,111 +10,12 @@ MLP, and an MLP's weights are its weights: `fc1` and `fc2` are named as in `timm
 
 Legend for shapes: T tokens (all leading dimensions flattened), I channels, G grid points.
 """
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from faster_kan import MAX_HALF_RANGE, rswaf_basis
-
-BASES: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda u: u, "gelu": F.gelu, "silu": F.silu, "relu": F.relu, "relu2": lambda u: F.relu(u).square()}
-# Values of u that are worked on at once on a CPU: the few arrays of this size stay in its L2 cache.
-CHUNK_VALUES = 2 ** 17
-
-
-# ---------------------------------------------------------------- the op
-def rswaf_spline_reference(u: Tensor, coefficients: Tensor, grid: Tensor, h: float) -> Tensor:
-    """sum_k c[i, k] B_k(u_i) in plain PyTorch: u [..., I], coefficients [I, G], grid [G] -> [..., I]."""
-    return (rswaf_basis(u, grid, h) * coefficients).sum(-1)
-
-
-class _RSWAFSpline(torch.autograd.Function):
-    """`rswaf_spline_reference` that keeps u and the coefficients only, and computes the basis again in its
-    backward, one grid point after the other: nothing is larger than u.
-
-    With E = exp(2(u - m)/h), m the middle of the grid, p_k = exp(-2(g_k - m)/h)/4, q_k = exp(2(g_k - m)/h)/4:
-
-        B_k = 1/D_k,    D_k = p_k E + q_k/E + 1/2,    dB_k/du = (2/h) (q_k/E - p_k E) / D_k^2
-    """
-
-    @staticmethod
-    def forward(ctx, u: Tensor, c: Tensor, grid: tuple[float, ...], h: float) -> Tensor:     # u [T, I], c [G, I]
-        ctx.save_for_backward(u, c)
-        ctx.grid, ctx.h = grid, h
-        y = torch.empty_like(u)
-        points = _points(c, grid, h)
-        for rows in _chunks(u):
-            e, inv_e = _exponentials(u[rows], grid, h)
-            part = torch.zeros_like(e)
-            for c_k, p, q in points:
-                part.addcdiv_(c_k, _denominator(e, inv_e, p, q))
-            y[rows] = part
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        u, c = ctx.saved_tensors
-        du, dc = torch.empty_like(u), torch.zeros_like(c)
-        points = [(c_k * p, c_k * q, dc_k, p, q) for (c_k, p, q), dc_k in zip(_points(c, ctx.grid, ctx.h), dc.unbind())]
-        for rows in _chunks(u):
-            e, inv_e = _exponentials(u[rows], ctx.grid, ctx.h)
-            g = dy[rows].to(e.dtype)
-            p_sum, q_sum = torch.zeros_like(e), torch.zeros_like(e)
-            for c_p, c_q, dc_k, p, q in points:
-                basis = _denominator(e, inv_e, p, q).reciprocal_()
-                g_basis = g * basis
-                dc_k += g_basis.sum(0)
-                g_basis.mul_(basis)
-                p_sum.addcmul_(g_basis, c_p)
-                q_sum.addcmul_(g_basis, c_q)
-            du[rows] = (q_sum.mul_(inv_e) - p_sum.mul_(e)).mul_(2 / ctx.h)
-        return du, dc, None, None
-
-
-def _points(c: Tensor, grid: tuple[float, ...], h: float) -> list[tuple[Tensor, float, float]]:
-    """(c_k [I], p_k, q_k) of every grid point."""
-    offsets = [2 * (g - (grid[0] + grid[-1]) / 2) / h for g in grid]
-    return [(c_k, math.exp(-offset) / 4, math.exp(offset) / 4) for c_k, offset in zip(c.unbind(), offsets)]
-
-
-def _exponentials(u: Tensor, grid: tuple[float, ...], h: float) -> tuple[Tensor, Tensor]:
-    """E and 1/E [t, I] of `_RSWAFSpline`, in at least float32."""
-    u = u.to(torch.promote_types(u.dtype, torch.float32))
-    # beyond e^40 every B_k is below 1e-8 and E * p_k must not overflow
-    e = torch.exp(((u - (grid[0] + grid[-1]) / 2) * (2 / h)).clamp_(-40, 40))
-    return e, e.reciprocal()
-
-
-def _denominator(e: Tensor, inv_e: Tensor, p: float, q: float) -> Tensor:
-    return (e * p).add_(inv_e, alpha=q).add_(0.5)
-
-
-def _chunks(u: Tensor) -> list[slice]:
-    """Rows of u [T, I] to work on at once: all on a GPU and where a compiler fuses the loop anyway."""
-    step = len(u)
-    if u.device.type == "cpu" and not torch.compiler.is_compiling():
-        step = max(1, CHUNK_VALUES // max(1, u.shape[1]))
-    return [slice(start, start + step) for start in range(0, len(u), max(1, step))]
-
-
-def rswaf_spline(u: Tensor, coefficients: Tensor, grid: tuple[float, ...], h: float) -> Tensor:
-    """sum_k c[g, k] B_k(u_i) for channel i of group g.
-
-    Args:
-        u: [..., I], any floating dtype; computed in at least float32.
-        coefficients: [groups, G]; group g has the channels g * I/groups to (g + 1) * I/groups - 1.
-        grid: G grid points with max |g - middle| / h <= MAX_HALF_RANGE. h: width of a bump.
-    Returns: [..., I] in u's dtype.
-    """
-    channels = u.shape[-1]
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    c = coefficients.to(dtype).repeat_interleave(channels // len(coefficients), 0)      # [I, G]
-    return _RSWAFSpline.apply(u.reshape(-1, channels), c.t().contiguous(), grid, h).view(u.shape)
+from kernels import BASES, MAX_HALF_RANGE, rswaf_activation, rswaf_activation_reference
 
 
 # ---------------------------------------------------------------- modules
@@ -165,19 +66,11 @@ class GroupActivation(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         if torch.compiler.is_exporting():       # an exported graph is of PyTorch's own operations, any batch size
             return self.reference_forward(u)
-        return self._base(u) + rswaf_spline(u, self.coefficients, self.points, self.h)
+        return rswaf_activation(u, self.coefficients, self.points, self.h, self.base, self.scale)
 
     def reference_forward(self, u: Tensor) -> Tensor:
         """The same function through plain PyTorch and its autograd."""
-        c = self.coefficients.repeat_interleave(self.channels // len(self.coefficients), 0)
-        points = torch.tensor(self.points, dtype=torch.promote_types(u.dtype, torch.float32), device=u.device)
-        return self._base(u) + rswaf_spline_reference(u, c, points, self.h)
-
-    def _base(self, u: Tensor) -> Tensor:
-        y = BASES[self.base](u)
-        if self.scale is None:
-            return y
-        return y * self.scale.repeat_interleave(self.channels // len(self.scale)).to(y.dtype)
+        return rswaf_activation_reference(u, self.coefficients, self.points, self.h, self.base, self.scale)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs) -> None:

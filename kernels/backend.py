@@ -1,0 +1,73 @@
+"""Which code computes the ops of this package: one choice for the process, `use`.
+
+auto       C++ kernels on a CPU (`native`), Triton kernels on a GPU, chunked PyTorch where those are missing
+reference  plain PyTorch and its autograd, which keeps the basis in memory: for comparisons
+cpu        as auto on a CPU
+triton     Triton kernels
+compile    the reference through torch.compile
+"""
+import functools
+import importlib.util
+
+import torch
+
+from kernels import native
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "compile")
+_chosen = "auto"
+
+
+def use(name: str) -> None:
+    """Choose the backend of every op from now on. Raises: ValueError for an unknown one, or one that cannot work here."""
+    global _chosen
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name} is not one of {', '.join(BACKENDS)}")
+    if name == "triton" and not has_triton():
+        raise ValueError("backend triton needs the package triton, which is not installed: take auto")
+    if name == "triton" and not (torch.cuda.is_available() or _interpreted()):
+        raise ValueError("backend triton needs a GPU, and PyTorch finds none here: take auto")
+    _chosen = name
+
+
+def chosen() -> str:
+    """What `use` was last given; auto at first."""
+    return _chosen
+
+
+@functools.lru_cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    from kernels.triton_common import INTERPRETED
+    return INTERPRETED
+
+
+def resolve(name: str, tensor: torch.Tensor, points: tuple[float, ...] | None, h: float | None,
+            base: str | None = None) -> str:
+    """native, triton or chunked: what computes an op on `tensor`, for backend auto, cpu or triton.
+
+    points, h: the grid where it is fixed, else None. base: of an activation."""
+    device, dtype = tensor.device.type, tensor.dtype
+    if dtype == torch.float64:                  # the kernels compute in float32
+        return "chunked"
+    if name == "triton" or (device == "cuda" and name == "auto" and has_triton()):
+        return "triton"
+    if device == "cpu" and points is not None and native.supports(points, h) \
+            and native.library(len(points), base) is not None:
+        return "native"
+    return "chunked"
+
+
+def describe(device: str) -> str:
+    """For the start of a run: what will compute the ops on `device` ("cpu", "cuda", ...)."""
+    if _chosen in ("reference", "compile"):
+        return {"reference": "plain PyTorch, the basis kept in memory", "compile": "plain PyTorch through torch.compile"}[_chosen]
+    if _chosen == "triton" or (device == "cuda" and _chosen == "auto" and has_triton()):
+        return "Triton kernels"
+    if device != "cpu":
+        return "chunked PyTorch"
+    if native.compiler() is None:
+        return "chunked PyTorch, slower than the C++ kernels, which need a C++ compiler (g++ or clang++)"
+    return "C++ kernels"
