@@ -472,7 +472,7 @@ def table(rows: list[dict[str, Any]], baseline: str) -> str:
 
 
 def _cost(row: dict[str, Any]) -> dict[str, float]:
-    return {"parameters": int(row["parameters"]), "matmul FLOPs": 1e6 * float(row["matmul_mflops"])}
+    return {"parameters": int(row["parameters"]), "matmul FLOPs": round(1e6 * float(row["matmul_mflops"]))}
 
 
 def _spread(values: list[float]) -> str:
