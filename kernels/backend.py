@@ -21,11 +21,11 @@ def use(name: str) -> None:
     """Choose the backend of every op from now on. Raises: ValueError for an unknown one, or one that cannot work here."""
     global _chosen
     if name not in BACKENDS:
-        raise ValueError(f"backend {name} is not one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{name} is not one of {', '.join(BACKENDS)}")
     if name == "triton" and not has_triton():
-        raise ValueError("backend triton needs the package triton, which is not installed: take auto")
+        raise ValueError("it needs the package triton, which is not installed: take auto")
     if name == "triton" and not (torch.cuda.is_available() or _interpreted()):
-        raise ValueError("backend triton needs a GPU, and PyTorch finds none here: take auto")
+        raise ValueError("it needs a GPU, and PyTorch finds none here: take auto")
     _chosen = name
 
 

@@ -26,7 +26,8 @@ constexpr int LANES = 16;           // floats worked on at once
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int BLOCK = 128;          // rows whose sums are kept in registers
+constexpr int BLOCK = 128;          // rows whose sums are added in float32
+constexpr int STRIP = 16;           // rows that a stage works on
 constexpr int P = (POINTS + 1) / 2; // pairs
 constexpr bool MIDDLE = POINTS % 2; // the last of them is a single point
 constexpr int SHARED = 4;           // pairs that share a division; more could overflow
@@ -44,6 +45,18 @@ namespace {
 
 inline F all(float value) { return F{} + value; }
 
+// The constants of every pair, a lane each: operands that instructions can take from memory as they are.
+struct Constants {
+    F a[P], b[P], g[P], g2[P], x[P], y[P], c[P];
+
+    explicit Constants(const Pair* pairs) {
+        for (int j = 0; j < P; j++) {
+            a[j] = all(pairs[j].a), b[j] = all(pairs[j].b), g[j] = all(pairs[j].g), g2[j] = g[j] + g[j];
+            x[j] = all(pairs[j].x), y[j] = all(pairs[j].y), c[j] = all(pairs[j].c);
+        }
+    }
+};
+
 // ---------------------------------------------------------------- memory: float32 or bfloat16, n <= LANES of them
 inline F widen(H half) { return (F)(__builtin_convertvector(half, I) << 16); }
 
@@ -54,25 +67,28 @@ inline H narrow(F value) {          // round to nearest even, as PyTorch does
     return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), H);
 }
 
+// FULL: n == LANES, known when compiled, so that nothing goes through memory once more.
+template <bool FULL>
 inline F load(const float* from, int n) {
     F value{};
-    if (n == LANES) memcpy(&value, from, sizeof value); else memcpy(&value, from, 4 * n);
+    memcpy(&value, from, FULL ? sizeof value : 4 * n);
     return value;
 }
 
+template <bool FULL>
 inline F load(const uint16_t* from, int n) {
     H half{};
-    if (n == LANES) memcpy(&half, from, sizeof half); else memcpy(&half, from, 2 * n);
+    memcpy(&half, from, FULL ? sizeof half : 2 * n);
     return widen(half);
 }
 
-inline void store(float* to, F value, int n) {
-    if (n == LANES) memcpy(to, &value, sizeof value); else memcpy(to, &value, 4 * n);
-}
+template <bool FULL>
+inline void store(float* to, F value, int n) { memcpy(to, &value, FULL ? sizeof value : 4 * n); }
 
+template <bool FULL>
 inline void store(uint16_t* to, F value, int n) {
     H half = narrow(value);
-    if (n == LANES) memcpy(to, &half, sizeof half); else memcpy(to, &half, 2 * n);
+    memcpy(to, &half, FULL ? sizeof half : 2 * n);
 }
 
 // ---------------------------------------------------------------- functions
@@ -83,14 +99,10 @@ inline F exp_minus(F x) {
     F t = x * -1.44269504f;
     t = t < -125.0f ? all(-125.0f) : t;
     F n = (t + 12582912.0f) - 12582912.0f;              // nearest integer
-    F f = t - n;                                        // [-1/2, 1/2]
-    F p = all(1.5403530e-4f);                           // 2^f, Taylor to the sixth power
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
+    F f = t - n, f2 = f * f;                            // [-1/2, 1/2]
+    // 2^f, Taylor to the sixth power, in pairs: a short chain of operations
+    F p = (1.0f + 6.9314718e-1f * f) + f2 * ((2.4022651e-1f + 5.5504109e-2f * f)
+                                             + f2 * ((9.6181291e-3f + 1.3333558e-3f * f) + f2 * 1.5403530e-4f));
     return (F)((I)p + (__builtin_convertvector(n, I) << 23));
 }
 
@@ -104,26 +116,31 @@ inline Point locate(F u, float middle, float rate) {        // rate = 2/h
     return {s * r, (F)((I)t | ((I)z & (int32_t)0x80000000))};
 }
 
-// 1/Q of every pair.
-inline void reciprocals(F w, const Pair* pairs, F* out) {
-    for (int first = 0; first < P; first += SHARED) {
-        constexpr int most = P < SHARED ? P : SHARED;
-        int n = P - first < SHARED ? P - first : SHARED;
-        F q[most], before[most];
-        F product = all(1.0f);
-        for (int j = 0; j < n; j++) {
-            const Pair& pair = pairs[first + j];
-            q[j] = (pair.g * w + pair.b) * w + pair.a;
-            before[j] = product;
-            product = j ? product * q[j] : q[j];
-        }
-        F inverse = 1.0f / product;
-        for (int j = n - 1; j > 0; j--) {
-            out[first + j] = inverse * before[j];
-            inverse = inverse * q[j];
-        }
-        out[first] = inverse;
+// out[j] = factor/Q_j of N pairs from FIRST: products upwards, one division, and what remains of it downwards.
+template <int FIRST, int N>
+inline F products(F w, const Constants& of, F* nodes) {
+    if constexpr (N == 1) nodes[0] = (of.g[FIRST] * w + of.b[FIRST]) * w + of.a[FIRST];
+    else nodes[0] = products<FIRST, N - N / 2>(w, of, nodes + 1) * products<FIRST + N - N / 2, N / 2>(w, of, nodes + 2 * (N - N / 2));
+    return nodes[0];
+}
+
+template <int N>
+inline void shares(F inverse, const F* nodes, F* out) {
+    constexpr int half = N - N / 2;
+    if constexpr (N == 1) { out[0] = inverse; return; }
+    else {
+        shares<half>(inverse * nodes[2 * half], nodes + 1, out);
+        shares<N / 2>(inverse * nodes[1], nodes + 2 * half, out + half);
     }
+}
+
+// 1/Q of every pair.
+template <int FIRST = 0>
+inline void reciprocals(F w, const Constants& of, F* out) {
+    constexpr int n = P - FIRST < SHARED ? P - FIRST : SHARED;
+    F nodes[2 * n];
+    shares<n>(1.0f / products<FIRST, n>(w, of, nodes), nodes, out + FIRST);
+    if constexpr (FIRST + n < P) reciprocals<FIRST + n>(w, of, out);
 }
 
 // ---------------------------------------------------------------- the activation
@@ -182,71 +199,136 @@ struct Lanes {
     }
 };
 
+struct Fraction { F top, bottom; };
+
+// sum of N_j/Q_j over N pairs, N_j = x_j + y_j w + c_j T, over one denominator.
+template <int FIRST, int N>
+inline Fraction fraction(Point p, const Constants& of, const Lanes& k) {
+    if constexpr (N == 1) {
+        return {k.x[FIRST] + k.y[FIRST] * p.w + k.c[FIRST] * p.t, (of.g[FIRST] * p.w + of.b[FIRST]) * p.w + of.a[FIRST]};
+    } else {
+        Fraction one = fraction<FIRST, N - N / 2>(p, of, k), other = fraction<FIRST + N - N / 2, N / 2>(p, of, k);
+        return {one.top * other.bottom + other.top * one.bottom, one.bottom * other.bottom};
+    }
+}
+
+template <int FIRST>
+inline F fractions(Point p, const Constants& of, const Lanes& k) {
+    constexpr int n = P - FIRST < SHARED ? P - FIRST : SHARED;
+    Fraction some = fraction<FIRST, n>(p, of, k);
+    if constexpr (FIRST + n < P) return some.top / some.bottom + fractions<FIRST + n>(p, of, k);
+    else return some.top / some.bottom;
+}
+
+// Rows are worked on STRIP at a time, one stage after the other: a stage's chain of dependent operations is short
+// enough for the processor to work on several rows at once.
+template <bool FULL, typename T>
+inline void activation_rows(const T* u, T* v, int64_t rows, int64_t channels, int n, const Lanes& lanes,
+                            const Constants& constants, float middle, float rate) {
+    const Lanes k = lanes;
+    const Constants of = constants;
+    Point p[STRIP];
+    F value[STRIP];
+    for (int64_t first = 0; first < rows; first += STRIP, u += STRIP * channels, v += STRIP * channels) {
+        int count = rows - first < STRIP ? rows - first : STRIP;
+        for (int i = 0; i < count; i++) {
+            __builtin_prefetch(u + (STRIP + i) * channels);
+            value[i] = load<FULL>(u + i * channels, n);
+            p[i] = locate(value[i], middle, rate);
+        }
+        for (int i = 0; i < count; i++) {
+            F sum = p[i].w * fractions<0>(p[i], of, k);
+            if (BASE == NONE) store<FULL>(v + i * channels, sum, n);
+            else p[i].w = sum;
+        }
+        if (BASE != NONE)
+            for (int i = 0; i < count; i++) store<FULL>(v + i * channels, p[i].w + k.scale * base<false>(value[i]), n);
+    }
+}
+
 template <typename T>
 void activation(const T* u, T* v, int64_t rows, int64_t channels, const float* coefficients, const float* scales,
                 int64_t groups, const Pair* pairs, float middle, float rate) {
     int64_t blocks = (rows + BLOCK - 1) / BLOCK, chunks = (channels + LANES - 1) / LANES;
+    const Constants of(pairs);
     #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            int64_t channel = chunk * LANES, last = block * BLOCK + BLOCK < rows ? block * BLOCK + BLOCK : rows;
+            int64_t channel = chunk * LANES, at = block * BLOCK * channels + channel;
+            int64_t count = rows - block * BLOCK < BLOCK ? rows - block * BLOCK : BLOCK;
             int n = channels - channel < LANES ? channels - channel : LANES;
             Lanes k(coefficients, scales, pairs, channel, n, channels / groups);
-            for (int64_t row = block * BLOCK; row < last; row++) {
-                int64_t at = row * channels + channel;
-                __builtin_prefetch(u + at + 8 * channels);
-                F value = load(u + at, n), r[P], sum = all(0.0f);
-                Point p = locate(value, middle, rate);
-                reciprocals(p.w, pairs, r);
-                for (int j = 0; j < P; j++) sum += r[j] * (k.x[j] + k.y[j] * p.w + k.c[j] * p.t);
-                sum *= p.w;
-                if (BASE != NONE) sum += k.scale * base<false>(value);
-                store(v + at, sum, n);
-            }
+            if (n == LANES) activation_rows<true>(u + at, v + at, count, channels, n, k, of, middle, rate);
+            else activation_rows<false>(u + at, v + at, count, channels, n, k, of, middle, rate);
         }
     }
+}
+
+constexpr int SUMS = 3 * P + 1;
+
+template <bool FULL, bool SCALED, typename T>
+inline void activation_grad_rows(const T* dv, const T* u, T* du, int64_t rows, int64_t channels, int n, const Lanes& lanes,
+                                 const Constants& constants, float middle, float rate, F* out) {
+    const Lanes k = lanes;
+    const Constants of = constants;
+    F sums[SUMS], value[STRIP], slope[STRIP], r[STRIP][P];
+    Point p[STRIP];
+    for (int j = 0; j < SUMS; j++) sums[j] = all(0.0f);
+    for (int64_t first = 0; first < rows; first += STRIP) {
+        int count = rows - first < STRIP ? rows - first : STRIP;
+        for (int i = 0; i < count; i++) {
+            __builtin_prefetch(u + (STRIP + i) * channels);
+            __builtin_prefetch(dv + (STRIP + i) * channels);
+            value[i] = load<FULL>(u + i * channels, n);
+            p[i] = locate(value[i], middle, rate);
+        }
+        for (int i = 0; i < count; i++) reciprocals(p[i].w, of, r[i]);
+        for (int i = 0; i < count; i++) {
+            F in_w = all(0.0f), even = all(0.0f), odd = all(0.0f);     // of d(sum)/dw, the sum, d(sum)/dT
+            for (int j = 0; j < P; j++) {
+                F top = r[i][j] * (k.x[j] + k.y[j] * p[i].w + k.c[j] * p[i].t);
+                even += top;
+                odd += r[i][j] * k.c[j];
+                in_w += r[i][j] * (k.y[j] - top * (of.b[j] + of.g2[j] * p[i].w));
+            }
+            slope[i] = rate * p[i].w * (4.0f * p[i].w * p[i].w * odd - p[i].t * (even + p[i].w * in_w));
+        }
+        if (BASE != NONE)
+            for (int i = 0; i < count; i++) slope[i] += k.scale * base<true>(value[i]);
+        for (int i = 0; i < count; i++) {
+            F g = load<FULL>(dv + i * channels, n), gw = g * p[i].w, gww = gw * p[i].w, gwt = gw * p[i].t;
+            for (int j = 0; j < P; j++) {
+                sums[3 * j] += gw * r[i][j];
+                sums[3 * j + 1] += gww * r[i][j];
+                sums[3 * j + 2] += gwt * r[i][j];
+            }
+            if (BASE != NONE && SCALED) sums[3 * P] += g * base<false>(value[i]);
+            store<FULL>(du + i * channels, g * slope[i], n);
+        }
+        u += STRIP * channels, dv += STRIP * channels, du += STRIP * channels;
+    }
+    memcpy(out, sums, sizeof sums);
 }
 
 template <typename T>
 void activation_grad(const T* dv, const T* u, T* du, int64_t rows, int64_t channels, const float* coefficients,
                      const float* scales, int64_t groups, const Pair* pairs, float middle, float rate,
                      double* dc, double* dscale) {
-    constexpr int SUMS = 3 * P + 1;
     int64_t blocks = (rows + BLOCK - 1) / BLOCK, chunks = (channels + LANES - 1) / LANES;
+    const Constants of(pairs);
     std::vector<F> partial(blocks * chunks * SUMS);
     #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            int64_t channel = chunk * LANES, last = block * BLOCK + BLOCK < rows ? block * BLOCK + BLOCK : rows;
+            int64_t channel = chunk * LANES, at = block * BLOCK * channels + channel;
+            int64_t count = rows - block * BLOCK < BLOCK ? rows - block * BLOCK : BLOCK;
             int n = channels - channel < LANES ? channels - channel : LANES;
+            F* out = &partial[(block * chunks + chunk) * SUMS];
             Lanes k(coefficients, scales, pairs, channel, n, channels / groups);
-            F sums[SUMS];
-            for (int j = 0; j < SUMS; j++) sums[j] = all(0.0f);
-            for (int64_t row = block * BLOCK; row < last; row++) {
-                int64_t at = row * channels + channel;
-                __builtin_prefetch(u + at + 8 * channels);
-                __builtin_prefetch(dv + at + 8 * channels);
-                F value = load(u + at, n), g = load(dv + at, n), r[P];
-                Point p = locate(value, middle, rate);
-                reciprocals(p.w, pairs, r);
-                F gw = g * p.w;
-                F in_w = all(0.0f), even = all(0.0f), odd = all(0.0f);     // of d(sum)/dw, the sum, d(sum)/dT
-                for (int j = 0; j < P; j++) {
-                    F top = r[j] * (k.x[j] + k.y[j] * p.w + k.c[j] * p.t);
-                    even += top;
-                    odd += r[j] * k.c[j];
-                    in_w += r[j] * (k.y[j] - top * (pairs[j].b + 2.0f * pairs[j].g * p.w));
-                    F share = gw * r[j];
-                    sums[3 * j] += share;
-                    sums[3 * j + 1] += share * p.w;
-                    sums[3 * j + 2] += share * p.t;
-                }
-                F slope = rate * (4.0f * p.w * p.w * p.w * odd - p.t * p.w * (even + p.w * in_w));
-                if (BASE != NONE) slope += k.scale * base<true>(value);
-                if (BASE != NONE && dscale) sums[3 * P] += g * base<false>(value);
-                store(du + at, g * slope, n);
-            }
-            memcpy(&partial[(block * chunks + chunk) * SUMS], sums, sizeof sums);
+            #define ROWS(FULL, SCALED) activation_grad_rows<FULL, SCALED>(dv + at, u + at, du + at, count, channels, n, k, \
+                                                                          of, middle, rate, out)
+            if (n != LANES) ROWS(false, true); else if (dscale) ROWS(true, true); else ROWS(true, false);
+            #undef ROWS
         }
     }
     for (int64_t block = 0; block < blocks; block++) {
@@ -270,25 +352,58 @@ void activation_grad(const T* dv, const T* u, T* du, int64_t rows, int64_t chann
 
 #else
 // ---------------------------------------------------------------- the basis of a full-edge layer
+template <bool FULL, typename T, typename O>
+inline void basis_at(const T* u, O* out, int64_t channels, int n, const Constants& of, float middle, float rate) {
+    F r[P];
+    Point p = locate(load<FULL>(u, n), middle, rate);
+    reciprocals(p.w, of, r);
+    F half = 0.5f * p.w;
+    for (int j = 0; j < P; j++) {
+        O *low = out + j * channels, *high = out + (POINTS - 1 - j) * channels;
+        F even = half * r[j] * (of.x[j] + of.y[j] * p.w), odd = half * r[j] * (of.c[j] * p.t);
+        if (MIDDLE && j == P - 1) { store<FULL>(low, even + even, n); continue; }
+        store<FULL>(high, even + odd, n);
+        store<FULL>(low, even - odd, n);
+    }
+}
+
+// `values` has the gradient of the basis, and then the basis.
+template <bool FULL, typename T, typename O>
+inline void basis_grad_at(O* values, const T* u, T* du, int64_t channels, int n, const Constants& of, float middle,
+                          float rate) {
+    F r[P], in_w = all(0.0f), even = all(0.0f), odd = all(0.0f);
+    Point p = locate(load<FULL>(u, n), middle, rate);
+    reciprocals(p.w, of, r);
+    F half = 0.5f * p.w;
+    for (int j = 0; j < P; j++) {
+        bool single = MIDDLE && j == P - 1;
+        O *low = values + j * channels, *high = values + (POINTS - 1 - j) * channels;
+        F up = load<FULL>(high, n), down = load<FULL>(low, n);
+        F e = single ? up + up : up + down, c = (up - down) * of.c[j];      // twice the even and the odd half
+        F shape = r[j] * (of.x[j] + of.y[j] * p.w), tilt = r[j] * of.c[j] * p.t;
+        F top = e * shape + r[j] * c * p.t;
+        even += top;
+        odd += r[j] * c;
+        in_w += r[j] * (e * of.y[j] - top * (of.b[j] + of.g2[j] * p.w));
+        if (single) { store<FULL>(low, p.w * shape, n); continue; }
+        store<FULL>(high, half * (shape + tilt), n);
+        store<FULL>(low, half * (shape - tilt), n);
+    }
+    store<FULL>(du, rate * half * (4.0f * p.w * p.w * odd - p.t * (even + p.w * in_w)), n);
+}
+
 // out [rows, G, channels] from u [rows, channels].
 template <typename T, typename O>
 void basis(const T* u, O* out, int64_t rows, int64_t channels, const Pair* pairs, float middle, float rate) {
+    const Constants of(pairs);
     #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        for (int64_t channel = 0; channel < channels; channel += LANES) {
-            int n = channels - channel < LANES ? channels - channel : LANES;
-            F r[P];
-            Point p = locate(load(u + row * channels + channel, n), middle, rate);
-            reciprocals(p.w, pairs, r);
-            O* to = out + row * POINTS * channels + channel;
-            for (int j = 0; j < P; j++) {
-                int low = j, high = POINTS - 1 - j;
-                F wr = p.w * r[j], even = wr * (pairs[j].x + pairs[j].y * p.w), odd = wr * p.t * pairs[j].c;
-                if (low == high) { store(to + low * channels, even, n); continue; }
-                store(to + high * channels, 0.5f * (even + odd), n);
-                store(to + low * channels, 0.5f * (even - odd), n);
-            }
-        }
+        const T* from = u + row * channels;
+        O* to = out + row * POINTS * channels;
+        int64_t channel = 0;
+        for (; channel + LANES <= channels; channel += LANES)
+            basis_at<true>(from + channel, to + channel, channels, LANES, of, middle, rate);
+        if (channel < channels) basis_at<false>(from + channel, to + channel, channels, channels - channel, of, middle, rate);
     }
 }
 
@@ -296,33 +411,19 @@ void basis(const T* u, O* out, int64_t rows, int64_t channels, const Pair* pairs
 template <typename T, typename O>
 void basis_grad(O* values, const T* u, T* du, int64_t rows, int64_t channels, const Pair* pairs, float middle,
                 float rate) {
+    const Constants of(pairs);
     #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
-        for (int64_t channel = 0; channel < channels; channel += LANES) {
-            int n = channels - channel < LANES ? channels - channel : LANES;
-            F r[P], in_w = all(0.0f), even = all(0.0f), odd = all(0.0f);
-            Point p = locate(load(u + row * channels + channel, n), middle, rate);
-            reciprocals(p.w, pairs, r);
-            O* at = values + row * POINTS * channels + channel;
-            for (int j = 0; j < P; j++) {
-                O *low = at + j * channels, *high = at + (POINTS - 1 - j) * channels;
-                F up = load(high, n), down = load(low, n), wr = p.w * r[j];
-                F sum = wr * (pairs[j].x + pairs[j].y * p.w), difference = wr * p.t * pairs[j].c;
-                F e = low == high ? up : 0.5f * (up + down), c = 0.5f * (up - down) * pairs[j].c;
-                F top = r[j] * (e * (pairs[j].x + pairs[j].y * p.w) + c * p.t);
-                even += top;
-                odd += r[j] * c;
-                in_w += r[j] * (e * pairs[j].y - top * (pairs[j].b + 2.0f * pairs[j].g * p.w));
-                if (low == high) { store(low, sum, n); continue; }
-                store(high, 0.5f * (sum + difference), n);
-                store(low, 0.5f * (sum - difference), n);
-            }
-            store(du + row * channels + channel,
-                  rate * (4.0f * p.w * p.w * p.w * odd - p.t * p.w * (even + p.w * in_w)), n);
-        }
+        const T* from = u + row * channels;
+        T* to = du + row * channels;
+        O* at = values + row * POINTS * channels;
+        int64_t channel = 0;
+        for (; channel + LANES <= channels; channel += LANES)
+            basis_grad_at<true>(at + channel, from + channel, to + channel, channels, LANES, of, middle, rate);
+        if (channel < channels)
+            basis_grad_at<false>(at + channel, from + channel, to + channel, channels, channels - channel, of, middle, rate);
     }
 }
-
 #endif
 
 template <typename Fn>

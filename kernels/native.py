@@ -51,9 +51,7 @@ def library(points: int, base: str | None = None) -> ctypes.CDLL | None:
     if command is None:
         return _without("no C++ compiler (g++ or clang++) was found")
     try:
-        compiled = _compiled(command, points, base)
-        _share_openmp()
-        found = ctypes.CDLL(str(compiled))
+        found = _load(command, points, base)
     except (OSError, subprocess.SubprocessError) as error:
         return _without(f"{command} could not build them ({str(error).strip().splitlines()[-1][:200]})")
     pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -74,6 +72,19 @@ def _without(reason: str) -> None:
     if not _warned:
         warnings.warn(f"KAN layers compute in plain PyTorch, slower than their C++ kernels: {reason}", stacklevel=2)
     _warned = True
+
+
+def _load(command: str, points: int, base: str | None) -> ctypes.CDLL:
+    _share_openmp()
+    file = _compiled(command, points, base)
+    try:
+        found = ctypes.CDLL(str(file))
+    except OSError:                     # what an earlier process left is no library: build it anew
+        file.unlink()
+        found = ctypes.CDLL(str(_compiled(command, points, base)))
+    if file.parent != cache_folder():
+        shutil.rmtree(file.parent, ignore_errors=True)
+    return found
 
 
 def _compiled(command: str, points: int, base: str | None) -> Path:

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from paths import PATHS, error, gradients, saved, through
-
 from torch.utils.flop_counter import FlopCounterMode
 
 from faster_kan import RSWAFGrid

@@ -1,0 +1,190 @@
+"""Which code computes the ops: the choice, the compiler, the cache."""
+import ctypes
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+from e2e import ROOT
+from paths import error
+
+import kernels
+import models_kan  # noqa: F401  registers the models with timm
+from kernels import backend, basis, native, rswaf_activation, rswaf_basis
+
+POINTS = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist())
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """An empty cache, and nothing loaded yet."""
+    monkeypatch.setenv("VISION_KAN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_warned", False)
+    native.library.cache_clear()
+    yield tmp_path / "cache"
+    native.library.cache_clear()
+
+
+def compute(base="gelu"):
+    return rswaf_activation(torch.randn(9, 16, generator=torch.Generator().manual_seed(0)),
+                            torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), POINTS, 6 / 7, base)
+
+
+needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here")
+
+
+# ---------------------------------------------------------------- the choice
+def test_what_cannot_be_chosen(monkeypatch):
+    with pytest.raises(ValueError, match="cuda is not one of auto, reference, cpu, triton, compile"):
+        kernels.use("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU, and PyTorch finds none here: take auto"):
+        kernels.use("triton")
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
+        kernels.use("triton")
+    assert kernels.chosen() == "auto"
+
+
+def test_what_computes_where(monkeypatch):
+    u = torch.zeros(2, 2)
+    if native.compiler():
+        assert backend.resolve("auto", u, POINTS, 1.0) == backend.resolve("cpu", u, POINTS, 1.0) == "native"
+    gpu = type("OnGPU", (), {"device": torch.device("cuda"), "dtype": torch.float32})
+    assert backend.resolve("auto", gpu, POINTS, 1.0) == backend.resolve("triton", gpu, None, None) == "triton"
+    assert backend.resolve("cpu", gpu, POINTS, 1.0) == "chunked"
+    monkeypatch.setattr(backend, "has_triton", lambda: False)
+    assert backend.resolve("auto", gpu, POINTS, 1.0) == "chunked"
+    assert backend.resolve("auto", u.double(), POINTS, 1.0) == backend.resolve("auto", u, None, None) == "chunked"
+
+
+def test_a_run_says_what_computes_its_layers(monkeypatch):
+    lines = {}
+    for name in ("auto", "reference", "compile"):
+        kernels.use(name)
+        lines[name] = kernels.describe("cpu")
+    kernels.use("auto")
+    assert len(set(lines.values())) == 3
+    assert kernels.describe("cuda") == "Triton kernels" and kernels.describe("mps") == "chunked PyTorch"
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    assert "slower than the C++ kernels, which need a C++ compiler" in kernels.describe("cpu")
+
+
+# ---------------------------------------------------------------- the compiler and the cache
+@needs_compiler
+def test_compiled_once_and_kept(fresh, monkeypatch):
+    want = compute()
+    files = sorted(fresh.iterdir())
+    assert [file.name.split("-")[:2] for file in files] == [["gelu", "8points"]]        # and nothing half-made beside it
+    native.library.cache_clear()
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: (calls.append(command), run(command, **kwargs))[1])
+    assert torch.equal(compute(), want) and sorted(fresh.iterdir()) == files
+    assert all("--version" in command for command in calls)
+    compute("silu")
+    assert len(list(fresh.iterdir())) == 2
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written(fresh):
+    fresh.touch()           # a file where the folder would be
+    assert native.library(8, "gelu") is not None and fresh.is_file()
+
+
+@pytest.mark.parametrize("compiler, words", [
+    (None, "no C\\+\\+ compiler"), ("/bin/false", "/bin/false could not build them"),
+    (sys.executable, "could not build them")], ids=["none", "fails", "no compiler at all"])
+def test_without_a_compiler_a_slower_path_and_one_warning(fresh, monkeypatch, compiler, words):
+    want = compute() if native.compiler() else None
+    native.library.cache_clear()
+    for file in fresh.iterdir() if fresh.exists() else ():
+        file.unlink()
+    monkeypatch.setattr(native, "compiler", lambda: compiler)
+    with pytest.warns(UserWarning, match=f"slower than their C\\+\\+ kernels: .*{words}"):
+        got = compute()
+    assert want is None or error(got, want) < 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compute("silu")
+
+
+@needs_compiler
+def test_a_file_in_the_cache_that_is_no_library(fresh):
+    compute()
+    file, = fresh.iterdir()
+    file.unlink()           # not in place: this process has it mapped
+    file.write_bytes(b"cut off")
+    native.library.cache_clear()
+    assert error(compute(), rswaf_activation(torch.randn(9, 16, generator=torch.Generator().manual_seed(0)).double(),
+                                             torch.randn(4, 8, generator=torch.Generator().manual_seed(1)), POINTS, 6 / 7,
+                                             "gelu")) < 1e-6
+    assert ctypes.CDLL(str(next(fresh.iterdir())))
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_openmp_in_the_process(threads):
+    """A second OpenMP library would double the threads; ours takes the one that PyTorch has loaded."""
+    code = ("import torch, kernels\n"
+            f"torch.set_num_threads({threads})\n"
+            "torch.randn(500, 500) @ torch.randn(500, 500)\n"
+            "u = torch.randn(3000, 64, requires_grad=True)\n"
+            f"kernels.rswaf_activation(u, torch.randn(4, 8), {POINTS}, 6 / 7, 'gelu').sum().backward()\n"
+            "names = {line.split('/')[-1].strip() for line in open('/proc/self/maps') if 'omp' in line.split('/')[-1]}\n"
+            "print(len(names))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    if sys.platform == "linux":
+        assert done.stdout.strip() == "1"
+
+
+# ---------------------------------------------------------------- the constants
+@pytest.mark.parametrize("low, high, n, h", [(-3, 3, 8, 6 / 7), (-2, 2, 3, 2.0), (-1, 1, 16, 0.1), (5, 6, 2, 0.3)])
+def test_pairs_are_the_basis(low, high, n, h):
+    """The formulas of cpu.cpp in fp64 against the definition."""
+    points = tuple(torch.linspace(low, high, n, dtype=torch.float64).tolist())
+    u = torch.linspace(low - 2, high + 2, 501, dtype=torch.float64)
+    want = rswaf_basis(u, torch.tensor(points, dtype=torch.float64), h)
+    z = 2 * (u - (low + high) / 2) / h
+    s, t = torch.exp(-z.abs()), torch.tanh(z)
+    w = s / (1 + s * s)
+    constants = basis.pair_constants(points, h)
+    for j in range((n + 1) // 2):
+        a, b, g, x, y, c = constants[6 * j:6 * j + 6]
+        q = a + b * w + g * w * w
+        plus, minus = w * (x + y * w) / q, w * t * c / q
+        if j == n - 1 - j:
+            torch.testing.assert_close(plus, want[:, j], rtol=1e-12, atol=1e-15)
+        else:
+            torch.testing.assert_close((plus + minus) / 2, want[:, n - 1 - j], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close((plus - minus) / 2, want[:, j], rtol=1e-9, atol=1e-12)
+
+
+def test_grids_that_have_no_pairs():
+    assert basis.pair_constants((-1.0, 0.2, 1.0), 0.5) is None          # not symmetric
+    assert basis.pair_constants((-1.0, 1.0), 0.09) is None              # too narrow
+    assert not native.supports(tuple(map(float, range(17))), 2.0)       # more than the kernels know
+
+
+# ---------------------------------------------------------------- whole models
+@pytest.mark.parametrize("name", ["vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"])
+def test_a_model_is_the_same_on_every_path(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=2, num_classes=5)
+    for key, parameter in model.named_parameters():
+        if key.endswith("coefficients"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(3, 3, 32, 32)
+    results = {}
+    for path in ("auto", "reference", "compile"):
+        kernels.use(path)
+        model.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results[path] = [y, *(p.grad.clone() for p in model.parameters())]
+    kernels.use("auto")
+    for path in ("reference", "compile"):
+        assert all(error(a, b) < 1e-4 for a, b in zip(results["auto"], results[path], strict=True))
