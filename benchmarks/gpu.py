@@ -1,0 +1,458 @@
+"""One command for a machine with a GPU: are the ops right there, how fast are they, and how fast do models train.
+
+    python benchmarks/gpu.py                            # within 8 minutes; table, and benchmarks/results/gpu.csv
+    python benchmarks/gpu.py --quick                    # small sizes, a minute
+    python benchmarks/gpu.py --device cpu --quick       # the same code on a CPU
+
+1. Every op, forward and every gradient, against float64 on the device, in float32, bfloat16 and float16. An error
+   beyond the bound makes the exit status 1.
+2. Every op's time, forward and forward + backward, bfloat16, against its reference in eager mode and through
+   torch.compile; the full-edge layer also against a compiled basis that is written to memory for cuBLAS, and against an
+   MLP of equal FLOPs; the activation also against GELU. Calls are captured in a CUDA graph where they can be, so that
+   Python's overhead is not in the time; what fits in the L2 cache may stay there, as it does behind a matrix product.
+3. A training step (bfloat16 autocast, AdamW) of the KANs and their MLP twin, eager and through torch.compile.
+
+Times are medians of n repetitions in which all variants take turns; spread is the interquartile range in percent of
+the median. TFLOP/s and GB/s count what the op must do, not what a variant does. Peaks are the data sheet's (dense, bf16),
+or for a card that is not in `PEAKS` a matrix product's and a copy's as measured at the start.
+"""
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+import models_kan
+from models_kan import count_flops
+
+FIELDS = ("part", "name", "variant", "width", "dtype", "phase", "ms", "spread_percent", "n", "how", "ratio", "tflops",
+          "tflops_percent", "gbps", "gbps_percent", "images_per_s", "mfu_percent", "memory_mib", "batch", "error", "bound",
+          "problem", "card", "driver", "torch", "triton", "cuda", "peak_tflops", "peak_gbps", "peaks")
+# Part of the card's name, first match wins: dense bf16 TFLOP/s, GB/s, by the maker's data sheets.
+PEAKS = {
+    "B200": (2250, 8000), "GH200": (989, 4000), "H200": (989, 4800), "H100 PCIe": (756, 2000), "H100 NVL": (835, 3900),
+    "H100": (989, 3350), "A100-SXM4-40": (312, 1555), "A100-PCIE-40": (312, 1555), "A100": (312, 2039),
+    "L40S": (362, 864), "L40": (181, 864), "L4": (121, 300), "A10G": (70, 600), "A10": (125, 600),
+    "RTX 5090": (210, 1792), "RTX 4090": (165, 1008), "RTX 3090": (71, 936), "MI300X": (1307, 5300)}
+GRID, H, G, GROUPS = (-3.0, 3.0), 6 / 7, 8, 8
+POINTS = tuple(torch.linspace(*GRID, G, dtype=torch.float64).tolist())
+TOKENS = 25_216                     # 128 images of 197 tokens
+# Largest error, relative to the largest value of the result.
+BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+class Bench:
+    """The device, sizes, the deadline, and the rows found so far."""
+
+    def __init__(self, device: str, quick: bool, minutes: float):
+        self.device, self.quick, self.cuda = device, quick, device == "cuda"
+        self.end = time.monotonic() + 60 * minutes
+        self.n = 3 if quick else 15
+        self.compile = self.cuda
+        self.rows: list[dict] = []
+        self.card, self.peaks = platform.processor() or platform.machine(), (None, None)
+        self.versions = {"card": self.card, "torch": torch.__version__, "triton": _version("triton"),
+                         "cuda": torch.version.cuda or torch.version.hip or "", "driver": _driver() if self.cuda else ""}
+        if self.cuda:
+            self.card = self.versions["card"] = torch.cuda.get_device_name()
+            known = next((peaks for part, peaks in PEAKS.items() if part in self.card), None)
+            self.peaks = known or self._measured_peaks()
+            self.versions |= {"peak_tflops": self.peaks[0], "peak_gbps": self.peaks[1],
+                              "peaks": "data sheet" if known else "measured"}
+
+    def _measured_peaks(self) -> tuple[float, float]:
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        big = torch.empty(2 ** 28, device="cuda", dtype=torch.uint8)
+        times = self.times({"product": lambda: a @ a, "copy": lambda: big.clone()})
+        return (round(2 * 8192 ** 3 / times["product"]["ms"] / 1e9, 1), round(2 * big.numel() / times["copy"]["ms"] / 1e6, 1))
+
+    def add(self, part: str, name: str, **values) -> None:
+        row = {"part": part, "name": name, **values}
+        ms = values.get("ms")
+        if ms:
+            flops, size = row.pop("flops", 0), row.pop("bytes", 0)
+            for key, amount, peak in (("tflops", flops / ms / 1e9, self.peaks[0]), ("gbps", size / ms / 1e6, self.peaks[1])):
+                if amount:
+                    row |= {key: amount} | ({f"{key}_percent": 100 * amount / peak} if peak else {})
+        row = {key: value for key, value in row.items() if key in FIELDS}
+        self.rows.append({**self.versions, **row})
+        text = f"{value_of(row, 'problem')}" or " ".join(
+            f"{key} {_short(row[key])}" for key in FIELDS[6:] if row.get(key) not in (None, ""))
+        label = " ".join(str(row[key]) for key in FIELDS[1:6] if row.get(key) not in (None, ""))
+        print(f"{part}: {label}: {text}", flush=True)
+
+    def late(self, seconds: float) -> bool:
+        return time.monotonic() + seconds > self.end
+
+    # ---------------------------------------------------------------- time
+    def times(self, variants: dict[str, Callable[[], object]], graphs: bool = True) -> dict[str, dict]:
+        """name -> {"ms", "spread_percent", "n", "how"}, or {"problem"} where it does not run."""
+        runs, found = {}, {}
+        for name, run in variants.items():
+            try:
+                runs[name] = self._prepare(run, graphs)
+            except Exception as error:      # out of memory, no kernel for this card, whatever it is: its row says so
+                found[name] = {"problem": _first_line(error)}
+                self.free()
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(self.n):
+            for name, (run, calls, _) in runs.items():
+                samples[name].append(self._measure(run) / calls)
+        for name, values in samples.items():
+            low, median, high = statistics.quantiles(values, n=4)
+            found[name] = {"ms": median, "spread_percent": 100 * (high - low) / median, "n": self.n, "how": runs[name][2]}
+        return {name: found[name] for name in variants}
+
+    def _prepare(self, run: Callable[[], object], graphs: bool) -> tuple[Callable[[], object], int, str]:
+        """What to time, how many calls of `run` that is, and how they are launched."""
+        if not self.cuda:
+            run()
+            return run, 1, "calls"
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):                         # as CUDA graphs ask for; compiles what needs compiling
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        calls = max(1, min(100, round(3 / max(self._measure(run), 1e-3))))     # about 3 ms a measurement
+        if graphs:
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    for _ in range(calls):
+                        run()
+                graph.replay()
+                torch.cuda.synchronize()
+                return graph.replay, calls, "graph"
+            except RuntimeError as error:
+                torch.cuda.synchronize()
+                print(f"not captured ({_first_line(error)}): timed with Python's overhead")
+
+        def repeat() -> None:
+            for _ in range(calls):
+                run()
+        return repeat, calls, "calls"
+
+    def _measure(self, run: Callable[[], object]) -> float:
+        """Milliseconds."""
+        if not self.cuda:
+            start = time.perf_counter()
+            run()
+            return 1e3 * (time.perf_counter() - start)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def free(self) -> None:
+        """Memory, and compiled programs: another width is to be a program of its own, no dynamic shape."""
+        torch.compiler.reset()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+# ---------------------------------------------------------------- 1. right?
+def check_ops(bench: Bench) -> None:
+    rows = 67 if bench.quick else 1000
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        every = dtype == torch.float32 and not bench.quick      # each compiles two kernels
+        for base in ("none", "identity", "gelu", "silu", "relu", "relu2") if every else ("gelu",):
+            _check_activation(bench, dtype, rows, 96, 8, base, POINTS, H, scaled=base != "none")
+        for name, channels, groups, points, h in (("a group a channel", 45, 45, POINTS, H), ("16 points", 64, 2,
+                                                  tuple(x / 2.5 for x in range(16)), 0.4),
+                                                  ("not uniform", 96, 8, (-3.0, -1.0, 0.5, 3.0), 0.9)):
+            _check_activation(bench, dtype, 21, channels, groups, "gelu", points, h, True, name)
+        for name, t, i, o, trained in (("", rows, 64, 96, False), ("odd sizes", 21, 45, 35, False),
+                                       ("trained grid and h", rows, 64, 96, True)):
+            _check_linear(bench, dtype, t, i, o, trained, name)
+
+
+def _check_activation(bench: Bench, dtype: torch.dtype, rows: int, channels: int, groups: int, base: str,
+                      points: tuple[float, ...], h: float, scaled: bool, note: str = "") -> None:
+    torch.manual_seed(0)
+    u = (2 * torch.randn(rows, channels, device=bench.device)).to(dtype)
+    c = torch.randn(groups, len(points), device=bench.device)
+    s = torch.randn(groups, device=bench.device) if scaled else None
+    _compare(bench, f"activation {base}", note, dtype, (u, c, s), ("v", "du", "dC", "dscale"),
+             lambda u, c, s: kernels.rswaf_activation(u, c, points, h, base=base, scale=s),
+             lambda u, c, s: kernels.rswaf_activation_reference(u, c, points, h, base=base, scale=s))
+
+
+def _check_linear(bench: Bench, dtype: torch.dtype, rows: int, n_in: int, n_out: int, trained: bool, note: str) -> None:
+    torch.manual_seed(0)
+    u = torch.randn(rows, n_in, device=bench.device).to(dtype)
+    w = (torch.randn(n_out, n_in * G, device=bench.device) / (n_in * G) ** 0.5).to(dtype)
+    grid, h = torch.tensor(POINTS, device=bench.device, dtype=torch.float32), torch.tensor(H, device=bench.device)
+    exact = grid.double()
+    _compare(bench, "linear", note, dtype, (u, w, *((grid, h) if trained else ())), ("y", "du", "dW", "dgrid", "dh"),
+             lambda u, w, g=grid, h=H: kernels.rswaf_linear(u, w, g, h, not trained),
+             lambda u, w, g=exact, h=H: kernels.rswaf_linear_reference(u, w, g, h))
+
+
+def _compare(bench: Bench, op: str, note: str, dtype: torch.dtype, inputs: tuple[Tensor | None, ...],
+             names: tuple[str, ...], run: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
+    """A row for the worst of the op's results: largest error / largest value."""
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
+    want = reference(*exact)
+    dy = torch.randn_like(want).to(dtype)
+    right = [want, *torch.autograd.grad(want, [x for x in exact if x is not None], dy.double())]
+    row = {"variant": note, "dtype": _name(dtype), "bound": BOUNDS[dtype]}
+    try:
+        kernels.use("auto")
+        y = run(*leaves)
+        got = [y, *torch.autograd.grad(y, [x for x in leaves if x is not None], dy.to(y.dtype))]
+        errors = {name: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
+                  for name, a, b in zip(names, got, right)}
+    except Exception as error:      # a kernel that does not compile is a wrong one; the others still want checking
+        bench.add("check", op, **row, problem=_first_line(error))
+        return
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    problem = "" if errors[worst] <= BOUNDS[dtype] else f"error {errors[worst]:.1e} of {worst} over {BOUNDS[dtype]:.0e}"
+    bench.add("check", op, **row, error=errors[worst], problem=problem)
+
+
+# ---------------------------------------------------------------- 2. how fast are the ops
+def with_backward(run: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(run(), leaves, dy)
+
+
+def without_grad(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return torch.no_grad()(run)
+
+
+def time_ops(bench: Bench) -> None:
+    kernels.use("auto")
+    tokens = 197 if bench.quick else TOKENS
+    for width in (96,) if bench.quick else (192, 384, 768):
+        _time_activation(bench, tokens, width)
+        bench.free()
+        _time_linear(bench, tokens, width)
+        bench.free()
+
+
+def _time_activation(bench: Bench, tokens: int, width: int) -> None:
+    u = torch.randn(tokens, width, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+    c = (0.1 * torch.randn(GROUPS, G, device=bench.device)).requires_grad_()
+    grid = torch.tensor(POINTS, device=bench.device, dtype=torch.float32)
+
+    def kernel() -> Tensor:
+        return kernels.rswaf_activation(u, c, POINTS, H, base="gelu")
+
+    def reference(u: Tensor, c: Tensor, grid: Tensor) -> Tensor:       # with the grid on the device already
+        x = u.float()
+        return (F.gelu(x) + (kernels.rswaf_basis(x, grid, H) * c.repeat_interleave(width // GROUPS, 0)).sum(-1)).to(u.dtype)
+
+    variants = {"kernel": (kernel, [u, c]), "reference": (lambda: reference(u, c, grid), [u, c])}
+    if bench.compile:
+        compiled = torch.compile(reference, dynamic=False)
+        variants["reference compiled"] = (lambda: compiled(u, c, grid), [u, c])
+    variants["GELU"] = (lambda: F.gelu(u), [u])
+    _time(bench, "activation", variants, "GELU", width, torch.randn_like(u),
+          {"forward": (0, 2 * 2 * tokens * width), "forward+backward": (0, 5 * 2 * tokens * width)})
+
+
+def _time_linear(bench: Bench, tokens: int, width: int) -> None:
+    u = torch.randn(tokens, width, device=bench.device, dtype=torch.bfloat16, requires_grad=True)
+    w = (torch.randn(width, width * G, device=bench.device) / (width * G) ** 0.5).bfloat16().requires_grad_()
+    grid = torch.tensor(POINTS, device=bench.device, dtype=torch.float32)
+    w1, w2 = ((torch.randn(shape, device=bench.device) / shape[1] ** 0.5).bfloat16().requires_grad_()
+              for shape in ((4 * width, width), (width, 4 * width)))
+
+    def basis(u: Tensor) -> Tensor:
+        return kernels.rswaf_basis(u.float(), grid, H).flatten(-2).bfloat16()
+
+    def reference(u: Tensor, w: Tensor) -> Tensor:
+        return F.linear(basis(u), w)
+
+    variants = {"kernel": (lambda: kernels.rswaf_linear(u, w, grid, H, True), [u, w]),
+                "reference": (lambda: reference(u, w), [u, w])}
+    if bench.compile:
+        compiled_basis, compiled = (torch.compile(function, dynamic=False) for function in (basis, reference))
+        variants |= {"reference compiled": (lambda: compiled(u, w), [u, w]),
+                     "basis written, cuBLAS": (lambda: F.linear(compiled_basis(u), w), [u, w])}
+    variants["MLP"] = (lambda: F.linear(F.gelu(F.linear(u, w1)), w2), [u, w1, w2])
+    flops, once, weight = 2 * tokens * width * width * G, 2 * tokens * width, 2 * width * width * G
+    _time(bench, "linear", variants, "MLP", width, torch.randn_like(u),
+          {"forward": (flops, 2 * once + weight), "forward+backward": (3 * flops, 7 * once + 3 * weight)})
+
+
+def _time(bench: Bench, name: str, variants: dict[str, tuple[Callable[[], Tensor], list[Tensor]]], twin: str, width: int,
+          dy: Tensor, work: dict[str, tuple[float, float]]) -> None:
+    """Rows of an op's variants. work: phase -> FLOPs and bytes that the op cannot do without."""
+    for phase, (flops, size) in work.items():
+        if bench.late(20):
+            bench.add("op", name, width=width, phase=phase, problem="left out: no time left")
+            continue
+        backward = phase != "forward"
+        found = bench.times({variant: with_backward(run, leaves, dy) if backward else without_grad(run)
+                             for variant, (run, leaves) in variants.items()})
+        for variant, times in found.items():
+            ratio = times["ms"] / found[twin]["ms"] if "ms" in times and "ms" in found[twin] else None
+            bench.add("op", name, variant=variant, width=width, dtype="bfloat16", phase=phase, flops=flops, bytes=size,
+                      ratio=ratio, **times)
+
+
+# ---------------------------------------------------------------- 3. how fast do models train
+def time_models(bench: Bench) -> None:
+    if bench.cuda and not bench.quick:
+        sizes, batch = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"), 128
+    else:
+        sizes, batch = ("vit_nano_patch8_32",), 8
+    for compiled in (False, True) if bench.compile else (False,):
+        for size in sizes:
+            need = (120 if compiled else 20) if not bench.quick else 0
+            if bench.late(need):
+                bench.add("step", size, phase="compiled" if compiled else "eager", problem="left out: no time left")
+                continue
+            _time_size(bench, size, batch, compiled)
+            bench.free()
+
+
+def _time_size(bench: Bench, size: str, batch: int, compiled: bool) -> None:
+    width = models_kan.SIZES[size].embed_dim
+    kinds = {"ViT": {}, "GKAN": {}, "KAN": {"hdim_kan": width // 2}}        # all of the same matrix-product FLOPs
+    kernels.use("auto")
+    phase = "compiled" if compiled else "eager"
+    while True:
+        steps, memory, flops = {}, {}, {}
+        try:
+            for kind, options in kinds.items():
+                before = torch.cuda.memory_allocated() if bench.cuda else 0         # of the variants before
+                model = timm.create_model(f"{size}_{kind}", **options).to(bench.device).train()
+                flops[kind] = 3 * batch * count_flops(model).matmul
+                steps[kind] = _step(bench, torch.compile(model) if compiled else model, batch,
+                                    models_kan.SIZES[size].img_size)
+                for _ in range(2):
+                    steps[kind]()                           # the second has the optimizer's state from the start
+                    memory[kind] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if bench.cuda else None
+                    if bench.cuda:
+                        torch.cuda.reset_peak_memory_stats()
+            break
+        except torch.OutOfMemoryError:
+            steps = model = None
+            bench.free()
+            if batch == 1:
+                bench.add("step", size, phase=phase, problem="out of memory")
+                return
+            batch //= 2
+    found = bench.times(steps, graphs=False)
+    for kind, times in found.items():
+        values = {}
+        if "ms" in times:
+            values = {"images_per_s": 1e3 * batch / times["ms"], "flops": flops[kind]}
+            if bench.peaks[0]:
+                values["mfu_percent"] = 100 * flops[kind] / times["ms"] / 1e9 / bench.peaks[0]
+            if "ms" in found["ViT"]:
+                values["ratio"] = times["ms"] / found["ViT"]["ms"]
+        bench.add("step", size, variant=kind, width=width, dtype="bfloat16", phase=phase, batch=batch,
+                  memory_mib=memory[kind], **values, **times)
+
+
+def _step(bench: Bench, model: nn.Module, batch: int, pixels: int) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=bench.cuda)
+    images = torch.randn(batch, 3, pixels, pixels, device=bench.device)
+    labels = torch.randint(1000, (batch,), device=bench.device)
+
+    def step() -> None:
+        with torch.autocast(bench.device, torch.bfloat16):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+# ---------------------------------------------------------------- report
+def value_of(row: dict, key: str) -> object:
+    return row.get(key) if row.get(key) is not None else ""
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def table(bench: Bench) -> str:
+    """One table of all rows, the columns that anything is in."""
+    fixed = set(bench.versions)
+    columns = [key for key in FIELDS if key not in fixed and any(value_of(row, key) != "" for row in bench.rows)]
+    cells = [columns] + [[_short(value_of(row, key)) for key in columns] for row in bench.rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    head = ", ".join(f"{key} {value}" for key, value in bench.versions.items() if value not in (None, ""))
+    return "\n".join([head, *("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in cells)])
+
+
+def write_csv(bench: Bench, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
+                         for row in bench.rows)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:150]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return ""
+
+
+def _driver() -> str:
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True,
+                              text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.split("\n")[0].strip()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="small sizes, three repetitions")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.csv")
+    parser.add_argument("--minutes", type=float, default=8.0, help="what does not fit is left out, and said so")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch finds no GPU here: run this on a machine with one, or try the code with --device cpu --quick.",
+              file=sys.stderr)
+        return 2
+    if args.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False       # the checks in float32 are of float32
+    bench = Bench(args.device, args.quick, args.minutes)
+    for part in (check_ops, time_ops, time_models):
+        part(bench)
+        write_csv(bench, args.output)                       # what is known survives an interruption
+    print(f"\n{table(bench)}\n\n{args.output}")
+    wrong = [row for row in bench.rows if row["part"] == "check" and row["problem"]]
+    for row in wrong:
+        print(f"WRONG: {row['name']} {row['variant']} {row['dtype']}: {row['problem']}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

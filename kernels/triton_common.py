@@ -1,0 +1,152 @@
+"""What the Triton kernels share: the two approximate instructions, the basis, devices, and cases to compile.
+
+The basis B_k(u) = 1 - tanh((u - g_k)/h)^2 from one exponential for all grid points. With c the grid's middle,
+s = 2 log2(e)/h and E = 2^z, z = clamp(s (u - c), +-60),
+
+    D_k = p_k E + q_k/E + 1/2,    p_k = 2^(-s (g_k - c))/4,    q_k = 2^(s (g_k - c))/4,
+    B_k = 1/D_k,                  dB_k/du = (2/h) (q_k/E - p_k E) / D_k^2.
+
+Every term is positive: nothing cancels, and nothing overflows while max |g_k - c| / h <= 10. Any other grid takes
+one exponential a point instead, e = 2^-|s (u - g_k)|, B_k = 4e/(1 + e)^2, dB_k/du = -sign(u - g_k) (2/h) B_k
+(1 - e)/(1 + e) (`SINGLE_EXP` off).
+"""
+import functools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SCALE = tl.constexpr(2 * math.log2(math.e))
+# In the interpreter kernels are Python on CPU tensors. Read where Triton's decorators read it: at import.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+# ---------------------------------------------------------------- inside kernels
+@triton.jit
+def fast_exp2(x, APPROX: tl.constexpr):
+    """2^x, relative error 2^-22, results below 2^-126 flushed to zero. APPROX: NVIDIA's instruction."""
+    if APPROX:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True,
+                                         pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def fast_reciprocal(x, APPROX: tl.constexpr, PURE: tl.constexpr = True):
+    """1/x, relative error 2^-23; the plain division compiles to ten instructions instead of one. Not PURE: computed
+    once, in one layout, where Triton would else repeat it for every thread and product that reads it."""
+    if APPROX:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=PURE,
+                                         pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def load_width(h, H_TENSOR: tl.constexpr):
+    """h as a number, from a number or from the address of a 0-d tensor."""
+    if H_TENSOR:
+        return tl.load(h).to(tl.float32)
+    else:
+        return h
+
+
+@triton.jit
+def grid_middle(grid, G: tl.constexpr):
+    return 0.5 * (tl.load(grid).to(tl.float32) + tl.load(grid + (G - 1)).to(tl.float32))
+
+
+# ---------------------------------------------------------------- devices
+@dataclass(frozen=True)
+class Device:
+    """What a launcher must know of a device, and what stands in for it ahead of time.
+
+    capability: 10 * major + minor on NVIDIA, 0 elsewhere. shared: bytes of shared memory that one block may take.
+    processors: multiprocessors (compute units)."""
+    backend: str                # "cuda" or "hip"
+    capability: int
+    shared: int
+    processors: int
+    arch: str = ""              # AMD's name of the architecture
+
+    @property
+    def family(self) -> str:
+        """Its matrix instructions as Triton uses them: "mma", "wgmma", "tcgen05" or "mfma"."""
+        if self.backend == "hip":
+            return "mfma"
+        return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(self.capability // 10, "mma")
+
+    @property
+    def approx(self) -> bool:
+        """Whether the approximate instructions exist."""
+        return self.backend == "cuda" and not INTERPRETED
+
+
+TARGETS = {
+    "sm_80": Device("cuda", 80, 163 * 1024, 108),
+    "sm_86": Device("cuda", 86, 99 * 1024, 68),
+    "sm_89": Device("cuda", 89, 99 * 1024, 128),
+    "sm_90": Device("cuda", 90, 227 * 1024, 132),
+    "sm_100": Device("cuda", 100, 227 * 1024, 148),
+    "sm_120": Device("cuda", 120, 99 * 1024, 170),
+    "gfx942": Device("hip", 0, 64 * 1024, 304, "gfx942"),
+}
+
+
+@functools.lru_cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return Device("hip", 0, properties.shared_memory_per_block, properties.multi_processor_count,
+                      properties.gcnArchName.split(":")[0])
+    return Device("cuda", 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin,
+                  properties.multi_processor_count)
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The device that a tensor's kernels run on; for CPU tensors in the interpreter, one of the smallest."""
+    if tensor.device.type == "cpu" and INTERPRETED:
+        return TARGETS["sm_86"]
+    if tensor.device.type != "cuda":
+        raise ValueError(f"a Triton kernel needs a tensor on a GPU, got one on {tensor.device}")
+    return _cuda_device(tensor.device.index)
+
+
+# ---------------------------------------------------------------- compiled ahead of time
+@dataclass(frozen=True)
+class Work:
+    """What a kernel cannot do without: flops in matrix products, special functions, bytes from and to memory."""
+    flops: float = 0.0
+    specials: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One specialisation of a kernel that a launcher may choose on a device.
+
+    name: the op ("rswaf_linear.forward"). tile: what tells this case from the op's others, in words.
+    fn: a `triton.jit` function. signature: Triton types of its runtime arguments. constexprs: the other arguments.
+    divisible: the integer arguments that are multiples of 16, besides all addresses.
+    has_dot: it multiplies matrices. tensor_cores: on matrix instructions (a product in full fp32 has none on NVIDIA).
+    quick: compiled by `--quick`, one case of each op and device.
+    work: (tokens, width d) -> Work of the op at d inputs and d outputs with this tile; None: no bound is printed.
+    """
+    name: str
+    tile: str
+    fn: Callable
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    has_dot: bool = False
+    tensor_cores: bool = False
+    divisible: tuple[str, ...] = ()
+    quick: bool = False
+    work: Callable[[int, int], Work] | None = field(default=None, compare=False)

@@ -1,0 +1,196 @@
+"""The group KAN's activation in Triton's interpreter, on a CPU, against float64 and autograd.
+
+The interpreter is chosen when Triton is imported, so this file runs itself once in a process of its own, and each test
+reads what became of one check.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from faster_kan import rswaf_basis  # noqa: E402
+from group_kan import BASES  # noqa: E402
+
+UNIFORM = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist())
+H = 6 / 7
+# Largest error allowed, relative to the largest value: float32 as computed, the others as rounded.
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+# ---------------------------------------------------------------- in the interpreter
+def reference(u, c, scale, points, h, base, dv):
+    """v, du, dC, dscale in float64."""
+    leaves = [t.detach().double().requires_grad_() for t in (u, c, torch.ones(len(c)) if scale is None else scale)]
+    x, c, s = leaves
+    spread = x.shape[1] // len(c)
+    grid = torch.tensor(points, dtype=torch.float64)
+    v = (rswaf_basis(x, grid, h) * c.repeat_interleave(spread, 0)).sum(-1)
+    if base != "none":
+        v = v + BASES[base](x) * s.repeat_interleave(spread)
+    v.backward(dv.double())
+    return v.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)
+
+
+def check(rows=21, channels=45, groups=5, points=UNIFORM, h=H, base="gelu", scaled=False, dtype=torch.float32,
+          spread=2.0, u=None, parts=False) -> None:
+    from kernels import triton_activation as ops
+    torch.manual_seed(rows + channels)
+    u = (torch.randn(rows, channels) * spread if u is None else u).to(dtype)
+    dv = torch.randn(u.shape).to(dtype)
+    c = torch.randn(groups, len(points))
+    scale = torch.randn(groups) if scaled else None
+    v = ops.forward(u, c, scale, points, h, base)
+    gradients = ops.backward(dv, u, c, scale, points, h, base)
+    want = reference(u, c, scale, points, h, base, dv)
+    for name, got, right in zip(("v", "du", "dC", "dscale"), (v, *gradients), want):
+        if got is None:
+            assert name == "dscale" and scale is None
+            continue
+        assert got.dtype == (torch.float32 if name in ("dC", "dscale") else dtype) and got.shape == right.shape, name
+        bound = TOLERANCE[torch.float32 if name in ("dC", "dscale") else dtype] * max(1.0, right.abs().max().item())
+        error = (got.double() - right).abs().max().item()       # NaN compares false
+        assert error <= bound, f"{name}: error {error:.2e} over {bound:.2e}"
+    for need_u, need_c in ((True, False), (False, True)) if parts else ():
+        some = ops.backward(dv, u, c, scale, points, h, base, need_u, need_c)
+        for got, whole, needed in zip(some, gradients, (need_u, need_c, need_c)):
+            assert (got is None) if not needed or whole is None else torch.equal(got, whole)
+
+
+def far() -> None:
+    """|u| to 1e4: finite, and the base alone."""
+    u = torch.tensor([[-1e4, -300.0, -40.0, 40.0, 300.0, 1e4]])
+    for base in ("none", "identity", "gelu", "silu", "relu", "relu2"):
+        check(groups=1, base=base, scaled=True, u=u)
+    check(groups=1, base="none", u=u, points=(-2.0, 0.5, 3.0))
+    check(groups=1, base="gelu", dtype=torch.bfloat16, u=u)
+
+
+def not_a_number() -> None:
+    """NaN stays NaN, and in its own place."""
+    from kernels import triton_activation as ops
+    u = torch.zeros(3, 4)
+    u[1, 2] = float("nan")
+    for base in ("none", "gelu", "relu"):
+        for points in (UNIFORM, (-2.0, 0.5, 3.0)):
+            c = torch.ones(2, len(points))
+            v = ops.forward(u, c, None, points, H, base)
+            du = ops.backward(torch.ones_like(u), u, c, None, points, H, base)[0]
+            assert torch.equal(v.isnan(), u.isnan()) and torch.equal(du.isnan(), u.isnan())
+
+
+def empty() -> None:
+    from kernels import triton_activation as ops
+    u, c, scale = torch.zeros(0, 12), torch.ones(3, 8), torch.ones(3)
+    assert ops.forward(u, c, scale, UNIFORM, H, "gelu").shape == (0, 12)
+    du, dc, ds = ops.backward(u, u, c, scale, UNIFORM, H, "gelu")
+    assert du.shape == (0, 12) and torch.equal(dc, torch.zeros(3, 8)) and torch.equal(ds, torch.zeros(3))
+
+
+def twice() -> None:
+    from kernels import triton_activation as ops
+    u, dv, c, scale = torch.randn(75, 130), torch.randn(75, 130), torch.randn(2, 8), torch.randn(2)
+    runs = [(ops.forward(u, c, scale, UNIFORM, H, "gelu"), *ops.backward(dv, u, c, scale, UNIFORM, H, "gelu"))
+            for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+def refused() -> None:
+    from kernels import triton_activation as ops
+    u, c = torch.zeros(3, 12), torch.ones(3, 8)
+    for wrong in ((u.double(), c, UNIFORM, "gelu"), (u.t(), c, UNIFORM, "gelu"), (u, torch.ones(5, 8), UNIFORM, "gelu"),
+                  (u, c, UNIFORM[:5], "gelu"), (u, c, UNIFORM, "tanh"), (u, torch.ones(3, 17), (0.0,) * 17, "gelu")):
+        try:
+            ops.forward(wrong[0], wrong[1], None, wrong[2], H, wrong[3])
+        except ValueError:
+            continue
+        raise AssertionError(f"accepted {[w.shape if hasattr(w, 'shape') else w for w in wrong]}")
+
+
+def approximate() -> None:
+    """With errors as large as those of NVIDIA's approximate instructions, which the interpreter does not have."""
+    from triton import language as tl
+
+    from kernels import triton_activation as ops
+    exact = ops.fast_exp2, ops.fast_reciprocal
+
+    def rough(function, error):
+        return lambda x, approx: function(x, approx) * (1.0 + error * tl.where(tl.sin(1e3 * x) > 0.0, 1.0, -1.0))
+
+    ops.fast_exp2, ops.fast_reciprocal = rough(exact[0], 2.0 ** -22), rough(exact[1], 2.0 ** -23)
+    try:
+        check(scaled=True)
+        check(points=grid_of(16), h=4 / 15)
+        check(h=0.301, spread=3.0, base="silu")
+    finally:
+        ops.fast_exp2, ops.fast_reciprocal = exact
+
+
+def grid_of(n: int) -> tuple[float, ...]:
+    return tuple(torch.linspace(-2, 2, n, dtype=torch.float64).tolist())
+
+
+CHECKS = {
+    **{f"{base}-float32": lambda base=base: check(base=base, scaled=True)
+       for base in ("none", "identity", "gelu", "silu", "relu", "relu2")},
+    **{f"{base}-{dtype}": lambda base=base, dtype=dtype: check(base=base, dtype=getattr(torch, dtype))
+       for base in ("none", "gelu", "relu2") for dtype in ("float16", "bfloat16")},
+    **{f"points-{n}": lambda n=n: check(points=grid_of(n), h=4 / (n - 1), scaled=True) for n in (2, 3, 5, 8, 13, 16)},
+    "off-centre": lambda: check(points=tuple(x + 1.5 for x in UNIFORM)),
+    "symmetric-not-uniform": lambda: check(points=(-3.0, -1.0, 0.0, 1.0, 3.0), h=0.7),
+    "not-uniform": lambda: check(points=(-2.5, -1.0, 0.1, 0.4, 3.0), h=0.7, scaled=True),
+    "not-uniform-16-bit": lambda: check(points=(-2.5, -1.0, 0.1, 0.4, 3.0), h=0.7, dtype=torch.bfloat16),
+    "narrow": lambda: check(h=0.1, spread=3.0),                 # beyond what the pairs' form holds for
+    "nearly-narrow": lambda: check(h=0.301, spread=3.0),
+    "one-value": lambda: check(rows=1, channels=1, groups=1),
+    "one-channel": lambda: check(rows=37, channels=1, groups=1, scaled=True),
+    "group-a-channel": lambda: check(groups=45, scaled=True),
+    "many-columns": lambda: check(rows=3, channels=200, groups=8),
+    "many-rows": lambda: check(rows=75, channels=130, groups=2, scaled=True),      # several tiles a program
+    "approximate": approximate,
+    "parts": lambda: check(scaled=True, parts=True),
+    "parts-not-uniform": lambda: check(rows=3, points=(-2.0, 0.5, 3.0), parts=True),
+    "far": far, "nan": not_a_number, "empty": empty, "twice": twice, "refused": refused}
+
+
+def main() -> None:
+    from kernels import triton_activation as ops
+
+    def filled(*shape, dtype, device):
+        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+    ops._empty = filled                         # what is not written shows
+    ops.PROGRAMS_PER_PROCESSOR = 4 / 68         # of the device that stands in: as few programs as on much data
+    failed = {}
+    for name, run in CHECKS.items():
+        try:
+            torch.manual_seed(0)
+            run()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(failed))
+
+
+# ---------------------------------------------------------------- the tests
+@pytest.fixture(scope="module")
+def failed() -> dict[str, str]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, timeout=240,
+                          env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(failed, name):
+    assert name not in failed, failed[name]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
