@@ -15,7 +15,7 @@ import torch
 import yaml
 from timm.optim import list_optimizers
 
-from group_kan import BASES
+from kernels import BACKENDS, BASES
 from utils import UserError
 
 # Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
@@ -43,7 +43,8 @@ _SCOPES = {
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
-    "place": "config list_models data_path download output_dir device finetune resume start_epoch eval "
+    "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
+             "kan_backend "
              "dist_eval num_workers pin_mem distributed world_size dist_url print_freq teacher_path",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
@@ -174,6 +175,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--kan-trainable-base", action=on_off, help="learn the scale of the base function (_GKAN)")
     add("--kan-trainable-grid", action=on_off, help="learn where the grid points are (_KAN)")
     add("--kan-trainable-h", action=on_off, help="learn the width of the basis functions (_KAN)")
+    add("--kan-backend", default="auto", choices=list(BACKENDS),
+        help="what computes the KAN layers: C++ on a CPU and Triton on a GPU (auto), plain PyTorch (reference), that through "
+             "torch.compile (compile)")
     add("--grad-checkpointing", action=on_off, default=False,
         help="recompute activations in the backward pass: less memory, more time")
     add("--amp-dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
@@ -281,6 +285,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
         help="first epoch where the checkpoint doesn't say")
     add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
     add("--print-freq", default=10, type=int, metavar="N", help="batches between log lines")
+    add("--compile", action=on_off, default=False, help="torch.compile the model: minutes at the start, then faster steps")
+    add("--profile", action=on_off, default=False,
+        help="write a trace of a few training steps to profile/ in --output_dir and print what takes the time")
 
     add = parser.add_argument_group("several processes (torchrun starts them)").add_argument
     add("--dist-eval", action=on_off, default=False, help="share the evaluation out; the result is the same")
@@ -405,6 +412,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
     _validate_launch(args, world_size)
     if not args.eval:
         _validate_training(args)
+    elif args.profile:
+        raise UserError("--profile traces training steps, and --eval has none: leave one of them out")
 
 
 def _validate_training(args: Namespace) -> None:
@@ -414,6 +423,8 @@ def _validate_training(args: Namespace) -> None:
                                     "(or switch it off: --mixup 0 --cutmix 0)")
     if args.resplit and not args.repeated_aug:
         raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
+    if args.profile and not args.output_dir:
+        raise UserError("--profile writes its trace into --output_dir: give that folder")
     if args.distillation_type != "none":
         if not args.teacher_path:
             raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "

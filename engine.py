@@ -107,8 +107,10 @@ def _state_of(scheduler: Scheduler) -> dict[str, Any]:
 def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loader: DataLoader, process: Process, *,
                     epochs: int, seed: int = 0, amp_dtype: torch.dtype = torch.float32, accumulate: int = 1,
                     clip_grad: float | None = None, mixup: Callable | None = None, train_mode: bool = True,
-                    print_freq: int = 10) -> dict[str, float]:
-    """One pass over `loader`; returns {"loss", "lr", "seconds", "img_per_s"} of all processes together.
+                    print_freq: int = 10, ideal_rate: float | None = None,
+                    after_step: Callable[[], None] | None = None) -> dict[str, float]:
+    """One pass over `loader`; returns {"loss", "lr", "seconds", "img_per_s"} of all processes together, and "mfu"
+    with `ideal_rate`.
 
     Args:
         net: state.model, wrapped for several processes where there are some.
@@ -116,6 +118,8 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loa
         accumulate: batches whose gradients are averaged before an update.
         mixup: timm's Mixup, or None. train_mode: False trains in evaluation mode (no dropout, no drop path).
         print_freq: batches between log lines; the device is waited for only there.
+        ideal_rate: images/s of all devices at their nominal peak, for the model FLOPs utilisation (MFU).
+        after_step: called after each batch.
     Raises: TrainingFailed when the loss is not finite, on all processes at once.
     """
     net.train(train_mode)
@@ -148,13 +152,17 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loa
                 mean = torch.where(_all_finite(state.model), mean, torch.nan)
             mean = _mean_loss(mean, process, state, step)
             rate = images_seen * process.world_size / (time.perf_counter() - start)
+            used = f"  {100 * criterion.copies * rate / ideal_rate:.1f}% MFU" if ideal_rate else ""
             left = (steps * (epochs - epoch) - step - 1) * (time.perf_counter() - start) / (step + 1)
             tqdm_safe_print(f"epoch {epoch}/{epochs}  step {step + 1}/{steps}  {100 * (step + 1) / steps:.0f}%  loss "
-                            f"{mean:.4f}  lr {lr_of(state.optimizer):.3g}  {rate:.0f} img/s  eta "
+                            f"{mean:.4f}  lr {lr_of(state.optimizer):.3g}  {rate:.0f} img/s{used}  eta "
                             f"{timedelta(seconds=round(left))}", process)
+        if after_step is not None:
+            after_step()
     seconds = time.perf_counter() - start
-    return {"loss": mean, "lr": lr_of(state.optimizer), "seconds": seconds,
-            "img_per_s": images_seen * process.world_size / seconds}
+    rate = images_seen * process.world_size / seconds
+    return {"loss": mean, "lr": lr_of(state.optimizer), "seconds": seconds, "img_per_s": rate,
+            **({"mfu": criterion.copies * rate / ideal_rate} if ideal_rate else {})}
 
 
 def _float(outputs):

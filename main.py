@@ -5,6 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import models_kan
+import speed
 import start as starting
 import utils
 from augment import build_mixup
@@ -46,7 +47,10 @@ def run(argv: list[str]) -> int:
         loaders = build_loaders(args, process, start.class_names)
         utils.seed_everything(args.seed)
         model, spec = starting.build_model(starting.model_spec(config, start, loaders.nb_classes), config)
+        starting.choose_backend(config, spec, process.device)
         table = starting.load_start(model, spec, start, loaders, args.seed)
+        if args.compile:
+            speed.compile_model(model, process.device)
     if table:
         say(f"weights from {start.path}:\n{table}")
     if args.eval:
@@ -109,6 +113,9 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         f"{args.batch_size * process.world_size * args.grad_accum} images an update")
     description = starting.description(config, spec, loaders)
     folder.start(dump_yaml(args), argv, state.epoch)
+    ideal_rate = speed.ideal_rate(flops and flops.matmul, process, amp_dtype)
+    profiled = args.profile and process.is_main
+    profiler = speed.StepProfiler(args.output_dir, len(loaders.train), process.device) if profiled else None
     while state.epoch < args.epochs:
         epoch = state.epoch
         loaders.train_sampler.set_epoch(epoch)
@@ -118,7 +125,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         trained = train_one_epoch(
             net, state, criterion, loaders.train, process, epochs=args.epochs, seed=args.seed, amp_dtype=amp_dtype,
             accumulate=args.grad_accum, clip_grad=args.clip_grad, mixup=mixup, train_mode=args.train_mode,
-            print_freq=args.print_freq)
+            print_freq=args.print_freq, ideal_rate=ideal_rate, after_step=profiler)
         results = {"test": evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=args.dist_eval)}
         say(summary("model", results["test"]))
         if state.ema is not None:
@@ -132,7 +139,8 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         folder.log({"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"],
                     **{f"{name}_{key}": value for name, result in results.items() for key, value in result.items()},
                     "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,
-                    "epoch_seconds": trained["seconds"], "img_per_s": trained["img_per_s"]})
+                    "epoch_seconds": trained["seconds"],
+                    **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
         folder.save({**state.state_dict(), **description}, also)
     folder.close()
     averaged = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""

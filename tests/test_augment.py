@@ -8,7 +8,7 @@ from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from augment import build_transform, to_rgb
+from augment import Normalise, build_transform, to_rgb
 from config import get_args_parser
 from utils import UserError
 
@@ -255,3 +255,12 @@ def test_exif_orientation_is_ignored_as_by_torchvision(tmp_path):
     photo(20, 10).save(tmp_path / "a.jpg", exif=exif)
     with Image.open(tmp_path / "a.jpg") as image:
         assert to_rgb(image).size == (20, 10)
+
+
+def test_normalisation_is_torchvisions_to_the_last_bit():
+    theirs = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+    every_value = np.stack([np.arange(256, dtype=np.uint8).reshape(8, 32)] * 3, -1)
+    every_value[..., 1] = every_value[..., 0][::-1]
+    image = Image.fromarray(every_value)
+    ours = Normalise()(image)
+    assert ours.shape == (3, 8, 32) and ours.is_contiguous() and torch.equal(ours, theirs(image))

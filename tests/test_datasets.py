@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from timm.task import ClassificationEvaluator
 from torch.utils.data import DataLoader
 from torchvision import datasets as torchvision_datasets
@@ -744,3 +746,40 @@ def test_workers_report_to_the_main_process_however_they_start(folder, method):
     batches = list(loader)
     assert int(data.unreadable.sum()) == 2 and data.unreadable[0] == data.unreadable[6] == 1
     assert same_batches(batches, list(DataLoader(data, 4, sampler=keys)))
+
+
+def test_large_photographs_are_decoded_at_less_than_their_size_for_training_alone(tmp_path):
+    for half in ("train", "val"):
+        for name in ("a", "b"):
+            write_image(tmp_path / half / name / "large.jpg", size=(1000, 640), quality=95)
+            write_image(tmp_path / half / name / "lossless.png", size=(1000, 640))
+    args = make_args(tmp_path, data_set="FOLDER", input_size=64)       # the smallest crop needs 227 pixels a side
+    train, val = build_dataset(True, args)[0], build_dataset(False, args)[0]
+    assert [train._load(i).size for i in range(2)] == [(500, 320), (1000, 640)]
+    assert [val._load(i).size for i in range(2)] == [(1000, 640)] * 2
+    whole = load_image(train.images.name(0))
+    half = np.asarray(train._load(0), dtype=float)
+    assert np.abs(half - np.asarray(whole.reduce(2), dtype=float)).mean() < 1      # the same picture
+    args.input_size = 128                                               # 453: half of it would be too small
+    assert build_dataset(True, args)[0]._load(0).size == (1000, 640)
+
+
+def test_a_worker_seeds_each_image_as_the_main_process_does(tmp_path):
+    for name in ("a", "b"):
+        for number in range(4):
+            write_image(tmp_path / "train" / name / f"{number}.png", number)
+            write_image(tmp_path / "val" / name / f"{number}.png", number)
+    images = [next(iter(build_loaders(make_args(tmp_path, num_workers=workers, batch_size=8), Process()).train))[0]
+              for workers in (0, 2)]
+    assert torch.equal(*images)
+
+
+def test_digits_are_scikit_learns_and_so_is_their_split(monkeypatch):
+    digits = load_digits()
+    pixels, targets = datasets._digits_file()
+    assert np.array_equal(pixels, digits.images) and np.array_equal(targets, digits.target)
+    halves = train_test_split(np.arange(1797), test_size=360, stratify=targets, random_state=0)
+    for is_train, theirs in zip((True, False), halves):
+        assert np.array_equal(datasets._digits_of(is_train, targets), np.sort(theirs))
+    monkeypatch.setattr(datasets.os.path, "isfile", lambda path: False)        # another version may keep it elsewhere
+    assert np.array_equal(datasets._digits_file()[0], pixels)

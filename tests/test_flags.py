@@ -310,6 +310,7 @@ EFFECTS = {
     "kan_base": (structure, f"{GROUPS} --kan-base relu2", GROUPS),
     "kan_input_phi": (basis, f"{GROUPS} --no-kan-input-phi", GROUPS),
     "kan_trainable_base": (basis, f"{GROUPS} --kan-trainable-base", GROUPS),
+    "kan_backend": (printed, "--kan-backend reference", ""),
     "grad_checkpointing": (lambda line: caught(line).model.grad_checkpointing, "--grad-checkpointing", ""),
     "amp_dtype": (trained, "--amp-dtype bfloat16", ""),
     # moving average
@@ -396,6 +397,8 @@ EFFECTS = {
     "eval": (lambda line: printed(f"{EVALUATION.removeprefix('--eval')} {line}"), "--eval", ""),
     "print_freq": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 1", line]))[1].count("img/s"),
                    "--print-freq 1", ""),
+    "compile": (lambda line: caught(line).model._compiled_call_impl is None, "--compile", ""),
+    "profile": (lambda line: printed(" ".join([*QUICK, f"--data-path {{data}} --epochs 1 {line}"])), "--profile", ""),
     # several processes
     "dist_eval": (shard, "--dist-eval", ""),
     "distributed": (lambda line: printed(f"{EVALUATION} {line}")[0], "--distributed", ""),
