@@ -1,10 +1,10 @@
-# make quickstart | make test | make test-slow | make lint | make venv
+# make quickstart | make test | make test-slow | make kernels | make lint | make venv
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 
-.PHONY: venv quickstart test test-slow lint
+.PHONY: venv quickstart test test-slow kernels lint
 
 # Installed once, and again only when the requirements change.
 venv: $(VENV)/.installed
@@ -24,6 +24,9 @@ test: venv
 
 test-slow: venv
 	$(PY) -m pytest -m slow --timeout 3600
+
+kernels: venv
+	$(PY) benchmarks/aot.py
 
 lint: venv
 	$(PY) -m ruff check .

@@ -44,16 +44,16 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
-def resolve(name: str, tensor: torch.Tensor, points: tuple[float, ...] | None, h: float | None,
-            base: str | None = None) -> str:
+def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[float, ...] | None = None,
+            h: float | None = None, base: str | None = None) -> str:
     """native, triton or chunked: what computes an op on `tensor`, for backend auto, cpu or triton.
 
-    points, h: the grid where it is fixed, else None. base: of an activation."""
+    num_points: of the grid; points, h: the grid where it is fixed, else None. base: of an activation."""
     device, dtype = tensor.device.type, tensor.dtype
     if dtype == torch.float64:                  # the kernels compute in float32
         return "chunked"
     if name == "triton" or (device == "cuda" and name == "auto" and has_triton()):
-        return "triton"
+        return "triton" if num_points <= native.MAX_POINTS else "chunked"
     if device == "cpu" and points is not None and native.supports(points, h) \
             and native.library(len(points), base) is not None:
         return "native"

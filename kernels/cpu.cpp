@@ -27,7 +27,7 @@ constexpr int LANES = 16;           // floats worked on at once
 constexpr int LANES = 8;
 #endif
 constexpr int BLOCK = 128;          // rows whose sums are added in float32
-constexpr int STRIP = 16;           // rows that a stage works on
+constexpr int STRIP = 8;            // rows that a stage works on
 constexpr int P = (POINTS + 1) / 2; // pairs
 constexpr bool MIDDLE = POINTS % 2; // the last of them is a single point
 constexpr int SHARED = 4;           // pairs that share a division; more could overflow
@@ -158,19 +158,25 @@ inline F base(F u) {
         return SLOPE ? gate * (1.0f + u * (1.0f - gate)) : u * gate;
     }
     if (BASE == GELU) {
-        // Phi(-v) = exp(-v^2/2) P(t), t = 1/(1 + 0.3 v): P is a fit to erfcx(v/sqrt(2))/2, error below 1e-7.
-        F v = absolute(u), e = exp_minus(0.5f * u * u), t = 1.0f / (1.0f + 0.3f * v);
-        F p = all(0.0517855734f);
-        p = p * t - 0.3240785f;
-        p = p * t + 0.708521724f;
-        p = p * t - 0.550057471f;
-        p = p * t + 0.483523041f;
-        p = p * t - 0.0137940831f;
-        p = p * t + 0.146419555f;
-        p = p * t - 0.00231990381f;
-        F tail = e * p;
-        F phi = u >= 0.0f ? 1.0f - tail : tail;
-        return SLOPE ? phi + u * e * 0.39894228f : u * phi;
+        // Phi(u) - 1/2 and gelu'(u) - 1/2 are odd: u P(u^2)/Q(u^2), fitted to 4e-9, 3e-7 in float32's arithmetic;
+        // beyond `far` they are 1/2 to that accuracy.
+        constexpr float far = SLOPE ? 6.0f : 5.2f;
+        F c = u < -far ? all(-far) : u > far ? all(far) : u;
+        F x = c * c, x2 = x * x, p, q;
+        if (SLOPE) {
+            p = (((all(1.70434191e-08f) * x2 + 3.4091976e-05f) * x2 + 0.0138575025f) * x2 + 0.797884524f)
+                + x * ((all(9.2229817e-07f) * x2 + 0.000202653377f) * x2 - 0.0223754253f);
+            q = (((all(3.38901003e-07f) * x2 + 0.000245303614f) * x2 + 0.0441320501f) * x2 + 1.0f)
+                + x * (((all(1.3145971e-09f) * x2 + 1.03067887e-05f) * x2 + 0.00397129171f) * x2 + 0.305289537f);
+        } else {
+            p = ((all(6.40765575e-06f) * x2 + 0.00460860413f) * x2 + 0.398942262f)
+                + x * ((all(2.47301273e-08f) * x2 + 0.000156855633f) * x2 + 0.0325441658f);
+            q = ((all(7.04932245e-05f) * x2 + 0.0279264227f) * x2 + 1.0f)
+                + x * ((all(1.25882275e-06f) * x2 + 0.00181716855f) * x2 + 0.248242468f);
+        }
+        F half = c * p / q;
+        if (SLOPE) return absolute(u) > far ? (u > 0.0f ? one : zero) : 0.5f + half;
+        return absolute(u) > far ? (u > 0.0f ? u : zero) : u * (0.5f + half);
     }
     return zero;
 }

@@ -102,7 +102,7 @@ def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequ
              backend_name: str):
     """u [T, I] as the path takes it, parameters in the dtype of the maths, points, and the path."""
     points = tuple(points)
-    how = backend.resolve(backend_name, u, points, h, base)
+    how = backend.resolve(backend_name, u, len(points), points, h, base)
     flat = u.reshape(-1, u.shape[-1]).contiguous()
     if how == "native" and u.dtype not in native.DTYPES:
         flat = flat.float()

@@ -18,9 +18,11 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import backend, native
 from kernels.basis import rswaf_basis
 
-# Values of the basis that exist at once: half a MiB on a CPU, which stays in its L2 cache; on a GPU only a bound on memory.
-CHUNK_VALUES = {"cpu": 2 ** 17}
+# Values of the basis that exist at once: 1 MiB on a CPU, which stays near its L2 cache, but not so few tokens that the
+# matrix product is held up by its weight; on a GPU only a bound on memory.
+CHUNK_VALUES = {"cpu": 2 ** 18}
 CHUNK_VALUES_OTHER = 2 ** 27
+LEAST_TOKENS = 256
 
 
 def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool = False) -> Tensor:
@@ -36,7 +38,8 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
     Raises: ValueError if the weight does not have I*G columns.
     """
     if weight.shape[1] != u.shape[-1] * grid.numel():
-        raise ValueError(f"a weight of {weight.shape[1]} columns does not fit {u.shape[-1]} inputs and {grid.numel()} grid points")
+        raise ValueError(f"a weight of {weight.shape[1]} columns does not fit {u.shape[-1]} inputs and {grid.numel()} grid "
+                         "points")
     dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
     name = backend.chosen()
     if name == "reference":
@@ -105,7 +108,7 @@ def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: t
     if single_exp and u.device.type == "cpu" and not isinstance(h, Tensor) and grid.numel() <= native.MAX_POINTS \
             and u.dtype in native.DTYPES and dtype in native.DTYPES:
         points = tuple(grid.tolist())
-    return backend.resolve(backend_name, u, points, h if points else None), points
+    return backend.resolve(backend_name, u, grid.numel(), points, h if points else None), points
 
 
 @_linear.register_fake
@@ -267,7 +270,7 @@ def _math_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _chunks(u: Tensor, n_grid: int) -> list[slice]:
     limit = CHUNK_VALUES.get(u.device.type, CHUNK_VALUES_OTHER)
-    step = max(1, limit // max(1, u.shape[1] * n_grid))
+    step = max(LEAST_TOKENS, limit // max(1, u.shape[1] * n_grid))
     return [slice(start, min(start + step, len(u))) for start in range(0, len(u), step)]
 
 

@@ -24,8 +24,8 @@ def through(path):
         pytest.skip("the C++ kernels need a C++ compiler")
     taken, resolve = [], backend.resolve
 
-    def watched(name, tensor, points, h, base=None):
-        how = resolve(name, tensor, points, h, base) if path == "native" else "chunked"
+    def watched(*args):
+        how = resolve(*args) if path == "native" else "chunked"
         taken.append(how)
         return how
 

@@ -50,15 +50,17 @@ def test_what_cannot_be_chosen(monkeypatch):
 
 
 def test_what_computes_where(monkeypatch):
+    def how(name, tensor, points=POINTS, h=1.0, n=8):
+        return backend.resolve(name, tensor, n, points, h)
+
     u = torch.zeros(2, 2)
     if native.compiler():
-        assert backend.resolve("auto", u, POINTS, 1.0) == backend.resolve("cpu", u, POINTS, 1.0) == "native"
+        assert how("auto", u) == how("cpu", u) == "native"
     gpu = type("OnGPU", (), {"device": torch.device("cuda"), "dtype": torch.float32})
-    assert backend.resolve("auto", gpu, POINTS, 1.0) == backend.resolve("triton", gpu, None, None) == "triton"
-    assert backend.resolve("cpu", gpu, POINTS, 1.0) == "chunked"
+    assert how("auto", gpu) == how("triton", gpu, None, None) == "triton"
+    assert how("cpu", gpu) == how("auto", gpu, None, None, n=17) == "chunked"
     monkeypatch.setattr(backend, "has_triton", lambda: False)
-    assert backend.resolve("auto", gpu, POINTS, 1.0) == "chunked"
-    assert backend.resolve("auto", u.double(), POINTS, 1.0) == backend.resolve("auto", u, None, None) == "chunked"
+    assert how("auto", gpu) == how("auto", u.double()) == how("auto", u, None, None) == "chunked"
 
 
 def test_a_run_says_what_computes_its_layers(monkeypatch):

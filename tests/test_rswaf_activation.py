@@ -205,7 +205,7 @@ def test_infinities_and_nan_of_the_input_are_not_hidden(path):
 
 def test_a_grid_that_is_not_symmetric_takes_the_pytorch_path():
     u, c, dy = torch.randn(30, 8, requires_grad=True), torch.randn(2, 5, requires_grad=True), torch.randn(30, 8)
-    assert backend.resolve("auto", u, UNEVEN, 0.5, "gelu") == "chunked"
+    assert backend.resolve("auto", u, 5, UNEVEN, 0.5, "gelu") == "chunked"
     got = gradients(lambda: rswaf_activation(u, c, UNEVEN, 0.5, "gelu"), [u, c], dy)
     want = gradients(lambda: exact(u, c, UNEVEN, 0.5, "gelu"), [u, c], dy.double())
     assert all(error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))

@@ -56,7 +56,7 @@ def test_values_and_gradients_are_those_of_the_definition(path, dtype, n_grid, h
 
 @pytest.mark.parametrize("path", PATHS[:2])
 @pytest.mark.parametrize("shape, n_out", [((1, 1), 1), ((1, 24), 3), ((7, 1), 2), ((21, 45), 1), ((2, 3, 8), 5),
-                                          ((700, 17), 9), ((8,), 4), ((2, 0, 8), 3), ((0, 8), 3)])
+                                          ((700, 150), 9), ((8,), 4), ((2, 0, 8), 3), ((0, 8), 3)])
 def test_shapes(path, shape, n_out):
     u, weight, grid, h, dy = inputs(shape, n_out)
     with through(path):
@@ -243,12 +243,14 @@ def test_chunks_do_not_change_the_result(limit, single_exp, learn, monkeypatch):
     leaves = [u, weight, grid.requires_grad_(), h.requires_grad_()] if learn else [u, weight]
     whole = gradients(lambda: rswaf_linear(u, weight, grid, h if learn else h.item(), single_exp), leaves, dy)
     monkeypatch.setitem(op.CHUNK_VALUES, "cpu", limit)
+    monkeypatch.setattr(op, "LEAST_TOKENS", 1)
     chunked = gradients(lambda: rswaf_linear(u, weight, grid, h if learn else h.item(), single_exp), leaves, dy)
     assert all(error(a, b) < 1e-13 for a, b in zip(chunked, whole, strict=True))
 
 
 def test_chunks_cover_all_tokens_and_hold_to_the_limit(monkeypatch):
     monkeypatch.setitem(op.CHUNK_VALUES, "cpu", 100)
+    monkeypatch.setattr(op, "LEAST_TOKENS", 1)
     sizes = []
     basis = op._Basis
 
@@ -261,6 +263,9 @@ def test_chunks_cover_all_tokens_and_hold_to_the_limit(monkeypatch):
     u, weight, grid, h, _ = inputs((5, 6), 5, torch.float64)
     rswaf_linear(u, weight, grid, h, True)          # 48 values a token
     assert sizes == [96, 96, 48]
+    monkeypatch.setattr(op, "LEAST_TOKENS", 3)
+    rswaf_linear(u, weight, grid, h, True)
+    assert sizes[3:] == [144, 96]
 
 
 def test_the_reference_is_the_definition_with_all_of_its_tails():
