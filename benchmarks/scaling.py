@@ -17,7 +17,6 @@ import platform
 import socket
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import models_kan  # noqa: F401  registers the models with timm
+from benchmarks.timing import quantile, saved_bytes, time_in_turn
 
 RESULTS = Path(__file__).resolve().parent / "results/scaling.csv"
 SUFFIXES = ("ViT", "GKAN", "KAN")
@@ -64,36 +64,6 @@ def step_of(model: nn.Module, shape: dict[str, int], device: torch.device) -> Ca
             torch.cuda.synchronize(device)
 
     return step
-
-
-def saved_bytes(model: nn.Module, step: Callable[[], None]) -> int:
-    """Of the distinct storages that a step keeps for its backward pass, without the parameters'."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}      # holds the tensors, so that no address is given out twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in parameters)
-
-
-def time_in_turn(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each step, the models taken in turn so that a slow moment of the machine meets them all."""
-    seconds = {name: [] for name in steps}
-    for turn in range(repeats + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def quantile(values: list[float], share: float) -> float:
-    return sorted(values)[round(share * (len(values) - 1))]
 
 
 def exponent(sizes: list[float], costs: list[float]) -> float:

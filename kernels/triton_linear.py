@@ -506,13 +506,16 @@ def backward_grid(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
 
 
 # ---------------------------------------------------------------- compiled ahead of time
-def _work(op: str, tile: Tile, tokens: int, width: int) -> Work:
-    """For 8 points and bfloat16: a basis value costs a reciprocal and a quarter for its input's two exponentials."""
+def _work(op: str, tile: Tile, family: str, tokens: int, width: int) -> Work:
+    """For 8 points and bfloat16: a basis value costs a reciprocal and a quarter for its input's two exponentials, as
+    counted in compiled code; where the basis is an operand in `mma.sync`'s layout each thread computes the exponentials
+    of every value it holds (3.0 in all)."""
     values = tokens * width * 8
     flops, packed = 2.0 * values * width, 2.0 * width * width * 8
     row = 2.0 * tokens * width
     times = {"forward": _cdiv(width, tile.n), "backward_u": 1, "backward_weight": _cdiv(width, tile.m)}[op]
-    return Work(flops, 1.25 * values * times, (2 if op != "backward_u" else 3) * row + packed)
+    each = 3.0 if family == "mma" and op != "backward_u" else 1.25
+    return Work(flops, each * values * times, (2 if op != "backward_u" else 3) * row + packed)
 
 
 def _case(op: str, tile: Tile, device: Device, kind: str, dtype: str, u: str, points: int, single_exp: bool,
@@ -542,7 +545,7 @@ def _case(op: str, tile: Tile, device: Device, kind: str, dtype: str, u: str, po
     return AotCase(f"rswaf_linear.{op}", text, fn, signature, constexprs, tile.warps, tile.stages, has_dot=True,
                    tensor_cores=kind != "float" or device.backend == "hip",
                    divisible=tuple(name for name in sizes if name not in ("T", "STEPS")), quick=quick,
-                   work=functools.partial(_work, op, tile) if op != "backward_grid" and kind == "half" else None)
+                   work=functools.partial(_work, op, tile, device.family) if op != "backward_grid" and kind == "half" else None)
 
 
 def aot_cases(device: Device) -> list[AotCase]:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 import augment
+import kernels
 import main as program
 from config import SCOPE
 from datasets import build_loaders
@@ -223,6 +224,14 @@ def printed(line):
     return code, out, err
 
 
+def backend(line):
+    """What computes the KAN layers when training begins."""
+    caught(line)
+    name = kernels.chosen()
+    kernels.use("auto")
+    return name
+
+
 def evaluated(line):
     """The images of an evaluation."""
     def catch(model, loader, *args, **options):
@@ -310,7 +319,7 @@ EFFECTS = {
     "kan_base": (structure, f"{GROUPS} --kan-base relu2", GROUPS),
     "kan_input_phi": (basis, f"{GROUPS} --no-kan-input-phi", GROUPS),
     "kan_trainable_base": (basis, f"{GROUPS} --kan-trainable-base", GROUPS),
-    "kan_backend": (printed, "--kan-backend reference", ""),
+    "kan_backend": (backend, "--kan-backend reference", ""),
     "grad_checkpointing": (lambda line: caught(line).model.grad_checkpointing, "--grad-checkpointing", ""),
     "amp_dtype": (trained, "--amp-dtype bfloat16", ""),
     # moving average

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_kan
+from benchmarks.timing import saved_bytes
 from efficient_kan import EfficientKAN, uniform_knots
 from faster_kan import FasterKAN, FasterKANLayer
 from group_kan import GroupKAN
@@ -925,3 +926,15 @@ def test_export(suffix, options):
         torch.testing.assert_close(exported.module()(images), model(images), atol=1e-4, rtol=1e-4)
     assert all(str(node.target).startswith(("aten.", "<built-in function getitem")) for node in exported.graph.nodes
                if node.op == "call_function" and "_guards" not in str(node.target))
+
+
+# ---------------------------------------------------------------- what a training step keeps
+@pytest.mark.parametrize("suffix, options, most", [("GKAN", {}, 1.07), ("KAN", {"hdim_kan": 96}, 1.0),
+                                                   ("KAN", {"hdim_kan": 192}, 1.0)])
+def test_bytes_kept_for_the_backward_pass_are_at_most_the_twins(suffix, options, most):
+    """DeiT-tiny at 224 px; more for the group KAN, whose first learned function has an output beside its input."""
+    kept = {}
+    for name, kwargs in (("ViT", {}), (suffix, options)):
+        model = timm.create_model(f"deit_tiny_patch16_224_{name}", depth=2, **kwargs)
+        kept[name] = saved_bytes(model, lambda model=model: model(torch.randn(1, 3, 224, 224)))
+    assert 0.4 * kept["ViT"] < kept[suffix] <= most * kept["ViT"]
