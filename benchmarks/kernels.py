@@ -98,6 +98,7 @@ def measure(op: str, tokens: int, width: int, dtype: torch.dtype, args: argparse
     make, inputs, outputs = {"rswaf_linear": (linear_ways, width, width),
                              "rswaf_activation": (activation_ways, 4 * width, 4 * width)}[op]
     torch.manual_seed(0)
+    torch.compiler.reset()          # else it gives up on a function that it has seen in too many shapes
     ways = make(tokens, width, dtype, not args.no_compile and shutil.which("g++") is not None)
     if 4 * tokens * inputs * 8 * 5 > args.max_gb * 1e9:         # arrays of the basis that eager code holds at once
         ways.pop("original")

@@ -10,7 +10,6 @@ alone grows during three steps (--no-peak leaves it out). Prints a table; rows g
 import argparse
 import csv
 import gc
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,11 +78,16 @@ def peak(args: argparse.Namespace) -> None:
     """In a process of its own: by how many bytes it grows."""
     step = step_of(build(args.model, args.worker), args.batch_size, getattr(torch, args.dtype))
     gc.collect()
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * resource.getpagesize()
+    before = _memory("VmRSS")
     for _ in range(3):
         step()
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(_memory("VmHWM") - before)
+
+
+def _memory(field: str) -> int:
+    """Bytes of this program in memory now (VmRSS) or at most so far (VmHWM; getrusage's also knows its parent's)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines[field].split()[0])
 
 
 def measure(args: argparse.Namespace, names: list[str]) -> list[dict]:

@@ -358,47 +358,62 @@ void activation_grad(const T* dv, const T* u, T* du, int64_t rows, int64_t chann
 
 #else
 // ---------------------------------------------------------------- the basis of a full-edge layer
+// POINTS values of LANES channels, in memory [channels, POINTS]: the order of the weight's columns.
+template <bool FULL, typename O>
+inline void put(O* to, const F* values, int n) {
+    O rows[POINTS][LANES];
+    for (int k = 0; k < POINTS; k++) store<true>(rows[k], values[k], LANES);
+    for (int lane = 0; lane < (FULL ? LANES : n); lane++)
+        for (int k = 0; k < POINTS; k++) to[lane * POINTS + k] = rows[k][lane];
+}
+
+template <bool FULL, typename O>
+inline void get(const O* from, F* values, int n) {
+    O rows[POINTS][LANES] = {};
+    for (int lane = 0; lane < (FULL ? LANES : n); lane++)
+        for (int k = 0; k < POINTS; k++) rows[k][lane] = from[lane * POINTS + k];
+    for (int k = 0; k < POINTS; k++) values[k] = load<true>(rows[k], LANES);
+}
+
 template <bool FULL, typename T, typename O>
-inline void basis_at(const T* u, O* out, int64_t channels, int n, const Constants& of, float middle, float rate) {
-    F r[P];
+inline void basis_at(const T* u, O* out, int n, const Constants& of, float middle, float rate) {
+    F r[P], values[POINTS];
     Point p = locate(load<FULL>(u, n), middle, rate);
     reciprocals(p.w, of, r);
     F half = 0.5f * p.w;
     for (int j = 0; j < P; j++) {
-        O *low = out + j * channels, *high = out + (POINTS - 1 - j) * channels;
         F even = half * r[j] * (of.x[j] + of.y[j] * p.w), odd = half * r[j] * (of.c[j] * p.t);
-        if (MIDDLE && j == P - 1) { store<FULL>(low, even + even, n); continue; }
-        store<FULL>(high, even + odd, n);
-        store<FULL>(low, even - odd, n);
+        values[POINTS - 1 - j] = even + odd;
+        values[j] = MIDDLE && j == P - 1 ? even + even : even - odd;
     }
+    put<FULL>(out, values, n);
 }
 
-// `values` has the gradient of the basis, and then the basis.
+// `in_out` has the gradient of the basis, and then the basis.
 template <bool FULL, typename T, typename O>
-inline void basis_grad_at(O* values, const T* u, T* du, int64_t channels, int n, const Constants& of, float middle,
-                          float rate) {
-    F r[P], in_w = all(0.0f), even = all(0.0f), odd = all(0.0f);
+inline void basis_grad_at(O* in_out, const T* u, T* du, int n, const Constants& of, float middle, float rate) {
+    F r[P], values[POINTS], in_w = all(0.0f), even = all(0.0f), odd = all(0.0f);
     Point p = locate(load<FULL>(u, n), middle, rate);
     reciprocals(p.w, of, r);
+    get<FULL>(in_out, values, n);
     F half = 0.5f * p.w;
     for (int j = 0; j < P; j++) {
         bool single = MIDDLE && j == P - 1;
-        O *low = values + j * channels, *high = values + (POINTS - 1 - j) * channels;
-        F up = load<FULL>(high, n), down = load<FULL>(low, n);
+        F up = values[POINTS - 1 - j], down = values[j];
         F e = single ? up + up : up + down, c = (up - down) * of.c[j];      // twice the even and the odd half
         F shape = r[j] * (of.x[j] + of.y[j] * p.w), tilt = r[j] * of.c[j] * p.t;
         F top = e * shape + r[j] * c * p.t;
         even += top;
         odd += r[j] * c;
         in_w += r[j] * (e * of.y[j] - top * (of.b[j] + of.g2[j] * p.w));
-        if (single) { store<FULL>(low, p.w * shape, n); continue; }
-        store<FULL>(high, half * (shape + tilt), n);
-        store<FULL>(low, half * (shape - tilt), n);
+        values[POINTS - 1 - j] = half * (shape + tilt);
+        values[j] = single ? p.w * shape : half * (shape - tilt);
     }
+    put<FULL>(in_out, values, n);
     store<FULL>(du, rate * half * (4.0f * p.w * p.w * odd - p.t * (even + p.w * in_w)), n);
 }
 
-// out [rows, G, channels] from u [rows, channels].
+// out [rows, channels, G] from u [rows, channels].
 template <typename T, typename O>
 void basis(const T* u, O* out, int64_t rows, int64_t channels, const Pair* pairs, float middle, float rate) {
     const Constants of(pairs);
@@ -406,28 +421,27 @@ void basis(const T* u, O* out, int64_t rows, int64_t channels, const Pair* pairs
     for (int64_t row = 0; row < rows; row++) {
         const T* from = u + row * channels;
         O* to = out + row * POINTS * channels;
-        int64_t channel = 0;
-        for (; channel + LANES <= channels; channel += LANES)
-            basis_at<true>(from + channel, to + channel, channels, LANES, of, middle, rate);
-        if (channel < channels) basis_at<false>(from + channel, to + channel, channels, channels - channel, of, middle, rate);
+        int64_t i = 0;
+        for (; i + LANES <= channels; i += LANES)
+            basis_at<true>(from + i, to + i * POINTS, LANES, of, middle, rate);
+        if (i < channels) basis_at<false>(from + i, to + i * POINTS, channels - i, of, middle, rate);
     }
 }
 
-// du [rows, channels] from the gradient [rows, G, channels] of the basis, which is overwritten by the basis.
+// du [rows, channels] from the gradient of the basis, laid out as the basis, by which it is overwritten.
 template <typename T, typename O>
-void basis_grad(O* values, const T* u, T* du, int64_t rows, int64_t channels, const Pair* pairs, float middle,
-                float rate) {
+void basis_grad(O* in_out, const T* u, T* du, int64_t rows, int64_t channels, const Pair* pairs, float middle, float rate) {
     const Constants of(pairs);
     #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const T* from = u + row * channels;
         T* to = du + row * channels;
-        O* at = values + row * POINTS * channels;
-        int64_t channel = 0;
-        for (; channel + LANES <= channels; channel += LANES)
-            basis_grad_at<true>(at + channel, from + channel, to + channel, channels, LANES, of, middle, rate);
-        if (channel < channels)
-            basis_grad_at<false>(at + channel, from + channel, to + channel, channels, channels - channel, of, middle, rate);
+        O* at = in_out + row * POINTS * channels;
+        int64_t i = 0;
+        for (; i + LANES <= channels; i += LANES)
+            basis_grad_at<true>(at + i * POINTS, from + i, to + i, LANES, of, middle, rate);
+        if (i < channels)
+            basis_grad_at<false>(at + i * POINTS, from + i, to + i, channels - i, of, middle, rate);
     }
 }
 #endif

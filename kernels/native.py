@@ -178,13 +178,13 @@ def activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor |
 
 
 def basis(u: Tensor, points: tuple[float, ...], h: float, out: Tensor) -> None:
-    """out [T, G, I] = B_k(u) from contiguous u [T, I]; both of `DTYPES`."""
+    """out [T, I, G] = B_k(u) from contiguous u [T, I]; both of `DTYPES`."""
     if u.numel():
         library(len(points)).rswaf_basis(u.data_ptr(), _half(u), out.data_ptr(), _half(out), *u.shape, *_grid(points, h))
 
 
 def basis_grad(values: Tensor, u: Tensor, points: tuple[float, ...], h: float, out: Tensor) -> None:
-    """out [T, I] = sum_k values_k dB_k/du, values [T, G, I] being the gradient of the basis; then values = the basis."""
+    """out [T, I] = sum_k values_k dB_k/du, values [T, I, G] being the gradient of the basis; then values = the basis."""
     if u.numel():
         library(len(points)).rswaf_basis_grad(values.data_ptr(), _half(values), u.data_ptr(), _half(u), out.data_ptr(),
                                               *u.shape, *_grid(points, h))

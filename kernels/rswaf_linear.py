@@ -149,11 +149,12 @@ def _grad_flops(dy_shape, u_shape, weight_shape, grid_shape, h_shape, h_number, 
 
 
 # ---------------------------------------------------------------- a chunk of tokens after the other
-# The operand's columns are ordered (k, i), so that every elementwise pass runs over contiguous inputs.
+# The C++ kernels (`points` given) write the basis in the order of the weight's columns, (i, k). In PyTorch it is ordered
+# (k, i), so that every elementwise pass runs over contiguous inputs, and a copy of the weight is too.
 def _chunked(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: torch.dtype,
              points: tuple[float, ...] | None) -> Tensor:
     n_in, n_grid = u.shape[1], grid.numel()
-    w = _columns_by_point(weight, n_grid, dtype).t()                    # [G*I, O]
+    w = (weight.to(dtype) if points is not None else _columns_by_point(weight, n_grid, dtype)).t()      # [G*I, O]
     y = torch.empty(len(u), len(weight), dtype=dtype, device=u.device)
     for rows in _chunks(u, n_grid):
         if points is not None:
@@ -170,9 +171,9 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
                   ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     need_u, need_w, need_grid, need_h = needs
     n_out, n_in, n_grid = len(weight), u.shape[1], grid.numel()
-    w = _columns_by_point(weight, n_grid, dtype)                        # [O, G*I]
+    w = weight.to(dtype) if points is not None else _columns_by_point(weight, n_grid, dtype)            # [O, G*I]
     du = torch.empty_like(u) if need_u else None
-    dw = torch.zeros(n_out, n_grid * n_in, dtype=_math_dtype(weight.dtype), device=u.device) if need_w else None
+    dw = None
     dgrid = torch.zeros_like(grid) if need_grid else None
     dh = torch.zeros_like(h) if need_h else None
     for rows in _chunks(u, n_grid):
@@ -184,11 +185,11 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
                 values = torch.empty(len(u[rows]), n_grid * n_in, dtype=dtype)
                 native.basis(u[rows], points, h, values)
             if need_w:
-                _add_product(dw, dy[rows].t(), values)
+                dw = _add_product(dw, dy[rows].t(), values, weight)
             continue
         basis = _Basis(u[rows], grid, h, single_exp)
         if need_w:
-            _add_product(dw, dy[rows].t(), basis.values.flatten(1).to(dtype))
+            dw = _add_product(dw, dy[rows].t(), basis.values.flatten(1).to(dtype), weight)
         if need_u or need_grid or need_h:
             dbasis = (dy[rows] @ w).view_as(basis.values).to(basis.values.dtype)        # [t, G, I]
             if need_grid or need_h:
@@ -203,15 +204,18 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
             else:
                 du[rows] = basis.pull_back(dbasis)
     if need_w:
-        dw = dw.view(n_out, n_grid, n_in).transpose(1, 2).reshape(weight.shape)
+        if dw is None:                                                  # no tokens
+            dw = torch.zeros_like(weight)
+        elif points is None:
+            dw = dw.view(n_out, n_grid, n_in).transpose(1, 2).reshape(weight.shape)
     return du, dw, dgrid, dh
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """total + a @ b in the dtype of the weight's maths; None: nothing yet."""
+    if total is None:
+        return (a @ b).to(_math_dtype(weight.dtype))
+    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 class _Basis:

@@ -1,5 +1,6 @@
 """Which code computes the ops: the choice, the compiler, the cache."""
 import ctypes
+import os
 import subprocess
 import sys
 import warnings
@@ -190,3 +191,46 @@ def test_a_model_is_the_same_on_every_path(name):
     kernels.use("auto")
     for path in ("reference", "compile"):
         assert all(error(a, b) < 1e-4 for a, b in zip(results["auto"], results[path], strict=True))
+
+
+# ---------------------------------------------------------------- Triton, in its interpreter
+def test_the_ops_reach_their_triton_kernels():
+    """Forward and every gradient through the registered ops, a fixed and a trained grid."""
+    pytest.importorskip("triton")
+    code = """
+import torch, kernels
+from kernels import triton_activation, triton_linear
+calls = []
+for module, names in ((triton_activation, ("forward", "backward")),
+                      (triton_linear, ("forward", "backward_u", "backward_weight", "backward_grid"))):
+    for name in names:
+        def counted(*args, real=getattr(module, name), label=f"{module.__name__}.{name}", **kwargs):
+            calls.append(label)
+            return real(*args, **kwargs)
+        setattr(module, name, counted)
+points, h = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist()), 6 / 7
+torch.manual_seed(0)
+u, c, s = torch.randn(5, 3, 12, requires_grad=True), torch.randn(4, 8, requires_grad=True), torch.rand(4, requires_grad=True)
+w, dy, dz = torch.randn(7, 96, requires_grad=True), torch.randn(5, 3, 12), torch.randn(5, 3, 7)
+grid, width = torch.tensor(points, dtype=torch.float32, requires_grad=True), torch.tensor(h, requires_grad=True)
+def everything():
+    y = kernels.rswaf_activation(u, c, points, h, "gelu", s)
+    out = [y, *torch.autograd.grad(y, [u, c, s], dy)]
+    z = kernels.rswaf_linear(u, w, grid.detach(), h, True)
+    out += [z, *torch.autograd.grad(z, [u, w], dz)]
+    z = kernels.rswaf_linear(u, w, grid, width)
+    return out + [z, *torch.autograd.grad(z, [u, w, grid, width], dz)]
+kernels.use("triton")
+got = everything()
+assert kernels.describe("cpu") == "Triton kernels"
+kernels.use("reference")
+for a, b in zip(got, everything(), strict=True):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert (a - b).abs().max() <= 2e-5 * b.abs().max(), (a - b).abs().max() / b.abs().max()
+assert sorted(set(calls)) == sorted(["kernels.triton_activation.forward", "kernels.triton_activation.backward",
+    "kernels.triton_linear.forward", "kernels.triton_linear.backward_u", "kernels.triton_linear.backward_weight",
+    "kernels.triton_linear.backward_grid"]), calls
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]

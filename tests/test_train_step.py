@@ -52,7 +52,8 @@ def test_ops_alone(tmp_path):
 
 
 def test_the_ways_are_one_function():
-    for ways in (op_benchmark.linear_ways(7, 16, torch.float32, False), op_benchmark.activation_ways(7, 16, torch.float32, False)):
+    for make in (op_benchmark.linear_ways, op_benchmark.activation_ways):
+        ways = make(7, 16, torch.float32, False)
         (ours, leaves), (original, _) = ways["ours"], ways["original"]
         torch.testing.assert_close(ours(*leaves), original(*leaves), rtol=1e-4, atol=1e-5)
 
