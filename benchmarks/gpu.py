@@ -13,8 +13,9 @@
 3. A training step (bfloat16 autocast, AdamW) of the KANs and their MLP twin, eager and through torch.compile.
 
 Times are medians of n repetitions in which all variants take turns; spread is the interquartile range in percent of
-the median. TFLOP/s and GB/s count what the op must do, not what a variant does. Peaks are the data sheet's (dense, bf16),
-or for a card that is not in `PEAKS` a matrix product's and a copy's as measured at the start.
+the median. TFLOP/s and GB/s count what the op must do, not what a variant does. The peak of
+products is the card's nominal one (`speed.PEAK_TFLOPS`), for another card a matrix product's as measured at the start; the
+peak of memory is that of a copy.
 """
 import argparse
 import csv
@@ -36,16 +37,11 @@ from torch.nn import functional as F
 import kernels
 import models_kan
 from models_kan import count_flops
+from speed import peak_flops
 
 FIELDS = ("part", "name", "variant", "width", "dtype", "phase", "ms", "spread_percent", "n", "how", "ratio", "tflops",
           "tflops_percent", "gbps", "gbps_percent", "images_per_s", "mfu_percent", "memory_mib", "batch", "error", "bound",
           "problem", "card", "driver", "torch", "triton", "cuda", "peak_tflops", "peak_gbps", "peaks")
-# Part of the card's name, first match wins: dense bf16 TFLOP/s, GB/s, by the maker's data sheets.
-PEAKS = {
-    "B200": (2250, 8000), "GH200": (989, 4000), "H200": (989, 4800), "H100 PCIe": (756, 2000), "H100 NVL": (835, 3900),
-    "H100": (989, 3350), "A100-SXM4-40": (312, 1555), "A100-PCIE-40": (312, 1555), "A100": (312, 2039),
-    "L40S": (362, 864), "L40": (181, 864), "L4": (121, 300), "A10G": (70, 600), "A10": (125, 600),
-    "RTX 5090": (210, 1792), "RTX 4090": (165, 1008), "RTX 3090": (71, 936), "MI300X": (1307, 5300)}
 GRID, H, G, GROUPS = (-3.0, 3.0), 6 / 7, 8, 8
 POINTS = tuple(torch.linspace(*GRID, G, dtype=torch.float64).tolist())
 TOKENS = 25_216                     # 128 images of 197 tokens
@@ -67,10 +63,10 @@ class Bench:
                          "cuda": torch.version.cuda or torch.version.hip or "", "driver": _driver() if self.cuda else ""}
         if self.cuda:
             self.card = self.versions["card"] = torch.cuda.get_device_name()
-            known = next((peaks for part, peaks in PEAKS.items() if part in self.card), None)
-            self.peaks = known or self._measured_peaks()
+            nominal, measured = peak_flops(self.card), self._measured_peaks()
+            self.peaks = (nominal / 1e12 if nominal else measured[0], measured[1])
             self.versions |= {"peak_tflops": self.peaks[0], "peak_gbps": self.peaks[1],
-                              "peaks": "data sheet" if known else "measured"}
+                              "peaks": "nominal products, measured copy" if nominal else "measured"}
 
     def _measured_peaks(self) -> tuple[float, float]:
         a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)

@@ -132,6 +132,15 @@ def test_two_runs_are_bit_equal(path):
 
 
 @pytest.mark.parametrize("path", PATHS[:2])
+def test_used_twice_in_one_graph(path):
+    u, weight, grid, h, dy = inputs((40, 6), 6)
+    with through(path):
+        got = gradients(lambda: rswaf_linear(rswaf_linear(u, weight, grid, h, True), weight, grid, h, True), [u, weight], dy)
+    want = gradients(lambda: exact(exact(u, weight, grid, h), weight, grid, h), [u, weight], dy.double())
+    assert all(error(a, b) < 5e-5 for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("path", PATHS[:2])
 def test_frozen_parameters_and_inputs(path):
     u, weight, grid, h, dy = inputs((40, 24), 16)
     with through(path):
