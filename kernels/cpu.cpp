@@ -21,10 +21,13 @@
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;           // floats worked on at once
-#else
+// Floats worked on at once: a register's; wider vectors would be lowered to single floats.
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
 constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
 #endif
 constexpr int BLOCK = 128;          // rows whose sums are added in float32
 constexpr int STRIP = 8;            // rows that a stage works on
