@@ -56,7 +56,7 @@ def linear_ways(tokens: int, width: int, dtype: torch.dtype, compiled: bool) -> 
     if compiled:
         plain = torch.compile(lambda u, w: kernels.rswaf_linear_reference(u, w, grid, H), dynamic=False)
         ways["compiled"] = (plain, [u, weight])
-    # the operand as large as a chunk of tokens needs it, over and over: the products without the traffic of a basis
+    # of an operand that is there: without what it costs to compute a basis
     ways["products"] = (F.linear, [torch.rand(tokens, 8 * width).requires_grad_(), weight])
     ways["mlp"] = (lambda u, *_: mlp(u), [u, *mlp.parameters()])
     return ways

@@ -12,6 +12,7 @@ import importlib.util
 import torch
 
 from kernels import native
+from kernels.basis import MAX_POINTS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "compile")
 _chosen = "auto"
@@ -44,6 +45,10 @@ def _interpreted() -> bool:
     return INTERPRETED
 
 
+def _is_for_triton(name: str, device: str) -> bool:
+    return name == "triton" or (name == "auto" and device == "cuda" and has_triton())
+
+
 def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[float, ...] | None = None,
             h: float | None = None, base: str | None = None) -> str:
     """native, triton or chunked: what computes an op on `tensor`, for backend auto, cpu or triton.
@@ -52,8 +57,8 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
     device, dtype = tensor.device.type, tensor.dtype
     if dtype == torch.float64:                  # the kernels compute in float32
         return "chunked"
-    if name == "triton" or (device == "cuda" and name == "auto" and has_triton()):
-        return "triton" if num_points <= native.MAX_POINTS else "chunked"
+    if _is_for_triton(name, device):
+        return "triton" if num_points <= MAX_POINTS else "chunked"
     if device == "cpu" and points is not None and native.supports(points, h) \
             and native.library(len(points), base) is not None:
         return "native"
@@ -64,7 +69,7 @@ def describe(device: str) -> str:
     """For the start of a run: what will compute the ops on `device` ("cpu", "cuda", ...)."""
     if _chosen in ("reference", "compile"):
         return {"reference": "plain PyTorch, the basis kept in memory", "compile": "plain PyTorch through torch.compile"}[_chosen]
-    if _chosen == "triton" or (device == "cuda" and _chosen == "auto" and has_triton()):
+    if _is_for_triton(_chosen, device):
         return "Triton kernels"
     if device != "cpu":
         return "chunked PyTorch"

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 # The forms with a single exponential hold where no grid point lies further than this from the grid's middle, in h.
 MAX_HALF_RANGE = 10.0
+MAX_POINTS = 16         # of a grid that the C++ and Triton kernels take
 BASES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda u: u, "gelu": F.gelu, "silu": F.silu, "relu": F.relu, "relu2": lambda u: F.relu(u).square()}
 

@@ -5,7 +5,7 @@
 //     B+ + B- = w (x + y w) / Q(w)        Q(w) = a + b w + g w^2
 //     B+ - B- = w T c / Q(w)
 //
-// a, b, g, x, y, c are constants of the pair (`Pairs` in basis.py has them and the derivation); the middle point of
+// a, b, g, x, y, c are constants of the pair (`pair_constants` in basis.py has them and the derivation); the middle point of
 // an odd number is a pair with y = c = g = 0. All terms of Q are positive. One exponential and, for up to four
 // pairs, two divisions give all values. Derivatives: dw/dz = -w T, dT/dz = 4 w^2.
 //
@@ -119,7 +119,7 @@ inline Point locate(F u, float middle, float rate) {        // rate = 2/h
     return {s * r, (F)((I)t | ((I)z & (int32_t)0x80000000))};
 }
 
-// out[j] = factor/Q_j of N pairs from FIRST: products upwards, one division, and what remains of it downwards.
+// A tree over N pairs from FIRST, each node the product of the Q below it; nodes[0] is the whole.
 template <int FIRST, int N>
 inline F products(F w, const Constants& of, F* nodes) {
     if constexpr (N == 1) nodes[0] = (of.g[FIRST] * w + of.b[FIRST]) * w + of.a[FIRST];
@@ -127,6 +127,7 @@ inline F products(F w, const Constants& of, F* nodes) {
     return nodes[0];
 }
 
+// out[j] = 1/Q_j, from the inverse of the whole and the tree.
 template <int N>
 inline void shares(F inverse, const F* nodes, F* out) {
     constexpr int half = N - N / 2;
@@ -255,22 +256,30 @@ inline void activation_rows(const T* u, T* v, int64_t rows, int64_t channels, in
     }
 }
 
-template <typename T>
-void activation(const T* u, T* v, int64_t rows, int64_t channels, const float* coefficients, const float* scales,
-                int64_t groups, const Pair* pairs, float middle, float rate) {
+// tile(first channel, channels, where it begins, rows, its number) for every BLOCK rows of LANES channels, or of what is left.
+template <typename Fn>
+void each_tile(int64_t rows, int64_t channels, Fn tile) {
     int64_t blocks = (rows + BLOCK - 1) / BLOCK, chunks = (channels + LANES - 1) / LANES;
-    const Constants of(pairs);
     #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            int64_t channel = chunk * LANES, at = block * BLOCK * channels + channel;
-            int64_t count = rows - block * BLOCK < BLOCK ? rows - block * BLOCK : BLOCK;
+            int64_t channel = chunk * LANES, row = block * BLOCK;
             int n = channels - channel < LANES ? channels - channel : LANES;
-            Lanes k(coefficients, scales, pairs, channel, n, channels / groups);
-            if (n == LANES) activation_rows<true>(u + at, v + at, count, channels, n, k, of, middle, rate);
-            else activation_rows<false>(u + at, v + at, count, channels, n, k, of, middle, rate);
+            int64_t count = rows - row < BLOCK ? rows - row : BLOCK;
+            tile(channel, n, row * channels + channel, count, block * chunks + chunk);
         }
     }
+}
+
+template <typename T>
+void activation(const T* u, T* v, int64_t rows, int64_t channels, const float* coefficients, const float* scales,
+                int64_t groups, const Pair* pairs, float middle, float rate) {
+    const Constants of(pairs);
+    each_tile(rows, channels, [&](int64_t channel, int n, int64_t at, int64_t count, int64_t) {
+        Lanes k(coefficients, scales, pairs, channel, n, channels / groups);
+        if (n == LANES) activation_rows<true>(u + at, v + at, count, channels, n, k, of, middle, rate);
+        else activation_rows<false>(u + at, v + at, count, channels, n, k, of, middle, rate);
+    });
 }
 
 constexpr int SUMS = 3 * P + 1;
@@ -326,20 +335,14 @@ void activation_grad(const T* dv, const T* u, T* du, int64_t rows, int64_t chann
     int64_t blocks = (rows + BLOCK - 1) / BLOCK, chunks = (channels + LANES - 1) / LANES;
     const Constants of(pairs);
     std::vector<F> partial(blocks * chunks * SUMS);
-    #pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            int64_t channel = chunk * LANES, at = block * BLOCK * channels + channel;
-            int64_t count = rows - block * BLOCK < BLOCK ? rows - block * BLOCK : BLOCK;
-            int n = channels - channel < LANES ? channels - channel : LANES;
-            F* out = &partial[(block * chunks + chunk) * SUMS];
-            Lanes k(coefficients, scales, pairs, channel, n, channels / groups);
-            #define ROWS(FULL, SCALED) activation_grad_rows<FULL, SCALED>(dv + at, u + at, du + at, count, channels, n, k, \
-                                                                          of, middle, rate, out)
-            if (n != LANES) ROWS(false, true); else if (dscale) ROWS(true, true); else ROWS(true, false);
-            #undef ROWS
-        }
-    }
+    each_tile(rows, channels, [&](int64_t channel, int n, int64_t at, int64_t count, int64_t tile) {
+        F* out = &partial[tile * SUMS];
+        Lanes k(coefficients, scales, pairs, channel, n, channels / groups);
+        #define ROWS(FULL, SCALED) activation_grad_rows<FULL, SCALED>(dv + at, u + at, du + at, count, channels, n, k, of, \
+                                                                      middle, rate, out)
+        if (n != LANES) ROWS(false, true); else if (dscale) ROWS(true, true); else ROWS(true, false);
+        #undef ROWS
+    });
     for (int64_t block = 0; block < blocks; block++) {
         for (int64_t channel = 0; channel < channels; channel++) {
             const F* sums = &partial[(block * chunks + channel / LANES) * SUMS];

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.basis import pair_constants
+from kernels.basis import MAX_POINTS, pair_constants
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-MAX_POINTS = 16
 DTYPES = (torch.float32, torch.bfloat16)
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 # The machine's own instructions and OpenMP where the compiler knows them.

@@ -26,11 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.basis import BASES, MAX_POINTS, pair_constants
 from kernels.triton_common import AotCase, Device, Work, device_of, fast_exp2, fast_reciprocal
 
-BASES = ("none", "identity", "gelu", "silu", "relu", "relu2")
-MAX_POINTS = 16
-MAX_HALF_RANGE = 10.0           # of the pairs' form: max |g - m| / h
 PROGRAMS_PER_PROCESSOR = 12.0   # a few times what fits at once: 7 forward, 3 backward
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 
@@ -329,13 +327,12 @@ def _table(points: tuple[float, ...], h: float, device: torch.device) -> tuple[T
     """The kernels' table and whether the points are taken in pairs. Kept, so that only a grid's first call copies to the
     device: that one cannot be part of a CUDA graph."""
     middle = (points[0] + points[-1]) / 2
-    offsets = [g - middle for g in points]
-    symmetric = all(abs(low + high) <= 1e-6 * (points[-1] - points[0]) for low, high in zip(offsets, reversed(offsets)))
-    pairs = symmetric and max(map(abs, offsets)) / h <= MAX_HALF_RANGE
+    pairs = pair_constants(points, h) is not None       # the same grids as on a CPU
     rate = 2 / (h * math.log(2))
     values = [rate, -middle * rate, 2 / h]
     if pairs:
-        for d in list(reversed(offsets))[:(len(points) + 1) // 2]:
+        for g in points[:len(points) // 2 - 1:-1]:
+            d = g - middle
             values += [2 * math.cosh(2 * d / h), 4 * math.sinh(2 * d / h)]
     else:
         for g in points:
@@ -353,7 +350,7 @@ def _arguments(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tu
     groups, g = coefficients.shape
     if u.dim() != 2 or not u.is_contiguous() or u.dtype not in TYPES:
         raise ValueError(f"u must be a contiguous matrix of float32, float16 or bfloat16, got {list(u.shape)} {u.dtype}")
-    if not 2 <= g <= MAX_POINTS or g != len(points) or base not in BASES:
+    if not 2 <= g <= MAX_POINTS or g != len(points) or base not in ("none", *BASES):
         raise ValueError(f"no kernel for {g} coefficients, {len(points)} points and base {base}")
     if groups == 0 or u.shape[1] % groups:
         raise ValueError(f"{groups} groups do not divide {u.shape[1]} channels")
