@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import Process, TrainingFailed, UserError, plain, seed_everything
+from checkpoints import plain
+from utils import Process, TrainingFailed, UserError, seed_everything
 
 AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -9,12 +9,14 @@ import speed
 import start as starting
 import utils
 from augment import build_mixup
+from checkpoints import weights_of
 from config import Config, describe_sources, dump_yaml, get_args_parser, parse_args, validate
 from datasets import Loaders, build_loaders
 from engine import choose_amp_dtype, ema_model, evaluate, summary, train_one_epoch
 from losses import build_criterion
 from models_kan import ModelSpec
-from utils import Process, RunFolder, UserError, say
+from run_folder import RunFolder
+from utils import Process, UserError, say
 
 __all__ = ["get_args_parser", "main"]
 
@@ -65,7 +67,7 @@ def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.M
     lines = []
     for key in keys or ["model"]:
         if start.purpose == "eval":
-            models_kan.load_exactly(model, utils.weights_of(start.checkpoint, start.path, key),
+            models_kan.load_exactly(model, weights_of(start.checkpoint, start.path, key),
                                     f"{key} in checkpoint {start.path}")
         result = evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=config.args.dist_eval, title=key)
         if result["unreadable"] and not lines:
@@ -92,7 +94,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
     updates = -(-len(loaders.train) // args.grad_accum)
     state = starting.build_state(args, model, lr, updates, process.device, amp_dtype)
     if start.purpose == "resume":
-        models_kan.load_exactly(model, utils.weights_of(start.checkpoint, start.path), f"checkpoint {start.path}")
+        models_kan.load_exactly(model, weights_of(start.checkpoint, start.path), f"checkpoint {start.path}")
         state.load_state_dict(start.checkpoint)
         start.checkpoint.clear()        # the state has it now
         say(f"resumed from {start.path}: epoch {state.epoch}, best top-1 {state.max_accuracy:.2f}")

@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import CHECKPOINT, PREVIOUS
 from config import Parser, get_args_parser, parse_args, validate
-from utils import CHECKPOINT, PREVIOUS, UserError
+from utils import UserError
 
 try:
     import submitit

@@ -25,25 +25,15 @@ from torch import nn
 import conversion
 import kernels
 import models_kan
+from checkpoints import CHECKPOINT, PREVIOUS, checkpoint_args, fetch, load_file, plain, weights_of
 from config import Config, flag_name, get_args_parser, resolve
 from datasets import Loaders, guess_data_set
 from engine import TrainState
 from group_kan import GroupActivation
 from models_kan import KAN_OPTIONS, ModelSpec
+from run_folder import versions
 from samplers import RASampler
-from utils import (
-    CHECKPOINT,
-    PREVIOUS,
-    Process,
-    UserError,
-    checkpoint_args,
-    fetch,
-    load_file,
-    plain,
-    say,
-    versions,
-    weights_of,
-)
+from utils import Process, UserError, say
 
 
 # ---------------------------------------------------------------- the checkpoint

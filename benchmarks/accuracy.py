@@ -46,6 +46,7 @@ from torchvision.datasets import ImageFolder
 
 import conversion
 import models_kan
+from checkpoints import CHECKPOINT, load_file, save_checkpoint
 from config import parse_args
 from engine import evaluate, train_one_epoch
 from faster_kan import FasterKANLayer, rswaf_basis
@@ -54,7 +55,7 @@ from losses import build_criterion
 from models_kan import ModelSpec
 from samplers import RASampler
 from start import build_state
-from utils import CHECKPOINT, Process, load_file, save_checkpoint, seed_everything
+from utils import Process, seed_everything
 
 # name -> (model suffix, what differs). `act`: another fixed activation in the MLP. `frozen`: learned functions
 # that are not trained here, see `_load_functions`. `phi_qkv`, `phi_out`: a learned function before the qkv map, or

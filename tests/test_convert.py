@@ -11,8 +11,8 @@ from test_conversion import trained
 
 import main as program
 import models_kan
+from checkpoints import load_file
 from tools import convert
-from utils import load_file
 
 NANO = "vit_nano_patch8_32"
 FULL = ["--hdim_kan", "384", "--kan-basis", "covering", "--kan-second-norm", "static", "--kan-grid-range", "-4", "4"]

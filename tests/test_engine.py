@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import models_kan  # noqa: F401  registers the models with timm
 from augment import build_mixup
+from checkpoints import plain
 from config import parse_args
 from datasets import ImageSet, Split, _digits, build_loaders
 from engine import (
@@ -38,7 +39,7 @@ from kernels import native
 from losses import ClassLoss, CosubLoss, build_criterion
 from samplers import RASampler
 from start import build_state
-from utils import Process, TrainingFailed, UserError, plain
+from utils import Process, TrainingFailed, UserError
 
 CPU = torch.device("cpu")
 NANO = "vit_nano_patch8_32_KAN"

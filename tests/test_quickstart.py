@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import models_kan  # noqa: F401  (registers the models)
+from checkpoints import load_file
 from faster_kan import FasterKANLayer
 from group_kan import GroupKAN
 from tools import plot_run, quickstart
-from utils import UserError, load_file
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,6 +19,7 @@ from torch import nn
 
 import models_kan
 import start
+from checkpoints import CHECKPOINT, PREVIOUS
 from config import dump_yaml, parse_args
 from engine import lr_of
 from models_kan import ModelSpec
@@ -36,7 +37,7 @@ from start import (
     scaled_lr,
     settle,
 )
-from utils import CHECKPOINT, PREVIOUS, Process, UserError
+from utils import Process, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"

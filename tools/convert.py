@@ -31,9 +31,10 @@ import models_kan
 import start as starting
 import utils
 from augment import build_transform
+from checkpoints import SAFETENSORS_KEY, checkpoint_args, plain, weights_of
 from config import parse_args, validate
 from datasets import UnreadableData, load_image
-from utils import UserError, say, weights_of
+from utils import UserError, say
 
 EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
 AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
@@ -86,7 +87,7 @@ def write(model: nn.Module, target: Path, about: dict) -> None:
     os.close(handle)
     try:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary,
-                  metadata={"format": "pt", utils.SAFETENSORS_KEY: json.dumps(about)})
+                  metadata={"format": "pt", SAFETENSORS_KEY: json.dumps(about)})
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     finally:
@@ -108,7 +109,7 @@ def run(argv: list[str]) -> int:
     state = weights_of(checkpoint, path)
     config = starting.with_own_input_size(config)
     validate(config.args)
-    found = models_kan.infer_model(state, utils.checkpoint_args(checkpoint))
+    found = models_kan.infer_model(state, checkpoint_args(checkpoint))
     spec = starting.model_spec(config, starting.Start(), found.kwargs["num_classes"])
     model, spec = starting.build_model(spec, config)
 
@@ -123,7 +124,7 @@ def run(argv: list[str]) -> int:
         say(conversion.table(errors))
     if not report.converted:
         raise UserError(f"nothing was converted: {own.source} holds no MLP that fits {own.model}; see the table above")
-    about = {"model_args": utils.plain({"name": spec.name, "kwargs": spec.kwargs}), "args": {}}
+    about = {"model_args": plain({"name": spec.name, "kwargs": spec.kwargs}), "args": {}}
     if checkpoint.get("class_names"):
         about["class_names"] = checkpoint["class_names"]
     write(model, own.target, about)

@@ -15,9 +15,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoints import load_file
 from faster_kan import rswaf_basis
 from group_kan import BASES
-from utils import UserError, load_file
+from utils import UserError
 
 EDGES = 6       # of each layer that is shown
 GROUPS = 8      # likewise

@@ -1,0 +1,195 @@
+"""Checkpoints: read without running their code, fetched from a URL, written whole or not at all. No models."""
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+import warnings
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlparse
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from utils import UserError, say
+
+CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+SAFETENSORS_KEY = "vision_kan"      # of a .safetensors file's metadata: JSON of what a checkpoint says beside weights
+
+
+# ---------------------------------------------------------------- reading checkpoints
+def load_file(path: str | Path) -> dict[str, Any]:
+    """A checkpoint (.pth and the like) or .safetensors file, on the CPU. Never runs code of the file.
+
+    Besides tensors and plain types only `argparse.Namespace` is let in, which DeiT and the original Vision-KAN
+    put under `args`. Raises UserError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {path} {what}: check the path")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
+                return {**about, "model": {key: file.get_tensor(key) for key in file.keys()}}
+        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # what matters raises
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):        # torch does not look at the checksums that it wrote
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"{damaged} has a wrong checksum")
+    except PermissionError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    except Exception as error:      # a damaged archive makes the reader raise nearly anything
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise UserError(f"checkpoint {path} holds more than tensors and plain values ({refused.group(1)}): refused, "
+                            "since reading it could run its code; get it from its source again") from error
+        wordy = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))      # behind an essay on the flag
+        reason = wordy.group(1) if wordy else (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"checkpoint {path} cannot be read, it is damaged or no checkpoint ({reason}): "
+                        "copy or download it again") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
+    return checkpoint
+
+
+def fetch(location: str) -> Path:
+    """A local path for `location`: a file, or a URL that is downloaded once, whole or not at all.
+
+    DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked."""
+    url = urlparse(location)
+    if url.scheme not in ("http", "https", "file"):
+        return Path(location).expanduser()
+    if url.scheme == "file":
+        return Path(unquote(url.path))
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    name = Path(url.path).name
+    digest = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", name)
+    # no hash in the name: two servers may offer different files under one name
+    target = folder / (name if digest else f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}")
+    if target.is_file():
+        return target
+    say(f"downloading {location} to {target}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _download(location, target, digest.group(1) if digest else "")
+    except (HTTPException, OSError, ValueError) as error:       # URLError is an OSError
+        reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
+        raise UserError(f"{location} cannot be downloaded ({reason}): check the address and the connection, or "
+                        "download it elsewhere and give the file") from error
+    return target
+
+
+def _download(location: str, target: Path, digest: str) -> None:
+    """`torch.hub.download_url_to_file` would keep what comes before a connection breaks off."""
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        with urlopen(Request(location, headers={"User-Agent": "torch.hub"}), timeout=60) as response, \
+                open(temporary, "wb") as file:
+            shutil.copyfileobj(response, file, 2 ** 20)
+            missing = response.length       # counts down from Content-Length, None without one
+        if missing:
+            raise OSError(f"the connection broke off {missing} bytes before the end")
+        with open(temporary, "rb") as file:
+            actual = hashlib.file_digest(file, "sha256").hexdigest()
+        if not actual.startswith(digest):
+            raise UserError(f"{location} is not the file that its name promises (its SHA-256 is {actual}): nothing "
+                            "was kept, check the address")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def checkpoint_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a checkpoint was written with, as a dict; empty where it has none."""
+    args = checkpoint.get("args") or {}
+    args = vars(args) if isinstance(args, Namespace) else args
+    return dict(args) if isinstance(args, Mapping) else {}
+
+
+def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
+    """The state dict under `key` (also under DeiT-like names, or the checkpoint itself when it is a bare one)."""
+    for name in (key, "state_dict"):
+        if isinstance(checkpoint.get(name), Mapping):
+            checkpoint = checkpoint[name]
+            break
+    state = {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
+    if not state:
+        raise UserError(f"checkpoint {path} holds no weights (no key 'model'): it has "
+                        f"{', '.join(map(repr, list(checkpoint)[:5])) or 'nothing'}")
+    return state
+
+
+# ---------------------------------------------------------------- writing checkpoints
+def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = ()) -> None:
+    """Write `checkpoint.pth`, keep the one before as `checkpoint_previous.pth`, and give the new file the names
+    in `also`. A kill or a full disk at any moment leaves the earlier files whole. Raises OSError."""
+    path = folder / CHECKPOINT
+    handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:       # torch's zip writer hides the reason
+                raise OSError(errno.ENOSPC, f"writing failed ({str(error).splitlines()[0][:80]})") from error
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        for name in also:
+            _link(temporary, folder / name)
+        if path.exists():
+            _link(path, folder / PREVIOUS)
+        os.replace(temporary, path)
+        _sync_folder(folder)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _link(source: str | Path, target: Path) -> None:
+    """A second name for a file, put in place in one step; a copy where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def plain(value: Any) -> Any:
+    """`value` with tuples, mappings and numpy numbers as plain types, so that any program loads a checkpoint
+    with `torch.load(weights_only=True)` and no allow-list."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (torch.Tensor, str, int, float, bool, type(None))):
+        return value
+    return str(value)

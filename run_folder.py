@@ -1,0 +1,162 @@
+"""What a run leaves in its output folder: log lines, TensorBoard events, flags, versions, checkpoints."""
+import datetime
+import errno
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from checkpoints import CHECKPOINT, save_checkpoint
+from utils import Process, UserError, say
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+    packages = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    return {"python": platform.python_version(), **packages, "platform": platform.platform(),
+            "cuda": torch.version.cuda if torch.cuda.is_available() else "none"}
+
+
+def git_commit() -> str:
+    """The commit of this code, with `-dirty` where the files differ from it, or 'unknown'."""
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], timeout=10,
+                                cwd=Path(__file__).parent, capture_output=True, text=True)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return answer.stdout.strip() or "unknown"
+
+
+class RunFolder:
+    """`log.txt` (a JSON object a line), TensorBoard events, `args.yaml` and `run.yaml` of one run; the checkpoints
+    are beside them. Does nothing without a folder and on ranks other than 0.
+
+    A write that fails (disk full, folder gone) is told once a time and does not end the training:
+    `failed` holds the last reason until a later write succeeds."""
+
+    def __init__(self, folder: str, process: Process):
+        self.folder = Path(folder).expanduser() if folder and process.is_main else None
+        self.process = process
+        self.failed = ""
+        self.board = None
+        self.unwritten = ""     # lines of log.txt that had no room yet
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+            except OSError as error:
+                raise UserError(f"--output_dir {folder} cannot be written to ({error.strerror}): "
+                                "choose another folder") from error
+
+    def holds_another_run(self, resumed: str) -> bool:
+        """Whether a checkpoint is here that is not of the run that goes on from the file `resumed` ('': a new run)."""
+        if not self.folder or not (self.folder / CHECKPOINT).exists():
+            return False
+        return not resumed or Path(resumed).expanduser().resolve().parent != self.folder.resolve()
+
+    def start(self, args_yaml: str, argv: list[str], epoch: int) -> None:
+        """Record flags, command and versions; take back the log lines of epochs that will be done again."""
+        if not self.folder:
+            return
+        launch = {"command": shlex.join([Path(sys.executable).name, "main.py", *argv]), "started":
+                  datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
+                  "commit": git_commit(), "processes": self.process.world_size, "device": str(self.process.device),
+                  "versions": versions()}
+        with self._tolerant("args.yaml, run.yaml and log.txt"):
+            for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
+                leftover.unlink(missing_ok=True)
+            log = self.folder / "log.txt"
+            if log.exists():
+                kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]
+                _write_whole(log, "".join(line + "\n" for line in kept))
+            _write_whole(self.folder / "args.yaml", args_yaml)
+            with open(self.folder / "run.yaml", "a" if epoch else "w") as file:
+                yaml.safe_dump([launch], file, sort_keys=False)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of log.txt, and its numbers as TensorBoard scalars at the record's epoch."""
+        if not self.folder:
+            return
+        self.unwritten += json.dumps(record) + "\n"
+        with self._tolerant("log.txt"):
+            _append_whole(self.folder / "log.txt", self.unwritten)
+            self.unwritten = ""
+        if self.unwritten:
+            return
+        with self._tolerant("the TensorBoard events"):
+            board, self.board = self.board or self._open_board(record["epoch"]), None     # a writer that failed is dead
+            for key, value in record.items():
+                if key != "epoch" and isinstance(value, (int, float)):
+                    board.add_scalar(re.sub(r"^(train|test|ema_test)_", r"\1/", key), value, record["epoch"])
+            board.flush()
+            self.board = board
+
+    def _open_board(self, epoch: int):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        def hook(failure: threading.ExceptHookArgs) -> None:
+            # TensorBoard's thread dies of a full disk; its next call raises the same here, to be told in a sentence
+            if not issubclass(failure.exc_type, OSError):
+                threading.__excepthook__(failure)
+
+        threading.excepthook = hook
+        return SummaryWriter(str(self.folder), purge_step=epoch)
+
+    def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
+        if self.folder:
+            with self._tolerant(CHECKPOINT):
+                save_checkpoint(checkpoint, self.folder, also)
+
+    def close(self) -> None:
+        if self.board:
+            with self._tolerant("the TensorBoard events"):
+                self.board.close()
+        self.board = None
+
+    @contextmanager
+    def _tolerant(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = f"{what} could not be written to {self.folder} ({error.strerror or error})"
+            say(f"warning: {self.failed}: the training goes on, free some space or mount the folder again",
+                file=sys.stderr)
+        else:
+            if what == CHECKPOINT:
+                self.failed = ""
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a log line; one that a kill cut off counts as never written."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _append_whole(path: Path, text: str) -> None:
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):        # the disk is full now: half a line would spoil the next one
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

@@ -1,0 +1,37 @@
+"""What several test files share and that needs nothing of the program's models: sentences, forks, a folder's files."""
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import UserError
+
+
+def sentence(call, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as e:
+        call(*args, **kwargs)
+    text = str(e.value)
+    assert text and "\n" not in text and len(text) < 600
+    return text
+
+
+def forked(function, *args):
+    """function(*args) in a copy of this process: what it does to itself ends with it."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*args)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join(60)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def epochs(folder: Path) -> dict[str, int]:
+    return {path.name: torch.load(path, weights_only=True)["epoch"] for path in folder.iterdir()}

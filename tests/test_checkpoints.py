@@ -1,0 +1,374 @@
+"""Checkpoints that are read, fetched and written."""
+import builtins
+import errno
+import hashlib
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import epochs, sentence
+from safetensors.torch import save_file
+
+import checkpoints
+from checkpoints import CHECKPOINT, PREVIOUS, checkpoint_args, fetch, load_file, plain, save_checkpoint, weights_of
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
+W = torch.arange(6.).view(2, 3)
+
+
+# ---------------------------------------------------------------- reading
+def test_reads_what_it_saves_and_the_released_layout(tmp_path):
+    torch.save({"model": {"w": W}, "epoch": 3, "args": Namespace(model="m", lr=[1, 2])}, tmp_path / "deit.pth")
+    checkpoint = load_file(tmp_path / "deit.pth")
+    assert checkpoint["epoch"] == 3 and torch.equal(checkpoint["model"]["w"], W)
+    assert checkpoint_args(checkpoint) == {"model": "m", "lr": [1, 2]}
+
+    torch.save(OrderedDict(w=W), tmp_path / "bare.pth")
+    assert torch.equal(weights_of(load_file(str(tmp_path / "bare.pth")), "bare.pth")["w"], W)
+
+    save_file({"w": W}, tmp_path / "w.safetensors")
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["model"]["w"], W)
+
+    torch.save({"model": {"w": W}}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_file(tmp_path / "old.pth")["model"]["w"], W)
+
+
+@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+def test_reads_a_file_of_the_original_code():
+    checkpoint = load_file(RELEASED)
+    assert {"model", "model_ema", "optimizer", "args"} <= set(checkpoint)
+    assert checkpoint_args(checkpoint)["model"].endswith("_KAN")
+
+
+def test_the_allow_list_ends_with_the_reading(tmp_path):
+    torch.save({"model": {"w": W}, "args": Namespace()}, tmp_path / "a.pth")
+    load_file(tmp_path / "a.pth")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "a.pth", weights_only=True)
+
+
+def test_weights_and_args_of_odd_checkpoints():
+    assert set(weights_of({"state_dict": {"w": W}, "epoch": 1}, "f")) == {"w"}
+    assert set(weights_of({"model": {"w": W}, "model_ema": {"v": W}}, "f", "model_ema")) == {"v"}
+    assert set(weights_of({"w": W, "epoch": 1}, "f")) == {"w"}
+    for empty in ({"epoch": 1}, {"model": {}}, {}):
+        assert "file.pth" in sentence(weights_of, empty, "file.pth")
+    assert "'epoch'" in sentence(weights_of, {"epoch": 1}, "file.pth")
+    for odd in ({}, {"args": None}, {"args": [1]}, {"args": "text"}):
+        assert checkpoint_args(odd) == {}
+
+
+def test_missing_file_folder_and_empty_file(tmp_path):
+    assert "does not exist" in sentence(load_file, tmp_path / "none.pth")
+    assert "folder" in sentence(load_file, tmp_path)
+    (tmp_path / "empty.pth").write_bytes(b"")
+    assert "empty.pth" in sentence(load_file, tmp_path / "empty.pth")
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_truncated_file(tmp_path, form):
+    path = tmp_path / ("f.safetensors" if form == "safetensors" else "f.pth")
+    if form == "safetensors":
+        save_file({"w": torch.rand(100, 100)}, path)
+    else:
+        torch.save({"model": {"w": torch.rand(100, 100)}, "epoch": 1}, path,
+                   _use_new_zipfile_serialization=form == "zip")
+    whole = path.read_bytes()
+    for length in (1, 10, 100, len(whole) // 2, len(whole) - 200, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        text = sentence(load_file, path)
+        assert path.name in text and "again" in text, length
+
+
+def test_a_flipped_bit_anywhere_does_not_pass_for_a_checkpoint(tmp_path):
+    path, expected = tmp_path / "f.pth", torch.rand(64, 64)
+    torch.save({"model": {"w": expected}, "epoch": 1}, path)
+    whole = path.read_bytes()
+    in_the_tensor = whole.index(expected.numpy().tobytes()) + 5000
+    refused = 0
+    for place in [in_the_tensor, *range(0, len(whole), 641)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1:])
+        try:
+            checkpoint = load_file(path)
+        except UserError as error:
+            assert "f.pth" in str(error)
+            refused += 1
+            continue
+        assert place != in_the_tensor
+        # a bit of padding or of an archive's field that nobody reads may go unnoticed, a value may not
+        assert checkpoint["epoch"] == 1 and torch.equal(checkpoint["model"]["w"], expected)
+    assert refused > 20
+    path.write_bytes(whole)
+    assert torch.equal(load_file(path)["model"]["w"], expected)
+
+
+def test_files_that_are_something_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    (tmp_path / "text.pth").write_text("<html><body>404 Not Found</body></html>\n" * 20)
+    (tmp_path / "noise.pth").write_bytes(np.random.default_rng(0).bytes(5000))
+    (tmp_path / "text.safetensors").write_text("not safe\n")
+    for name in ("photos.zip", "text.pth", "noise.pth", "text.safetensors"):
+        assert name in sentence(load_file, tmp_path / name)
+    for content, kind in (([{"w": W}], "list"), (W, "Tensor"), ("text", "str")):
+        torch.save(content, tmp_path / "other.pth")
+        assert f"holds a {kind}" in sentence(load_file, tmp_path / "other.pth")
+
+
+class Call:
+    """Pickles as the call function(*args), which runs where it is unpickled without care."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def _malice(marker: str) -> dict[str, object]:
+    code = f"__import__('os').mkdir({marker!r})"
+    return {"os.system": Call(os.system, f"mkdir {marker}"), "eval": Call(builtins.eval, code),
+            "exec": Call(builtins.exec, code), "os.mkdir": Call(os.mkdir, marker),
+            "a class": Call(subprocess.Popen, ["mkdir", marker]),
+            "import": Call(builtins.__import__, "os")}
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle", "in the args"])
+@pytest.mark.parametrize("kind", ["os.system", "eval", "exec", "os.mkdir", "a class", "import"])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form, kind):
+    path, marker = tmp_path / "evil.pth", tmp_path / "ran"
+    evil = _malice(str(marker))[kind]
+    content = {"model": {"w": W}, "args": Namespace(x=evil) if form == "in the args" else {"x": evil}}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(content if kind == "import" else evil))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
+    text = sentence(load_file, path)
+    assert "evil.pth" in text and not marker.exists()
+    if form in ("zip", "legacy", "in the args"):
+        assert "refused" in text
+    if kind == "os.mkdir":      # the trap is armed: careless reading springs it
+        careless = pickle.loads if form == "bare pickle" else lambda raw: torch.load(io.BytesIO(raw), weights_only=False)
+        careless(path.read_bytes())
+        assert marker.exists()
+
+
+# ---------------------------------------------------------------- fetching
+class Server:
+    """Serves `files` {path: (status, body, announced length)} on 127.0.0.1 and notes the requests."""
+
+    def __init__(self):
+        self.files, self.requests = {}, []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append(self.path)
+                status, body, length = outer.files.get(self.path.partition("?")[0], (404, b"gone", 4))
+                self.send_response(status)
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,))
+        self.thread.start()
+
+    def put(self, path: str, body: bytes, length: int | None = None) -> str:
+        self.files[path] = (200, body, len(body) if length is None else length)
+        return f"http://127.0.0.1:{self.http.server_port}{path}"
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.thread.join()
+    server.http.server_close()
+
+
+@pytest.fixture
+def body() -> bytes:
+    file = io.BytesIO()
+    torch.save({"model": {"w": W}}, file)
+    return file.getvalue()
+
+
+def cached(tmp_path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "torch/hub/checkpoints").glob("*"))
+
+
+def test_fetch_leaves_files_of_this_machine_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fetch("some/file.pth") == Path("some/file.pth")
+    assert fetch("~/file.pth") == tmp_path / "file.pth"
+    assert fetch(f"file://{tmp_path}/a%20b.pth") == tmp_path / "a b.pth"
+
+
+def test_fetch_checks_the_hash_and_keeps_the_file(server, tmp_path, body):
+    name = f"tiny-{hashlib.sha256(body).hexdigest()[:8]}.pth"
+    url = server.put(f"/{name}", body)
+    first = fetch(url)
+    assert first.read_bytes() == body and cached(tmp_path) == [name]
+    assert fetch(url) == first and len(server.requests) == 1     # the second time from the cache
+    assert torch.equal(load_file(first)["model"]["w"], W)
+
+
+def test_fetch_refuses_a_file_with_another_hash(server, tmp_path, body):
+    url = server.put("/tiny-0123abcd.pth", body)
+    text = sentence(fetch, url)
+    assert url in text and hashlib.sha256(body).hexdigest() in text and cached(tmp_path) == []
+
+
+def test_fetch_without_a_hash_keeps_addresses_apart(server, tmp_path, body):
+    one, two = server.put("/a/model.pth", body), server.put("/b/model.pth", body + b"x")
+    assert fetch(one).read_bytes() == body and fetch(two).read_bytes() == body + b"x"
+    assert fetch(one).read_bytes() == body and len(server.requests) == 2 and len(cached(tmp_path)) == 2
+    query = fetch(one + "?download=1")
+    assert query.name.endswith("-model.pth") and len(server.requests) == 3
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_fetch_keeps_nothing_of_a_connection_that_breaks_off(server, tmp_path, body, named):
+    name = f"/tiny-{hashlib.sha256(body).hexdigest()[:8]}.pth" if named else "/tiny.pth"
+    url = server.put(name, body[:len(body) // 2], length=len(body))
+    text = sentence(fetch, url)
+    assert url in text and cached(tmp_path) == []
+    server.put(name, body)
+    assert fetch(url).read_bytes() == body
+
+
+def test_fetch_from_where_there_is_nothing(server, tmp_path):
+    url = server.put("/here.pth", b"").replace("here", "missing")
+    text = sentence(fetch, url)
+    assert url in text and "Not Found" in text and cached(tmp_path) == []
+
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    text = sentence(fetch, f"http://127.0.0.1:{port}/m.pth")
+    assert "refused" in text and "download it elsewhere" in text and cached(tmp_path) == []
+    for url in ("http:///m.pth", "http://127.0.0.1:bad/m.pth"):
+        assert url in sentence(fetch, url)
+
+
+def test_fetch_from_what_is_no_web_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert "cannot be downloaded" in sentence(fetch, f"http://127.0.0.1:{listener.getsockname()[1]}/m.pth")
+        thread.join()
+    assert cached(tmp_path) == []
+
+
+def test_fetch_into_a_folder_that_cannot_be_written(server, tmp_path, body, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    assert "cannot be downloaded" in sentence(fetch, server.put("/m.pth", body))
+
+
+# ---------------------------------------------------------------- writing
+def test_save_keeps_the_one_before_and_gives_more_names(tmp_path):
+    save_checkpoint({"epoch": 0}, tmp_path, ("best_checkpoint.pth",))
+    assert epochs(tmp_path) == {CHECKPOINT: 0, "best_checkpoint.pth": 0}
+    save_checkpoint({"epoch": 1}, tmp_path)
+    assert epochs(tmp_path) == {CHECKPOINT: 1, PREVIOUS: 0, "best_checkpoint.pth": 0}
+    save_checkpoint({"epoch": 2}, tmp_path, ("best_checkpoint.pth", "best_ema_checkpoint.pth"))
+    assert epochs(tmp_path) == {CHECKPOINT: 2, PREVIOUS: 1, "best_checkpoint.pth": 2, "best_ema_checkpoint.pth": 2}
+    assert (tmp_path / CHECKPOINT).stat().st_mode & 0o777 == 0o644
+
+
+def test_save_where_the_file_system_has_no_links(tmp_path, monkeypatch):
+    def no_links(*args):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    for epoch in range(3):
+        save_checkpoint({"epoch": epoch}, tmp_path, ("best_checkpoint.pth",))
+    assert epochs(tmp_path) == {CHECKPOINT: 2, PREVIOUS: 1, "best_checkpoint.pth": 2}
+
+
+@pytest.mark.parametrize("moment", ["writing", "torch's writer", "fsync", "copy", "replace"])
+def test_a_failure_at_any_moment_leaves_the_earlier_files_whole(tmp_path, monkeypatch, moment):
+    for epoch in range(2):
+        save_checkpoint({"epoch": epoch}, tmp_path, ("best_checkpoint.pth",))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def some_bytes_and_then(error):
+        def save(checkpoint, file):
+            file.write(b"PK" * 1000)
+            raise error
+        return save
+
+    def half_a_copy(source, target):
+        Path(target).write_bytes(Path(source).read_bytes()[:100])
+        full()
+
+    with monkeypatch.context() as patch:
+        if moment == "writing":
+            patch.setattr(torch, "save", some_bytes_and_then(OSError(errno.ENOSPC, "No space left on device")))
+        elif moment == "torch's writer":
+            patch.setattr(torch, "save", some_bytes_and_then(RuntimeError("[enforce fail] unexpected pos 64 vs 0\n...")))
+        elif moment == "copy":
+            patch.setattr(os, "link", full)
+            patch.setattr(checkpoints.shutil, "copyfile", half_a_copy)
+        else:
+            patch.setattr(os, moment, full)
+        with pytest.raises(OSError) as e:
+            save_checkpoint({"epoch": 2}, tmp_path, ("best_checkpoint.pth",))
+    assert e.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    save_checkpoint({"epoch": 3}, tmp_path)         # and with space again it goes on
+    assert epochs(tmp_path) == {CHECKPOINT: 3, PREVIOUS: 1, "best_checkpoint.pth": 1}
+
+
+def test_plain():
+    given = {"tuple": (1, (2.5, None)), "numpy": np.float32(0.5), "int": np.int64(3), "bool": np.bool_(True),
+             "ordered": OrderedDict(a=W), "path": Path("a/b"), "size": torch.Size([1, 2]), 3: ["text", False],
+             "dtype": torch.bfloat16}
+    result = plain(given)
+    assert torch.equal(result["ordered"].pop("a"), W)
+    assert result == {"tuple": [1, [2.5, None]], "numpy": 0.5, "int": 3, "bool": True, "ordered": {}, "path": "a/b",
+                      "size": [1, 2], 3: ["text", False], "dtype": "torch.bfloat16"}
+    assert {type(result[key]) for key in ("numpy", "int", "bool", "ordered", "size")} == {float, int, bool, dict, list}
+
+
+def test_any_program_loads_what_is_saved(tmp_path):
+    state = plain({"args": vars(Namespace(betas=(0.9, 0.99), path=Path("x"), lr=np.float64(1e-3))),
+                   "best": np.float64(71.25), "groups": [OrderedDict(lr=1.0)]})
+    save_checkpoint({"model": {"w": W}, **state}, tmp_path)
+    code = "import sys, torch; print(torch.load(sys.argv[1], weights_only=True)['best'])"
+    answer = subprocess.run([sys.executable, "-c", code, str(tmp_path / CHECKPOINT)], capture_output=True, text=True,
+                            timeout=100, cwd=tmp_path)      # from elsewhere: this project cannot be imported
+    assert answer.stdout == "71.25\n", answer.stderr
