@@ -24,6 +24,7 @@ from safetensors import safe_open
 from utils import UserError, say
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+BEST = ("best_checkpoint.pth", "best_ema_checkpoint.pth")
 SAFETENSORS_KEY = "vision_kan"      # of a .safetensors file's metadata: JSON of what a checkpoint says beside weights
 
 
@@ -131,6 +132,17 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "mode
         raise UserError(f"checkpoint {path} holds no weights (no key 'model'): it has "
                         f"{', '.join(map(repr, list(checkpoint)[:5])) or 'nothing'}")
     return state
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, newest first: checkpoint.pth, checkpoint_previous.pth,
+    checkpoint_previous_2.pth and so on, then the best ones, which may be of any epoch. Gaps are allowed."""
+    stem = Path(PREVIOUS).stem
+    numbered = {int(match.group(1)): path for path in folder.glob(f"{stem}_*.pth")
+                if (match := re.fullmatch(rf"{stem}_([1-9]\d{{0,8}})\.pth", path.name))}
+    ordered = [folder / CHECKPOINT, folder / PREVIOUS, *(numbered[number] for number in sorted(numbered)),
+               *(folder / name for name in BEST)]
+    return [path for path in ordered if path.exists()]
 
 
 # ---------------------------------------------------------------- writing checkpoints

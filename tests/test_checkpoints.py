@@ -22,7 +22,17 @@ from helpers import epochs, sentence
 from safetensors.torch import save_file
 
 import checkpoints
-from checkpoints import CHECKPOINT, PREVIOUS, checkpoint_args, fetch, load_file, plain, save_checkpoint, weights_of
+from checkpoints import (
+    CHECKPOINT,
+    PREVIOUS,
+    checkpoint_args,
+    fetch,
+    load_file,
+    plain,
+    save_checkpoint,
+    saved_checkpoints,
+    weights_of,
+)
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,6 +303,22 @@ def test_fetch_into_a_folder_that_cannot_be_written(server, tmp_path, body, monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
     assert "cannot be downloaded" in sentence(fetch, server.put("/m.pth", body))
+
+
+# ---------------------------------------------------------------- a run's folder
+def test_saved_checkpoints_are_listed_newest_first(tmp_path):
+    assert saved_checkpoints(tmp_path) == [] and saved_checkpoints(tmp_path / "none") == []
+    listed = ["checkpoint.pth", "checkpoint_previous.pth", "checkpoint_previous_2.pth", "checkpoint_previous_3.pth",
+              "checkpoint_previous_10.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth"]
+    others = ["checkpoint_previous_.pth", "checkpoint_previous_02.pth", "checkpoint_previous_x.pth", "other.pth",
+              "checkpoint_previous_2.pth.tmp", ".checkpoint-x.tmp", "log.txt"]
+    for name in listed + others:
+        (tmp_path / name).touch()
+    assert [path.name for path in saved_checkpoints(tmp_path)] == listed
+    for name in ("checkpoint.pth", "checkpoint_previous_2.pth", "best_checkpoint.pth"):      # gaps
+        (tmp_path / name).unlink()
+        listed.remove(name)
+    assert [path.name for path in saved_checkpoints(tmp_path)] == listed
 
 
 # ---------------------------------------------------------------- writing
