@@ -448,9 +448,24 @@ class Loaders:
         """Training images that this process could not read so far."""
         return int(self.train.dataset.unreadable.count_nonzero()) if self.train else 0
 
+    def unreadable_state(self) -> list[int]:
+        """Indices of the training images that could not be read so far, for a checkpoint."""
+        return self.train.dataset.unreadable.nonzero().flatten().tolist()
+
+    def load_unreadable_state(self, indices: list[int]) -> None:
+        self.train.dataset.unreadable[indices] = 1
+
+    def check_unreadable(self) -> None:
+        """Raises UserError where too many images cannot be read."""
+
     def unreadable_val(self) -> int:
         """Validation images that this process could not read so far."""
         return int(self.val.dataset.unreadable.count_nonzero())
+
+
+def batches(loader: DataLoader) -> Iterator:
+    """The loader's batches."""
+    yield from loader
 
 
 def build_loaders(args: Namespace, process: Process, class_names: list[str] | None = None) -> Loaders:
