@@ -146,9 +146,9 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 
 # ---------------------------------------------------------------- writing checkpoints
-def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = ()) -> None:
-    """Write `checkpoint.pth`, keep the one before as `checkpoint_previous.pth`, and give the new file the names
-    in `also`. A kill or a full disk at any moment leaves the earlier files whole. Raises OSError."""
+def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = (), keep: int = 2) -> None:
+    """Write `checkpoint.pth`, keep the `keep` - 1 before under the names of `saved_checkpoints`, and give the new file
+    the names in `also`. A kill or a full disk at any moment leaves the earlier files whole. Raises OSError."""
     path = folder / CHECKPOINT
     handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
     try:
@@ -162,12 +162,24 @@ def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, .
         os.chmod(temporary, 0o644)
         for name in also:
             _link(temporary, folder / name)
-        if path.exists():
-            _link(path, folder / PREVIOUS)
+        _age(folder, keep)
         os.replace(temporary, path)
         _sync_folder(folder)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _age(folder: Path, keep: int) -> None:
+    """Each of the last checkpoints takes the name of the one before it; those beyond `keep` go. `checkpoint.pth` stays
+    in place until it is replaced, so that at every moment each name holds a whole file."""
+    stem = Path(PREVIOUS).stem
+    names = [CHECKPOINT, PREVIOUS, *(f"{stem}_{number}.pth" for number in range(2, keep))][:keep]
+    for newer, older in zip(names[-2::-1], names[:0:-1]):
+        if (folder / newer).exists():
+            _link(folder / newer, folder / older)
+    for path in saved_checkpoints(folder):
+        if path.name.startswith(stem) and path.name not in names:
+            path.unlink()
 
 
 def _link(source: str | Path, target: Path) -> None:

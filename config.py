@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import re
+import reprlib
 import sys
 from argparse import Namespace
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ _SCOPES = {
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
     "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
-             "dist_eval num_workers pin_mem distributed world_size dist_url print_freq teacher_path",
+             "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
+             "save_interval_steps save_interval_minutes keep debug_nan deterministic",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
 # How a resumed run may differ from the one that wrote the checkpoint: length, batch, memory and arithmetic.
@@ -108,13 +110,13 @@ class Parser(argparse.ArgumentParser):
         for token in unknown:
             if token.startswith("-"):
                 name = token.partition("=")[0]
-                self.error(f"unknown flag {name}{_nearest(name, self._option_string_actions)}")
+                self.error(f"unknown flag {_on_one_line(name)}{_nearest(name, self._option_string_actions)}")
         if unknown:
-            self.error(f"unexpected argument '{unknown[0]}': every option here is a --flag")
+            self.error(f"unexpected argument '{_on_one_line(unknown[0])}': every option here is a --flag")
         return parsed
 
     def error(self, message):
-        message = re.sub(r"^argument ", "", message)
+        message = re.sub(r"^argument ", "", _on_one_line(message, 500))
         choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
         if choice:
             flag, value = choice.groups()
@@ -125,6 +127,12 @@ class Parser(argparse.ArgumentParser):
 
 def _plain(name: str) -> str:
     return name.replace("-", "_")
+
+
+def _on_one_line(text: str, most: int = 200) -> str:
+    """The text without line breaks and other characters that have no picture, and its middle left out if it is long."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 4:]}"
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
@@ -212,7 +220,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--lr-noise-std", type=float, default=1.0, metavar="S", help="deviation of the noise")
     add("--warmup-lr", type=float, default=1e-6, metavar="LR", help="where the warm-up begins")
     add("--min-lr", type=float, default=1e-5, metavar="LR", help="where the schedule ends")
-    add("--decay-epochs", type=float, default=30, metavar="N", help="epochs between decays (step)")
+    add("--decay-epochs", type=float, default=30.0, metavar="N", help="epochs between decays (step)")
     add("--warmup-epochs", type=int, default=5, metavar="N", help="epochs of linear warm-up")
     add("--cooldown-epochs", type=int, default=10, metavar="N", help="epochs of rest after a decay (plateau)")
     add("--patience-epochs", type=int, default=10, metavar="N", help="epochs without progress (plateau)")
@@ -281,9 +289,18 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--seed", default=0, type=int, help="of weights, order and augmentation")
     add("--resume", default="", metavar="FILE",
         help="checkpoint to go on from (a file or a URL; auto: the newest in --output_dir, if any)")
+    add("--save-interval-steps", default=0, type=int, metavar="N",
+        help="also save every N steps within an epoch, so that a killed run loses no more; 0: off")
+    add("--save-interval-minutes", default=10.0, type=float, metavar="MINUTES",
+        help="also save when so much time has passed since the last checkpoint; 0: off")
+    add("--keep", default=2, type=int, metavar="N", help="checkpoints to keep, besides the best ones")
     add("--start_epoch", default=0, type=int, metavar="N",
         help="first epoch where the checkpoint doesn't say")
     add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
+    add("--deterministic", action=on_off, default=False,
+        help="deterministic kernels on a GPU too (slower; a CPU is deterministic as it is)")
+    add("--debug-nan", action=on_off, default=False,
+        help="when the loss or a gradient is not finite: keep the batch in --output_dir, replay it, name the layer")
     add("--print-freq", default=10, type=int, metavar="N", help="batches between log lines")
     add("--compile", action=on_off, default=False, help="torch.compile the model: minutes at the start, then faster steps")
     add("--profile", action=on_off, default=False,
@@ -294,6 +311,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--distributed", action=on_off, default=False, help="refuse to run as a single process")
     add("--world_size", default=1, type=int, metavar="N", help="processes to expect, if more than 1")
     add("--dist_url", default="env://", metavar="URL", help="where they meet")
+    add("--dist-timeout", default=600.0, type=float, metavar="SECONDS",
+        help="how long a process waits for the others before it ends and names who is missing")
     return parser
 
 
@@ -319,6 +338,12 @@ def parse_args(argv: list[str] | None = None) -> Config:
     parsed = vars(parser.parse_args(argv, Namespace(**{dest: unset for dest in SCOPE})))
     values = {dest: action.default for dest, action in _flags().items()}
     given = {}
+    for dest, value in parsed.items():
+        if value is not unset:
+            try:
+                _typed(_flags()[dest], value)
+            except ValueError as e:
+                raise UserError(f"{flag_name(dest)} {e}") from None
     if parsed["config"] is not unset:
         recipe = load_recipe(parsed["config"])
         values.update(recipe)
@@ -339,24 +364,27 @@ def _between(low, high):
     return lambda v: low <= v <= high, f"from {low} to {high}"
 
 
+LARGEST = 10 ** 9           # of any number but the seed: beyond it nothing means anything, and arithmetic overflows
+_MOST_EPOCHS = 10 ** 6
 _POSITIVE = (lambda v: v > 0, "greater than 0")
 _SHARE = (lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
-    **dict.fromkeys(("epochs", "batch_size", "input_size", "grad_accum", "hdim_kan", "recount", "print_freq",
-                     "world_size"), _at_least(1)),
-    **dict.fromkeys(("start_epoch", "num_workers", "seed", "warmup_epochs", "cooldown_epochs",
-                     "patience_epochs", "weight_decay", "kan_groups",
-                     "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr", "color_jitter", "crop_padding", "mixup",
-                     "cutmix"), _at_least(0)),
+    **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size", "keep"), _at_least(1)),
+    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs"), _between(0, _MOST_EPOCHS)),
+    **dict.fromkeys(("weight_decay", "kan_groups", "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr",
+                     "color_jitter", "crop_padding", "mixup", "cutmix", "save_interval_steps", "save_interval_minutes"),
+                    _at_least(0)),
     **dict.fromkeys(("lr", "opt_eps", "clip_grad", "decay_epochs", "decay_rate", "lr_noise_std", "kan_h",
-                     "distillation_tau"), _POSITIVE),
+                     "distillation_tau", "dist_timeout"), _POSITIVE),
     **dict.fromkeys(("drop", "drop_path", "smoothing", "model_ema_decay", "momentum", "opt_betas"), _BELOW_1),
     **dict.fromkeys(("reprob", "hflip", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "cutmix_minmax",
                      "lr_noise", "lr_noise_pct"), _between(0, 1)),
-    **dict.fromkeys(("eval_crop_ratio", "layer_decay"), _SHARE),
-    "kan_grid_points": _at_least(2),
+    # the upper limits keep one image, or one loader, from taking all memory or forever
+    "epochs": _between(1, _MOST_EPOCHS), "input_size": _between(1, 16384), "recount": _between(1, 1000),
+    "num_workers": _between(0, 1024), "eval_crop_ratio": _between(0.1, 1), "layer_decay": _SHARE,
+    "kan_grid_points": _between(2, 1024), "seed": _between(0, 2 ** 63 - 1),
 }
 _NAMES = {
     "sched": ["cosine", "tanh", "step", "multistep", "plateau", "poly"],
@@ -366,9 +394,10 @@ _NAMES = {
 }
 # timm skips a section of the policy that it doesn't know when it has no digit ("rand-strong"), so all are
 # spelled out here
-_NUMBER = r"\d+(\.\d+)?"
-_AA = re.compile(rf"rand(-(m\d+|n\d+|p{_NUMBER}|mstd{_NUMBER}|mmax\d+|inc[01]|tweights|t3aw?))*"
-                 rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
+_COUNT, _NUMBER = "[1-9][0-9]?", r"[0-9]{1,3}(\.[0-9]{1,9})?"
+_POSITIVE_NUMBER = rf"(?!0+(\.0+)?(-|$)){_NUMBER}"
+_AA = re.compile(rf"rand(-(m[0-9]{{1,2}}|n{_COUNT}|p{_NUMBER}|mstd{_NUMBER}|mmax{_COUNT}|inc[01]|tweights|t3aw?)){{0,20}}"
+                 rf"|augmix(-(m[0-9]{{1,2}}|w{_COUNT}|d{_COUNT}|a{_POSITIVE_NUMBER}|b[01]|mstd{_NUMBER})){{0,20}}"
                  rf"|(original|originalr|v0|v0r|3a)(-mstd{_NUMBER})?|none|")
 
 
@@ -382,6 +411,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 _refuse(args, dest, "must be a finite number")
+            if isinstance(number, (int, float)) and dest != "seed" and abs(number) > LARGEST:
+                _refuse(args, dest, f"must be no larger than {LARGEST:,}".replace(",", " "))
             if dest in _RANGES and number is not None and not _RANGES[dest][0](number):
                 _refuse(args, dest, f"must be {_RANGES[dest][1]}")
     for dest, names in {**_NAMES, "opt": list_optimizers()}.items():
@@ -421,10 +452,18 @@ def _validate_training(args: Namespace) -> None:
     if mixing and args.batch_size % 2:
         _refuse(args, "batch_size", "must be even because mixup pairs the images "
                                     "(or switch it off: --mixup 0 --cutmix 0)")
+    if args.crop_padding > args.input_size:
+        _refuse(args, "crop_padding", f"must be at most --input-size {args.input_size}")
+    if args.sched == "plateau" and args.decay_rate >= 1:
+        _refuse(args, "decay_rate", "must be less than 1 with --sched plateau, which lowers the rate by it")
+    if args.sched in ("step", "multistep") and args.decay_rate > 1:
+        _refuse(args, "decay_rate", f"must be at most 1 with --sched {args.sched}, which lowers the rate by it")
     if args.resplit and not args.repeated_aug:
         raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
     if args.profile and not args.output_dir:
         raise UserError("--profile writes its trace into --output_dir: give that folder")
+    if args.debug_nan and not args.output_dir:
+        raise UserError("--debug-nan keeps the batch in --output_dir: give that folder")
     if args.distillation_type != "none":
         if not args.teacher_path:
             raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
@@ -449,33 +488,61 @@ def _refuse(args: Namespace, dest: str, why: str):
 
 
 # ---------------------------------------------------------------- recipes
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
 class _Loader(yaml.SafeLoader):
-    """Plain data only (no tags that run code), duplicate keys refused, and numbers as YAML 1.2 has them:
-    PyYAML follows 1.1, where 5e-4 is a text."""
+    """Plain data only (no tags that run code), duplicate and merge keys (`<<`) refused, and numbers as anyone reads them:
+    PyYAML follows YAML 1.1, where 5e-4 and 1e5 are texts, 010 is 8 and 1:30 is 90. Here the first two are numbers, the
+    others texts."""
+    yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+                               for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        self.depth += 1
+        if self.depth > 20:
+            raise yaml.composer.ComposerError(None, None, "a recipe is not nested so deep", self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def flatten_mapping(self, node):
+        # ten lines of merge keys can stand for a billion entries
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "a recipe has no merge keys", key_node.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back as the same value (the text '5e-4' in quotes)."""
+    """Writes what `_Loader`, and any other reader, reads back as the same value (the texts '5e-4' and '1:30' in quotes)."""
 
 
-_EXPONENT = re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+_DECIMAL = re.compile(r"^[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"
+                      r"|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$")
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+    _class.add_implicit_resolver(_FLOAT, _DECIMAL, list("-+.0123456789"))
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key_node, _ in node.value:
-        key = _plain(str(key_node.value))
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+        key = _plain(key_node.value)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key} appears twice",
                                                     key_node.start_mark)
         seen.add(key)
-    loader.flatten_mapping(node)
     return loader.construct_mapping(node)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+MOST_RECIPE_BYTES = 64 * 1024       # PyYAML reads so much in a few seconds
 
 
 def load_recipe(path: str) -> dict:
@@ -483,35 +550,41 @@ def load_recipe(path: str) -> dict:
 
     Keys may have dashes or underscores. Raises `UserError` naming the file and the key.
     """
+    named = f"--config {_on_one_line(path)}"
     try:
-        recipe = yaml.load(Path(path).read_bytes(), _Loader)
+        with open(path, "rb") as file:
+            text = file.read(MOST_RECIPE_BYTES + 1)
     except FileNotFoundError:
         beside = [str(p) for p in Path(path).parent.glob("*.yaml")]
-        raise UserError(f"--config {path}: there is no such file{_nearest(path, beside)}") from None
-    except OSError as e:
-        raise UserError(f"--config {path}: the file cannot be read ({e.strerror})") from None
+        raise UserError(f"{named}: there is no such file{_nearest(path, beside)}") from None
+    except (OSError, ValueError) as e:      # ValueError: of a name with a NUL
+        raise UserError(f"{named}: the file cannot be read ({getattr(e, 'strerror', e)})") from None
+    if len(text) > MOST_RECIPE_BYTES:
+        raise UserError(f"{named}: a file of more than {MOST_RECIPE_BYTES // 1024} KiB is no recipe")
+    try:
+        recipe = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as e:
         where = f", line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise UserError(f"--config {path}{where}: not a recipe in plain YAML ({e.problem})") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise UserError(f"{named}{where}: not a recipe in plain YAML ({_on_one_line(str(e.problem))})") from None
+    # the last four: what PyYAML meets after a tag on a value of another kind, such as !!int ''
+    except (yaml.YAMLError, ValueError, RecursionError, IndexError, KeyError, AttributeError, TypeError) as e:
         first_line = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"--config {path}: not a recipe in plain YAML ({first_line})") from None
+        raise UserError(f"{named}: not a recipe in plain YAML ({_on_one_line(first_line)})") from None
     if not isinstance(recipe, dict):
-        raise UserError(f"--config {path}: a recipe is a list of 'flag: value' lines, "
-                        f"not {_describe(recipe)}")
+        raise UserError(f"{named}: a recipe is a list of 'flag: value' lines, not {_describe(recipe)}")
     flags = _flags()
     values = {}
     for key, value in recipe.items():
         dest = _plain(key) if isinstance(key, str) else None
         if dest in _ONE_SHOT:
-            raise UserError(f"--config {path}: the key {key} belongs on the command line, not in a recipe")
+            raise UserError(f"{named}: the key {_show(key)} belongs on the command line, not in a recipe")
         if dest not in flags:
             keys = flags.keys() - _ONE_SHOT
-            raise UserError(f"--config {path}: unknown key {key}{_nearest(str(key).strip('-'), keys)}")
+            raise UserError(f"{named}: unknown key {_show(key)}{_nearest(str(key).strip('-'), keys)}")
         try:
             values[dest] = _typed(flags[dest], value)
         except ValueError as e:
-            raise UserError(f"--config {path}: {key} {e}") from None
+            raise UserError(f"{named}: {_show(key)} {e}") from None
     return values
 
 
@@ -520,8 +593,13 @@ def _describe(value) -> str:
         return "empty"
     kinds = {bool: "the switch", int: "the number", float: "the number", str: "the text", list: "the list",
              dict: "the mapping"}
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else _short.repr(value)
     return f"{kinds.get(type(value), 'the ' + type(value).__name__)} {text[:80]}"
+
+
+# repr() of a few lines of YAML whose lists hold each other is endless
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
 
 def _typed(action: argparse.Action, value):
@@ -554,9 +632,11 @@ def _typed_one(action: argparse.Action, value):
             raise ValueError("must be a number of ordinary size") from None
     elif not isinstance(value, str):
         raise ValueError(f"must be a text, not {_describe(value)} (put it in quotes)")
+    elif "\0" in value or re.search("[\ud800-\udc7f\udd00-\udfff]", value):       # \udc80 and on are a path's odd bytes
+        raise ValueError(f"has a character that no name has: {_describe(value)}")
     if action.choices is not None and value not in action.choices:
         near = _nearest(value, action.choices)
-        raise ValueError(f"must be one of {', '.join(action.choices)}, not '{value}'{near}")
+        raise ValueError(f"must be one of {', '.join(action.choices)}, not '{_show(value)}'{near}")
     return value
 
 
@@ -632,7 +712,10 @@ def _show(value) -> str:
         return " ".join(map(_show, value))
     if isinstance(value, bool):
         return "on" if value else "off"
-    return str(value) or "''"
+    try:
+        return _on_one_line(str(value)) or "''"
+    except ValueError:      # Python writes no more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def describe_sources(config: Config) -> str:

@@ -2,24 +2,29 @@
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationEvaluator
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import peers
 from checkpoints import plain
+from datasets import batches
+from debug_nan import KeptBatches, replay
 from utils import Process, TrainingFailed, UserError, seed_everything
 
 AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +46,9 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 # ---------------------------------------------------------------- state
+PROGRESS = ("step", "position", "losses", "seconds", "skipped")    # of TrainState: how far the epoch is
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training. `model` is the plain one, without DistributedDataParallel."""
@@ -49,7 +57,12 @@ class TrainState:
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
     ema: ModelEmaV3 | None = None
-    epoch: int = 0                  # the next one
+    epoch: int = 0                  # the next one, or the one that is under way
+    step: int = 0                   # batches of it that are done
+    position: int = 0               # where its order goes on, over all processes (see RASampler)
+    losses: list[float] = field(default_factory=list)   # sums of the epoch's losses so far, one for each process
+    seconds: float = 0.0            # that the epoch has taken so far
+    skipped: int = 0                # updates in a row that float16's loss scaling has skipped
     max_accuracy: float = 0.0       # best top-1 in percent, raw model
     max_accuracy_ema: float = 0.0
 
@@ -58,7 +71,26 @@ class TrainState:
         return {"model": dict(self.model.state_dict()), "optimizer": plain(self.optimizer.state_dict()),
                 "lr_scheduler": plain(_state_of(self.scheduler)), "scaler": plain(self.scaler.state_dict()),
                 "model_ema": dict(self.ema.module.state_dict()) if self.ema else None,
-                "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema}
+                "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema,
+                **{key: getattr(self, key) for key in PROGRESS}}
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.step, self.position, self.losses, self.seconds = 0, 0, [], 0.0
+
+    def fit_launch(self, batch_size: int, process: Process) -> str:
+        """Let the epoch go on at its position with another batch size or number of processes; returns a sentence on what
+        cannot be exact then, or ''.
+
+        batch_size: images of a batch of one process."""
+        step = self.position // (batch_size * process.world_size)
+        if not self.position or (step == self.step and len(self.losses) == process.world_size):
+            return ""
+        mean = sum(self.losses) / max(1, len(self.losses)) / max(1, self.step)
+        self.step, self.losses = step, [mean * step] * process.world_size
+        return (f"the epoch goes on at image {self.position} of its order in other batches than before (--batch-size or the "
+                "number of processes): the order of the images and their augmentation stay; mixup, dropout and the updates "
+                "cannot be those of the run as it was")
 
     def note_best(self, results: dict[str, dict[str, float]]) -> tuple[str, ...]:
         """Raise the best accuracies; returns the names under which this epoch's checkpoint is kept too.
@@ -87,6 +119,8 @@ class TrainState:
         if checkpoint.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint.get("epoch", self.epoch - 1) + 1
+        for key in PROGRESS:        # a file of DeiT's or of an earlier version is of an epoch's end
+            setattr(self, key, checkpoint.get(key, getattr(self, key)))
         self.max_accuracy = checkpoint.get("max_accuracy", 0.0)
         self.max_accuracy_ema = checkpoint.get("max_accuracy_ema", 0.0)
         if isinstance(self.scheduler, PlateauLRScheduler):
@@ -104,14 +138,198 @@ def _state_of(scheduler: Scheduler) -> dict[str, Any]:
     return {**scheduler.state_dict(), "plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
 
 
+# ---------------------------------------------------------------- what the processes agree on
+@dataclass(frozen=True)
+class Wishes:
+    """What this process would like to happen at the next update; what one wishes holds for all."""
+    signal: int = 0         # number of the signal that asks the run to stop
+    save: bool = False
+
+
+class Report(NamedTuple):
+    """An update, seen afterwards and alike on all processes; all are numbers of one tensor."""
+    trouble: float          # 0: the loss is finite, 1: infinite, 2: not a number
+    process: float          # where, counted from 1
+    signal: float
+    save: float
+    loss: float             # largest of the processes'
+    skip: float             # 1: loss or gradient are not finite, nothing was updated
+    norm: float             # of the gradient
+    step: float
+    lr: float
+    lr: float
+
+
+class Exchange:
+    """The largest value of each number over the processes: begun at one moment, read at a later one, so that a GPU need
+    not be waited for."""
+
+    def __init__(self, process: Process):
+        self.process = process
+        self.begun: deque[tuple[Tensor, Any]] = deque()
+
+    def largest(self, numbers: Tensor) -> Tensor:
+        if self.process.world_size > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers
+
+    def begin(self, numbers: Tensor) -> None:
+        """Start to bring `numbers` (float32 [n], on the device) to the host."""
+        event = None
+        if numbers.is_cuda:
+            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            numbers = host.copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.begun.append((numbers, event))
+
+    def read(self) -> list[float]:
+        """The numbers begun first and not yet read."""
+        numbers, event = self.begun.popleft()
+        if event is not None:
+            event.synchronize()
+        return numbers.tolist()
+
+
+class StopRequested(Exception):
+    """A signal has asked for the end, and all processes are at the same point."""
+
+    def __init__(self, signal: int):
+        self.signal = signal
+
+
+class NonFinite(TrainingFailed):
+    """Loss or gradient are not finite; the weights are those before that update."""
+
+
+class Updater:
+    """Makes the updates of optimizer and moving average, and none where the loss on any process or the gradient is not
+    finite.
+
+    Whether it is, is known on the device at once and on the host one update later (`late`), so that a GPU is not waited
+    for. With `late` the optimizer must take `found_inf`, as PyTorch's fused ones do, and the average follows one update
+    behind, which is the same where the forward pass changes no buffers.
+    """
+    MAX_SKIPS = 20      # by float16's loss scaling in a row: it halves at each, from 65,536 to 1/16
+
+    def __init__(self, state: TrainState, process: Process, clip_grad: float | None = None, late: bool | None = None):
+        self.state, self.process, self.clip_grad = state, process, clip_grad
+        self.late = can_read_late(state, process.device) if late is None else late
+        self.exchange = Exchange(process)
+        self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        self.signal, self.save = 0, False       # what was asked for by any process in the reports read so far
+        self._new_group()
+
+    def _new_group(self) -> None:
+        self.trouble = torch.zeros((), device=self.process.device)
+        self.loss = torch.zeros((), device=self.process.device)
+
+    @torch.no_grad()
+    def note_loss(self, loss: Tensor) -> None:
+        """A batch's loss, scalar; several between updates where gradients are accumulated."""
+        loss = loss.detach().float()
+        self.trouble = torch.maximum(self.trouble, loss.isinf() + 2. * loss.isnan())
+        self.loss = torch.maximum(self.loss, loss.nan_to_num(0.))
+
+    def update(self, step: int, wishes: Wishes) -> None:
+        """Apply the gradients that the batches up to `step` left. Raises TrainingFailed, on all processes at once."""
+        state = self.state
+        state.scaler.unscale_(state.optimizer)
+        with torch.no_grad():
+            norm = nn.utils.get_total_norm([p.grad.detach() for p in self.parameters if p.grad is not None]).float()
+            skip = self._report(step, norm, wishes)
+        if self.late:
+            self._settle(1)
+            state.optimizer.found_inf = skip
+        done = self.late or not self._read().skip
+        if done:
+            if self.clip_grad is not None:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+            state.optimizer.step()
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        if done and not self.late:
+            self._average()
+
+    def _report(self, step: int, norm: Tensor, wishes: Wishes) -> Tensor:
+        """Agree on what this update is; returns 1. where nothing may change by it, a scalar on the device."""
+        asked = torch.tensor([self.process.rank + 1, wishes.signal, wishes.save], dtype=torch.float32)
+        if norm.is_cuda:
+            asked = asked.pin_memory().to(norm.device, non_blocking=True)
+        where, signal, save = asked.to(norm.device)
+        agreed = self.exchange.largest(torch.stack([self.trouble, where * (self.trouble > 0), signal, save, self.loss]))
+        skip = ((agreed[0] > 0) | ~norm.isfinite()).float()
+        own = [torch.full_like(norm, number) for number in (step, lr_of(self.state.optimizer))]
+        self.exchange.begin(torch.cat([agreed, torch.stack([skip, norm, *own])]))
+        self._new_group()
+        return skip
+
+    def _read(self) -> Report:
+        report = Report(*self.exchange.read())
+        self.signal, self.save = max(self.signal, int(report.signal)), self.save or bool(report.save)
+        state = self.state
+        if report.skip and (report.trouble or not state.scaler.is_enabled()):
+            raise NonFinite(_non_finite(report, state.epoch, self.process))
+        state.skipped = state.skipped + 1 if report.skip else 0
+        if state.skipped > self.MAX_SKIPS:
+            raise TrainingFailed(f"float16's loss scaling has skipped {state.skipped} updates in a row up to step "
+                                 f"{report.step + 1:.0f} of epoch {state.epoch} (lr {report.lr:.3g}): the gradients overflow at "
+                                 "any scale; the last checkpoint is untouched, use --amp-dtype bfloat16 or float32")
+        return report
+
+    def _average(self) -> None:
+        if self.state.ema is not None:
+            self.state.ema.update(self.state.model)
+
+    def _settle(self, behind: int) -> None:
+        while len(self.exchange.begun) > behind:
+            if not self._read().skip:
+                self._average()
+
+    def flush(self) -> None:
+        """Wait for the last update: afterwards the state is whole. Raises TrainingFailed."""
+        self._settle(0)
+
+
+def replay_non_finite(state: TrainState, criterion: nn.Module, kept: KeptBatches, process: Process, amp_dtype: torch.dtype,
+                      seed: int, folder: str) -> str:
+    """After NonFinite: the batches once more, and a sentence on the layer; batch and weights go into `folder`."""
+    file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
+    try:
+        return replay(state.model, criterion, kept, lambda: autocast(process.device, amp_dtype), state.scaler.get_scale(),
+                      (seed, state.epoch, process.rank), file)
+    except (OSError, RuntimeError) as error:
+        return f"--debug-nan: {file} could not be written or the batch not be replayed ({str(error).splitlines()[0]})"
+
+
+def can_read_late(state: TrainState, device: torch.device) -> bool:
+    """Whether an update can be left undone on the device without the host's knowing: elsewhere each update is waited for,
+    which on a CPU costs nothing."""
+    fused = type(state.optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD) and \
+        all(group.get("fused") for group in state.optimizer.param_groups)
+    running = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in state.model.modules())
+    return device.type == "cuda" and fused and not (running and state.ema is not None)
+
+
+def _non_finite(report: Report, epoch: int, process: Process) -> str:
+    where = f" on process {report.process - 1:.0f}" if report.trouble and process.world_size > 1 else ""
+    kind = {0: "gradient became infinite or nan", 1: "loss became infinite", 2: "loss became nan"}[int(report.trouble)]
+    loss = "" if report.trouble else f"loss {report.loss:.4g}, "
+    return (f"the {kind} at step {report.step + 1:.0f} of epoch {epoch}{where} ({loss}lr {report.lr:.3g}, gradient norm "
+            f"{report.norm:.3g}): that update was not made and the checkpoints are untouched; lower --lr, set --clip-grad 1, or "
+            "use --amp-dtype float32, and --debug-nan names the layer")
+
+
 # ---------------------------------------------------------------- training
 def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loader: DataLoader, process: Process, *,
                     epochs: int, seed: int = 0, amp_dtype: torch.dtype = torch.float32, accumulate: int = 1,
                     clip_grad: float | None = None, mixup: Callable | None = None, train_mode: bool = True,
                     print_freq: int = 10, ideal_rate: float | None = None,
-                    after_step: Callable[[], None] | None = None) -> dict[str, float]:
-    """One pass over `loader`; returns {"loss", "lr", "seconds", "img_per_s"} of all processes together, and "mfu"
-    with `ideal_rate`.
+                    after_step: Callable[[], None] | None = None, wishes: Callable[[], Wishes] = Wishes,
+                    save: Callable[[], None] | None = None, save_every: int = 0,
+                    keep_batches: KeptBatches | None = None) -> dict[str, float]:
+    """One pass over `loader`, or the rest of it from state.step on; returns {"loss", "lr", "seconds", "img_per_s"} of all
+    processes together, and "mfu" with `ideal_rate`.
 
     Args:
         net: state.model, wrapped for several processes where there are some.
@@ -120,50 +338,92 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loa
         mixup: timm's Mixup, or None. train_mode: False trains in evaluation mode (no dropout, no drop path).
         print_freq: batches between log lines; the device is waited for only there.
         ideal_rate: images/s of all devices at their nominal peak, for the model FLOPs utilisation (MFU).
-        after_step: called after each batch.
-    Raises: TrainingFailed when the loss is not finite, on all processes at once.
+        after_step: called after each batch. wishes: asked before each update.
+        save: called within the epoch where a checkpoint is wished for, and after every `save_every` batches: `state` is
+            then what a resume needs, on all processes.
+        keep_batches: takes what the last updates were made from, for a replay.
+    Raises: StopRequested where a signal was wished for; TrainingFailed where loss, gradient or weights are not finite.
+        Both on all processes at once, `state` whole.
     """
     net.train(train_mode)
-    device, epoch, steps = process.device, state.epoch, len(loader)
-    updates_per_epoch = math.ceil(steps / accumulate)
+    device, epoch, first = process.device, state.epoch, state.step
+    steps = first + steps_left(loader, state.position, process)
+    updates_per_epoch = math.ceil(len(loader) / accumulate)
     second_order = getattr(state.optimizer, "is_second_order", False)
-    loss_sum = torch.zeros((), device=device)
-    images_seen, start = 0, time.perf_counter()
-    batches = iter(loader)
-    for step, (images, targets) in enumerate(progress(batches, steps, f"epoch {epoch}", process)):
+    loss_sum = torch.tensor(state.losses[process.rank] if state.losses else 0., device=device)
+    updater = Updater(state, process, clip_grad)
+    saved, images_seen, start, before = first, 0, time.perf_counter(), state.seconds
+    mean = None
+
+    def whole() -> None:
+        updater.flush()
+        if not _all_finite(state.model):
+            raise TrainingFailed(f"the weights are not finite after step {state.step} of epoch {epoch} (lr "
+                                 f"{lr_of(state.optimizer):.3g}): they are not saved, the last checkpoint is untouched; lower "
+                                 "--lr")
+        state.losses, state.seconds = _of_all(loss_sum, process), before + time.perf_counter() - start
+
+    title = f"epoch {epoch}"
+    for step, (images, targets) in zip(range(first, steps), progress(batches(loader), steps - first, title, process)):
+        where = f"step {step + 1} of epoch {epoch}"
+        peers.mark(f"the forward pass of {where}")
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        state.position += len(images) * process.world_size
         seed_everything(seed, epoch, step, process.rank)
         if mixup is not None:
             images, targets = mixup(images, targets)
         update = (step + 1) % accumulate == 0 or step + 1 == steps
-        group = min(accumulate, steps - step // accumulate * accumulate)    # the last group may be smaller
+        group = min(steps, step // accumulate * accumulate + accumulate) - max(first, step // accumulate * accumulate)
+        if keep_batches is not None:
+            keep_batches.note(step, images, targets)
         with nullcontext() if update or not hasattr(net, "no_sync") else net.no_sync():
             with autocast(device, amp_dtype):
                 outputs = net(images if criterion.copies == 1 else torch.cat([images] * criterion.copies))
                 loss = criterion(images, _float(outputs), targets)
+            peers.mark(f"the backward pass of {where}")
             state.scaler.scale(loss / group).backward(create_graph=second_order)
         loss_sum += loss.detach()
+        updater.note_loss(loss)
         images_seen += len(images)
         if update:
-            _update(state, clip_grad)
+            peers.mark(f"the update of {where}")
+            updater.update(step, wishes())
             state.scheduler.step_update(epoch * updates_per_epoch + step // accumulate + 1)
+            state.step = step + 1
+            due = bool(save_every) and state.step // save_every > saved // save_every
+            if updater.signal or updater.save or (due and step + 1 < steps):
+                whole()
+                if updater.signal:
+                    raise StopRequested(updater.signal)
+                saved, updater.save = state.step, False
+                if save is not None:
+                    save()
         if (step + 1) % print_freq == 0 or step + 1 == steps:
-            mean = loss_sum / (step + 1)
-            if step + 1 == steps:       # the last update's weights are in no loss of this epoch
-                mean = torch.where(_all_finite(state.model), mean, torch.nan)
-            mean = _mean_loss(mean, process, state, step)
+            mean = _mean_loss(loss_sum / (step + 1), process)
             rate = images_seen * process.world_size / (time.perf_counter() - start)
             used = f"  {100 * criterion.copies * rate / ideal_rate:.1f}% MFU" if ideal_rate else ""
-            left = (steps * (epochs - epoch) - step - 1) * (time.perf_counter() - start) / (step + 1)
+            left = (steps - step - 1 + len(loader) * (epochs - epoch - 1)) * (time.perf_counter() - start) / (step + 1 - first)
             tqdm_safe_print(f"epoch {epoch}/{epochs}  step {step + 1}/{steps}  {100 * (step + 1) / steps:.0f}%  loss "
                             f"{mean:.4f}  lr {lr_of(state.optimizer):.3g}  {rate:.0f} img/s{used}  eta "
                             f"{timedelta(seconds=round(left))}", process)
         if after_step is not None:
             after_step()
+    whole()
+    if updater.signal:
+        raise StopRequested(updater.signal)
+    if mean is None:        # resumed at its very end
+        mean = _mean_loss(loss_sum / max(1, first), process)
     seconds = time.perf_counter() - start
     rate = images_seen * process.world_size / seconds
-    return {"loss": mean, "lr": lr_of(state.optimizer), "seconds": seconds, "img_per_s": rate,
+    return {"loss": mean, "lr": lr_of(state.optimizer), "seconds": before + seconds, "img_per_s": rate,
             **({"mfu": criterion.copies * rate / ideal_rate} if ideal_rate else {})}
+
+
+def steps_left(loader: DataLoader, position: int, process: Process) -> int:
+    """Batches of each process from a position of the epoch's order on."""
+    if not position:
+        return len(loader)
+    return max(0, len(loader.sampler) * process.world_size - position) // process.world_size // loader.batch_size
 
 
 def _float(outputs):
@@ -171,32 +431,26 @@ def _float(outputs):
     return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
 
 
-def _update(state: TrainState, clip_grad: float | None) -> None:
-    state.scaler.unscale_(state.optimizer)
-    if clip_grad is not None:
-        dispatch_clip_grad(state.model.parameters(), clip_grad)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
-        state.ema.update(state.model)
+def _all_finite(model: nn.Module) -> bool:
+    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
 
 
-def _all_finite(model: nn.Module) -> Tensor:
-    return torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all()
+def _of_all(number: Tensor, process: Process) -> list[float]:
+    """A scalar of each process, on all of them."""
+    numbers = [torch.empty_like(number) for _ in range(process.world_size)]
+    if process.world_size > 1:
+        dist.all_gather(numbers, number)
+    else:
+        numbers = [number]
+    return [value.item() for value in numbers]
 
 
-def _mean_loss(mean: Tensor, process: Process, state: TrainState, step: int) -> float:
-    """The loss so far, averaged over processes; all of them see the same number and stop together."""
+def _mean_loss(mean: Tensor, process: Process) -> float:
+    """The mean over processes."""
     if process.world_size > 1:
         dist.all_reduce(mean)
         mean = mean / process.world_size
-    value = mean.item()
-    if not math.isfinite(value):
-        raise TrainingFailed(f"the loss became {value} by step {step + 1} of epoch {state.epoch} (lr "
-                             f"{lr_of(state.optimizer):.3g}): the checkpoints of earlier epochs are untouched; lower "
-                             "--lr, set --clip-grad 1, or use --amp-dtype float32")
-    return value
+    return mean.item()
 
 
 def lr_of(optimizer: torch.optim.Optimizer) -> float:
@@ -218,16 +472,28 @@ def tqdm_safe_print(text: str, process: Process) -> None:
 # ---------------------------------------------------------------- evaluation
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtype: torch.dtype = torch.float32,
-             shared: bool = False, title: str = "test") -> dict[str, float]:
+             shared: bool = False, title: str = "test", wishes: Callable[[], Wishes] = Wishes) -> dict[str, float]:
     """{"loss", "acc1", "acc5", "images", "unreadable"}: mean cross-entropy, percents, counts.
 
     Every readable image counts once: unreadable ones come with target -1 and are left out. With `shared` each
-    process has a part of the images and the sums are added up."""
+    process has a part of the images and the sums are added up.
+
+    Raises StopRequested, on all processes at once, where a signal was wished for."""
     model.eval()
     device = process.device
     evaluator = ClassificationEvaluator(device)
     unreadable = 0
-    for images, targets in progress(iter(loader), len(loader), title, process):
+    exchange = Exchange(process)
+
+    def agree() -> None:
+        asked = torch.tensor([float(wishes().signal)], device=device)
+        exchange.begin(exchange.largest(asked))
+        if len(exchange.begun) > (device.type == "cuda"):
+            signal, = exchange.read()
+            if signal:
+                raise StopRequested(int(signal))
+
+    for images, targets in progress(batches(loader), len(loader), title, process):
         readable = targets >= 0
         if not readable.all():
             unreadable += int((~readable).sum())
@@ -236,6 +502,12 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
         with autocast(device, amp_dtype):
             outputs = model(images) if len(images) else images.new_zeros(0, 1)
         evaluator.update(outputs, targets)
+        peers.mark(f"a batch of the evaluation ({title})")
+        agree()
+    if shared:      # a process may have one batch fewer than the first
+        largest = math.ceil(math.ceil(len(loader.dataset) / process.world_size) / loader.batch_size)
+        for _ in range(largest - len(loader)):
+            agree()
     counts = torch.tensor([evaluator.num_samples, unreadable], device=device)
     distributed = shared and process.world_size > 1
     if distributed:

@@ -5,6 +5,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import models_kan
+import peers
 import speed
 import start as starting
 import utils
@@ -12,18 +13,30 @@ from augment import build_mixup
 from checkpoints import weights_of
 from config import Config, describe_sources, dump_yaml, get_args_parser, parse_args, validate
 from datasets import Loaders, build_loaders
-from engine import choose_amp_dtype, ema_model, evaluate, summary, train_one_epoch
+from debug_nan import KeptBatches
+from engine import (
+    NonFinite,
+    StopRequested,
+    Wishes,
+    choose_amp_dtype,
+    ema_model,
+    evaluate,
+    replay_non_finite,
+    summary,
+    train_one_epoch,
+)
+from interruption import Interruption, name_of
 from losses import build_criterion
 from models_kan import ModelSpec
 from run_folder import RunFolder
-from utils import Process, UserError, say
+from utils import Preempted, Process, UserError, say
 
 __all__ = ["get_args_parser", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run with these command-line words (None: the process's own); returns the exit code of `utils.exit_code`."""
-    return utils.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Run with these command-line words (None: the process's own); returns the exit code of `peers.exit_code`."""
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 def run(argv: list[str]) -> int:
@@ -33,13 +46,15 @@ def run(argv: list[str]) -> int:
         return 0
     if not config.args.resume:      # else the checkpoint still fills in what is missing
         validate(config.args, utils.world_size_of_launch())
-    process = utils.init_process(config.args.device, config.args.dist_url)
+    process = peers.init_process(config.args.device, config.args.dist_url, config.args.dist_timeout)
     with utils.stop_together(process):
         with utils.main_process_first(process):     # one download, then the cached file
             start = starting.read_start(config)
         config = starting.settle(config, start, process)
         args = config.args
         validate(args, process.world_size)
+    if args.deterministic:
+        utils.use_deterministic_kernels()
     exact = args.eval and "amp_dtype" not in config.given
     amp_dtype = torch.float32 if exact else choose_amp_dtype(args.amp_dtype, process.device)
     say(f"device: {process.device}, {process.world_size} process(es), {str(amp_dtype).removeprefix('torch.')}")
@@ -81,7 +96,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
           loaders: Loaders, process: Process, amp_dtype: torch.dtype) -> int:
     args = config.args
     with utils.stop_together(process):
-        folder = RunFolder(args.output_dir, process)
+        folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes)
         if folder.holds_another_run(start.path if start.purpose == "resume" else ""):
             raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or "
                             "choose another folder")
@@ -96,11 +111,16 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
     if start.purpose == "resume":
         models_kan.load_exactly(model, weights_of(start.checkpoint, start.path), f"checkpoint {start.path}")
         state.load_state_dict(start.checkpoint)
+        loaders.load_unreadable_state(start.checkpoint.get("unreadable") or [])
         start.checkpoint.clear()        # the state has it now
-        say(f"resumed from {start.path}: epoch {state.epoch}, best top-1 {state.max_accuracy:.2f}")
+        step = f", step {state.step}" if state.step else ""
+        say(f"resumed from {start.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
     if state.epoch >= args.epochs:
         say(f"the run has finished its {args.epochs} epochs: nothing left to do (raise --epochs to train on)")
+        folder.status("finished", state.epoch, 0, exit_code=0)
         return 0
+    if changed := state.fit_launch(args.batch_size, process):
+        say(f"warning: {changed}", file=sys.stderr)
     net = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None) \
         if process.world_size > 1 else model
 
@@ -114,42 +134,65 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         f"{loaders.data_set}, {loaders.nb_classes} classes; lr {lr:.3g} for "
         f"{args.batch_size * process.world_size * args.grad_accum} images an update")
     description = starting.description(config, spec, loaders)
-    folder.start(dump_yaml(args), argv, state.epoch)
     ideal_rate = speed.ideal_rate(flops and flops.matmul, process, amp_dtype)
     profiled = args.profile and process.is_main
     profiler = speed.StepProfiler(args.output_dir, len(loaders.train), process.device) if profiled else None
-    while state.epoch < args.epochs:
-        epoch = state.epoch
-        loaders.train_sampler.set_epoch(epoch)
-        if args.sched != "plateau":
-            state.scheduler.step(epoch)
-        state.scheduler.step_update(epoch * updates)
-        trained = train_one_epoch(
-            net, state, criterion, loaders.train, process, epochs=args.epochs, seed=args.seed, amp_dtype=amp_dtype,
-            accumulate=args.grad_accum, clip_grad=args.clip_grad, mixup=mixup, train_mode=args.train_mode,
-            print_freq=args.print_freq, ideal_rate=ideal_rate, after_step=profiler)
-        results = {"test": evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=args.dist_eval)}
-        say(summary("model", results["test"]))
-        if state.ema is not None:
-            results["ema_test"] = evaluate(ema_model(state, process.device), loaders.val, process,
-                                           amp_dtype=amp_dtype, shared=args.dist_eval, title="ema")
-            say(summary("model_ema", results["ema_test"]))
-        state.epoch = epoch + 1
-        if args.sched == "plateau":
-            state.scheduler.step(state.epoch, results["test"]["acc1"])
-        also = state.note_best(results)
-        folder.log({"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"],
-                    **{f"{name}_{key}": value for name, result in results.items() for key, value in result.items()},
-                    "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,
-                    "epoch_seconds": trained["seconds"],
-                    **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
-        folder.save({**state.state_dict(), **description}, also)
-    folder.close()
-    averaged = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""
-    say(f"best top-1: model {state.max_accuracy:.2f}{averaged}")
-    if folder.failed:
-        raise UserError(f"{folder.failed}: the files there are from before; free some space and start again with "
-                        "--resume auto")
+    kept = KeptBatches(args.grad_accum) if args.debug_nan else None
+
+    def save(also: tuple[str, ...] = ()) -> None:
+        unreadable = loaders.unreadable_state()
+        folder.save({**state.state_dict(), **description, "unreadable": unreadable}, also)
+        folder.status("running", state.epoch, state.step)
+
+    def wishes() -> Wishes:
+        loaders.check_unreadable()
+        return Wishes(interruption.signal, folder.wants_saving())
+
+    with Interruption() as interruption, folder.telling(state):
+        folder.start(dump_yaml(args), argv, state.epoch, state.step)
+        while state.epoch < args.epochs:
+            epoch = state.epoch
+            loaders.train_sampler.set_epoch(epoch, state.position)
+            if args.sched != "plateau":
+                state.scheduler.step(epoch)
+            state.scheduler.step_update(epoch * updates + -(-state.step // args.grad_accum))
+            try:
+                trained = train_one_epoch(
+                    net, state, criterion, loaders.train, process, epochs=args.epochs, seed=args.seed, amp_dtype=amp_dtype,
+                    accumulate=args.grad_accum, clip_grad=args.clip_grad, mixup=mixup, train_mode=args.train_mode,
+                    print_freq=args.print_freq, ideal_rate=ideal_rate, after_step=profiler, wishes=wishes, save=save,
+                    save_every=args.save_interval_steps, keep_batches=kept)
+                results = {"test": evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=args.dist_eval,
+                                            wishes=wishes)}
+                say(summary("model", results["test"]))
+                if state.ema is not None:
+                    results["ema_test"] = evaluate(ema_model(state, process.device), loaders.val, process, shared=args.dist_eval,
+                                                   amp_dtype=amp_dtype, title="ema", wishes=wishes)
+                    say(summary("model_ema", results["ema_test"]))
+            except StopRequested as stop:
+                save()
+                raise Preempted(folder.stopped_by(name_of(stop.signal), state)) from None
+            except NonFinite as error:
+                if kept is not None:
+                    found = replay_non_finite(state, criterion, kept, process, amp_dtype, args.seed, args.output_dir)
+                    print(found, file=sys.stderr, flush=True)
+                raise error
+            state.next_epoch()
+            if args.sched == "plateau":
+                state.scheduler.step(state.epoch, results["test"]["acc1"])
+            also = state.note_best(results)
+            folder.log({"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"],
+                        **{f"{name}_{key}": value for name, result in results.items() for key, value in result.items()},
+                        "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,
+                        "epoch_seconds": trained["seconds"],
+                        **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
+            save(also)
+        folder.close()
+        averaged = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""
+        say(f"best top-1: model {state.max_accuracy:.2f}{averaged}")
+        if folder.failed:
+            raise UserError(f"{folder.failed}: the files there are from before; free some space and start again with "
+                            "--resume auto")
     return 0
 
 

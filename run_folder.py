@@ -6,20 +6,38 @@ import os
 import platform
 import re
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
+import peers
 from checkpoints import CHECKPOINT, save_checkpoint
-from utils import Process, UserError, say
+from utils import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    Preempted,
+    Process,
+    TrainingFailed,
+    UserError,
+    say,
+)
+
+if TYPE_CHECKING:
+    from engine import TrainState
+
+
+STATUS = "status.json"
 
 
 def versions() -> dict[str, str]:
@@ -44,9 +62,18 @@ class RunFolder:
     are beside them. Does nothing without a folder and on ranks other than 0.
 
     A write that fails (disk full, folder gone) is told once a time and does not end the training:
-    `failed` holds the last reason until a later write succeeds."""
+    `failed` holds the last reason until a later write succeeds.
 
-    def __init__(self, folder: str, process: Process):
+    `status.json` says how the run stands, since torchrun hides its exit code: {"state": "running" | "finished" |
+    "preempted" | "failed", "epoch", "step", "reason", "exit_code", "processes", "host", "pid", "time"}.
+
+    keep: checkpoints, besides the best ones. save_minutes: between checkpoints within an epoch, 0: none."""
+
+    RETRY_S = 60    # after a checkpoint could not be written
+
+    def __init__(self, folder: str, process: Process, keep: int = 2, save_minutes: float = 0):
+        self.folder_name, self.keep, self.save_minutes = folder, keep, save_minutes
+        self.saved_at = time.monotonic()
         self.folder = Path(folder).expanduser() if folder and process.is_main else None
         self.process = process
         self.failed = ""
@@ -67,23 +94,23 @@ class RunFolder:
             return False
         return not resumed or Path(resumed).expanduser().resolve().parent != self.folder.resolve()
 
-    def start(self, args_yaml: str, argv: list[str], epoch: int) -> None:
+    def start(self, args_yaml: str, argv: list[str], epoch: int, step: int = 0) -> None:
         """Record flags, command and versions; take back the log lines of epochs that will be done again."""
         if not self.folder:
             return
         launch = {"command": shlex.join([Path(sys.executable).name, "main.py", *argv]), "started":
                   datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
-                  "commit": git_commit(), "processes": self.process.world_size, "device": str(self.process.device),
-                  "versions": versions()}
+                  "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
+                  "device": str(self.process.device), "versions": versions()}
         with self._tolerant("args.yaml, run.yaml and log.txt"):
             for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
                 leftover.unlink(missing_ok=True)
             log = self.folder / "log.txt"
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]
-                _write_whole(log, "".join(line + "\n" for line in kept))
-            _write_whole(self.folder / "args.yaml", args_yaml)
-            with open(self.folder / "run.yaml", "a" if epoch else "w") as file:
+                write_whole(log, "".join(line + "\n" for line in kept))
+            write_whole(self.folder / "args.yaml", args_yaml)
+            with open(self.folder / "run.yaml", "a" if epoch or step else "w") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -118,7 +145,59 @@ class RunFolder:
     def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
         if self.folder:
             with self._tolerant(CHECKPOINT):
-                save_checkpoint(checkpoint, self.folder, also)
+                save_checkpoint(checkpoint, self.folder, also, self.keep)
+            self.saved_at = time.monotonic()
+
+    def wants_saving(self) -> bool:
+        """Whether a checkpoint within the epoch is due by the clock, or the last one has to be tried again."""
+        if not self.folder:
+            return False
+        since = time.monotonic() - self.saved_at
+        return bool(self.failed) and since > self.RETRY_S or bool(self.save_minutes) and since > 60 * self.save_minutes
+
+    def status(self, state: str, epoch: int, step: int, reason: str = "", exit_code: int | None = None) -> None:
+        """Replace status.json; what cannot be written is told like any other file."""
+        if not self.folder:
+            return
+        record = {"state": state, "epoch": epoch, "step": step, "reason": reason, "exit_code": exit_code,
+                  "processes": self.process.world_size, "host": socket.gethostname(), "pid": os.getpid(),
+                  "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+        with self._tolerant(STATUS):
+            write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
+
+    @contextmanager
+    def telling(self, state: "TrainState") -> Iterator[None]:
+        """status.json follows the training inside, however it ends. A collective that failed because a process is gone is
+        raised as TrainingFailed that names it."""
+        def failed(reason: str, code: int = EXIT_FAILED) -> None:
+            self.status("failed", state.epoch, state.step, reason, code)
+
+        peers.on_loss(failed)
+        try:
+            self.status("running", state.epoch, state.step)
+            yield
+        except Preempted as error:
+            self.status("preempted", state.epoch, state.step, str(error), EXIT_PREEMPTED)
+            raise
+        except (UserError, TrainingFailed) as error:
+            failed(str(error), EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
+            raise
+        except Exception as error:
+            lost = peers.lost(error)
+            failed(str(lost or error) or type(error).__name__)
+            if lost is None:
+                raise
+            raise lost from error
+        else:
+            self.status("finished", state.epoch, state.step, exit_code=0)
+
+    def stopped_by(self, signal: str, state: "TrainState") -> str:
+        """What a run that a signal stops leaves behind, in a sentence."""
+        if not self.folder_name:
+            return f"{signal}: without --output_dir nothing is kept"
+        if self.failed:
+            return f"{signal}: {self.failed}; --resume auto goes on from the checkpoint before"
+        return f"{signal}: saved, --resume auto goes on at step {state.step + 1} of epoch {state.epoch}"
 
     def close(self) -> None:
         if self.board:
@@ -156,7 +235,10 @@ def _append_whole(path: Path, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -330,6 +330,11 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     if getattr(optimizer, "is_second_order", False) and models_kan.split_name(args.model)[1] in ("KAN", "GKAN", "EKAN"):
         raise UserError(f"--opt {args.opt} needs second derivatives, which the KAN layer does not have: choose another")
     _split_coefficients(args, model, optimizer)
+    if type(optimizer) is torch.optim.SGD and args.momentum:
+        # the fused kernel makes its buffers in the first update, and leaves them unset where that one is skipped
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 

@@ -1,14 +1,16 @@
 """Errors and exit codes, devices, process group, seeds. No models, no flag parsing."""
 import os
 import random
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# 75 is EX_TEMPFAIL of sysexits.h, "try again": stopped from outside, with everything kept that a resume needs.
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
 
 
 class UserError(Exception):
@@ -20,26 +22,8 @@ class TrainingFailed(Exception):
     """The run cannot go on (exit code 1); its text is one sentence that says why and what was kept."""
 
 
-def exit_code(program: Callable[[], int]) -> int:
-    """What `program` returns, or after an error, told in one sentence: 2 for bad input or environment, 1 where the
-    training failed, 130 where it was interrupted. Leaves the process group."""
-    try:
-        return program()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except TrainingFailed as error:
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
-        return 1
-    except torch.OutOfMemoryError:
-        print("stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add --grad-checkpointing",
-              file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped: interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        end_process()
+class Preempted(Exception):
+    """The run was asked to stop from outside (exit code EXIT_PREEMPTED); its text says by what and what was kept."""
 
 
 # ---------------------------------------------------------------- process group
@@ -90,27 +74,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def init_process(device_name: str, dist_url: str = "env://") -> Process:
-    """Join the process group where a launcher started several processes: NCCL on GPUs, gloo on CPUs."""
-    if "RANK" not in os.environ:
-        return Process(device=choose_device(device_name))
-    rank, world_size = int(os.environ["RANK"]), world_size_of_launch()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = choose_device(device_name, local_rank)
-    try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", init_method=dist_url,
-                                rank=rank, world_size=world_size)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the {world_size} processes cannot meet at --dist_url {dist_url} "
-                        f"({str(error).splitlines()[0]}): check MASTER_ADDR, MASTER_PORT and the firewall") from error
-    return Process(rank, world_size, local_rank, device)
-
-
-def end_process() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def main_process_first(process: Process) -> Iterator[None]:
     """The others of a machine wait until its first process has gone through."""
@@ -146,3 +109,12 @@ def seed_everything(*key: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(words[1:2])
     torch.manual_seed(int(words[2]) << 32 | int(words[3]))
+
+
+def use_deterministic_kernels() -> None:
+    """--deterministic: PyTorch takes deterministic kernels only, and an operation that has none raises an error.
+
+    cuBLAS reads its variable when its first handle is made, so this comes before any work on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -62,7 +62,7 @@ def meet(rank: int, folder: Path, queue) -> None:
             told.append(str(error))
     with utils.stop_together(process):
         told.append("went on")
-    utils.end_process()
+    dist.destroy_process_group()
     queue.put((rank, told, dist.is_initialized()))
 
 

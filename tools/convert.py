@@ -29,7 +29,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import conversion
 import models_kan
 import start as starting
-import utils
+import peers
 from augment import build_transform
 from checkpoints import SAFETENSORS_KEY, checkpoint_args, plain, weights_of
 from config import parse_args, validate
@@ -137,7 +137,7 @@ def run(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return utils.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":
