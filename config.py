@@ -557,8 +557,8 @@ def load_recipe(path: str) -> dict:
     except FileNotFoundError:
         beside = [str(p) for p in Path(path).parent.glob("*.yaml")]
         raise UserError(f"{named}: there is no such file{_nearest(path, beside)}") from None
-    except (OSError, ValueError) as e:      # ValueError: of a name with a NUL
-        raise UserError(f"{named}: the file cannot be read ({getattr(e, 'strerror', e)})") from None
+    except OSError as e:
+        raise UserError(f"{named}: the file cannot be read ({e.strerror})") from None
     if len(text) > MOST_RECIPE_BYTES:
         raise UserError(f"{named}: a file of more than {MOST_RECIPE_BYTES // 1024} KiB is no recipe")
     try:

@@ -3,9 +3,11 @@ import copy
 import json
 import re
 import sys
+import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from pathlib import Path
 
+import hostile_recipes
 import pytest
 import yaml
 
@@ -166,7 +168,7 @@ def test_a_flag_given_with_its_default_counts_as_given(recipe):
     assert parsed.args.epochs == 300 and parsed.given["epochs"] == "command line"
 
 
-@pytest.mark.parametrize("text", ["5e-4", "5E-4", "5.0e-4", ".5e-3", "0.0005", "+5e-4"])
+@pytest.mark.parametrize("text", ["5e-4", "5E-4", "5.0e-4", ".5e-3", "0.0005", "+5e-4", "5.e-4"])
 def test_exponents_are_numbers(recipe, text):
     assert parse_args(["--config", recipe(f"lr: {text}")]).args.lr == 5e-4
 
@@ -212,6 +214,15 @@ def test_whole_numbers_for_real_flags(recipe):
     (b"\xff\xfe\x00\x01\x02", ["plain YAML"]), (b"\x89PNG\r\n\x1a\n", ["plain YAML"]),
     ("lr: " + "[" * 5000, ["plain YAML"]),
     ("epochs: 2024-99-99", ["plain YAML"]), ("epochs: " + "9" * 5000, ["plain YAML"]),
+    ("? " + "[" * 5000, ["plain YAML", "nested"]), ("# " + "x" * 65536, ["64 KiB"]),
+    ("base: &b {lr: 1}\n<<: *b\nlr: 2", ["line 2", "merge keys"]), ("!!set {<<: {lr: 1}}", ["merge keys"]),
+    ("batch_size: 010", ["batch_size", "whole number", "text '010'"]), ("epochs: 1:30", ["epochs", "text '1:30'"]),
+    ("epochs: 1_000", ["text '1_000'"]), ("seed: 0x" + "f" * 5000, ["seed", "whole number"]),
+    ("epochs: !!int ''", ["plain YAML"]), ("eval: !!bool maybe", ["plain YAML"]), ("lr: !!timestamp x", ["plain YAML"]),
+    ("model: &a [*a]", ["model", "text", "list"]), ('"a\\nb": 1', ["unknown key a\\nb"]),
+    ("k" * 1000 + ": 1", ["unknown key kkk"]),
+    ('model: "a\\0b"', ["model", "character"]), ('model: "\\ud800"', ["model", "character"]),
+    ("model: " + "x " * 5000 + "\nlr: x", ["lr", "number"]), ("data_set: " + "x" * 5000, ["data_set", "xxx"]),
 ])
 def test_bad_recipe(recipe, text, words):
     file = recipe(text)
@@ -233,9 +244,18 @@ def test_recipe_missing_or_unreadable(tmp_path):
     assert "cannot be read" in sentence("--config", str(tmp_path))
 
 
-def test_yaml_merge_keys_are_not_duplicates(recipe):
-    message = sentence("--config", recipe("base: &b {lr: 1}\n<<: *b\nlr: 2"))
-    assert "unknown key base" in message
+@pytest.mark.parametrize("kind", ["list", "map", "merge", "key"])
+def test_a_few_lines_that_stand_for_a_billion_values(recipe, kind):
+    started = time.monotonic()
+    for text in hostile_recipes.bombs(kind):
+        assert len(text) < 2000 and "--config" in sentence("--config", recipe(text))
+    assert time.monotonic() - started < 5
+
+
+def test_an_endless_file_and_a_name_that_cannot_be():
+    assert "64 KiB" in sentence("--config", "/dev/zero")
+    assert "--config has a character" in sentence("--config", "a\0b")
+    assert "/a\\nb" in sentence("--config", "/nowhere/a\nb")
 
 
 # ---------------------------------------------------------------- args.yaml
@@ -282,6 +302,11 @@ def test_defaults_are_valid():
     "--device gpu", "--dist_url localhost:3", "--remode pixels", "--mixup-mode half", "--sched cosin",
     "--train-interpolation bicubik", "--opt adamww", "--aa rand-strong", "--aa rand-m9-q3", "--aa auto",
     "--aa rand-mx", "--aa augmix-inc1", "--warmup-epochs -1", "--min-lr -1", "--color-jitter -0.1",
+    "--aa rand-n1000", "--aa rand-mstd1e9", "--aa augmix-w0", "--aa augmix-a0.0", "--aa rand-m٣",
+    "--lr 2e9", "--grad-accum 2000000000",
+    "--epochs 1000001", "--recount 1001", "--num_workers 1025", "--input-size 16385", "--eval-crop-ratio 0.01",
+    "--seed 9223372036854775808", "--kan-grid-points 1025", "--kan-grid-range -2e9 0", "--crop-padding 225",
+    "--decay-rate 1 --sched plateau", "--decay-rate 1.1 --sched step", "--decay-rate 2 --sched multistep",
 ])
 def test_bad_value_names_its_flag(argv):
     flag, value = argv.split()[:2]
@@ -297,6 +322,8 @@ def test_bad_value_names_its_flag(argv):
     "--train-interpolation random", "--device cuda:1", "--device cpu", "--kan-grid-range -1e3 0",
     "--cutmix-minmax 0.2 0.8", "--lr-noise 0.4 0.9", "--batch-size 7 --mixup 0 --cutmix 0",
     "--opt-betas 0 0.9",
+    "--lr 1e9", "--seed 9223372036854775807", "--aa augmix-a0.01", "--aa rand-m10-mstd101", "--crop-padding 224",
+    "--decay-rate 2 --sched poly", "--decay-rate 1 --sched step", "--decay-rate 2",
     "--batch-size 7 --eval", "--resplit", "--distillation-type hard --teacher-path x", "--world_size 1",
 ])
 def test_good_values_pass(argv):

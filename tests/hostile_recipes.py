@@ -1,0 +1,335 @@
+"""Recipes, command lines and odd combinations of good flags that nobody would write on purpose, and what must come of them.
+
+Strategies for hypothesis: `recipes` (bytes of a YAML file), `command_lines`, `odd_runs`. `outcome` and `run_outcome` look at
+one example; `Violation` says what is wrong with it and how to see it again.
+"""
+import math
+import re
+import shlex
+import signal
+import sys
+import traceback
+from argparse import Action, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+import config
+from utils import UserError
+
+FLAGS = {dest: action for dest, action in config._flags().items() if dest not in config._ONE_SHOT}
+OPTIONS = sorted(option for action in config._flags().values() for option in action.option_strings)
+# What a run of a program may do that reading a file must not.
+FORBIDDEN = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.spawn", "os.posix_spawn", "os.startfile", "subprocess.Popen",
+             "compile", "exec", "socket.connect", "os.remove", "os.rename", "os.mkdir", "pickle.find_class"}
+
+
+class Violation(AssertionError):
+    """A flag or a recipe that ends in something other than a run or a sentence."""
+
+
+# ---------------------------------------------------------------- what must hold
+_watched: list[str] | None = None
+
+
+def _audit(event: str, args: tuple) -> None:
+    if _watched is not None and event in FORBIDDEN:
+        _watched.append(f"{event}{args!r}"[:200])
+
+
+sys.addaudithook(_audit)        # it cannot be taken away again; outside `nothing_runs` it looks at one variable
+
+
+@contextmanager
+def nothing_runs() -> Iterator[None]:
+    """Violation where code is compiled or run, or a process started, inside."""
+    global _watched
+    _watched = seen = []
+    try:
+        yield
+    finally:
+        _watched = None
+    if seen:
+        raise Violation(f"something was run: {seen}")
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Violation where the inside takes longer; main thread only."""
+    def late(*_):
+        raise Violation(f"still busy after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(argv: list[str], canary: Path | None = None, world_size: int = 1, seconds: float = 10) -> str:
+    """"accepted", "refused" or "help": what the flags and the recipe come to. Raises Violation for anything else.
+
+    canary: a file that a recipe tries to create."""
+    try:
+        with at_most(seconds), nothing_runs():
+            parsed = config.parse_args(argv)
+            config.validate(parsed.args, world_size)
+    except UserError as error:
+        check_sentence(str(error), argv)
+        return "refused"
+    except SystemExit as end:
+        if end.code == 0 and {"-h", "--help"} & set(argv):
+            return "help"
+        raise Violation(f"exit code {end.code}: {shlex.join(argv)}") from end
+    except Violation as violation:
+        raise Violation(f"{violation}: {shown(argv)}") from violation
+    except BaseException as error:
+        raise Violation(f"{type(error).__name__}: {error}: {shown(argv)}\n{traceback.format_exc(limit=-4)}") from error
+    finally:
+        if canary is not None and canary.exists():
+            canary.unlink()
+            raise Violation(f"a recipe has run code: {shown(argv)}")
+    check_values(parsed.args)
+    return "accepted"
+
+
+def shown(argv: list[str]) -> str:
+    """The command line, and the bytes of its recipe."""
+    text = shlex.join(argv)
+    if "--config" in argv[:-1]:
+        file = Path(argv[argv.index("--config") + 1])
+        text += f" with {file.read_bytes()!r}" if file.is_file() else ""
+    return text if len(text) < 3000 else text[:3000] + " ..."
+
+
+def check_sentence(text: str, argv: list[str]) -> None:
+    """One line of ordinary length that names a flag, a word of the command line or the recipe's file."""
+    good = text and text.isprintable() and len(text) < 600 and "Traceback" not in text
+    named = any(option in text for option in OPTIONS) or any(f"'{word}'"[:20] in text or word[:20] in text
+                                                             for word in map(config._on_one_line, argv))
+    if not (good and named):
+        raise Violation(f"no sentence: {text!r}: {shown(argv)}")
+
+
+def check_values(args: Namespace) -> None:
+    """Every flag is there, of its own type, and every number is finite and of ordinary size."""
+    for dest, action in config._flags().items():
+        value = getattr(args, dest)
+        if value is None:
+            if action.default is not None:
+                raise Violation(f"{dest} is None")
+            continue
+        numbers = value if action.nargs in ("+", 2) else [value]
+        if not isinstance(numbers, list) or not numbers:
+            raise Violation(f"{dest} {value!r} is no list")
+        for number in numbers:
+            kind = bool if action.nargs == 0 else action.type or str
+            if type(number) is not kind:
+                raise Violation(f"{dest} {number!r} is no {kind.__name__}")
+            if kind is float and not math.isfinite(number) or kind is int and abs(number) >= 2 ** 63:
+                raise Violation(f"{dest} {number!r} is no ordinary number")
+            if kind is str and ("\0" in number or not _encodable(number)):
+                raise Violation(f"{dest} {number!r} can be no name of anything")
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- values
+# Numbers on both sides of most limits, and far beyond them.
+INTEGERS = st.one_of(st.sampled_from([0, 1, 2, 3, 7, 8, -1, -3, 10 ** 6, 10 ** 6 + 1, 2 ** 31 - 1, 2 ** 31, 2 ** 63 - 1, 2 ** 63,
+                                      10 ** 30, -10 ** 30, 10 ** 400]), st.integers(-10, 300))
+REALS = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 0.5, 1e-9, 1 - 1e-16, 1.0000001, -1e-300, 1e-320, 1e300, -1.0, 1e9, 1e10,
+                                   math.inf, -math.inf, math.nan]), st.floats(0, 1), st.floats())
+NAMES = st.sampled_from(["", "none", "cpu", "cuda:0", "cuda:-1", "cpu:99999999999999999999", "meta", "xla", "auto",
+                         "env://", "tcp://", "tcp://[::1", "adamw", "lookahead_adamw",
+                         "lookahead_lookahead_adamw", "ADAMW", "lookahead_",
+                         "rand-m9-mstd0.5-inc1", "rand-m9-n99999999999", "rand" + "-m9" * 3000, "rand-mstd" + "9" * 400,
+                         "augmix-w0", "augmix-a0", "3a", "original-mstd", "cosine", "plateau", "random", "pixel", "elem",
+                         "-", "--", "%s%n%x", "../../etc/passwd", "~nobody_here/x", "$(touch x)", "a\nb", "a\x1b[31mb",
+                         "\u202egpj", "é", "一", "\ud800", "\udcff", "\0", "a\0b", "x" * 5000])
+TEXTS = st.one_of(NAMES, st.text(max_size=20))
+
+
+def _of_type(action: Action) -> st.SearchStrategy:
+    """Values that the flag might take, good and bad ones, as Python's own types."""
+    if action.nargs == 0:
+        return st.booleans()
+    if action.choices:
+        return st.sampled_from([*action.choices, *(str(choice).swapcase() for choice in action.choices)])
+    one = {int: INTEGERS, float: REALS}.get(action.type, TEXTS)
+    return st.lists(one, max_size=3) if action.nargs in ("+", 2) else one
+
+
+def _within(dest: str, action: Action) -> st.SearchStrategy:
+    """Values of the flag that are refused rarely."""
+    if action.nargs == 0:
+        return st.booleans()
+    if action.choices:
+        return st.sampled_from(list(action.choices))
+    if dest in config._NAMES:
+        return st.sampled_from(config._NAMES[dest])
+    one = {int: st.integers(0, 64), float: st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1.0]))}.get(
+        action.type, st.just(action.default or "none"))
+    if action.nargs in ("+", 2):
+        return st.lists(one, min_size=2, max_size=2).map(sorted)
+    return one
+
+
+_KEYS = st.sampled_from(sorted(FLAGS))
+_VALUED_KEYS = _KEYS.flatmap(lambda dest: st.tuples(st.just(dest), st.one_of(_within(dest, FLAGS[dest]), _of_type(FLAGS[dest]))))
+
+
+# ---------------------------------------------------------------- recipes
+def _yaml(value) -> str:
+    """The value as a careless hand would write it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan")
+    return str(value)
+
+
+@st.composite
+def _near_miss(draw) -> str:
+    """A key with one letter more, less, changed or in another case; with a dash, a prefix, a space."""
+    key = draw(_KEYS)
+    place = draw(st.integers(0, len(key) - 1))
+    return draw(st.sampled_from([key[:place] + key[place + 1:], key[:place] + "x" + key[place:], key.upper(), "--" + key,
+                                 "no_" + key, key + " ", key.replace("_", "-"), key.replace("_", ""), key[:place], f'"{key}\\0"',
+                                 "config", "list_models", "<<", "? " + key, "__class__", "_Loader"]))
+
+
+# Texts that YAML reads in a way of its own.
+_SPELLINGS = st.sampled_from([
+    "~", "null", "", "yes", "no", "on", "off", "y", "True", "TRUE", "'true'", "010", "0o10", "0x1F", "0b101", "1_000",
+    "190:20:30", "1:30", "1:30.5", "12e03", "1e", "1e5", "-1e-5", ".5", "5.", "+1", "+.inf", ".NaN", "-.INF", "nan", "inf",
+    "1e400", "-1e400", "0x" + "f" * 5000, "9" * 5000, "9" * 4000, "2001-12-14", "2001-12-14t21:59:43.10-05:00", "2024-99-99",
+    "=", "<<", "!", "!!int", "!!int ''", "!!int abc", "!!float x", "!!bool maybe", "!!timestamp x", "!!binary '@@'",
+    "!!binary aGk=", "!!set {a, b}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str 5", "!!null x", "!!seq x", "!!map [1]",
+    "!local x", "!<tag:x> y", "&a 5", "*nowhere", "&a [*a]", "&a {b: *a}", "'", '"', '"\\ud800"', '"\\x00"', '"\\uFFFF"',
+    "|\n  a\n  b", ">-\n  folded", "[", "]", "{", "}", "{a: b}", "{lr: 1}", "[[1]]", "[1, [2]]", "[[[[[[[[1]]]]]]]]", "%TAG",
+    "@x", "`x`", "#", "a: b", "- 1", "\t5", "5\t", "5 # five"])
+_CODE = ["!!python/object/apply:os.system ['touch {0}']", "!!python/object/apply:os.mkdir ['{0}']",
+         "!!python/object/new:os.system ['touch {0}']", "!!python/object/apply:subprocess.Popen [['touch', '{0}']]",
+         "!!python/object/apply:builtins.eval [\"open('{0}', 'w')\"]",
+         "!!python/object/apply:builtins.exec [\"open('{0}', 'w')\"]",
+         "!!python/name:os.system", "!!python/module:antigravity", "!!python/object:builtins.object {{}}",
+         "!!python/tuple [!!python/object/apply:os.system ['touch {0}']]",
+         "{{? !!python/object/apply:os.system ['touch {0}'] : 1}}", "[&x !!python/object/apply:os.system ['touch {0}'], *x]",
+         "!<tag:yaml.org,2002:python/object/apply:os.system> ['touch {0}']",
+         "!!python/object/new:type {{args: [z, !!python/tuple [], {{extend: !!python/name:exec}}], "
+         "listitems: \"open('{0}', 'w')\"}}"]
+
+
+def _bomb(kind: str, depth: int = 9, width: int = 9) -> str:
+    """Nine lines that stand for 9^9 values: of lists, of mappings, of merged mappings; as a value or as a key."""
+    opening, closing = {"list": ("[", "]"), "key": ("[", "]"), "map": ("{", "}"), "merge": ("", "")}[kind]
+    lines = ["a0: &a0 " + ("{x: 1}" if kind == "merge" else f"{opening}{'x: lol' if kind == 'map' else 'lol'}{closing}")]
+    for level in range(1, depth + 1):
+        names = [f"*a{level - 1}"] * width
+        if kind == "merge":
+            inside = "{<<: [" + ", ".join(names) + "]}"
+        elif kind == "map":
+            inside = "{" + ", ".join(f"k{i}: {name}" for i, name in enumerate(names)) + "}"
+        else:
+            inside = "[" + ", ".join(names) + "]"
+        lines.append(f"a{level}: &a{level} {inside}")
+    return "\n".join(lines + ["? *a9\n: 1" if kind == "key" else "lr: *a9"])
+
+
+def bombs(kind: str) -> list[str]:
+    """In a mapping of names that are no flags, and inside a flag's value, which is looked at."""
+    rows = ", ".join(re.findall(r"&a\d .*", _bomb(kind)))
+    return [_bomb(kind), f"lr: [{rows}]", f"opt_betas: [{rows}]", f"? [{rows}]\n: 1"]
+
+
+@st.composite
+def _lines(draw, canary: str) -> str:
+    lines = []
+    kinds = draw(st.sampled_from([["good"], ["good", "good", "good", "odd", "near", "any", "code", "nested", "twice"]]))
+    for _ in range(draw(st.integers(0, 6))):
+        kind = draw(st.sampled_from(kinds))
+        key, value = draw(_VALUED_KEYS)
+        if kind == "good":
+            lines.append(f"{key}: {_yaml(draw(_within(key, FLAGS[key])))}")
+        elif kind == "any":
+            lines.append(f"{key}: {_yaml(value)}")
+        elif kind == "odd":
+            lines.append(f"{key}: {draw(_SPELLINGS)}")
+        elif kind == "near":
+            lines.append(f"{draw(_near_miss())}: {_yaml(value)}")
+        elif kind == "code":
+            lines.append(f"{key}: {draw(st.sampled_from(_CODE)).format(canary)}")
+        elif kind == "nested":
+            lines.append(f"{key}:\n  {draw(_KEYS)}: {draw(_SPELLINGS)}\n  - 1")
+        else:
+            lines += [f"{key}: {_yaml(value)}", f"{draw(st.sampled_from([key, key.replace('_', '-')]))}: {draw(_SPELLINGS)}"]
+    return draw(st.sampled_from(["\n", "\n", "\n", "\r\n", "\r", "\n\t", "\n---\n", "\n  "])).join(lines)
+
+
+def recipes(canary: str) -> st.SearchStrategy[bytes]:
+    """Bytes of a file that --config is given; what would run code creates `canary`."""
+    broken = ["lr: " + "[" * 3000, "{" * 3000, "- " * 3000, "? " * 3000, "lr: 1\n" * 300, "# " + "x" * 200_000,
+              "%YAML 9.9\n---\nlr: 1", "lr: 1\n...\nlr: 2", "a: &" + "b" * 2000 + " 1"]
+    expanding = [text for kind in ("list", "map", "merge", "key") for text in bombs(kind)]
+    text = st.one_of(*[_lines(canary)] * 3, st.sampled_from(expanding), st.text(max_size=60), st.sampled_from(broken))
+    encoding = st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1", "cp037"])
+    encoded = st.tuples(text, encoding).map(
+        lambda pair: pair[0].encode(pair[1], "surrogatepass" if pair[1].startswith("utf") else "replace"))
+    odd = st.sampled_from([b"\0", b"\xff", b"\xef\xbb\xbf", b"\x85", b"\x1b", b"\t", b"%", b"\xed\xa0\x80"])
+    spoiled = st.tuples(encoded, odd, st.integers(0, 40)).map(lambda t: t[0][:t[2]] + t[1] + t[0][t[2]:])
+    return st.one_of(encoded, encoded, encoded, spoiled, st.binary(max_size=60))
+
+
+# ---------------------------------------------------------------- command lines
+@st.composite
+def command_lines(draw, recipe: str = "") -> list[str]:
+    """Words after `main.py`; about a third also name `recipe`, where it is given."""
+    words: list[str] = []
+    kinds = draw(st.sampled_from([["good"], ["good", "good", "any", "any", "no value", "near", "word", "equals"]]))
+    for _ in range(draw(st.integers(0, 7))):
+        dest, value = draw(_VALUED_KEYS)
+        action = FLAGS[dest]
+        kind = draw(st.sampled_from(kinds))
+        option = draw(st.sampled_from(action.option_strings))
+        if action.nargs == 0:
+            option = draw(st.sampled_from([f"--{dest}", f"--no-{dest}", f"--{dest.replace('_', '-')}"]))
+            words += [option + "=true"] if kind == "equals" else [option]
+            continue
+        if kind == "good":
+            value = draw(_within(dest, action))
+        texts = [number_text(v) for v in value] if isinstance(value, list) else [number_text(value)]
+        if kind == "near":
+            words += ["--" + draw(_near_miss()).strip(), *texts]
+        elif kind == "no value":
+            words.append(option)
+        elif kind == "word":
+            words.append(draw(TEXTS))
+        elif kind == "equals":
+            words.append(f"{option}={texts[0] if texts else ''}")
+        else:
+            words += [option, *texts]
+    if draw(st.integers(0, 19)) == 0:
+        words.append(draw(st.sampled_from(["-h", "--help", "--", "-", "-x", "--list-models", "@file", "--config",
+                                           "--config=/dev/null", "--config=/", "--config=",
+                                           "--config=nowhere.yaml", "--config=/dev/zero"])))
+    if recipe and draw(st.integers(0, 2)) == 0:
+        words += ["--config", recipe]
+    return words
+
+
+def number_text(value) -> str:
+    """A value as a word of the command line; also beyond the number of digits that Python writes."""
+    return f"1{'0' * 5000}" if isinstance(value, int) and abs(value) >= 10 ** 400 else str(value)
