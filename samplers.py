@@ -38,7 +38,7 @@ class RASampler(Sampler[SampleKey]):
         num_repeats: draws of an image in a row; 1 for plain shuffling.
         seed: of the permutation, mixed with the epoch.
 
-    `len()` is the number of keys of a whole epoch on this rank, whatever `start` was set.
+    `len()` is the number of keys of a whole epoch on this rank, whatever position was set.
     """
 
     def __init__(self, dataset: Sized | int, num_replicas: int = 1, rank: int = 0, shuffle: bool = True,
@@ -52,12 +52,15 @@ class RASampler(Sampler[SampleKey]):
         self.num_repeats = num_repeats
         self.seed = seed
         self.epoch = 0
-        self.start = 0
+        self.position = 0
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch and how many keys of this rank to skip, e.g. steps done x batch size."""
+    def set_epoch(self, epoch: int, position: int = 0) -> None:
+        """Choose the epoch and where its order begins: this rank draws position + rank, position + rank + num_replicas, ...
+
+        position: in the order over all processes, 0 .. len(self) * num_replicas, e.g. the images that all of them have
+        seen; so the order goes on without a gap or a repeat with another number of processes or another batch size."""
         self.epoch = epoch
-        self.start = start
+        self.position = position
 
     def __len__(self) -> int:
         if self.num_repeats > 1 and self.length >= 256:
@@ -66,8 +69,7 @@ class RASampler(Sampler[SampleKey]):
 
     def __iter__(self) -> Iterator[SampleKey]:
         permutation = self._permutation().numpy()
-        for step in range(self.start, len(self)):
-            position = self.rank + step * self.num_replicas
+        for position in range(self.position + self.rank, len(self) * self.num_replicas, self.num_replicas):
             nth, repeat = divmod(position, self.num_repeats)
             index = int(permutation[nth % self.length])
             yield SampleKey(index, self.seed, self.epoch, position, repeat)

@@ -58,8 +58,8 @@ def folder(tmp_path):
     return write_folder(tmp_path / "data", {"cat": 5, "dog": 6, "owl": 5}, {"cat": 2, "dog": 3, "owl": 2})
 
 
-def epoch_of(loaders, epoch=0, start=0):
-    loaders.train_sampler.set_epoch(epoch, start)
+def epoch_of(loaders, epoch=0, position=0):
+    loaders.train_sampler.set_epoch(epoch, position)
     return list(loaders.train)
 
 
@@ -558,9 +558,9 @@ def test_seed_changes_the_batches(folder):
     assert same_batches(runs[0], runs[1]) and not same_batches(runs[0], runs[2])
 
 
-def test_start_gives_the_tail_of_the_epoch(folder):
+def test_a_position_gives_the_tail_of_the_epoch(folder):
     loaders = build_loaders(make_args(folder), Process())
-    assert same_batches(epoch_of(loaders, epoch=3)[2:], epoch_of(loaders, epoch=3, start=8))
+    assert same_batches(epoch_of(loaders, epoch=3)[2:], epoch_of(loaders, epoch=3, position=8))
 
 
 def test_repeats_of_an_image_differ(folder):

@@ -8,8 +8,8 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from samplers import RASampler, SampleKey
 
 
-def keys(sampler, epoch=0, start=0):
-    sampler.set_epoch(epoch, start)
+def keys(sampler, epoch=0, position=0):
+    sampler.set_epoch(epoch, position)
     return list(sampler)
 
 
@@ -115,14 +115,32 @@ def test_unshuffled_keeps_the_order_of_the_data_set():
 
 
 @pytest.mark.parametrize("n, repeats", [(40, 3), (1437, 3), (41, 1)])
-def test_start_yields_the_tail_of_the_full_order(n, repeats):
+def test_a_position_yields_the_tail_of_the_full_order(n, repeats):
     for rank in range(3):
         sampler = RASampler(n, 3, rank, num_repeats=repeats, seed=1)
         full = keys(sampler, epoch=2)
-        for start in (0, 1, 7, len(full) - 1, len(full)):
-            assert keys(sampler, epoch=2, start=start) == full[start:]
+        for done in (0, 1, 7, len(full) - 1, len(full)):
+            assert keys(sampler, epoch=2, position=done * 3) == full[done:]
             assert len(sampler) == len(full)  # of the whole epoch: step counts must not change on a resume
-        assert keys(sampler, epoch=2) == full  # start does not stick
+        assert keys(sampler, epoch=2) == full  # a position does not stick
+        assert keys(sampler, epoch=2, position=3 * len(full) + 5) == []
+
+
+@pytest.mark.parametrize("n, repeats", [(41, 3), (300, 3), (300, 1)])
+@pytest.mark.parametrize("before, after", [(1, 2), (1, 3), (2, 1), (2, 3), (3, 2), (4, 3)])
+def test_the_order_goes_on_with_another_number_of_processes(n, repeats, before, after):
+    """After each position at which the first processes may have stopped: what both draw is the order of the second alone."""
+    uninterrupted = global_order(n, after, num_repeats=repeats)
+    first = [keys(RASampler(n, before, rank, num_repeats=repeats), epoch=3) for rank in range(before)]
+    second = [RASampler(n, after, rank, num_repeats=repeats) for rank in range(after)]
+    for done in range(len(uninterrupted) // before + 1):   # of each process, whatever its batch size
+        drawn = [key for share in first for key in share[:done]]
+        position = len(drawn)
+        rest = [keys(sampler, epoch=3, position=position) for sampler in second]
+        assert max(map(len, rest)) - min(map(len, rest)) <= 1
+        drawn += [key for share in rest for key in share]
+        assert sorted(drawn, key=lambda key: key.position) == uninterrupted
+        assert all(share == uninterrupted[position + rank::after] for rank, share in enumerate(rest))
 
 
 def test_iterating_leaves_torchs_global_generator_alone():
