@@ -197,7 +197,7 @@ class RunFolder:
             return f"{signal}: without --output_dir nothing is kept"
         if self.failed:
             return f"{signal}: {self.failed}; --resume auto goes on from the checkpoint before"
-        return f"{signal}: saved, --resume auto goes on at step {state.step + 1} of epoch {state.epoch}"
+        return f"{signal}: saved, --resume auto goes on after step {state.step} of epoch {state.epoch}"
 
     def close(self) -> None:
         if self.board:
