@@ -484,6 +484,9 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
     evaluator = ClassificationEvaluator(device)
     unreadable = 0
     exchange = Exchange(process)
+    rounds = len(loader)
+    if process.world_size > 1:
+        rounds = int(exchange.largest(torch.tensor(rounds, device=device)).item())
 
     def agree() -> None:
         asked = torch.tensor([float(wishes().signal)], device=device)
@@ -504,10 +507,8 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
         evaluator.update(outputs, targets)
         peers.mark(f"a batch of the evaluation ({title})")
         agree()
-    if shared:      # a process may have one batch fewer than the first
-        largest = math.ceil(math.ceil(len(loader.dataset) / process.world_size) / loader.batch_size)
-        for _ in range(largest - len(loader)):
-            agree()
+    for _ in range(rounds - len(loader)):       # other processes have a batch more
+        agree()
     counts = torch.tensor([evaluator.num_samples, unreadable], device=device)
     distributed = shared and process.world_size > 1
     if distributed:

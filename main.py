@@ -117,7 +117,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         say(f"resumed from {start.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
     if state.epoch >= args.epochs:
         say(f"the run has finished its {args.epochs} epochs: nothing left to do (raise --epochs to train on)")
-        folder.status("finished", state.epoch, 0, exit_code=0)
+        folder.finished(state.epoch)
         return 0
     if changed := state.fit_launch(args.batch_size, process):
         say(f"warning: {changed}", file=sys.stderr)

@@ -140,6 +140,9 @@ class RunFolder:
                 threading.__excepthook__(failure)
 
         threading.excepthook = hook
+        # TensorBoard reads the files of a folder in the order of their names, which begin with the second
+        while any(f".tfevents.{int(time.time())}." in path.name for path in self.folder.glob("events.out.*")):
+            time.sleep(0.05)
         return SummaryWriter(str(self.folder), purge_step=epoch)
 
     def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
@@ -164,6 +167,15 @@ class RunFolder:
                   "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
         with self._tolerant(STATUS):
             write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
+
+    def finished(self, epoch: int) -> None:
+        """Let status.json say so, where a kill came between the last checkpoint and this."""
+        try:
+            told = json.loads((self.folder / STATUS).read_text())["state"] if self.folder else "finished"
+        except (OSError, ValueError, KeyError, TypeError):
+            told = ""
+        if told != "finished":
+            self.status("finished", epoch, 0, exit_code=0)
 
     @contextmanager
     def telling(self, state: "TrainState") -> Iterator[None]:

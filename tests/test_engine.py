@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import engine
 import models_kan  # noqa: F401  registers the models with timm
 from augment import build_mixup
 from checkpoints import plain
@@ -68,6 +69,8 @@ def batches(n: int, size: int = 8, seed: int = 0) -> list:
 
 
 def epoch_of(state: TrainState, loader, criterion=None, **kwargs) -> dict[str, float]:
+    """A whole epoch of state.epoch."""
+    state.step, state.position, state.losses, state.seconds = 0, 0, [], 0.0
     return train_one_epoch(state.model, state, criterion or ClassLoss(nn.CrossEntropyLoss()), loader, Process(),
                            **{"epochs": 3, "print_freq": 100, **kwargs})
 
@@ -238,7 +241,8 @@ def test_cosub_shows_the_model_each_image_twice():
 
 
 def test_the_device_is_waited_for_once_an_interval(monkeypatch):
-    """(A grid in the CPU's memory is read there, which waits for nothing.)"""
+    """As on a GPU, where a report ("tolist") is read an update later. (A grid in the CPU's memory is read there, which waits
+    for nothing.)"""
     waits = []
     monkeypatch.setattr(native, "MAX_POINTS", 0)        # so that none is
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
@@ -251,15 +255,17 @@ def test_the_device_is_waited_for_once_an_interval(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, counting)
     torch.zeros(1).item()
     assert waits.pop() == "item"
+    monkeypatch.setattr(engine, "can_read_late", lambda state, device: True)
     state = state_of(nano(), "--model-ema")
     options = {"mixup": Mixup(0.8, 1.0, num_classes=K), "clip_grad": 1.0, "accumulate": 2}
     criterion = build_criterion(flags(), K, True)
     waits.clear()                       # building a model reads numbers too
     epoch_of(state, batches(12), criterion, print_freq=4, **options)
-    assert waits == ["item"] * 3
+    at_the_end = ["tolist", "__bool__", "item"]         # the last report, are the weights finite, this process's loss
+    assert waits == ["tolist", "item"] + ["tolist"] * 2 + ["item"] + ["tolist"] * 2 + ["item"] + at_the_end
     waits.clear()
     epoch_of(state, batches(12), criterion, print_freq=100, **options)
-    assert waits == ["item"]            # the end of the epoch
+    assert waits == ["tolist"] * 5 + ["item"] + at_the_end
 
 
 class Poison(ClassLoss):
@@ -281,9 +287,10 @@ def test_a_loss_that_is_not_finite_ends_the_training(value):
     with pytest.raises(TrainingFailed) as e:
         epoch_of(state, batches(9), Poison(5, value), print_freq=3)
     text = str(e.value)
-    assert "\n" not in text and f"became {value} by step 6 of epoch 1" in text and "0.125" in text
+    kind = "nan" if math.isnan(value) else "infinite"
+    assert "\n" not in text and f"the loss became {kind} at step 6 of epoch 1 (lr 0.125, gradient norm " in text
     assert "untouched" in text and "--lr" in text and "--clip-grad" in text and "--amp-dtype" in text
-    with pytest.raises(TrainingFailed, match="by step 5 "):
+    with pytest.raises(TrainingFailed, match="at step 5 "):
         epoch_of(state_of(nano()), batches(5), Poison(4, value), print_freq=100)
 
 
@@ -293,8 +300,9 @@ def test_weights_that_the_last_update_spoils_end_the_training(spoiled_step, stop
     state, steps = state_of(nano()), iter(range(1, 100))
     state.model.head.weight.register_hook(lambda grad: grad * (math.nan if next(steps) == spoiled_step else 1))
     if stops:
-        with pytest.raises(TrainingFailed, match="by step 4 of epoch 0"):
+        with pytest.raises(TrainingFailed, match="gradient became infinite or nan at step 4 of epoch 0 .*gradient norm nan"):
             epoch_of(state, batches(4), print_freq=100)
+        assert weights(state.model).isfinite().all()
     else:
         assert math.isfinite(epoch_of(state, batches(4), print_freq=100)["loss"])
 
@@ -522,7 +530,7 @@ def test_two_processes_share_an_evaluation_and_stop_together_at_a_nan(tmp_path):
     assert shared == pytest.approx(expected_of(logits, targets), rel=1e-5)
     assert other[1] == shared and alone == pytest.approx(shared) and other[2] == alone
     assert few == other[3] == sum(target >= 0 for target in targets[:3])
-    assert failure and other[4] == failure and "by step 4 " in failure
+    assert failure and other[4] == failure and "the loss became nan at step 3 of epoch 0 on process 1" in failure
     both = [epoch_of(state_of(nano()), batches(2, seed=rank))["loss"] for rank in range(2)]
     assert loss == other[5] == pytest.approx(np.mean(both), rel=1e-6)
 
@@ -650,7 +658,7 @@ class Run:
             self.rates.append(lr_of(self.state.optimizer))
             epoch_of(self.state, self.loader, self.criterion, mixup=self.mixup, seed=self.args.seed, clip_grad=1.0)
             self.rates.append(lr_of(self.state.optimizer))
-            self.state.epoch = epoch + 1
+            self.state.next_epoch()
             if self.args.sched == "plateau":
                 self.state.scheduler.step(self.state.epoch, 50.0)
         return self

@@ -273,13 +273,30 @@ def capture(capsys):
     CAPTURE = None
 
 
-def joined(line):
+def saves(line):
+    """How many checkpoints a run of one epoch writes."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run_folder.save_checkpoint", lambda *args: calls.append(args))
+        assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], *words(line)) == 0
+    return len(calls)
+
+
+def deterministic(line):
+    caught(line)
+    try:
+        return torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def joined(line, world="1"):
     """Exit code of a single process that a launcher started, and what it says on stderr."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             patch.delenv(name, raising=False)
         patch.setenv("RANK", "0")
-        patch.setenv("WORLD_SIZE", "1")
+        patch.setenv("WORLD_SIZE", world)
         code, _, err = printed(f"{EVALUATION} {line}")
     return code, err
 
@@ -408,7 +425,17 @@ EFFECTS = {
                    "--print-freq 1", ""),
     "compile": (lambda line: caught(line).model._compiled_call_impl is None, "--compile", ""),
     "profile": (lambda line: printed(" ".join([*QUICK, f"--data-path {{data}} --epochs 1 {line}"])), "--profile", ""),
+    "save_interval_steps": (saves, "--save-interval-steps 1 --output_dir {folder}/steps", "--output_dir {folder}/no_steps"),
+    "save_interval_minutes": (saves, "--save-interval-minutes 1e-9 --output_dir {folder}/minutes",
+                              "--output_dir {folder}/no_minutes"),
+    "keep": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 3", line])) and sorted(
+        path.name for path in Path(words(line)[-1]).glob("checkpoint*")), "--keep 3 --output_dir {folder}/three",
+        "--output_dir {folder}/two"),
+    "debug_nan": (lambda line: caught(line).options.keep_batches is None, "--debug-nan --output_dir {folder}/nan", ""),
+    "deterministic": (deterministic, "--deterministic", ""),
     # several processes
+    "dist_timeout": (lambda line: joined(line, world="2"), "--dist-timeout 0.1 --dist_url file://{folder}/meet1",
+                     "--dist-timeout 0.2 --dist_url file://{folder}/meet2"),
     "dist_eval": (shard, "--dist-eval", ""),
     "distributed": (lambda line: printed(f"{EVALUATION} {line}")[0], "--distributed", ""),
     "world_size": (lambda line: printed(f"{EVALUATION} {line}")[0], "--world_size 4", ""),

@@ -2,6 +2,7 @@
 import hashlib
 import http.server
 import io
+import json
 import os
 import pickle
 import random
@@ -40,6 +41,7 @@ from safetensors.torch import save_file
 
 import main as program
 import models_kan
+from utils import EXIT_PREEMPTED
 
 GKAN = "vit_nano_patch8_32_GKAN"
 REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
@@ -233,25 +235,49 @@ def test_attention_only(flags, data, watched, whole):
     assert moved == {key for key in before if ".attn." in key or key.startswith("head.") or key == "pos_embed"}
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_code_1(copied, data, capsys):
-    before = (copied / "checkpoint.pth").read_bytes()
-    saved = checkpoint(copied)
-    saved["model"]["head.bias"].fill_(float("nan"))
-    torch.save(saved, copied / "checkpoint.pth")
-    spoiled = (copied / "checkpoint.pth").read_bytes()
-    assert before != spoiled
-    assert run(*three_epochs(data, copied), "--resume", "auto", "--epochs", 4) == 1
-    assert re.search(r"^stopped: the loss became nan by step \d+ of epoch 3 .*--lr", capsys.readouterr().err)
-    assert (copied / "checkpoint.pth").read_bytes() == spoiled and len(log(copied)) == 3
+def test_a_loss_that_is_not_finite_ends_the_run_with_code_1(data, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(*three_epochs(data, out), "--lr", "1e30", "--clip-grad", 1, "--save-interval-steps", 1) == 1
+    assert re.search(r"^stopped: the (loss|gradient) became .* at step [23] of epoch 0 .*--lr", capsys.readouterr().err)
+    assert all(tensor.isfinite().all() for tensor in checkpoint(out)["model"].values()) and not (out / "log.txt").exists()
+    told = json.loads((out / "status.json").read_text())
+    assert told["state"] == "failed" and told["exit_code"] == 1 and "became" in told["reason"]
 
 
-def test_interrupted_from_the_keyboard(data, tmp_path):
-    process = Run(tmp_path, *three_epochs(data, tmp_path / "out"), "--epochs", 1000)
-    wait_for(tmp_path / "out" / "checkpoint.pth")
-    os.kill(process.process.pid, signal.SIGINT)
-    assert process.wait() == 130
-    assert process.err.read_text().startswith("stopped: interrupted") and "Traceback" not in process.err.read_text()
-    checkpoint(tmp_path / "out")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR2"])
+def test_a_signal_stops_the_run_at_the_next_step_and_a_resume_finishes_it(name, data, tmp_path):
+    out = tmp_path / "out"
+    process = Run(tmp_path, *three_epochs(data, out), "--epochs", 1000)
+    wait_for(out / "checkpoint.pth")
+    os.kill(process.process.pid, getattr(signal, name))
+    assert process.wait() == EXIT_PREEMPTED
+    err = process.err.read_text()
+    assert f"stopped: {name}: saved, --resume auto goes on after step" in err and "Traceback" not in err
+    told, saved = json.loads((out / "status.json").read_text()), checkpoint(out)
+    assert told["state"] == "preempted" and told["exit_code"] == EXIT_PREEMPTED and told["reason"].startswith(name)
+    assert (told["epoch"], told["step"]) == (saved["epoch"] + 1, saved["step"])
+    assert run(*three_epochs(data, out), "--resume", "auto", "--epochs", saved["epoch"] + 2) == 0
+    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_second_interrupt_ends_at_once(data, tmp_path):
+    out = tmp_path / "out"
+    process = Run(tmp_path, *three_epochs(data, out), "--epochs", 1000, call=slow_steps)
+    wait_for(out / "status.json")
+    time.sleep(0.5)
+    start = time.monotonic()
+    for _ in range(2):
+        os.kill(process.process.pid, signal.SIGINT)
+        time.sleep(0.2)
+    assert process.wait() == -signal.SIGINT and time.monotonic() - start < 20
+    assert not (out / "checkpoint.pth").exists()
+
+
+def slow_steps(argv: list[str]) -> int:
+    """The program with a forward pass of half a minute."""
+    import peers
+    peers.mark = lambda doing: time.sleep(30) if doing.startswith("the forward") else None
+    return program.main(argv)
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:

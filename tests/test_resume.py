@@ -1,0 +1,195 @@
+"""A run that is stopped or killed in the middle of an epoch and resumed ends, bit by bit, as the one left in peace."""
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from e2e import QUICK, TIMES, checkpoint, differences, log, run, write_digits
+
+import engine
+import models_kan  # noqa: F401  registers the models
+import peers
+import utils
+from utils import EXIT_PREEMPTED
+
+DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 16 --distillation-type {} --teacher-model resnet10t " \
+            "--teacher-path {{teacher}}"
+slow = pytest.mark.slow
+WAYS = [
+    "", "--repeated-aug --resplit --mixup-mode elem", "--mixup-mode pair --mixup-prob 0.5 --mixup-switch-prob 0.3",
+    "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.6 --bce-loss", "--ThreeAugment --src --remode const --recount 2",
+    "--aa augmix-m3 --train-interpolation random", "--aa none --color-jitter 0.4 --reprob 0.9",
+    "--grad-accum 2 --clip-grad 0.5 --sched-on-updates", "--drop 0.2 --drop-path 0.3 --cosub --epochs 2",
+    DISTILLED.format("hard"), pytest.param(DISTILLED.format("soft"), marks=slow),
+    "--amp-dtype float16", pytest.param("--amp-dtype bfloat16", marks=slow),
+    "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum", pytest.param("--opt lookahead_adamw", marks=slow),
+    pytest.param("--opt lamb --layer-decay 0.7", marks=slow), pytest.param("--model resnet10t --model-ema-force-cpu", marks=slow),
+    "--model vit_nano_patch8_32_GKAN --kan-groups 0 --grad-checkpointing",
+    "--kan-trainable-grid --kan-trainable-h --no-model-ema",
+    pytest.param("--no-train-mode --attn-only", marks=slow), pytest.param("--compile", marks=slow),
+]
+
+
+class Killed(BaseException):
+    """Ends the program where it is, as SIGKILL does: nothing of it is caught or written."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save({"model": timm.create_model("resnet10t", num_classes=3).state_dict()}, file)
+    return file
+
+
+def at(monkeypatch, where: str, act) -> None:
+    """Let `act` happen where the program marks that it comes to `where`, e.g. "the update of step 2 of epoch 1"."""
+    def mark(doing: str) -> None:
+        if doing == where:
+            act()
+
+    monkeypatch.setattr(peers, "mark", mark)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def trained(data: Path, out: Path, way: str, *more, teacher: Path | str = "") -> int:
+    """Two epochs of three steps of 16 images."""
+    return run(*QUICK, "--epochs", 2, "--data-path", data, "--lr", 1e-2, "--unscale-lr", "--model-ema-decay", 0.8, "--output_dir",
+               out, "--print-freq", 2, *way.format(teacher=teacher).split(), *more)
+
+
+def left(out: Path) -> dict:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(out), {"scalars": 0})
+    events.Reload()
+    scalars = {tag: [[event.step, event.value] for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+               if tag not in TIMES}
+    files = {path.name: checkpoint(out, path.name) for path in out.glob("*.pth") if "previous" not in path.name}
+    for saved in files.values():
+        for key in ("output_dir", "resume", "num_workers", "save_interval_steps"):
+            saved["args"].pop(key)
+    return {"files": files, "log": log(out), "scalars": scalars}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stopped_in_the_middle_of_an_epoch(way, data, teacher, tmp_path, monkeypatch):
+    assert trained(data, tmp_path / "whole", way, teacher=teacher) == 0
+    stop = "the update of step 2 of epoch 1"
+    with monkeypatch.context() as patch:
+        at(patch, stop, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert trained(data, tmp_path / "parts", way, teacher=teacher) == EXIT_PREEMPTED
+    saved = checkpoint(tmp_path / "parts")
+    assert (saved["epoch"], saved["step"], saved["position"]) == (0, 2, 32)
+    assert trained(data, tmp_path / "parts", way, "--resume", "auto", teacher=teacher) == 0
+    assert differences(left(tmp_path / "whole"), left(tmp_path / "parts")) == []
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert trained(data, out, "") == 0
+    return out
+
+
+@pytest.mark.parametrize("where, position", [
+    ("the forward pass of step 1 of epoch 0", None), ("the backward pass of step 3 of epoch 0", (0, 2)),
+    ("a batch of the evaluation (test)", (0, 2)), ("a batch of the evaluation (ema)", (0, 2)),
+    ("the forward pass of step 1 of epoch 1", (1, 0)), ("the update of step 3 of epoch 1", (1, 2))])
+def test_killed_anywhere(where, position, whole, data, tmp_path, monkeypatch):
+    """`position`: epoch and step of the last checkpoint before."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        at(patch, where, kill)
+        trained(data, tmp_path, "--save-interval-steps 1")
+    if position is not None:
+        saved = checkpoint(tmp_path)
+        assert (saved["epoch"] + 1, saved["step"]) == position
+        assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
+    assert trained(data, tmp_path, "", "--resume", "auto") == 0
+    assert differences(left(whole), left(tmp_path)) == []
+
+
+def test_stopped_while_evaluating(whole, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at(patch, "a batch of the evaluation (ema)", lambda: os.kill(os.getpid(), signal.SIGUSR2))
+        assert trained(data, tmp_path, "") == EXIT_PREEMPTED
+    assert checkpoint(tmp_path)["step"] == 3 and not (tmp_path / "log.txt").exists()
+    assert trained(data, tmp_path, "", "--resume", "auto") == 0
+    assert differences(left(whole), left(tmp_path)) == []
+
+
+@pytest.mark.parametrize("before, after", [(0, 2), pytest.param(2, 1, marks=slow)])
+def test_with_other_workers_after_the_resume(before, after, whole, data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at(patch, "the update of step 1 of epoch 1", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert trained(data, tmp_path, "", "--num_workers", before) == EXIT_PREEMPTED
+    assert trained(data, tmp_path, "", "--resume", "auto", "--num_workers", after) == 0
+    assert differences(left(whole), left(tmp_path)) == []
+
+
+def test_a_spoiled_position_step_seed_or_key_gives_other_weights(whole, data, tmp_path, monkeypatch):
+    """The negative control: there is no stored state of a random number generator, (seed, epoch, step) is in its place."""
+    with monkeypatch.context() as patch:
+        at(patch, "the update of step 1 of epoch 1", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert trained(data, tmp_path / "out", "") == EXIT_PREEMPTED
+    file = tmp_path / "out" / "checkpoint.pth"
+    saved = checkpoint(tmp_path / "out")
+    expected = checkpoint(whole)["model"]
+
+    def ends_with(**changes) -> dict:
+        torch.save({**saved, **changes}, file)
+        assert trained(data, tmp_path / "out", "", "--resume", "auto") == 0
+        return checkpoint(tmp_path / "out")["model"]
+
+    assert not differences(expected, ends_with())
+    assert differences(expected, ends_with(position=saved["position"] + 16, step=2))
+    assert differences(expected, ends_with(args={**saved["args"], "seed": 1}))
+    original = utils.seed_everything
+    monkeypatch.setattr(engine, "seed_everything", lambda seed, epoch, step, rank: original(seed, epoch, step + 7, rank))
+    assert differences(expected, ends_with())       # mixup and dropout
+
+
+def test_another_batch_size_goes_on_where_the_order_was(data, tmp_path, monkeypatch, capsys):
+    seen = []
+    original = engine.batches
+
+    def watched(loader):
+        for images, targets in original(loader):
+            seen.extend(images.flatten(1).sum(1).tolist())
+            yield images, targets
+
+    monkeypatch.setattr(engine, "batches", watched)
+    assert trained(data, tmp_path / "whole", "") == 0
+    first = seen[:48]
+    del seen[:]
+    with monkeypatch.context() as patch:
+        at(patch, "the update of step 1 of epoch 0", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert trained(data, tmp_path / "parts", "") == EXIT_PREEMPTED
+    assert seen == first[:16]
+    assert trained(data, tmp_path / "parts", "", "--resume", "auto", "--batch-size", 8) == 0
+    assert seen[16:48] == first[16:]
+    said = capsys.readouterr().err
+    assert "image 16 of its order" in said and "cannot be those" in said
+    record, other = log(tmp_path / "parts")[0], log(tmp_path / "whole")[0]
+    assert record["train_loss"] == pytest.approx(other["train_loss"], rel=0.2)
+    assert checkpoint(tmp_path / "parts")["step"] == 0
+
+
+def test_the_clock_asks_for_a_checkpoint_and_keep_says_how_many(data, tmp_path):
+    assert trained(data, tmp_path, "", "--save-interval-minutes", 1e-9, "--keep", 4) == 0
+    names = ["checkpoint.pth", "checkpoint_previous.pth", "checkpoint_previous_2.pth", "checkpoint_previous_3.pth"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == names
+    assert [(saved["epoch"] + 1, saved["step"]) for saved in (checkpoint(tmp_path, name) for name in names)] == [
+        (2, 0), (1, 3), (1, 2), (1, 1)]
+    assert trained(data, tmp_path, "", "--resume", "auto", "--epochs", 3, "--keep", 1) == 0
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*")) == names[:1]
