@@ -50,10 +50,14 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
                         "MASTER_PORT and the firewall") from error
     missing = list(range(world_size))
     while True:
-        missing = [other for other in missing if not store.check([f"here/{other}"])]
+        gone = False
+        try:
+            missing = [other for other in missing if not store.check([f"here/{other}"])]
+        except RuntimeError:        # process 0 has given up and taken the store with it
+            gone = True
         if not missing:
             return store
-        if time.monotonic() > deadline:
+        if gone or time.monotonic() > deadline:
             raise UserError(f"{names(missing)} of {world_size} did not come within --dist-timeout {timeout:g} s: check the log "
                             "and the machine of what is missing, or raise --dist-timeout")
         time.sleep(0.05)

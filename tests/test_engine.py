@@ -530,7 +530,8 @@ def test_two_processes_share_an_evaluation_and_stop_together_at_a_nan(tmp_path):
     assert shared == pytest.approx(expected_of(logits, targets), rel=1e-5)
     assert other[1] == shared and alone == pytest.approx(shared) and other[2] == alone
     assert few == other[3] == sum(target >= 0 for target in targets[:3])
-    assert failure and other[4] == failure and "the loss became nan at step 3 of epoch 0 on process 1" in failure
+    failures = {text.partition(", gradient norm")[0] for text in (failure, other[4])}     # each has its own gradient here
+    assert len(failures) == 1 and "the loss became nan at step 3 of epoch 0 on process 1" in failure
     both = [epoch_of(state_of(nano()), batches(2, seed=rank))["loss"] for rank in range(2)]
     assert loss == other[5] == pytest.approx(np.mean(both), rel=1e-6)
 

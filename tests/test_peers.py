@@ -1,0 +1,161 @@
+"""Processes that come late, hang, or die, in real processes that meet over gloo."""
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from e2e import free_port
+
+import peers
+from utils import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Preempted, UserError
+
+
+def child(program, rank: int, world: int, url: str, folder: Path, timeout: float) -> None:
+    handle = os.open(folder / f"err{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+
+    def run() -> int:
+        process = peers.init_process("cpu", url, timeout)
+        return program(process, folder)
+
+    sys.exit(peers.exit_code(run))
+
+
+def together(program, folder: Path, world: int = 2, timeout: float = 2.0, url: str = "", only: tuple = (), after=None):
+    """Exit codes, errors and seconds of `world` processes; after(processes) happens once they run."""
+    url = url or f"tcp://127.0.0.1:{free_port()}"
+    context = multiprocessing.get_context("fork")
+    ranks = only or range(world)
+    running = {rank: context.Process(target=child, args=(program, rank, world, url, folder, timeout)) for rank in ranks}
+    start = time.monotonic()
+    for process in running.values():
+        process.start()
+    if after:
+        after(running)
+    for process in running.values():
+        process.join(60)
+        if process.is_alive():
+            process.kill()
+    seconds = time.monotonic() - start
+    errors = {rank: (folder / f"err{rank}").read_text() for rank in ranks}
+    return {rank: process.exitcode for rank, process in running.items()}, errors, seconds
+
+
+def rounds(process, folder: Path, count: int = 3, before=lambda step: None) -> int:
+    """Meet so often in a collective, as steps of a training do."""
+    for step in range(count):
+        peers.mark(f"the forward pass of step {step}")
+        before(step)
+        peers.mark(f"the update of step {step}")
+        number = torch.ones(1)
+        dist.all_reduce(number)
+        assert number == process.world_size
+    (folder / f"done{process.rank}").touch()
+    return 0
+
+
+def sentence(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.startswith(("stopped: ", "error: "))]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+@pytest.mark.parametrize("url", ["", "file"])
+def test_all_is_well(url, tmp_path):
+    codes, errors, _ = together(rounds, tmp_path, 3, url=f"file://{tmp_path}/meet" if url else "")
+    assert codes == {0: 0, 1: 0, 2: 0} and not any("stopped" in text for text in errors.values())
+
+
+@pytest.mark.parametrize("there, missing", [((0, 2), "process 1 of 3 did not come"), ((1, 2), "process 0 of 3, which keeps the")])
+def test_one_that_does_not_come(there, missing, tmp_path):
+    codes, errors, seconds = together(rounds, tmp_path, 3, timeout=1.0, only=there)
+    assert set(codes.values()) == {EXIT_BAD_INPUT} and seconds < 6
+    for text in errors.values():
+        assert missing in sentence(text) and "--dist-timeout 1 s" in text
+
+
+def test_one_that_comes_late_is_waited_for(tmp_path):
+    port = free_port()
+    context = multiprocessing.get_context("fork")
+    running = [context.Process(target=child, args=(rounds, rank, 2, f"tcp://127.0.0.1:{port}", tmp_path, 10)) for rank in range(2)]
+    running[1].start()
+    time.sleep(1)
+    running[0].start()
+    for process in running:
+        process.join(30)
+    assert [process.exitcode for process in running] == [0, 0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_that_is_killed_is_named(victim, tmp_path):
+    def program(process, folder):
+        return rounds(process, folder, 3, lambda step: os.kill(os.getpid(), signal.SIGKILL)
+                      if step == 1 and process.rank == victim else None)
+
+    codes, errors, seconds = together(program, tmp_path, 3, timeout=3.0)
+    assert codes.pop(victim) == -signal.SIGKILL and set(codes.values()) == {EXIT_FAILED} and seconds < 12
+    for rank in codes:
+        assert re.search(rf"process {victim}\b", sentence(errors[rank])) and "--resume auto" in errors[rank]
+
+
+@pytest.mark.parametrize("how", ["hangs", "is frozen"])
+def test_one_that_hangs_is_named(how, tmp_path):
+    def before(process):
+        def act(step):
+            if step == 1 and process.rank == 1:
+                (tmp_path / "hangs").touch()
+                time.sleep(50) if how == "hangs" else os.kill(os.getpid(), signal.SIGSTOP)
+        return act
+
+    def thaw(running):
+        running[0].join(30)
+        os.kill(running[1].pid, signal.SIGCONT)
+        running[1].kill() if how == "is frozen" else None
+
+    codes, errors, seconds = together(lambda process, folder: rounds(process, folder, 3, before(process)), tmp_path,
+                                      timeout=2.0, after=thaw)
+    assert codes[0] == EXIT_FAILED and 2 <= seconds < 12
+    assert "process 1 of 2" in sentence(errors[0])
+    if how == "hangs":
+        assert codes[1] == EXIT_FAILED and "time.sleep(50)" not in sentence(errors[1])
+        assert "this process, 1 of 2, has hung" in errors[1] or "has stopped" in errors[1]
+        assert "the update of step" in errors[0]
+
+
+def test_one_that_stops_with_an_error_tells_the_others_why(tmp_path):
+    def program(process, folder):
+        def act(step):
+            if step == 1 and process.rank == 1:
+                raise UserError("the disk of machine B is full")
+        return rounds(process, folder, 3, act)
+
+    codes, errors, seconds = together(program, tmp_path, 2, timeout=5.0)
+    assert codes == {0: EXIT_FAILED, 1: EXIT_BAD_INPUT} and seconds < 10
+    assert "process 1 has stopped (the disk of machine B is full)" in sentence(errors[0])
+
+
+def test_another_error_keeps_its_traceback(tmp_path):
+    def program(process, folder):
+        return rounds(process, folder, 3, lambda step: 1 / 0 if step == 1 else None)
+
+    codes, errors, _ = together(program, tmp_path, 2)
+    assert set(codes.values()) == {1} and all("ZeroDivisionError" in text for text in errors.values())
+
+
+@pytest.mark.parametrize("error, code, text", [
+    (Preempted("SIGTERM: saved"), EXIT_PREEMPTED, "stopped: SIGTERM: saved\n"),
+    (UserError("bad"), EXIT_BAD_INPUT, "error: bad\n"),
+    (KeyboardInterrupt(), 130, "stopped: interrupted before the training began\n")])
+def test_exit_codes(error, code, text, capsys):
+    def program():
+        raise error
+
+    assert peers.exit_code(program) == code and capsys.readouterr().err == text
