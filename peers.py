@@ -183,8 +183,9 @@ class Peers:
         if self.left:
             other, reason = min(self.left.items())
             return f"process {other} has stopped ({reason})"
-        if self.store_lost and now - self.store_lost > silence:
-            return "process 0 (or the launcher), which keeps the processes together, is gone"
+        if self.store_lost:     # then nothing is known of the others
+            return "process 0 (or the launcher), which keeps the processes together, is gone" \
+                if now - self.store_lost > silence else ""
         silent = [other for other, seen in self.seen.items() if now - seen.changed > silence]
         if silent:
             return f"{names(silent)} of {self.world_size} gave no sign of life for {silence:.0f} s: killed, out of " \

@@ -85,7 +85,8 @@ def test_one_that_does_not_come(there, missing, tmp_path):
 def test_one_that_comes_late_is_waited_for(tmp_path):
     port = free_port()
     context = multiprocessing.get_context("fork")
-    running = [context.Process(target=child, args=(rounds, rank, 2, f"tcp://127.0.0.1:{port}", tmp_path, 10)) for rank in range(2)]
+    url = f"tcp://127.0.0.1:{port}"
+    running = [context.Process(target=child, args=(rounds, rank, 2, url, tmp_path, 10)) for rank in range(2)]
     running[1].start()
     time.sleep(1)
     running[0].start()
