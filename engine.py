@@ -18,6 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationEvaluator
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -136,6 +137,20 @@ def _state_of(scheduler: Scheduler) -> dict[str, Any]:
         return scheduler.state_dict()
     # timm's leaves out for how long the schedule has waited, and the rate under the noise
     return {**scheduler.state_dict(), "plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
+
+
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether the forward pass changes buffers (BatchNorm)."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def distributed(model: nn.Module, process: Process) -> nn.Module:
+    """`model`, its gradients averaged over the processes where there are several."""
+    if process.world_size == 1:
+        return model
+    # grids are buffers too: to send them before each forward pass would make every process wait there for nothing
+    return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None,
+                                   broadcast_buffers=has_running_statistics(model))
 
 
 # ---------------------------------------------------------------- what the processes agree on
@@ -307,8 +322,7 @@ def can_read_late(state: TrainState, device: torch.device) -> bool:
     which on a CPU costs nothing."""
     fused = type(state.optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD) and \
         all(group.get("fused") for group in state.optimizer.param_groups)
-    running = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in state.model.modules())
-    return device.type == "cuda" and fused and not (running and state.ema is not None)
+    return device.type == "cuda" and fused and not (state.ema is not None and has_running_statistics(state.model))
 
 
 def _non_finite(report: Report, epoch: int, process: Process) -> str:

@@ -2,7 +2,6 @@
 import sys
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import models_kan
 import peers
@@ -19,6 +18,7 @@ from engine import (
     StopRequested,
     Wishes,
     choose_amp_dtype,
+    distributed,
     ema_model,
     evaluate,
     replay_non_finite,
@@ -121,8 +121,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         return 0
     if changed := state.fit_launch(args.batch_size, process):
         say(f"warning: {changed}", file=sys.stderr)
-    net = DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None) \
-        if process.world_size > 1 else model
+    net = distributed(model, process)
 
     if args.warmup_epochs >= args.epochs and args.sched != "plateau":
         say(f"warning: the {args.warmup_epochs} epochs of --warmup-epochs fill all {args.epochs} of --epochs, so --lr "

@@ -1,4 +1,5 @@
 """Several processes: gloo on CPUs, started by torchrun itself or with the variables that it sets."""
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 from e2e import NANO, QUICK, ROOT, Run, checkpoint, differences, evaluation, free_port, log, run, write_digits
 
 import main as program
+from utils import EXIT_FAILED, EXIT_PREEMPTED
 
 # Plain SGD keeps a rounding error small; what is drawn for each process rather than for each image is off.
 ALIKE = ("--opt", "momentum", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--unscale-lr", "--lr", "0.1",
@@ -341,3 +343,107 @@ def test_a_process_that_is_killed_takes_torchrun_down(data, tmp_path):
     both.communicate(timeout=120)
     assert both.returncode == 1
     assert checkpoint(tmp_path / "out")["epoch"] >= 0
+
+
+# ---------------------------------------------------------------- stopped, hung, restarted
+def sent_to_rank_1_at(where: str, what: str):
+    """The program, which in process 1 meets `what` where it marks that it comes to `where`."""
+    def call(argv: list[str]) -> int:
+        import peers
+        real, out = peers.mark, Path(argv[argv.index("--output_dir") + 1])
+
+        def mark(doing: str) -> None:
+            real(doing)
+            if doing == where and os.environ["RANK"] == "1" and not (out / "done").exists():
+                (out / "done").touch()
+                time.sleep(40) if what == "hang" else os.kill(os.getpid(), getattr(signal, what))
+
+        peers.mark = mark
+        return program.main(argv)
+    return call
+
+
+def stop_in_the_middle(argv: list[str]) -> int:
+    return sent_to_rank_1_at("the update of step 2 of epoch 1", "SIGTERM")(argv)
+
+
+def kill_in_the_middle(argv: list[str]) -> int:
+    return sent_to_rank_1_at("the backward pass of step 2 of epoch 1", "SIGKILL")(argv)
+
+
+def hang_in_the_middle(argv: list[str]) -> int:
+    return sent_to_rank_1_at("the forward pass of step 2 of epoch 1", "hang")(argv)
+
+
+def stop_in_the_evaluation(argv: list[str]) -> int:
+    return sent_to_rank_1_at("a batch of the evaluation (test)", "SIGUSR2")(argv)
+
+
+MIDDLE = (*QUICK, "--epochs", 2, "--batch-size", 8, "--lr", 0.1, "--repeated-aug", "--drop", 0.1, "--dist-eval",
+          "--save-interval-steps", 1, "--dist-timeout", 4)
+
+
+@pytest.fixture(scope="module")
+def left_in_peace(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("peace")
+    finish(launch(out, *MIDDLE, "--data-path", data, "--output_dir", out / "out"))
+    return out / "out"
+
+
+@pytest.mark.parametrize("call, code, text", [
+    (stop_in_the_middle, EXIT_PREEMPTED, "SIGTERM: saved"), (stop_in_the_evaluation, EXIT_PREEMPTED, "SIGUSR2: saved"),
+    (kill_in_the_middle, EXIT_FAILED, "process 1"), (hang_in_the_middle, EXIT_FAILED, "process 1 of 2 did not come to where")])
+def test_what_happens_to_one_process_stops_both_and_a_resume_is_exact(call, code, text, left_in_peace, data, tmp_path):
+    out = tmp_path / "out"
+    runs = launch(tmp_path, *MIDDLE, "--data-path", data, "--output_dir", out, call=call)
+    start = time.monotonic()
+    codes = [run.wait() for run in runs]
+    assert codes[0] == code and codes[1] in (code, -signal.SIGKILL) and time.monotonic() - start < 40
+    assert text in runs[0].err.read_text() and "Traceback" not in runs[0].err.read_text()
+    told = json.loads((out / "status.json").read_text())
+    assert told["state"] == ("preempted" if code == EXIT_PREEMPTED else "failed") and text in told["reason"]
+    assert told["exit_code"] == code
+    finish(launch(tmp_path, *MIDDLE, "--data-path", data, "--resume", "auto", "--output_dir", out))
+    whole, parts = checkpoint(left_in_peace), checkpoint(out)
+    assert not differences({key: whole[key] for key in STATE}, {key: parts[key] for key in STATE})
+    assert log(left_in_peace) == log(out)
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_the_number_of_processes_may_change_in_the_middle_of_an_epoch(before, after, data, tmp_path):
+    """Without mixup and dropout nothing but rounding changes by that, where the batches stay the same in all."""
+    def flags(processes: int) -> tuple:
+        return (*QUICK, *ALIKE, "--data-path", data, "--sched", "step", "--epochs", 2, "--batch-size", 16 // processes)
+
+    assert run(*flags(1), "--output_dir", tmp_path / "whole") == 0
+    out = tmp_path / "parts"
+    calls = launch(tmp_path, *flags(before), "--output_dir", out, processes=before,
+                   call=stop_in_the_middle if before == 2 else stop_alone)
+    finish(calls, EXIT_PREEMPTED)
+    assert checkpoint(out)["position"] == 32
+    again = launch(tmp_path, *flags(after), "--resume", "auto", "--output_dir", out, processes=after)
+    finish(again)
+    close(checkpoint(tmp_path / "whole"), checkpoint(out))
+    assert "image 32 of its order" in again[0].err.read_text()
+
+
+def stop_alone(argv: list[str]) -> int:
+    import peers
+    peers.mark = lambda doing: os.kill(os.getpid(), signal.SIGTERM) if doing == "the update of step 2 of epoch 1" else None
+    return program.main(argv)
+
+
+@slow
+def test_torchrun_restarts_what_was_killed_and_the_run_is_exact(left_in_peace, data, tmp_path):
+    script = tmp_path / "killed_once.py"
+    script.write_text(f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+                      "import test_distributed as t\nsys.exit(t.kill_in_the_middle(sys.argv[1:]))\n")
+    out = tmp_path / "out"
+    both = torchrun(*MIDDLE, "--data-path", data, "--resume", "auto", "--output_dir", out, script=script, options=(
+        "--nproc_per_node=2", "--max-restarts=3", f"--master_port={free_port()}"))
+    _, err = both.communicate(timeout=200)
+    assert both.returncode == 0, err
+    assert (out / "done").exists()
+    whole, parts = checkpoint(left_in_peace), checkpoint(out)
+    assert not differences({key: whole[key] for key in STATE}, {key: parts[key] for key in STATE})
+    assert log(left_in_peace) == log(out) and json.loads((out / "status.json").read_text())["state"] == "finished"
