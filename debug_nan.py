@@ -14,15 +14,20 @@ class KeptBatches:
     """The last batches that the model saw, after mixup; as many as two updates have (see engine.Updater's `late`)."""
 
     def __init__(self, accumulate: int = 1):
+        self.accumulate = accumulate
         self.batches: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=2 * accumulate)
 
     def note(self, step: int, images: Tensor, targets: Tensor) -> None:
         self.batches.append((step, images, targets))
 
+    def of_update(self, step: int) -> list[tuple[int, Tensor, Tensor]]:
+        """The batches of the update that was made after batch `step`."""
+        return [batch for batch in self.batches if step // self.accumulate == batch[0] // self.accumulate]
 
-def replay(model: nn.Module, criterion: nn.Module, kept: KeptBatches, context, scale: float, key: tuple[int, int, int],
+
+def replay(model: nn.Module, criterion: nn.Module, batches: list[tuple[int, Tensor, Tensor]], context, scale: float, key: tuple[int, int, int],
            file: Path | None) -> str:
-    """Forward and backward of the kept batches once more, with the same random numbers; returns a sentence on what became
+    """Forward and backward of an update's batches once more, with the same random numbers; returns a sentence on what became
     infinite or nan first.
 
     Args:
@@ -32,13 +37,13 @@ def replay(model: nn.Module, criterion: nn.Module, kept: KeptBatches, context, s
     Raises: OSError where the file cannot be written.
     """
     seed, epoch, rank = key
-    for step, images, targets in kept.batches:
+    for step, images, targets in batches:
         seed_everything(seed, epoch, step, rank)
         found = _first_not_finite(model, criterion, images, targets, context, scale)
         if found:
             break
     else:
-        step, images, targets = kept.batches[-1]
+        step, images, targets = batches[-1]
         found = "nothing on this process"
     if file is not None:
         torch.save({"images": images.cpu(), "targets": targets.cpu(), "step": step, "seed": seed, "epoch": epoch, "rank": rank,

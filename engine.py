@@ -214,7 +214,11 @@ class StopRequested(Exception):
 
 
 class NonFinite(TrainingFailed):
-    """Loss or gradient are not finite; the weights are those before that update."""
+    """Loss or gradient are not finite; the weights are those before that update, whose last batch is `step`."""
+
+    def __init__(self, text: str, step: int):
+        super().__init__(text)
+        self.step = step
 
 
 class Updater:
@@ -284,7 +288,7 @@ class Updater:
         self.signal, self.save = max(self.signal, int(report.signal)), self.save or bool(report.save)
         state = self.state
         if report.skip and (report.trouble or not state.scaler.is_enabled()):
-            raise NonFinite(_non_finite(report, state.epoch, self.process))
+            raise NonFinite(_non_finite(report, state.epoch, self.process), int(report.step))
         state.skipped = state.skipped + 1 if report.skip else 0
         if state.skipped > self.MAX_SKIPS:
             raise TrainingFailed(f"float16's loss scaling has skipped {state.skipped} updates in a row up to step "
@@ -306,12 +310,12 @@ class Updater:
         self._settle(0)
 
 
-def replay_non_finite(state: TrainState, criterion: nn.Module, kept: KeptBatches, process: Process, amp_dtype: torch.dtype,
-                      seed: int, folder: str) -> str:
-    """After NonFinite: the batches once more, and a sentence on the layer; batch and weights go into `folder`."""
+def replay_non_finite(error: NonFinite, state: TrainState, criterion: nn.Module, kept: KeptBatches, process: Process,
+                      amp_dtype: torch.dtype, seed: int, folder: str) -> str:
+    """The batches once more, and a sentence on the layer; batch and weights go into `folder`."""
     file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
     try:
-        return replay(state.model, criterion, kept, lambda: autocast(process.device, amp_dtype), state.scaler.get_scale(),
+        return replay(state.model, criterion, kept.of_update(error.step), lambda: autocast(process.device, amp_dtype), state.scaler.get_scale(),
                       (seed, state.epoch, process.rank), file)
     except (OSError, RuntimeError) as error:
         return f"--debug-nan: {file} could not be written or the batch not be replayed ({str(error).splitlines()[0]})"

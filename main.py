@@ -173,7 +173,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                 raise Preempted(folder.stopped_by(name_of(stop.signal), state)) from None
             except NonFinite as error:
                 if kept is not None:
-                    found = replay_non_finite(state, criterion, kept, process, amp_dtype, args.seed, args.output_dir)
+                    found = replay_non_finite(error, state, criterion, kept, process, amp_dtype, args.seed, args.output_dir)
                     print(found, file=sys.stderr, flush=True)
                 raise error
             state.next_epoch()

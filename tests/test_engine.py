@@ -27,8 +27,12 @@ from checkpoints import plain
 from config import parse_args
 from datasets import ImageSet, Split, _digits, build_loaders
 from engine import (
+    NonFinite,
+    StopRequested,
     TrainState,
+    Wishes,
     autocast,
+    can_read_late,
     choose_amp_dtype,
     ema_model,
     evaluate,
@@ -399,6 +403,103 @@ def test_clipping_is_of_unscaled_gradients():
         steps[dtype] = weights(state.model) - weights(model)
     assert steps[torch.float16].norm() == pytest.approx(0.5, rel=1e-3)
     assert F.cosine_similarity(*steps.values(), dim=0) > 0.99
+
+
+# ---------------------------------------------------------------- updates that are not made
+def spoiled_at(step: int, value: float = math.nan):
+    """A criterion whose loss is not finite in one step alone."""
+    class Once(ClassLoss):
+        calls = 0
+
+        def forward(self, images, outputs, targets):
+            self.calls += 1
+            return super().forward(images, outputs, targets) * (value if self.calls == step else 1)
+
+    return Once(nn.CrossEntropyLoss())
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("opt", ["adamw", "momentum", "adam"])
+def test_an_update_that_is_not_finite_changes_nothing(opt, late, monkeypatch):
+    """Neither weights nor average nor the optimizer's state; read late, too, as on a GPU."""
+    monkeypatch.setattr(engine, "can_read_late", lambda state, device: late)
+    argv = ("--opt", opt, "--momentum", 0.9, "--model-ema", "--model-ema-decay", 0.5)
+    before, spoiled = state_of(nano(), *argv, lr=1e-3), state_of(nano(), *argv, lr=1e-3)
+    epoch_of(before, batches(2))
+    with pytest.raises(NonFinite, match="the loss became nan at step 3 of epoch 0 .*lr 0.001, gradient norm nan"):
+        epoch_of(spoiled, batches(6), spoiled_at(3))
+    a, b = (plain(state.state_dict()) for state in (before, spoiled))
+    assert same(a["model"], b["model"]) and same(a["model_ema"], b["model_ema"]) and same(a["optimizer"], b["optimizer"])
+
+
+@pytest.mark.parametrize("argv", [("--opt", "adamw"), ("--opt", "sgd", "--momentum", 0.9)])
+def test_read_late_is_the_same_run(argv, monkeypatch):
+    states = []
+    for late in (False, True):
+        monkeypatch.setattr(engine, "can_read_late", lambda state, device, late=late: late)
+        state = state_of(nano(), *argv, "--model-ema", "--model-ema-decay", 0.5, lr=1e-3)
+        epoch_of(state, batches(7), accumulate=2, clip_grad=0.5)
+        state.seconds = 0
+        states.append(plain(state.state_dict()))
+    assert same(*states)
+
+
+def test_when_an_update_may_be_read_late():
+    cuda = torch.device("cuda")
+    assert can_read_late(state_of(nano(), "--opt", "adamw", "--model-ema"), cuda)
+    assert not can_read_late(state_of(nano(), "--opt", "adamw"), CPU)
+    for opt in ("lookahead_adamw", "lamb"):         # they cannot be told on the device to leave an update out
+        assert not can_read_late(state_of(nano(), "--opt", opt), cuda)
+    resnet = timm.create_model("resnet10t", num_classes=K)
+    assert not can_read_late(state_of(resnet, "--opt", "adamw", "--model-ema"), cuda)      # its average needs this step's buffers
+    assert can_read_late(state_of(resnet, "--opt", "adamw"), cuda)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_float16_skips_are_survived_and_a_run_of_them_is_not(late, monkeypatch):
+    monkeypatch.setattr(engine, "can_read_late", lambda state, device: late)
+    state = state_of(nano(), "--model-ema", "--model-ema-decay", 0.5, "--momentum", 0.9, dtype=torch.float16)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 30)       # overflows until it has come down
+    before = weights(state.model)
+    epoch_of(state, batches(5), amp_dtype=torch.float16)
+    assert torch.equal(weights(state.model), before) and torch.equal(weights(state.ema.module), before)
+    assert state.skipped == 5 and state.scaler.get_scale() == 2.0 ** 25
+    epoch_of(state, batches(25), amp_dtype=torch.float16)
+    assert not torch.equal(weights(state.model), before) and state.skipped == 0
+    assert weights(state.model).isfinite().all()
+    hopeless = state_of(nano(), dtype=torch.float16)
+    hopeless.model.head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(TrainingFailed, match="skipped 21 updates in a row .* --amp-dtype bfloat16 or float32"):
+        epoch_of(hopeless, batches(40), amp_dtype=torch.float16)
+    with pytest.raises(NonFinite, match="the loss became nan at step 2 "):      # no scale would help
+        epoch_of(state_of(nano(), dtype=torch.float16), batches(4), spoiled_at(2), amp_dtype=torch.float16)
+
+
+def test_weights_that_overflow_are_not_saved():
+    state, saved = state_of(nano(), lr=3e38), []
+    with pytest.raises(TrainingFailed, match="not finite|became"):
+        epoch_of(state, batches(4), save=lambda: saved.append(weights(state.model)), save_every=1)
+    assert all(each.isfinite().all() for each in saved)
+
+
+def test_what_is_wished_for_happens_at_the_next_update():
+    saved, state = [], state_of(nano())
+    wishes = iter([Wishes(), Wishes(save=True), Wishes(), Wishes(signal=15)])
+    with pytest.raises(StopRequested) as e:
+        epoch_of(state, batches(9), accumulate=2, wishes=lambda: next(wishes), save=lambda: saved.append(state.step))
+    assert saved == [4] and state.step == 8 and e.value.signal == 15 and state.position == 64 and len(state.losses) == 1
+
+
+def test_other_batches_after_a_resume():
+    state = state_of(nano())
+    state.step, state.position, state.losses = 4, 64, [8.0]
+    assert state.fit_launch(16, Process()) == "" and state.losses == [8.0]
+    text = state.fit_launch(8, Process(0, 2))
+    assert text == "" or "image 64" in text
+    assert state.step == 4 and state.losses == [8.0, 8.0]       # the mean of 2 is that of both
+    assert "image 64" in state.fit_launch(32, Process()) and state.step == 2 and state.losses == [4.0]
+    state.next_epoch()
+    assert (state.step, state.position, state.losses) == (0, 0, []) and state.fit_launch(8, Process()) == ""
 
 
 # ---------------------------------------------------------------- evaluation
