@@ -25,8 +25,8 @@ class KeptBatches:
         return [batch for batch in self.batches if step // self.accumulate == batch[0] // self.accumulate]
 
 
-def replay(model: nn.Module, criterion: nn.Module, batches: list[tuple[int, Tensor, Tensor]], context, scale: float, key: tuple[int, int, int],
-           file: Path | None) -> str:
+def replay(model: nn.Module, criterion: nn.Module, batches: list[tuple[int, Tensor, Tensor]], context,
+           scale: float, key: tuple[int, int, int], file: Path | None) -> str:
     """Forward and backward of an update's batches once more, with the same random numbers; returns a sentence on what became
     infinite or nan first.
 

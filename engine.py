@@ -315,8 +315,8 @@ def replay_non_finite(error: NonFinite, state: TrainState, criterion: nn.Module,
     """The batches once more, and a sentence on the layer; batch and weights go into `folder`."""
     file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
     try:
-        return replay(state.model, criterion, kept.of_update(error.step), lambda: autocast(process.device, amp_dtype), state.scaler.get_scale(),
-                      (seed, state.epoch, process.rank), file)
+        return replay(state.model, criterion, kept.of_update(error.step), lambda: autocast(process.device, amp_dtype),
+                      state.scaler.get_scale(), (seed, state.epoch, process.rank), file)
     except (OSError, RuntimeError) as error:
         return f"--debug-nan: {file} could not be written or the batch not be replayed ({str(error).splitlines()[0]})"
 
