@@ -47,7 +47,7 @@ _SCOPES = {
     "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
              "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
-             "save_interval_steps save_interval_minutes keep debug_nan deterministic",
+             "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
 # How a resumed run may differ from the one that wrote the checkpoint: length, batch, memory and arithmetic.
@@ -280,6 +280,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--download", action=on_off, default=False, help="fetch a data set that torchvision can fetch")
     add("--eval-crop-ratio", default=0.875, type=float, metavar="SHARE",
         help="side of the centre crop relative to the resized image")
+    add("--strict-data", action=on_off, default=False, help="stop at the first image that cannot be read")
+    add("--max-unreadable", default=0.01, type=float, metavar="SHARE",
+        help="stop when more than this share of the images cannot be read")
     add("--num_workers", default=10, type=int, metavar="N", help="loader processes per training process")
     add("--pin-mem", action=on_off, default=True, help="page-locked batches for faster copies to a GPU")
 
@@ -380,7 +383,7 @@ _RANGES = {
                      "distillation_tau", "dist_timeout"), _POSITIVE),
     **dict.fromkeys(("drop", "drop_path", "smoothing", "model_ema_decay", "momentum", "opt_betas"), _BELOW_1),
     **dict.fromkeys(("reprob", "hflip", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "cutmix_minmax",
-                     "lr_noise", "lr_noise_pct"), _between(0, 1)),
+                     "lr_noise", "lr_noise_pct", "max_unreadable"), _between(0, 1)),
     # the upper limits keep one image, or one loader, from taking all memory or forever
     "epochs": _between(1, _MOST_EPOCHS), "input_size": _between(1, 16384), "recount": _between(1, 1000),
     "num_workers": _between(0, 1024), "eval_crop_ratio": _between(0.1, 1), "layer_decay": _SHARE,

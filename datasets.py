@@ -4,13 +4,18 @@ import json
 import math
 import os
 import random
+import re
+import signal
 import sys
+import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +27,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from augment import build_transform, to_rgb
+from interruption import STOPPING
 from samplers import RASampler, SampleKey
 from utils import Process, UserError
 
@@ -29,6 +35,10 @@ CIFARS = {"CIFAR": CIFAR100, "CIFAR10": CIFAR10}
 FOLDER_CLASSES = {"IMNET": 1000, "TinyIMNET": 200, "FOLDER": None}
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 SMALLEST_CROP = 0.08    # share of an image's area in a random resized crop, timm's and DeiT's
+# An image of more pixels counts as unreadable. Decoded it takes 4 bytes a pixel, while its mode is converted 8: 1.4 GB in each
+# worker that has one at hand. The limit is PIL's own, which holds all that cameras take but a few phones' 200 megapixels; PIL's
+# warning from half of it on is for programs that decode what strangers send.
+MAX_PIXELS = 178_956_970
 TRIES = 32  # images tried in place of an unreadable one before training gives up
 
 
@@ -42,17 +52,20 @@ class UnreadableData(UserError):
 
 # ---------------------------------------------------------------- images
 class FileImages:
-    """Image files. The paths lie in one array of bytes: a list of millions of strings would be copied
-    into every worker, page by page, as its reference counts change."""
+    """Image files. The paths lie end to end in one string of bytes: a list of millions of strings would be copied
+    into every worker, page by page, as its reference counts change, and one very long path must not cost its length
+    for every other."""
 
     def __init__(self, paths: list[str]):
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        paths = [os.fsencode(path) for path in paths]
+        self.paths = b"".join(paths)
+        self.ends = np.cumsum([0, *map(len, paths)])
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.ends) - 1
 
     def name(self, index: int) -> str:
-        return os.fsdecode(self.paths[index].item())
+        return os.fsdecode(self.paths[self.ends[index]:self.ends[index + 1]])
 
     def load(self, index: int, enough: int = 0) -> Image.Image:
         return load_image(self.name(index), enough)
@@ -81,6 +94,17 @@ class Split(NamedTuple):
     classes: list[str]
 
 
+@cache
+def _formats() -> list[str]:
+    """What a file may hold under any name. PIL knows some forty formats: for PostScript it would start Ghostscript."""
+    Image.init()
+    return [name for name in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "AVIF") if name in Image.OPEN]
+
+
+def _open_file(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))     # a named pipe would be waited for
+
+
 def load_image(path: str, enough: int = 0) -> Image.Image:
     """The image file as 8-bit RGB; raises what PIL raises for a file that it cannot decode.
 
@@ -88,7 +112,9 @@ def load_image(path: str, enough: int = 0) -> Image.Image:
     so many pixels, in a fraction of the time. 0: as it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata and the like: what matters raises
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb", opener=_open_file) as file, Image.open(file, formats=_formats()) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
             if enough:
                 image.draft(None, (enough, enough))
             return to_rgb(image)
@@ -113,13 +139,32 @@ def seeded(key: SampleKey) -> Iterator[None]:
             torch.set_rng_state(states[2])
 
 
+def _reason(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels"
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
+
+
+def _shown(name: str) -> str:
+    """A file's name on one line, in characters that any stream can write."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
 class ImageSet(Dataset):
     """(image float32 [3, S, S], target) pairs of a split.
 
     Training takes a `SampleKey` (or a plain index: unseeded). An unreadable image is replaced by
     another one, chosen by a hash of the key; in evaluation it is a zero image with target -1.
     `unreadable` (uint8 [N], in shared memory) has a 1 for each image that this process or one of its
-    workers could not read.
+    workers could not read, and `named` for each that needs to be named no more.
+
+    Of the draws of an unreadable image in an epoch, in whatever process and worker, only the first names it; an image
+    drawn in place of another one is left to its own draw, or to `Loaders.unreadable_train`.
+
+    Raises UnreadableData: with --strict-data for each unreadable image, else where nothing else can be read either.
     """
 
     def __init__(self, split: Split, is_train: bool, args: Namespace):
@@ -131,8 +176,10 @@ class ImageSet(Dataset):
         self.enough = math.ceil(args.input_size / math.sqrt(SMALLEST_CROP)) if is_train else 0
         self.transform = build_transform(is_train, args)
         self.spare_first = args.resplit
+        self.strict = args.strict_data
         self.quiet = False  # count what is unreadable without naming it
-        self.unreadable = torch.zeros(len(self.images), dtype=torch.uint8).share_memory_()
+        self.marks = torch.zeros(2, len(self.images), dtype=torch.uint8).share_memory_()
+        self.unreadable, self.named = self.marks
 
     def __len__(self) -> int:
         return len(self.images)
@@ -146,12 +193,14 @@ class ImageSet(Dataset):
         if not isinstance(key, SampleKey):
             index, image = self._load_or_replace(key, [key])
             return self.transform(image), int(self.targets[index])
-        index, image = self._load_or_replace(key.index, key[1:])
+        # later repeats, and the draws that fill the last positions after all images have come, leave it to the first
+        first = key.repeat == 0 and key.position < len(self)
+        index, image = self._load_or_replace(key.index, key[1:], name=first)
         with seeded(key):
             image = self.transform(image, erase=not (self.spare_first and key.repeat == 0))
         return image, int(self.targets[index])
 
-    def _load(self, index: int) -> Image.Image | None:
+    def _load(self, index: int, name: bool = True) -> Image.Image | None:
         try:
             return self.images.load(index, self.enough)
         except MemoryError:
@@ -159,24 +208,35 @@ class ImageSet(Dataset):
         except Exception as error:  # broken files make PIL's decoders raise nearly anything
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # the machine's fault, not the file's
-            if not self.unreadable[index]:
-                self.unreadable[index] = 1
-                if not self.quiet:
-                    reason = "not an image" if isinstance(error, UnidentifiedImageError) else (
-                        getattr(error, "strerror", None) or str(error) or type(error).__name__)
-                    print(f"Skipping an unreadable image: {self.images.name(index)} ({reason})\n",
-                          end="", file=sys.stderr, flush=True)
+            self.unreadable[index] = 1
+            if self.strict:
+                raise UnreadableData(f"the image {self.shown(index)} cannot be read ({_reason(error)}): repair or remove "
+                                     "it, or leave out --strict-data") from None
+            if name and not self.quiet:
+                self.name_unreadable(index, _reason(error))
             return None
 
-    def _load_or_replace(self, index: int, key: tuple[int, ...] | list[int]) -> tuple[int, Image.Image]:
-        image = self._load(index)
+    def name_unreadable(self, index: int, reason: str) -> None:
+        if not self.named[index]:
+            self.named[index] = 1
+            print(f"Skipping an unreadable image: {self.shown(index)} ({reason})\n", end="", file=sys.stderr, flush=True)
+
+    def shown(self, index: int) -> str:
+        return _shown(self.images.name(index))
+
+    def count_unreadable(self) -> int:
+        # as numpy's bool: thirty microseconds a million, and it is asked for at every step
+        return int(np.count_nonzero(self.unreadable.numpy().view(bool)))
+
+    def _load_or_replace(self, index: int, key: tuple[int, ...] | list[int], name: bool = True) -> tuple[int, Image.Image]:
+        image = self._load(index, name)
         if image is not None:
             return index, image
         for other in np.random.default_rng([*key, index]).integers(len(self), size=TRIES).tolist():
-            image = self._load(other)
+            image = self._load(other, name=False)
             if image is not None:
                 return other, image
-        raise UnreadableData(f"{self.images.name(index)} and {TRIES} other training images cannot be read: "
+        raise UnreadableData(f"{self.shown(index)} and {TRIES} other training images cannot be read: "
                              "check the folder behind --data-path")
 
 
@@ -443,29 +503,166 @@ class Loaders:
     data_set: str
     nb_classes: int
     class_names: list[str]
+    max_unreadable: float = 0.01
+    device: torch.device = torch.device("cpu")
 
     def unreadable_train(self) -> int:
-        """Training images that this process could not read so far."""
-        return int(self.train.dataset.unreadable.count_nonzero()) if self.train else 0
-
-    def unreadable_state(self) -> list[int]:
-        """Indices of the training images that could not be read so far, for a checkpoint."""
-        return self.train.dataset.unreadable.nonzero().flatten().tolist()
-
-    def load_unreadable_state(self, indices: list[int]) -> None:
-        self.train.dataset.unreadable[indices] = 1
-
-    def check_unreadable(self) -> None:
-        """Raises UserError where too many images cannot be read."""
+        """Training images that any process could not read so far. All processes ask at the same time; what has not been
+        named yet is named."""
+        if self.train is None:
+            return 0
+        self._share_marks(self.train.dataset)
+        return self.train.dataset.count_unreadable()
 
     def unreadable_val(self) -> int:
         """Validation images that this process could not read so far."""
-        return int(self.val.dataset.unreadable.count_nonzero())
+        return self.val.dataset.count_unreadable()
+
+    def _share_marks(self, data: ImageSet) -> None:
+        """From now on each process knows what the others could not read and have named."""
+        marks = data.marks.clone()
+        if dist.is_initialized():
+            marks = marks.to(self.device)
+            dist.all_reduce(marks, dist.ReduceOp.MAX)
+            marks = marks.cpu()
+        unreadable, named = marks.bool()
+        data.unreadable[unreadable] = 1     # no zeros are written: a worker may be at it
+        data.named[named] = 1
+        for index in (unreadable & ~named).nonzero().flatten().tolist():
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                data.name_unreadable(index, "drawn in place of another one")
+            data.named[index] = 1
+
+    def unreadable_state(self) -> list[int]:
+        """Indices of the training images that any process could not read so far, for a checkpoint. All processes ask at
+        the same time."""
+        self._share_marks(self.train.dataset)
+        return self.train.dataset.unreadable.nonzero().flatten().tolist()
+
+    def load_unreadable_state(self, indices: list[int]) -> None:
+        """Count those images from the beginning and don't name them again. They are tried once more: the files may have
+        been repaired, or be others under the same numbers."""
+        data = self.train.dataset
+        if not isinstance(indices, list) or not all(isinstance(index, int) for index in indices):
+            raise UserError("the checkpoint's list of unreadable images is none: take another checkpoint")
+        for index in indices:
+            if 0 <= index < len(data) and data._load(index, name=False) is None:
+                data.named[index] = 1
+
+    def check_unreadable(self) -> None:
+        """Raises UserError where this process knows of more unreadable training or validation images than --max-unreadable
+        allows. One alone is too many only where the limit is 0."""
+        for half, loader in (("training", self.train), ("validation", self.val)):
+            if loader is None:
+                continue
+            data = loader.dataset
+            count = data.count_unreadable()
+            if count > (self.max_unreadable and max(1, self.max_unreadable * len(data))):
+                names = ", ".join(data.shown(index) for index in data.unreadable.nonzero().flatten()[:3].tolist())
+                raise UserError(f"{count} of the {len(data)} {half} images ({100 * count / len(data):.2g}%) cannot be read, more "
+                                f"than --max-unreadable {self.max_unreadable:g} allows: repair or remove them, or raise the "
+                                f"limit ({names}{', ...' if count > 3 else ''})")
 
 
+# ---------------------------------------------------------------- loader processes
 def batches(loader: DataLoader) -> Iterator:
-    """The loader's batches."""
-    yield from loader
+    """The loader's batches. Raises UserError where a loader process has died, or where the machine is out of memory, shared
+    memory, open files or processes."""
+    workers = _workers(getattr(loader, "_iterator", None))      # of the epoch before
+    try:
+        _check(workers)
+        iterator = iter(loader) if workers else _start(loader)
+        workers = _workers(iterator)
+        while True:
+            _check(workers)     # at once: PyTorch looks when it has waited for five seconds
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            yield batch
+    except UserError:
+        raise
+    except (RuntimeError, OSError, MemoryError) as error:
+        sentence = _about_machine(error)
+        if sentence is None:
+            _check(workers, error)
+            raise
+        raise UserError(sentence) from error
+
+
+def _workers(iterator: Iterator | None) -> list[BaseProcess]:
+    return getattr(iterator, "_workers", [])
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """iter(loader). While its workers are started, the signals that `_start_worker` ignores are blocked, so that a worker is
+    born deaf to them. PyTorch's handler of SIGCHLD would raise an error wherever the training is at that moment, between
+    two updates or while a file is written; the one from before is put back, and the error comes out of `batches`."""
+    if loader.num_workers == 0 or os.name != "posix":
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _start_worker(number: int) -> None:
+    """The first thing that a loader process does. Launchers signal all processes of a run, but only the training process
+    decides when to stop, and the step that it is in still needs its batch."""
+    for stopping in set(STOPPING) - {signal.SIGTERM}:
+        signal.signal(stopping, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):      # else SIGTERM keeps PyTorch's handler, which ends the process
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_parent, name="SIGTERM", daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """SIGTERM from the training process ends this one: Python sends it where a program ends without closing its loaders, and
+    waits. From anybody else it is ignored."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _check(workers: list[BaseProcess], error: Exception | None = None) -> None:
+    """Raises UserError from `error` if one of these processes has ended."""
+    for worker in workers:
+        code = worker.exitcode
+        if code is None:
+            continue
+        if code == -signal.SIGKILL:
+            text = ("was killed, as a system does whose memory is full: lower --num_workers or --batch-size, or give the "
+                    "run more memory")
+        elif code == -getattr(signal, "SIGBUS", 0):
+            text = f"found no room in the shared memory: {MORE_SHARED_MEMORY}"
+        else:
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            text = f"has ended unexpectedly ({how}): --num_workers 0 loads in the training process and shows where"
+        raise UserError(f"loader process {worker.pid} {text}") from error
+
+
+MORE_SHARED_MEMORY = "enlarge /dev/shm (docker run --ipc=host or --shm-size=16g), or lower --num_workers or --batch-size"
+# What PyTorch's and the system's errors say of the machine -> what helps.
+_MACHINE = {
+    r"Too many open files|0 items of ancdata":
+        "the loader processes ran out of open files: raise the limit (ulimit -n 65536), or lower --num_workers",
+    r"(open|mmap|resize|allocate).*(shared memory|/torch_)|shared memory limit|No space left on device":
+        f"the loader processes found no room in the shared memory: {MORE_SHARED_MEMORY}",
+    r"Resource temporarily unavailable":
+        "no more loader processes can be started: lower --num_workers, or raise the limit (ulimit -u)",
+    r"MemoryError|[Cc]an(no|')t allocate memory":
+        "the loader processes ran out of memory: lower --num_workers or --batch-size, or give the run more memory",
+}
+
+
+def _about_machine(error: Exception) -> str | None:
+    """What helps where the error is the machine's and not the program's, else None."""
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]     # a worker's error comes with its whole traceback
+    return next((sentence for pattern, sentence in _MACHINE.items() if re.search(pattern, text)), None)
 
 
 def build_loaders(args: Namespace, process: Process, class_names: list[str] | None = None) -> Loaders:
@@ -481,7 +678,7 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
     data_set = _data_set(args)
     if args.download and dist.is_initialized():
         args = _download_once(args, process)
-    options = {"num_workers": args.num_workers, "persistent_workers": args.num_workers > 0,
+    options = {"num_workers": args.num_workers, "worker_init_fn": _start_worker, "persistent_workers": args.num_workers > 0,
                "pin_memory": args.pin_mem and process.device.type == "cuda"}
 
     train = sampler = None
@@ -504,7 +701,7 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
     # Each loader has a generator of its own: iter() draws a number from it, else from the global one.
     val = DataLoader(data, max(1, int(1.5 * args.batch_size)), sampler=shard,
                      generator=torch.Generator(), **options)
-    return Loaders(train, val, sampler, data_set, nb_classes, data.classes)
+    return Loaders(train, val, sampler, data_set, nb_classes, data.classes, args.max_unreadable, process.device)
 
 
 def _download_once(args: Namespace, process: Process) -> Namespace:

@@ -635,10 +635,10 @@ def write_unreadable(folder, monkeypatch):
     forbidden = write_image(folder / "forbidden.jpg")
     forbidden.chmod(0)
     if os.access(forbidden, os.R_OK):  # root may read anything
-        def refuse(path, *args, real=open):
+        def refuse(path, *args, real=open, **options):
             if os.path.basename(path) == forbidden.name:
                 raise PermissionError(13, "Permission denied", str(path))
-            return real(path, *args)
+            return real(path, *args, **options)
         monkeypatch.setattr(datasets, "open", refuse, raising=False)
     return sorted(path.name for path in folder.iterdir())
 
@@ -699,7 +699,7 @@ def test_training_stops_with_a_sentence_when_nothing_can_be_read(folder, workers
 
 
 def test_a_machine_out_of_handles_is_not_an_unreadable_image(folder, monkeypatch):
-    def fail(path, *args):
+    def fail(path, *args, **options):
         raise OSError(24, "Too many open files", path)
 
     loaders = build_loaders(make_args(folder), Process())
