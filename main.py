@@ -85,6 +85,8 @@ def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.M
             models_kan.load_exactly(model, weights_of(start.checkpoint, start.path, key),
                                     f"{key} in checkpoint {start.path}")
         result = evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=config.args.dist_eval, title=key)
+        with utils.stop_together(process):
+            loaders.check_unreadable()
         if result["unreadable"] and not lines:
             say(f"{result['unreadable']} images could not be read and are left out")
         lines.append(summary(key, result))

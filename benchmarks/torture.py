@@ -185,12 +185,12 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{args.kills} kills ({figures.kills['SIGKILL']} SIGKILL, {figures.kills['SIGTERM']} SIGTERM; "
           f"{', '.join(f'{count} to {label}' for label, count in sorted(figures.to.items()))}), {figures.resumes} resumes, "
           f"{figures.fresh} fresh starts, {figures.preempted} times all processes saved and left with {EXIT_PREEMPTED}")
-    print(f"lost steps a kill: mean {statistics.mean(figures.lost or [0]):.2f}, largest {max(figures.lost or [0])}; the last process "
-          f"ended {statistics.median(figures.ends or [0]):.1f} s after the kill (median), {max(figures.ends or [0]):.1f} s at most; "
-          f"{figures.hung} hung")
-    print(f"{figures.rounds} runs through, {figures.rounds - len({line.split(':')[0] for line in figures.unequal})} of them equal "
-          f"to the uninterrupted one bit by bit; negative control {'noticed' if noticed else 'NOT NOTICED'}; "
-          f"{time.monotonic() - begin:.0f} s")
+    lost, ends = figures.lost or [0], figures.ends or [0.0]
+    print(f"lost steps a kill: mean {statistics.mean(lost):.2f}, largest {max(lost)}; the last process ended "
+          f"{statistics.median(ends):.1f} s after the kill (median), {max(ends):.1f} s at most; {figures.hung} hung")
+    equal = figures.rounds - len({line.partition(":")[0] for line in figures.unequal})
+    print(f"{figures.rounds} runs through, {equal} of them equal to the uninterrupted one bit by bit; negative control "
+          f"{'noticed' if noticed else 'NOT NOTICED'}; {time.monotonic() - begin:.0f} s")
     return int(bool(figures.unequal or figures.hung or not noticed))
 
 

@@ -28,8 +28,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import conversion
 import models_kan
-import start as starting
 import peers
+import start as starting
 from augment import build_transform
 from checkpoints import SAFETENSORS_KEY, checkpoint_args, plain, weights_of
 from config import parse_args, validate
