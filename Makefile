@@ -1,10 +1,10 @@
-# make quickstart | make test | make test-slow | make kernels | make lint | make venv
+# make quickstart | make test | make test-slow | make torture | make kernels | make lint | make venv
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 REQUIREMENTS := requirements.txt requirements-dev.txt constraints.txt
 
-.PHONY: venv quickstart test test-slow kernels lint
+.PHONY: venv quickstart test test-slow torture kernels lint
 
 # Installed once, and again only when the requirements change.
 venv: $(VENV)/.installed
@@ -24,6 +24,10 @@ test: venv
 
 test-slow: venv
 	$(PY) -m pytest -m slow --timeout 3600
+
+# The full numbers of docs/reliability.md.
+torture: venv
+	OMP_NUM_THREADS=1 $(PY) benchmarks/torture.py
 
 kernels: venv
 	$(PY) benchmarks/aot.py

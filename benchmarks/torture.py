@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch
 from e2e import TIMES, Run, differences, free_port
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
                 if kills >= args.kills:
                     codes = wait(runs, 20 * length + 60)
                     break
-                moment = chance.uniform(0, 0.35 * length)
+                moment = chance.uniform(0, 0.2 * length)
                 if all_ended(runs, moment):
                     codes = [run.process.exitcode for run in runs]
                     break
