@@ -2,6 +2,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -43,14 +44,12 @@ def load_file(path: str | Path) -> dict[str, Any]:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
                 return {**about, "model": {key: file.get_tensor(key) for key in file.keys()}}
+        if zipfile.is_zipfile(path):
+            _check_archive(path)
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # what matters raises
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):        # torch does not look at the checksums that it wrote
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"{damaged} has a wrong checksum")
+        _check_tensors(checkpoint)
     except PermissionError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except Exception as error:      # a damaged archive makes the reader raise nearly anything
@@ -65,6 +64,38 @@ def load_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
     return checkpoint
+
+
+UNPACKS_TO = 20     # times its size that an archive may unpack to: torch.save does not compress
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError for a zip file that would fill the memory, or whose checksums, at which torch does not look, are
+    wrong."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > UNPACKS_TO * path.stat().st_size + 2 ** 20:
+            raise ValueError(f"it would unpack to {unpacked:,} bytes")
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} has a wrong checksum")
+
+
+def _check_tensors(checkpoint: Any) -> None:
+    """Raises ValueError for a tensor that is not plain data, or that declares more than the file holds: a few bytes can
+    stand for a terabyte until something copies them."""
+    seen, left = set(), [("", checkpoint)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, torch.Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+                raise ValueError(f"{name} is no dense tensor")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"{name} of shape {tuple(value.shape)} declares more than the file holds")
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            left += [(f"{name}.{key}" if name else str(key)[:100], item) for key, item in items]
 
 
 def fetch(location: str) -> Path:
@@ -131,7 +162,51 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "mode
     if not state:
         raise UserError(f"checkpoint {path} holds no weights (no key 'model'): it has "
                         f"{', '.join(map(repr, list(checkpoint)[:5])) or 'nothing'}")
+    for name, tensor in state.items():
+        if not isinstance(name, str):
+            raise UserError(f"checkpoint {path} has the key {name!r} among its weights, which is no name: get it from its source "
+                            "again")
+        if not tensor.isfinite().all():
+            raise UserError(f"checkpoint {path}: the weights {name} are not finite (infinite or nan), so it is good for nothing: "
+                            "take an earlier checkpoint of that run")
     return state
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 53
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# What a run's checkpoint says beside the weights: key -> (test, what it must be, whether --resume auto must find it).
+_ENTRIES = {
+    "optimizer": (lambda v: isinstance(v, Mapping), "a mapping", True),
+    "lr_scheduler": (lambda v: isinstance(v, Mapping), "a mapping", True),
+    "epoch": (lambda v: v == -1 or _count(v), "a number of epochs", True),
+    "args": (lambda v: v is None or isinstance(v, (Mapping, Namespace)), "flags", True),
+    "model_args": (lambda v: isinstance(v, Mapping) and isinstance(v.get("name"), str)
+                   and isinstance(v.get("kwargs", {}), Mapping), "a name and arguments", True),
+    "model_ema": (lambda v: v is None or isinstance(v, Mapping), "weights", False),
+    "scaler": (lambda v: v is None or isinstance(v, Mapping), "a mapping", False),
+    "class_names": (lambda v: v is None or isinstance(v, list) and all(isinstance(name, str) for name in v), "names", False),
+    **dict.fromkeys(("step", "position", "skipped"), (_count, "a count", False)),
+    **dict.fromkeys(("max_accuracy", "max_accuracy_ema", "seconds"), (_number, "a number", False)),
+    "losses": (lambda v: isinstance(v, list) and all(map(_number, v)), "a list of numbers", False),
+    "unreadable": (lambda v: isinstance(v, list) and all(map(_count, v)), "a list of counts", False),
+}
+
+
+def check_entries(checkpoint: Mapping[str, Any], path: str | Path, complete: bool = False) -> None:
+    """Raises UserError for an entry of another kind than a run writes; with `complete` for one that is missing, too."""
+    for key, (test, kind, needed) in _ENTRIES.items():
+        if key not in checkpoint:
+            if complete and needed:
+                raise UserError(f"checkpoint {path} has no key '{key}': it is not one that a run of this program wrote")
+        elif not test(checkpoint[key]):
+            raise UserError(f"checkpoint {path}: its '{key}' is not {kind}, so it is damaged or of another program: copy it "
+                            "again, or take its weights with --finetune")
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:

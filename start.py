@@ -25,7 +25,7 @@ from torch import nn
 import conversion
 import kernels
 import models_kan
-from checkpoints import CHECKPOINT, PREVIOUS, checkpoint_args, fetch, load_file, plain, weights_of
+from checkpoints import check_entries, checkpoint_args, fetch, load_file, plain, saved_checkpoints, weights_of
 from config import Config, flag_name, get_args_parser, resolve
 from datasets import Loaders, guess_data_set
 from engine import TrainState
@@ -54,8 +54,9 @@ def read_start(config: Config) -> Start:
     """Read what --resume or --finetune names. Raises UserError where that is not possible."""
     args = config.args
     if args.resume:
-        path, checkpoint = _newest(args.output_dir) if args.resume == "auto" else _read(args.resume)
+        path, checkpoint = _newest(args.output_dir, config) if args.resume == "auto" else _read(args.resume)
         if checkpoint:
+            check_entries(checkpoint, path)
             return Start("eval" if args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
     if args.finetune:
         path, checkpoint = read_source(args.finetune)
@@ -70,23 +71,33 @@ def _read(location: str) -> tuple[str, dict[str, Any]]:
     return location, load_file(fetch(location))
 
 
-def _newest(output_dir: str) -> tuple[str, dict[str, Any]]:
+def _check_run(checkpoint: dict[str, Any], path: str, config: Config) -> None:
+    """Raises UserError for a checkpoint from which a run cannot go on: entries, finite weights, and their shapes beside those of
+    the model that it says it is of."""
+    check_entries(checkpoint, path, complete=True)
+    spec = _spec(checkpoint, path, config)
+    with torch.device("meta"):
+        model, _ = build_model(spec, replace(config, args=Namespace(**{**vars(config.args), "eval": True})))
+    for key in ("model", *(["model_ema"] if checkpoint.get("model_ema") else [])):
+        models_kan.fitting(model, weights_of(checkpoint, path, key), f"{key} in checkpoint {path}")
+
+
+def _newest(output_dir: str, config: Config) -> tuple[str, dict[str, Any]]:
     """The newest readable checkpoint of a run; ("", {}) where the run has written none."""
     if not output_dir:
         raise UserError("--resume auto goes on with the run in --output_dir: give that folder")
     failures = []
-    for name in (CHECKPOINT, PREVIOUS):
-        path = Path(output_dir).expanduser() / name
-        if not path.exists():
-            continue
+    for path in saved_checkpoints(Path(output_dir).expanduser()):
         try:
             checkpoint = load_file(path)
+            if not config.args.eval:
+                _check_run(checkpoint, str(path), config)
         except UserError as error:
             say(f"warning: {error}", file=sys.stderr)
             failures.append(str(path))
             continue
         if failures:
-            say(f"warning: going on from the earlier {path}", file=sys.stderr)
+            say(f"warning: going on from the earlier {path}, epoch {checkpoint.get('epoch', -1) + 1}", file=sys.stderr)
         return str(path), checkpoint
     if failures:
         raise UserError(f"--resume auto: {' and '.join(failures)} cannot be read: name another file with --resume, "

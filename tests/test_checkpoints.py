@@ -177,6 +177,31 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, form
         assert marker.exists()
 
 
+@pytest.mark.parametrize("tensor, reason", [
+    (torch.zeros(1).expand(2 ** 38), "declares more than the file holds"),                    # a terabyte
+    (torch.zeros(4).as_strided((2 ** 20, 2 ** 20), (0, 0)), "declares more than the file holds"),
+    (torch.eye(3).to_sparse(), "no dense tensor"), (torch.zeros(2 ** 38, device="meta"), "no dense tensor"),
+    (torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "no dense tensor")])
+def test_tensors_that_are_not_what_they_seem(tensor, reason, tmp_path):
+    torch.save({"model": {"deep": [{"w": tensor}]}}, tmp_path / "c.pth")
+    text = sentence(load_file, tmp_path / "c.pth")
+    assert reason in text or "cannot be read" in text
+
+
+def test_an_archive_that_unpacks_to_a_terabyte_or_holds_itself(tmp_path):
+    torch.save({"model": {"w": torch.zeros(2 ** 24)}}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, \
+            zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for entry in whole.infolist():
+            bomb.writestr(entry.filename, whole.read(entry))
+    assert (tmp_path / "bomb.pth").stat().st_size < 2 ** 20
+    assert "would unpack to 67," in sentence(load_file, tmp_path / "bomb.pth")
+    endless = {"model": {"w": W}}
+    endless["again"] = endless
+    torch.save(endless, tmp_path / "endless.pth")
+    assert torch.equal(load_file(tmp_path / "endless.pth")["model"]["w"], W)
+
+
 # ---------------------------------------------------------------- fetching
 class Server:
     """Serves `files` {path: (status, body, announced length)} on 127.0.0.1 and notes the requests."""

@@ -19,7 +19,7 @@ from torch import nn
 
 import models_kan
 import start
-from checkpoints import CHECKPOINT, PREVIOUS
+from checkpoints import CHECKPOINT, PREVIOUS, load_file, weights_of
 from config import dump_yaml, parse_args
 from engine import lr_of
 from models_kan import ModelSpec
@@ -66,6 +66,13 @@ def save(path: Path, **content) -> Path:
     return path
 
 
+def save_run(path: Path, **content) -> Path:
+    """What a run leaves, as far as `read_start` looks at it."""
+    model = {"name": NANO, "kwargs": {"num_classes": 4, "kan_grid_points": 8}}
+    return save(path, **{"model": nano(depth=4).state_dict(), "optimizer": {}, "lr_scheduler": {}, "args": {}, "epoch": 0,
+                         "model_args": model, **content})
+
+
 # ---------------------------------------------------------------- reading
 def test_nothing_to_start_from():
     assert read_start(parse_args([])) == Start()
@@ -94,7 +101,7 @@ def test_resume_auto(tmp_path, capsys):
     assert read_start(parse_args([*auto, "--finetune", str(other)])).purpose == "finetune"
 
     for name, epoch in ((CHECKPOINT, 2), (PREVIOUS, 1)):
-        save(tmp_path / name, epoch=epoch, model=nano().state_dict())
+        save_run(tmp_path / name, epoch=epoch)
     assert read_start(parse_args([*auto, "--finetune", str(other)])).purpose == "resume"
     capsys.readouterr()
     assert read_start(parse_args(auto)).checkpoint["epoch"] == 2
@@ -104,7 +111,7 @@ def test_resume_auto(tmp_path, capsys):
 def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
     auto = parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])
     for name, epoch in ((CHECKPOINT, 2), (PREVIOUS, 1)):
-        save(tmp_path / name, epoch=epoch, model=nano().state_dict())
+        save_run(tmp_path / name, epoch=epoch)
     whole = (tmp_path / CHECKPOINT).read_bytes()
     for damaged in (b"", whole[:len(whole) // 2], b"text" * 1000):
         (tmp_path / CHECKPOINT).write_bytes(damaged)
@@ -120,8 +127,36 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
 
     (tmp_path / CHECKPOINT).unlink()
     (tmp_path / PREVIOUS).unlink()
-    save(tmp_path / PREVIOUS, epoch=1, model=nano().state_dict())       # a kill between the two renames
+    save_run(tmp_path / PREVIOUS, epoch=1)       # a kill between the two renames
     assert read_start(auto).checkpoint["epoch"] == 1
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"model": {"cls_token": torch.zeros(1)}}, "does not fit the model"), ({"optimizer": None}, "'optimizer' is not"),
+    ({"epoch": -5}, "'epoch' is not"), ({"epoch": 10 ** 30}, "'epoch' is not"), ({"epoch": "x"}, "'epoch' is not"),
+    ({"step": -1}, "'step' is not"), ({"losses": [float("nan")]}, "'losses' is not"),
+    ({"class_names": 5}, "'class_names' is not"),
+    ({"model_args": {"name": 5}}, "'model_args' is not"), ({"model_args": {"name": NANO, "kwargs": {"num_classes": 9}}}, "head"),
+    ({"model_args": {"name": "resnet5000"}}, "resnet5000"), ({"scaler": [1]}, "'scaler' is not")])
+def test_resume_auto_falls_back_from_what_is_no_run(change, reason, tmp_path, capsys):
+    auto = parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])
+    save_run(tmp_path / "best_checkpoint.pth", epoch=1)
+    save_run(tmp_path / CHECKPOINT, **change)
+    save_run(tmp_path / "checkpoint_previous_2.pth", **change)
+    found = read_start(auto)
+    told = capsys.readouterr().err.splitlines()
+    assert found.path.endswith("best_checkpoint.pth") and len(told) == 3
+    assert reason in told[0] and reason in told[1] and "going on from the earlier" in told[2] and "epoch 2" in told[2]
+
+
+def test_weights_that_are_not_finite_are_no_start(tmp_path, capsys):
+    weights = nano(depth=4).state_dict()
+    weights["head.bias"][1] = float("nan")
+    file = save_run(tmp_path / CHECKPOINT, model=weights)
+    assert "head.bias are not finite" in sentence(read_start, parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])) \
+        or "head.bias are not finite" in capsys.readouterr().err
+    with pytest.raises(UserError, match="head.bias are not finite"):
+        weights_of(load_file(file), file)
 
 
 def test_finetune_from_nothing_known():
