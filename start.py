@@ -125,7 +125,13 @@ def read_source(source: str) -> tuple[str, dict[str, Any]]:
 def _spec(checkpoint: dict[str, Any], path: str, config: Config) -> ModelSpec:
     described = checkpoint.get("model_args")
     if isinstance(described, dict) and isinstance(described.get("name"), str):
-        return ModelSpec(described["name"], dict(described.get("kwargs") or {}))
+        kwargs = dict(described.get("kwargs") or {})
+        for key, value in kwargs.items():       # before anything of that size is built
+            largest = {"num_classes": 10 ** 6, "depth": 1000}.get(key, 2 ** 16)
+            if isinstance(value, int) and not 0 <= value <= largest:
+                raise UserError(f"checkpoint {path}: its model_args have {key} {value}, which no model has: it is damaged, "
+                                "copy it again")
+        return ModelSpec(described["name"], kwargs)
     name = config.args.model if "model" in config.given else checkpoint_args(checkpoint).get("model")
     if name and models_kan.split_name(name)[0] is None and timm.is_model(name):
         return ModelSpec(name)
