@@ -1,15 +1,11 @@
 """Checkpoints: read without running their code, fetched from a URL, written whole or not at all. No models."""
 import errno
 import hashlib
-import json
 import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
-import warnings
-import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from http.client import HTTPException
@@ -20,13 +16,12 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
+import untrusted
 from utils import UserError, say
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 BEST = ("best_checkpoint.pth", "best_ema_checkpoint.pth")
-SAFETENSORS_KEY = "vision_kan"      # of a .safetensors file's metadata: JSON of what a checkpoint says beside weights
 
 
 # ---------------------------------------------------------------- reading checkpoints
@@ -37,65 +32,27 @@ def load_file(path: str | Path) -> dict[str, Any]:
     put under `args`. Raises UserError for anything else."""
     path = Path(path)
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        what = "is a folder, not a file" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: check the path")
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {}).get(SAFETENSORS_KEY, "{}"))
-                return {**about, "model": {key: file.get_tensor(key) for key in file.keys()}}
-        if zipfile.is_zipfile(path):
-            _check_archive(path)
-        with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # what matters raises
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        _check_tensors(checkpoint)
+        checkpoint = untrusted.read(path)
     except PermissionError as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    except Exception as error:      # a damaged archive makes the reader raise nearly anything
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
-            raise UserError(f"checkpoint {path} holds more than tensors and plain values ({refused.group(1)}): refused, "
-                            "since reading it could run its code; get it from its source again") from error
-        wordy = re.search(r"WeightsUnpickler error:\s*(.*)", str(error))      # behind an essay on the flag
-        reason = wordy.group(1) if wordy else (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"checkpoint {path} cannot be read, it is damaged or no checkpoint ({reason}): "
+    except untrusted.Foreign as error:
+        raise UserError(f"checkpoint {path} holds more than tensors and plain values ({one_line(error)}): refused, "
+                        "since reading it could run its code; get it from its source again") from error
+    except Exception as error:      # a damaged file makes its reader raise nearly anything
+        raise UserError(f"checkpoint {path} cannot be read, it is damaged or no checkpoint ({one_line(error)}): "
                         "copy or download it again") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary of weights")
     return checkpoint
 
 
-UNPACKS_TO = 20     # times its size that an archive may unpack to: torch.save does not compress
-
-
-def _check_archive(path: Path) -> None:
-    """Raises ValueError for a zip file that would fill the memory, or whose checksums, at which torch does not look, are
-    wrong."""
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > UNPACKS_TO * path.stat().st_size + 2 ** 20:
-            raise ValueError(f"it would unpack to {unpacked:,} bytes")
-        damaged = archive.testzip()
-    if damaged:
-        raise ValueError(f"{damaged} has a wrong checksum")
-
-
-def _check_tensors(checkpoint: Any) -> None:
-    """Raises ValueError for a tensor that is not plain data, or that declares more than the file holds: a few bytes can
-    stand for a terabyte until something copies them."""
-    seen, left = set(), [("", checkpoint)]
-    while left:
-        name, value = left.pop()
-        if isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
-                raise ValueError(f"{name} is no dense tensor")
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise ValueError(f"{name} of shape {tuple(value.shape)} declares more than the file holds")
-        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            left += [(f"{name}.{key}" if name else str(key)[:100], item) for key, item in items]
+def one_line(error: Exception) -> str:
+    """An error's first line, of characters that a terminal prints as they are."""
+    line = (str(error).splitlines() or [type(error).__name__])[0][:150]
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def fetch(location: str) -> Path:
@@ -164,33 +121,45 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "mode
                         f"{', '.join(map(repr, list(checkpoint)[:5])) or 'nothing'}")
     for name, tensor in state.items():
         if not isinstance(name, str):
-            raise UserError(f"checkpoint {path} has the key {name!r} among its weights, which is no name: get it from its source "
-                            "again")
-        if not tensor.isfinite().all():
+            raise UserError(f"checkpoint {path} has the key {name!r} among its weights, which is no name: get it from its "
+                            "source again")
+        if tensor.is_complex() or not tensor.is_floating_point() and _is_parameter(name, tensor):
+            raise UserError(f"checkpoint {path}: the weights {name} are of type {str(tensor.dtype).removeprefix('torch.')}, and "
+                            "no model here computes with such: take a checkpoint in floating point")
+        if not tensor.to(torch.float32).isfinite().all():       # a float64 beyond float32, too
             raise UserError(f"checkpoint {path}: the weights {name} are not finite (infinite or nan), so it is good for nothing: "
                             "take an earlier checkpoint of that run")
     return state
 
 
+def _is_parameter(name: str, tensor: torch.Tensor) -> bool:
+    """Whole numbers are found in a model's counters and index tables only, as int64 or bool."""
+    return tensor.dtype not in (torch.int64, torch.bool) or name.rpartition(".")[2] in ("weight", "bias")
+
+
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2 ** 53
+    return type(value) is int and 0 <= value < 2 ** 53
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
 # What a run's checkpoint says beside the weights: key -> (test, what it must be, whether --resume auto must find it).
 _ENTRIES = {
     "optimizer": (lambda v: isinstance(v, Mapping), "a mapping", True),
     "lr_scheduler": (lambda v: isinstance(v, Mapping), "a mapping", True),
-    "epoch": (lambda v: v == -1 or _count(v), "a number of epochs", True),
+    "epoch": (lambda v: type(v) is int and -1 <= v < 10 ** 6, "a number of epochs", True),
     "args": (lambda v: v is None or isinstance(v, (Mapping, Namespace)), "flags", True),
     "model_args": (lambda v: isinstance(v, Mapping) and isinstance(v.get("name"), str)
                    and isinstance(v.get("kwargs", {}), Mapping), "a name and arguments", True),
     "model_ema": (lambda v: v is None or isinstance(v, Mapping), "weights", False),
     "scaler": (lambda v: v is None or isinstance(v, Mapping), "a mapping", False),
-    "class_names": (lambda v: v is None or isinstance(v, list) and all(isinstance(name, str) for name in v), "names", False),
+    "class_names": (lambda v: v is None or isinstance(v, list) and all(map(_name, v)), "names", False),
     **dict.fromkeys(("step", "position", "skipped"), (_count, "a count", False)),
     **dict.fromkeys(("max_accuracy", "max_accuracy_ema", "seconds"), (_number, "a number", False)),
     "losses": (lambda v: isinstance(v, list) and all(map(_number, v)), "a list of numbers", False),

@@ -25,15 +25,16 @@ from torch import nn
 import conversion
 import kernels
 import models_kan
+import vetting
 from checkpoints import check_entries, checkpoint_args, fetch, load_file, plain, saved_checkpoints, weights_of
-from config import Config, flag_name, get_args_parser, resolve
+from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
 from datasets import Loaders, guess_data_set
 from engine import TrainState
 from group_kan import GroupActivation
 from models_kan import KAN_OPTIONS, ModelSpec
 from run_folder import versions
 from samplers import RASampler
-from utils import Process, UserError, say
+from utils import Process, UserError, say, world_size_of_launch
 
 
 # ---------------------------------------------------------------- the checkpoint
@@ -53,13 +54,15 @@ class Start:
 def read_start(config: Config) -> Start:
     """Read what --resume or --finetune names. Raises UserError where that is not possible."""
     args = config.args
-    if args.resume:
-        path, checkpoint = _newest(args.output_dir, config) if args.resume == "auto" else _read(args.resume)
-        if checkpoint:
-            check_entries(checkpoint, path)
-            return Start("eval" if args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
+    if args.resume == "auto":
+        start = _newest(args.output_dir, args.eval)
+        if start:
+            return start
+    elif args.resume:
+        return _good(*_read(args.resume), config)
     if args.finetune:
         path, checkpoint = read_source(args.finetune)
+        vetting.check_flags(checkpoint, path)
         return Start("finetune", path, checkpoint)
     if args.eval:
         raise UserError("--eval evaluates a checkpoint: name it with --resume FILE"
@@ -71,39 +74,60 @@ def _read(location: str) -> tuple[str, dict[str, Any]]:
     return location, load_file(fetch(location))
 
 
-def _check_run(checkpoint: dict[str, Any], path: str, config: Config) -> None:
-    """Raises UserError for a checkpoint from which a run cannot go on: entries, finite weights, and their shapes beside those of
-    the model that it says it is of."""
-    check_entries(checkpoint, path, complete=True)
-    spec = _spec(checkpoint, path, config)
-    with torch.device("meta"):
-        model, _ = build_model(spec, replace(config, args=Namespace(**{**vars(config.args), "eval": True})))
-    for key in ("model", *(["model_ema"] if checkpoint.get("model_ema") else [])):
-        models_kan.fitting(model, weights_of(checkpoint, path, key), f"{key} in checkpoint {path}")
+def _good(path: str, checkpoint: dict[str, Any], config: Config, of_a_run: bool = False) -> Start:
+    """What resumes or evaluates from this checkpoint. Raises UserError where that would fail later, or spoil the weights.
+
+    of_a_run: it must have all that a run of this program writes, as --resume auto finds it."""
+    check_entries(checkpoint, path, complete=of_a_run)
+    vetting.check_flags(checkpoint, path)
+    start = Start("eval" if config.args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
+    model = vetting.check_weights(start.spec, checkpoint, path)
+    if checkpoint.get("model_ema"):
+        vetting.check_weights(start.spec, checkpoint, path, "model_ema")
+    if start.purpose == "resume":
+        _check_state(model.to_empty(device="cpu"), start, config)      # memory that nothing touches
+    return start
 
 
-def _newest(output_dir: str, config: Config) -> tuple[str, dict[str, Any]]:
-    """The newest readable checkpoint of a run; ("", {}) where the run has written none."""
+def _check_state(model: nn.Module, start: Start, config: Config) -> None:
+    args = settle(config, start, Process()).args
+    validate(args, 1 if config.args.resume != start.path else world_size_of_launch())
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    optimizer = build_optimizer(args, model, 1.0)
+    vetting.check_optimizer(optimizer, start.checkpoint.get("optimizer"))
+    vetting.check_scaler(start.checkpoint.get("scaler"), start.path)
+    if args.sched == "plateau":
+        scheduler, stored = build_scheduler(args, optimizer, 1), start.checkpoint.get("lr_scheduler") or {}
+        own = {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": [1.0] * len(optimizer.param_groups)}
+        if not own.keys() <= stored.keys() or not all(vetting.same_kind(own[key], stored[key]) for key in own):
+            raise UserError(f"checkpoint {start.path}: its 'lr_scheduler' is not that of --sched plateau, which it was trained "
+                            "with: get it from its source again, or start a new run from its weights with --finetune")
+
+
+def _newest(output_dir: str, evaluate: bool) -> Start | None:
+    """The newest good checkpoint of a run; None where the run has written none."""
     if not output_dir:
         raise UserError("--resume auto goes on with the run in --output_dir: give that folder")
+    # by the checkpoint's own flags: one on the command line that contradicts them is another mistake, told by `settle`
+    own = parse_args(["--eval"] if evaluate else [])
     failures = []
     for path in saved_checkpoints(Path(output_dir).expanduser()):
         try:
-            checkpoint = load_file(path)
-            if not config.args.eval:
-                _check_run(checkpoint, str(path), config)
+            start = _good(str(path), load_file(path), own, of_a_run=not evaluate)
         except UserError as error:
             say(f"warning: {error}", file=sys.stderr)
-            failures.append(str(path))
+            failures.append(path.name)
             continue
         if failures:
-            say(f"warning: going on from the earlier {path}, epoch {checkpoint.get('epoch', -1) + 1}", file=sys.stderr)
-        return str(path), checkpoint
+            epoch, step = start.checkpoint.get("epoch", -1) + 1, start.checkpoint.get("step")
+            say(f"warning: going on from the earlier {path}, epoch {epoch}{f', step {step}' if step else ''}", file=sys.stderr)
+        return start
     if failures:
-        raise UserError(f"--resume auto: {' and '.join(failures)} cannot be read: name another file with --resume, "
-                        "or start a new run in another folder")
+        raise UserError(f"--resume auto: {' and '.join(failures)} in {output_dir} cannot be read or used (see above): name "
+                        "another file with --resume, or start a new run in another folder")
     say(f"--resume auto: {output_dir} holds no checkpoint yet, a new run begins")
-    return "", {}
+    return None
 
 
 def read_source(source: str) -> tuple[str, dict[str, Any]]:
@@ -123,19 +147,15 @@ def read_source(source: str) -> tuple[str, dict[str, Any]]:
 
 
 def _spec(checkpoint: dict[str, Any], path: str, config: Config) -> ModelSpec:
-    described = checkpoint.get("model_args")
-    if isinstance(described, dict) and isinstance(described.get("name"), str):
-        kwargs = dict(described.get("kwargs") or {})
-        for key, value in kwargs.items():       # before anything of that size is built
-            largest = {"num_classes": 10 ** 6, "depth": 1000}.get(key, 2 ** 16)
-            if isinstance(value, int) and not 0 <= value <= largest:
-                raise UserError(f"checkpoint {path}: its model_args have {key} {value}, which no model has: it is damaged, "
-                                "copy it again")
-        return ModelSpec(described["name"], kwargs)
+    spec = vetting.described(checkpoint, path)
+    if spec:
+        return spec
     name = config.args.model if "model" in config.given else checkpoint_args(checkpoint).get("model")
+    name = name if isinstance(name, str) else None
     if name and models_kan.split_name(name)[0] is None and timm.is_model(name):
         return ModelSpec(name)
-    return models_kan.infer_model(weights_of(checkpoint, path), {"model": name})
+    with vetting.strangers(f"checkpoint {path}"):
+        return models_kan.infer_model(weights_of(checkpoint, path), {"model": name})
 
 
 # ---------------------------------------------------------------- the flags

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from argparse import Namespace
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -66,11 +67,20 @@ def save(path: Path, **content) -> Path:
     return path
 
 
-def save_run(path: Path, **content) -> Path:
-    """What a run leaves, as far as `read_start` looks at it."""
-    model = {"name": NANO, "kwargs": {"num_classes": 4, "kan_grid_points": 8}}
-    return save(path, **{"model": nano(depth=4).state_dict(), "optimizer": {}, "lr_scheduler": {}, "args": {}, "epoch": 0,
-                         "model_args": model, **content})
+@cache
+def run_content(sched: str = "cosine") -> dict:
+    """What a run leaves in a checkpoint."""
+    config = settled("--model", NANO, "--sched", sched)
+    model, spec = build_model(ModelSpec(NANO, {"num_classes": 4, "depth": 1}), config)
+    state = build_state(config.args, model, 1.0, 4, torch.device("cpu"), torch.float32)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    state.optimizer.step()
+    said = start.description(config, spec, Namespace(nb_classes=4, class_names=list("abcd")))
+    return {**state.state_dict(), **said, "epoch": 0}
+
+
+def save_run(path: Path, sched: str = "cosine", **content) -> Path:
+    return save(path, **{**run_content(sched), **content})
 
 
 # ---------------------------------------------------------------- reading
@@ -82,11 +92,10 @@ def test_nothing_to_start_from():
 @pytest.mark.parametrize(("flags", "purpose"), [(["--resume"], "resume"), (["--eval", "--resume"], "eval"),
                                                 (["--finetune"], "finetune")])
 def test_purpose(tmp_path, flags, purpose):
-    path = save(tmp_path / "c.pth", model=nano().state_dict(), model_args={"name": NANO, "kwargs": {"depth": 1}},
-                class_names=["a", "b"])
+    path = save_run(tmp_path / "c.pth", class_names=["a", "b"])
     found = read_start(parse_args([*flags, str(path)]))
     assert (found.purpose, found.path) == (purpose, str(path))
-    assert found.spec == (None if purpose == "finetune" else ModelSpec(NANO, {"depth": 1}))
+    assert found.spec == (None if purpose == "finetune" else ModelSpec(NANO, {"depth": 1, "num_classes": 4}))
     assert found.class_names == (None if purpose == "finetune" else ["a", "b"])
 
 
@@ -123,7 +132,7 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
 
     (tmp_path / PREVIOUS).write_bytes(whole[:100])
     text = sentence(read_start, auto)
-    assert str(tmp_path / CHECKPOINT) in text and str(tmp_path / PREVIOUS) in text and "new run" in text
+    assert f"{CHECKPOINT} and {PREVIOUS} in {tmp_path}" in text and "new run" in text
 
     (tmp_path / CHECKPOINT).unlink()
     (tmp_path / PREVIOUS).unlink()
@@ -133,7 +142,8 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("change, reason", [
     ({"model": {"cls_token": torch.zeros(1)}}, "does not fit the model"), ({"optimizer": None}, "'optimizer' is not"),
-    ({"epoch": -5}, "'epoch' is not"), ({"epoch": 10 ** 30}, "'epoch' is not"), ({"epoch": "x"}, "'epoch' is not"),
+    ({"epoch": -5}, "'epoch' is not"), ({"epoch": 10 ** 30}, "epoch is a number of 100 bits"),
+    ({"epoch": 10 ** 9}, "'epoch' is not"), ({"epoch": "x"}, "'epoch' is not"),
     ({"step": -1}, "'step' is not"), ({"losses": [float("nan")]}, "'losses' is not"),
     ({"class_names": 5}, "'class_names' is not"),
     ({"model_args": {"name": 5}}, "'model_args' is not"), ({"model_args": {"name": NANO, "kwargs": {"num_classes": 9}}}, "head"),
@@ -150,7 +160,7 @@ def test_resume_auto_falls_back_from_what_is_no_run(change, reason, tmp_path, ca
 
 
 def test_weights_that_are_not_finite_are_no_start(tmp_path, capsys):
-    weights = nano(depth=4).state_dict()
+    weights = nano().state_dict()
     weights["head.bias"][1] = float("nan")
     file = save_run(tmp_path / CHECKPOINT, model=weights)
     assert "head.bias are not finite" in sentence(read_start, parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])) \
@@ -227,7 +237,7 @@ def spec_of(tmp_path, *argv, **content):
 
 def test_spec_of_ours_is_what_it_says(tmp_path):
     said = {"name": NANO, "kwargs": {"depth": 2, "num_classes": 4, "hdim_kan": 5}}
-    spec = spec_of(tmp_path, model=nano().state_dict(), model_args=said, args={"model": "something_else"})
+    spec = spec_of(tmp_path, model=nano(**said["kwargs"]).state_dict(), model_args=said, args={"model": "something_else"})
     assert spec == ModelSpec(NANO, said["kwargs"])
 
 

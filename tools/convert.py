@@ -31,9 +31,10 @@ import models_kan
 import peers
 import start as starting
 from augment import build_transform
-from checkpoints import SAFETENSORS_KEY, checkpoint_args, plain, weights_of
+from checkpoints import checkpoint_args, plain, weights_of
 from config import parse_args, validate
 from datasets import UnreadableData, load_image
+from untrusted import SAFETENSORS_KEY
 from utils import UserError, say
 
 EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
