@@ -3,6 +3,7 @@ what was not given. Order of precedence: default < model's own < checkpoint < re
 import argparse
 import difflib
 import math
+import os
 import re
 import reprlib
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 import yaml
@@ -355,7 +357,27 @@ def parse_args(argv: list[str] | None = None) -> Config:
         if value is not unset:
             values[dest] = value
             given[dest] = "command line"
+    for dest in _PATHS & given.keys():
+        if reason := _impossible(values[dest]):
+            raise UserError(f"{flag_name(dest)} {_show(values[dest])} ({given[dest]}) can be no path: {reason}")
     return Config(Namespace(**values), given, dict(given))
+
+
+_PATHS = {"data_path", "output_dir", "finetune", "resume", "teacher_path"}
+
+
+def _impossible(path: str) -> str:
+    """Why no file or URL can have this name, or ''."""
+    try:
+        urlparse(path)
+        whole = os.fsencode(Path(path).expanduser())
+    except ValueError as error:
+        return str(error)
+    except RuntimeError:
+        return "there is no such user"
+    if len(whole) > 4095 or any(len(part) > 255 for part in whole.split(b"/")):
+        return "it is too long"
+    return ""
 
 
 # ---------------------------------------------------------------- values
@@ -374,7 +396,7 @@ _SHARE = (lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
-    **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size", "keep"), _at_least(1)),
+    **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size"), _at_least(1)),
     **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs"), _between(0, _MOST_EPOCHS)),
     **dict.fromkeys(("weight_decay", "kan_groups", "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr",
                      "color_jitter", "crop_padding", "mixup", "cutmix", "save_interval_steps", "save_interval_minutes"),
@@ -383,8 +405,9 @@ _RANGES = {
                      "distillation_tau", "dist_timeout"), _POSITIVE),
     **dict.fromkeys(("drop", "drop_path", "smoothing", "model_ema_decay", "momentum", "opt_betas"), _BELOW_1),
     **dict.fromkeys(("reprob", "hflip", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "cutmix_minmax",
-                     "lr_noise", "lr_noise_pct", "max_unreadable"), _between(0, 1)),
-    # the upper limits keep one image, or one loader, from taking all memory or forever
+                     "lr_noise", "max_unreadable"), _between(0, 1)),
+    # these limits keep one image, one loader or timm's search for a noise below lr_noise_pct from taking all memory or forever
+    "lr_noise_pct": _between(0.01, 1), "keep": _between(1, 1000),
     "epochs": _between(1, _MOST_EPOCHS), "input_size": _between(1, 16384), "recount": _between(1, 1000),
     "num_workers": _between(0, 1024), "eval_crop_ratio": _between(0.1, 1), "layer_decay": _SHARE,
     "kan_grid_points": _between(2, 1024), "seed": _between(0, 2 ** 63 - 1),
@@ -455,6 +478,14 @@ def _validate_training(args: Namespace) -> None:
     if mixing and args.batch_size % 2:
         _refuse(args, "batch_size", "must be even because mixup pairs the images "
                                     "(or switch it off: --mixup 0 --cutmix 0)")
+    if args.cutmix_minmax is not None:
+        low, high = (int(args.input_size * share) for share in args.cutmix_minmax)
+        if low == high:
+            _refuse(args, "cutmix_minmax", f"leave no box to choose from at --input-size {args.input_size}")
+    geometric = not args.ThreeAugment and args.aa not in ("", "none", "3a")
+    if geometric and args.train_interpolation in ("box", "hamming", "lanczos"):
+        _refuse(args, "train_interpolation", f"is for resizing only, and the rotations of --aa {args.aa} need nearest, "
+                                             "bilinear or bicubic: choose one of them, or --aa none")
     if args.crop_padding > args.input_size:
         _refuse(args, "crop_padding", f"must be at most --input-size {args.input_size}")
     if args.sched == "plateau" and args.decay_rate >= 1:
@@ -635,8 +666,8 @@ def _typed_one(action: argparse.Action, value):
             raise ValueError("must be a number of ordinary size") from None
     elif not isinstance(value, str):
         raise ValueError(f"must be a text, not {_describe(value)} (put it in quotes)")
-    elif "\0" in value or re.search("[\ud800-\udc7f\udd00-\udfff]", value):       # \udc80 and on are a path's odd bytes
-        raise ValueError(f"has a character that no name has: {_describe(value)}")
+    elif "\0" in value or re.search("[\ud800-\udfff]", value):     # on the command line: bytes that are no UTF-8
+        raise ValueError(f"has a character that can be in no UTF-8 name: {_describe(value)}")
     if action.choices is not None and value not in action.choices:
         near = _nearest(value, action.choices)
         raise ValueError(f"must be one of {', '.join(action.choices)}, not '{_show(value)}'{near}")

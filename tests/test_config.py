@@ -10,6 +10,9 @@ from pathlib import Path
 import hostile_recipes
 import pytest
 import yaml
+from e2e import write_digits
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 import config
 from config import ADDED_CHOICES, CHANGED_DEFAULTS, SCOPE, Config, dump_yaml, parse_args, resolve, validate
@@ -305,7 +308,8 @@ def test_defaults_are_valid():
     "--aa rand-n1000", "--aa rand-mstd1e9", "--aa augmix-w0", "--aa augmix-a0.0", "--aa rand-m٣",
     "--lr 2e9", "--grad-accum 2000000000",
     "--epochs 1000001", "--recount 1001", "--num_workers 1025", "--input-size 16385", "--eval-crop-ratio 0.01",
-    "--seed 9223372036854775808", "--kan-grid-points 1025", "--kan-grid-range -2e9 0", "--crop-padding 225",
+    "--seed 9223372036854775808", "--keep 1001", "--lr-noise-pct 0", "--cutmix-minmax 0 1e-3", "--train-interpolation lanczos",
+    "--kan-grid-points 1025", "--kan-grid-range -2e9 0", "--crop-padding 225",
     "--decay-rate 1 --sched plateau", "--decay-rate 1.1 --sched step", "--decay-rate 2 --sched multistep",
 ])
 def test_bad_value_names_its_flag(argv):
@@ -319,7 +323,8 @@ def test_bad_value_names_its_flag(argv):
     "--aa none", "--aa rand-m9-n3-mstd0.5", "--aa rand-m7-p0.6-mmax20-inc0-t3aw",
     "--aa augmix-m5-w4-d2-a1.5-b1",
     "--aa v0r-mstd0.5", "--aa 3a", "--opt lookahead_adamw", "--opt AdamW", "--opt muon", "--sched plateau",
-    "--train-interpolation random", "--device cuda:1", "--device cpu", "--kan-grid-range -1e3 0",
+    "--train-interpolation random", "--train-interpolation lanczos --aa 3a", "--train-interpolation box --ThreeAugment",
+    "--device cuda:1", "--device cpu", "--kan-grid-range -1e3 0",
     "--cutmix-minmax 0.2 0.8", "--lr-noise 0.4 0.9", "--batch-size 7 --mixup 0 --cutmix 0",
     "--opt-betas 0 0.9",
     "--lr 1e9", "--seed 9223372036854775807", "--aa augmix-a0.01", "--aa rand-m10-mstd101", "--crop-padding 224",
@@ -356,6 +361,75 @@ def test_contradictions(argv, words):
 def test_launch_that_matches():
     validate(parse_args(["--distributed", "--world_size", "2"]).args, world_size=2)
     assert "--world_size 3" in refusal("--world_size", "3", world_size=2)
+
+
+@pytest.mark.parametrize("flag", ["--data-path", "--output_dir", "--finetune", "--resume", "--teacher-path"])
+@pytest.mark.parametrize("path,why", [("~nobody_has_this_name/x", "no such user"), ("x" * 300, "too long"),
+                                      ("a/" * 3000, "too long"), ("http://[::1", "Invalid IPv6"), ("caf\udce9", "UTF-8")])
+def test_a_path_that_cannot_be(flag, path, why, recipe):
+    text = sentence(flag, path)
+    assert text.startswith(f"{flag} ") and why in text and len(text) < 300
+    if why != "UTF-8":
+        file = recipe(f"{flag.lstrip('-').replace('-', '_')}: '{path}'")
+        assert f"(recipe {file})" in sentence("--config", file)
+    assert getattr(parse_args([flag, "~/x y/é"]).args, flag.lstrip("-").replace("-", "_")) == "~/x y/é"
+
+
+# ---------------------------------------------------------------- what nobody would write
+FUZZ = settings(max_examples=50, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large])
+
+
+@FUZZ
+@given(data=st.data())
+def test_hostile_recipes(tmp_path, data):
+    canary, file = tmp_path / "ran", tmp_path / "recipe.yaml"
+    file.write_bytes(data.draw(hostile_recipes.recipes(str(canary))))
+    hostile_recipes.outcome(["--config", str(file)], canary)
+
+
+@FUZZ
+@given(data=st.data())
+def test_hostile_command_lines(tmp_path, capsys, data):
+    canary, file = tmp_path / "ran", tmp_path / "recipe.yaml"
+    file.write_bytes(data.draw(hostile_recipes.recipes(str(canary))))
+    hostile_recipes.outcome(data.draw(hostile_recipes.command_lines(str(file))), canary)
+
+
+def test_what_the_two_above_would_notice(tmp_path, monkeypatch):
+    """A loader that runs code, another exception, a hang, a value of another type, a sentence that names nothing."""
+    canary, file = tmp_path / "ran", tmp_path / "recipe.yaml"
+    argv = ["--config", str(file)]
+    file.write_text(f"model: !!python/object/apply:os.mkdir ['{canary}']")
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "_Loader", yaml.UnsafeLoader)
+        with pytest.raises(hostile_recipes.Violation, match="os.mkdir"):
+            hostile_recipes.outcome(argv)
+        assert canary.is_dir()
+        with pytest.raises(hostile_recipes.Violation, match="a recipe has run code"):
+            hostile_recipes.outcome([], canary)
+    wrongs = {"KeyError": {}.__getitem__, "still busy": lambda path: time.sleep(9), "is no int": lambda path: {"epochs": 1.0},
+              "no ordinary number": lambda path: {"seed": 2 ** 63}, "no sentence": lambda path: config._refuse(None, "", "")}
+    monkeypatch.setattr(config, "validate", lambda *_: None)
+    monkeypatch.setattr(config, "flag_name", lambda dest: "that")
+    monkeypatch.setattr(config, "_refuse", lambda *_: (_ for _ in ()).throw(UserError("bad value")))
+    for words, load_recipe in wrongs.items():
+        monkeypatch.setattr(config, "load_recipe", load_recipe)
+        with pytest.raises(hostile_recipes.Violation, match=words):
+            hostile_recipes.outcome(argv, canary, seconds=0.5)
+
+
+@settings(FUZZ, max_examples=6)
+@given(data=st.data())
+def test_odd_runs(digits, tmp_path_factory, data):
+    """What `validate` lets through goes through the whole program, too."""
+    argv = data.draw(hostile_recipes.odd_runs(str(digits), str(tmp_path_factory.mktemp("odd") / "out")))
+    hostile_recipes.run_outcome(argv)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 # ---------------------------------------------------------------- checkpoints
