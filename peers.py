@@ -230,10 +230,10 @@ class Peers:
         """End this process from here: its main thread can no more be reached."""
         if self.closing.is_set():
             return
-        reason = f"{reason}; the last checkpoint is whole, --resume auto goes on from it"
-        print(f"stopped: {reason}", file=sys.stderr, flush=True)
+        whole = f"{reason}; the last checkpoint is whole, --resume auto goes on from it"
+        print(f"stopped: {whole}", file=sys.stderr, flush=True)
         try:
-            self.on_loss(reason)
+            self.on_loss(whole)
             self.store.set(f"left/{self.rank}", reason[:300])
         except (RuntimeError, OSError):
             pass
@@ -254,13 +254,13 @@ def init_process(device_name: str, dist_url: str = "env://", timeout: float = 60
     rank, world_size = int(os.environ["RANK"]), world_size_of_launch()
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     store = meet(dist_url, rank, world_size, timeout)
+    _peers = Peers(store, rank, world_size, timeout)        # one may be lost while the group is made, too
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
                                 rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + MARGIN_S))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the {world_size} processes cannot meet at --dist_url {dist_url} "
                         f"({str(error).splitlines()[0]}): check MASTER_ADDR, MASTER_PORT and the firewall") from error
-    _peers = Peers(store, rank, world_size, timeout)
     return Process(rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), device)
 
 

@@ -107,6 +107,20 @@ def test_one_that_is_killed_is_named(victim, tmp_path):
         assert re.search(rf"process {victim}\b", sentence(errors[rank])) and "--resume auto" in errors[rank]
 
 
+def test_one_that_is_killed_between_meeting_and_the_group_is_named(tmp_path, monkeypatch):
+    real = peers.Peers
+
+    def die_first(store, rank, *args):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(store, rank, *args)
+
+    monkeypatch.setattr(peers, "Peers", die_first)
+    codes, errors, seconds = together(rounds, tmp_path, timeout=2.0)
+    assert codes == {0: EXIT_FAILED, 1: -signal.SIGKILL} and seconds < 8
+    assert "process 1 of 2 gave no sign of life" in sentence(errors[0])
+
+
 @pytest.mark.parametrize("how", ["hangs", "is frozen"])
 def test_one_that_hangs_is_named(how, tmp_path):
     def before(process):
@@ -124,11 +138,11 @@ def test_one_that_hangs_is_named(how, tmp_path):
     codes, errors, seconds = together(lambda process, folder: rounds(process, folder, 3, before(process)), tmp_path,
                                       timeout=2.0, after=thaw)
     assert codes[0] == EXIT_FAILED and 2 <= seconds < 12
-    assert "process 1 of 2" in sentence(errors[0])
+    assert re.search(r"process 1\b", sentence(errors[0]))
     if how == "hangs":
         assert codes[1] == EXIT_FAILED and "time.sleep(50)" not in sentence(errors[1])
         assert "this process, 1 of 2, has hung" in errors[1] or "has stopped" in errors[1]
-        assert "the update of step" in errors[0]
+        assert "the update of step" in errors[0] or "the forward pass of step 1" in errors[0]
 
 
 def test_one_that_stops_with_an_error_tells_the_others_why(tmp_path):
