@@ -90,7 +90,11 @@ def _good(path: str, checkpoint: dict[str, Any], config: Config, of_a_run: bool 
 
 
 def _check_state(model: nn.Module, start: Start, config: Config) -> None:
-    args = settle(config, start, Process()).args
+    args, epoch = settle(config, start, Process()).args, start.checkpoint.get("epoch", -1)
+    planned = checkpoint_args(start.checkpoint).get("epochs")
+    if type(planned) is int and epoch >= planned:
+        raise UserError(f"checkpoint {start.path}: its epoch {epoch} lies beyond the {planned} that it was trained for: get it "
+                        "from its source again, or start a new run from its weights with --finetune")
     validate(args, 1 if config.args.resume != start.path else world_size_of_launch())
     if args.attn_only:
         freeze_all_but_attention(model)
@@ -295,8 +299,9 @@ def load_start(model: nn.Module, spec: ModelSpec, start: Start, loaders: Loaders
     """Weights of --finetune into the model; returns the table of what became of each tensor."""
     if start.purpose != "finetune":
         return None
-    report, errors = conversion.load_converted(model, spec, weights_of(start.checkpoint, start.path),
-                                               lambda: _calibration_batch(loaders, seed))
+    with vetting.strangers(f"checkpoint {start.path}"):
+        report, errors = conversion.load_converted(model, spec, weights_of(start.checkpoint, start.path),
+                                                   lambda: _calibration_batch(loaders, seed))
     return report.table() + (f"\n{conversion.table(errors)}" if errors else "")
 
 
@@ -321,9 +326,11 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
     path, checkpoint = _read(args.teacher_path)
     if not timm.is_model(args.teacher_model.split(".")[0]):
         raise UserError(f"--teacher-model {args.teacher_model} is no timm model: check the name")
-    described = checkpoint.get("model_args") or {}
-    kwargs = dict(described.get("kwargs") or {}) if described.get("name") == args.teacher_model else {}
-    teacher = timm.create_model(args.teacher_model, **{**kwargs, "num_classes": num_classes})
+    described = vetting.described(checkpoint, path)
+    kwargs = described.kwargs if described and described.name == args.teacher_model else {}
+    spec = ModelSpec(args.teacher_model, {**kwargs, "num_classes": num_classes})
+    vetting.check_weights(spec, checkpoint, path, what=f"--teacher-path {path}")
+    teacher = timm.create_model(spec.name, **spec.kwargs)
     models_kan.load_exactly(teacher, weights_of(checkpoint, path), f"--teacher-path {path}")
     return teacher.to(device).eval().requires_grad_(False)
 

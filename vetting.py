@@ -32,9 +32,9 @@ def strangers(what: str) -> Iterator[None]:
     """Shapes that no model has make nearly anything go wrong: a UserError that names the file."""
     try:
         yield
-    except UserError:
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{what} does not describe or fit a model ({type(error).__name__}: {one_line(error)}): get it from its "
                         "source again, or name another") from error
 
@@ -86,10 +86,10 @@ def outline(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
             hook.remove()
 
 
-def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key: str = "model") -> nn.Module:
+def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key: str = "model", what: str = "") -> nn.Module:
     """The outline of `spec`, which the weights under `key` fit: all of them, in shape and kind of number, and finite.
-    Raises UserError that names the first that does not."""
-    state, what = weights_of(checkpoint, path, key), f"{key} in checkpoint {path}"
+    Raises UserError that names the first that does not; what: the file and key, for the sentence."""
+    state, what = weights_of(checkpoint, path, key), what or f"{key} in checkpoint {path}"
     if not spec.kwargs:         # another model of timm's, whose description is its name: its class count is in the head
         heads = get_pretrained_cfg(spec.name).classifier or ()
         sizes = [state[f"{head}.weight"].shape[0] for head in ([heads] if isinstance(heads, str) else heads)
