@@ -1,6 +1,5 @@
-"""Checkpoints: read without running their code, fetched from a URL, written whole or not at all. No models."""
+"""Checkpoints: read without running their code, written whole or not at all. No models."""
 import errno
-import hashlib
 import math
 import os
 import re
@@ -8,17 +7,14 @@ import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 
 import untrusted
-from utils import UserError, say
+from utils import UserError
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 BEST = ("best_checkpoint.pth", "best_ema_checkpoint.pth")
@@ -53,53 +49,6 @@ def one_line(error: Exception) -> str:
     """An error's first line, of characters that a terminal prints as they are."""
     line = (str(error).splitlines() or [type(error).__name__])[0][:150]
     return "".join(c if c.isprintable() else "?" for c in line)
-
-
-def fetch(location: str) -> Path:
-    """A local path for `location`: a file, or a URL that is downloaded once, whole or not at all.
-
-    DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked."""
-    url = urlparse(location)
-    if url.scheme not in ("http", "https", "file"):
-        return Path(location).expanduser()
-    if url.scheme == "file":
-        return Path(unquote(url.path))
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    name = Path(url.path).name
-    digest = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", name)
-    # no hash in the name: two servers may offer different files under one name
-    target = folder / (name if digest else f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}")
-    if target.is_file():
-        return target
-    say(f"downloading {location} to {target}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _download(location, target, digest.group(1) if digest else "")
-    except (HTTPException, OSError, ValueError) as error:       # URLError is an OSError
-        reason = str(getattr(error, "reason", error)).strip() or type(error).__name__
-        raise UserError(f"{location} cannot be downloaded ({reason}): check the address and the connection, or "
-                        "download it elsewhere and give the file") from error
-    return target
-
-
-def _download(location: str, target: Path, digest: str) -> None:
-    """`torch.hub.download_url_to_file` would keep what comes before a connection breaks off."""
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        with urlopen(Request(location, headers={"User-Agent": "torch.hub"}), timeout=60) as response, \
-                open(temporary, "wb") as file:
-            shutil.copyfileobj(response, file, 2 ** 20)
-            missing = response.length       # counts down from Content-Length, None without one
-        if missing:
-            raise OSError(f"the connection broke off {missing} bytes before the end")
-        with open(temporary, "rb") as file:
-            actual = hashlib.file_digest(file, "sha256").hexdigest()
-        if not actual.startswith(digest):
-            raise UserError(f"{location} is not the file that its name promises (its SHA-256 is {actual}): nothing "
-                            "was kept, check the address")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def checkpoint_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

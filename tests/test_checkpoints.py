@@ -1,18 +1,14 @@
-"""Checkpoints that are read, fetched and written."""
+"""Checkpoints that are read and written."""
 import builtins
 import errno
-import hashlib
 import io
 import os
 import pickle
-import socket
 import subprocess
 import sys
-import threading
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +23,6 @@ from checkpoints import (
     CHECKPOINT,
     PREVIOUS,
     checkpoint_args,
-    fetch,
     load_file,
     plain,
     save_checkpoint,
@@ -197,134 +192,6 @@ def test_reads_what_torch_reads(tmp_path):
     read = load_file(tmp_path / "new.pth")
     assert read.pop("f8").float().tolist() == read.pop("u16").tolist() == [1, 1]
     assert read == {"args": Namespace(x=[Namespace(y=1)]), "od": {"a": {}}, "size": (1, 2), "type": "torch.float16"}
-
-
-# ---------------------------------------------------------------- fetching
-class Server:
-    """Serves `files` {path: (status, body, announced length)} on 127.0.0.1 and notes the requests."""
-
-    def __init__(self):
-        self.files, self.requests = {}, []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append(self.path)
-                status, body, length = outer.files.get(self.path.partition("?")[0], (404, b"gone", 4))
-                self.send_response(status)
-                self.send_header("Content-Length", str(length))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,))
-        self.thread.start()
-
-    def put(self, path: str, body: bytes, length: int | None = None) -> str:
-        self.files[path] = (200, body, len(body) if length is None else length)
-        return f"http://127.0.0.1:{self.http.server_port}{path}"
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.thread.join()
-    server.http.server_close()
-
-
-@pytest.fixture
-def body() -> bytes:
-    file = io.BytesIO()
-    torch.save({"model": {"w": W}}, file)
-    return file.getvalue()
-
-
-def cached(tmp_path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "torch/hub/checkpoints").glob("*"))
-
-
-def test_fetch_leaves_files_of_this_machine_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert fetch("some/file.pth") == Path("some/file.pth")
-    assert fetch("~/file.pth") == tmp_path / "file.pth"
-    assert fetch(f"file://{tmp_path}/a%20b.pth") == tmp_path / "a b.pth"
-
-
-def test_fetch_checks_the_hash_and_keeps_the_file(server, tmp_path, body):
-    name = f"tiny-{hashlib.sha256(body).hexdigest()[:8]}.pth"
-    url = server.put(f"/{name}", body)
-    first = fetch(url)
-    assert first.read_bytes() == body and cached(tmp_path) == [name]
-    assert fetch(url) == first and len(server.requests) == 1     # the second time from the cache
-    assert torch.equal(load_file(first)["model"]["w"], W)
-
-
-def test_fetch_refuses_a_file_with_another_hash(server, tmp_path, body):
-    url = server.put("/tiny-0123abcd.pth", body)
-    text = sentence(fetch, url)
-    assert url in text and hashlib.sha256(body).hexdigest() in text and cached(tmp_path) == []
-
-
-def test_fetch_without_a_hash_keeps_addresses_apart(server, tmp_path, body):
-    one, two = server.put("/a/model.pth", body), server.put("/b/model.pth", body + b"x")
-    assert fetch(one).read_bytes() == body and fetch(two).read_bytes() == body + b"x"
-    assert fetch(one).read_bytes() == body and len(server.requests) == 2 and len(cached(tmp_path)) == 2
-    query = fetch(one + "?download=1")
-    assert query.name.endswith("-model.pth") and len(server.requests) == 3
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_fetch_keeps_nothing_of_a_connection_that_breaks_off(server, tmp_path, body, named):
-    name = f"/tiny-{hashlib.sha256(body).hexdigest()[:8]}.pth" if named else "/tiny.pth"
-    url = server.put(name, body[:len(body) // 2], length=len(body))
-    text = sentence(fetch, url)
-    assert url in text and cached(tmp_path) == []
-    server.put(name, body)
-    assert fetch(url).read_bytes() == body
-
-
-def test_fetch_from_where_there_is_nothing(server, tmp_path):
-    url = server.put("/here.pth", b"").replace("here", "missing")
-    text = sentence(fetch, url)
-    assert url in text and "Not Found" in text and cached(tmp_path) == []
-
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    text = sentence(fetch, f"http://127.0.0.1:{port}/m.pth")
-    assert "refused" in text and "download it elsewhere" in text and cached(tmp_path) == []
-    for url in ("http:///m.pth", "http://127.0.0.1:bad/m.pth"):
-        assert url in sentence(fetch, url)
-
-
-def test_fetch_from_what_is_no_web_server(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        def answer():
-            connection, _ = listener.accept()
-            with connection:
-                connection.recv(1000)
-                connection.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        assert "cannot be downloaded" in sentence(fetch, f"http://127.0.0.1:{listener.getsockname()[1]}/m.pth")
-        thread.join()
-    assert cached(tmp_path) == []
-
-
-def test_fetch_into_a_folder_that_cannot_be_written(server, tmp_path, body, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
-    assert "cannot be downloaded" in sentence(fetch, server.put("/m.pth", body))
 
 
 # ---------------------------------------------------------------- a run's folder
