@@ -36,8 +36,9 @@ def main(argv=None):
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the launcher beside a stub main.py that ends in `behaviour`; run(...) starts it."""
-    for name in ("run_with_submitit.py", "config.py", "utils.py", "checkpoints.py"):
-        shutil.copy(ROOT / name, tmp_path)
+    for path in ROOT.glob("*.py"):
+        if path.name != "main.py":
+            shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
