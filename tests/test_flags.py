@@ -1,9 +1,12 @@
+
 """No flag is dead: each of DeiT's 71 and of ours changes what the real program builds, reads, writes or refuses.
 
 `EFFECTS` has a row for each flag: what to look at, the command line with the flag, and the one without it. Most
 look at what `main` hands to the first epoch, which is caught there; the others train, evaluate or start processes.
 """
 import json
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,6 +285,14 @@ def saves(line):
     return len(calls)
 
 
+def with_a_broken_image(line):
+    """Exit code of a run that meets one image that cannot be read."""
+    data = Path(tempfile.mkdtemp(dir=PLACES["folder"])) / "data"
+    shutil.copytree(PLACES["data"], data)
+    next((data / "train").rglob("*.png")).write_text("no image")
+    return run(*QUICK, "--epochs", 1, "--data-path", data, *words(line))
+
+
 def deterministic(line):
     caught(line)
     try:
@@ -412,6 +423,8 @@ EFFECTS = {
     "inat_category": (data_of, "--data-path {inat} --inat-category kingdom", "--data-path {inat}"),
     "download": (fetching, "--download", ""),
     "eval_crop_ratio": (evaluated, "--eval-crop-ratio 0.5", ""),
+    "strict_data": (with_a_broken_image, "--strict-data", ""),
+    "max_unreadable": (with_a_broken_image, "--max-unreadable 0", ""),
     "num_workers": (lambda line: caught(line).loader.num_workers, "--num_workers 2", ""),
     "pin_mem": (pinned, "--no-pin-mem", ""),
     # output and state
