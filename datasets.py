@@ -598,7 +598,7 @@ def _start(loader: DataLoader) -> Iterator:
     """iter(loader). While its workers are started, the signals that `_start_worker` ignores are blocked, so that a worker is
     born deaf to them. PyTorch's handler of SIGCHLD would raise an error wherever the training is at that moment, between
     two updates or while a file is written; the one from before is put back, and the error comes out of `batches`."""
-    if loader.num_workers == 0 or os.name != "posix":
+    if getattr(loader, "num_workers", 0) == 0 or os.name != "posix":      # any iterable will do
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)

@@ -321,7 +321,7 @@ def train(model: nn.Module, images: dict[str, Tensor], recipe: dict[str, Any], s
         result = evaluate(model, val, device)
         averaged = evaluate(state.ema.module, val, device) if state.ema else result
         curve.append(round(result["acc1"], 2))
-        state.epoch += 1
+        state.next_epoch()
         seconds += time.perf_counter() - start
         step_ms.append(1000 * trained["seconds"] / len(batches))
         print(f"epoch {state.epoch}: top-1 {result['acc1']:.2f}, averaged {averaged['acc1']:.2f}", flush=True)

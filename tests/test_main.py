@@ -557,9 +557,9 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(whole, copied, d
     same_run(whole, copied)
 
 
-def test_both_checkpoints_damaged(copied, data, capsys):
-    for name in ("checkpoint.pth", "checkpoint_previous.pth"):
-        (copied / name).write_bytes(b"")
+def test_all_checkpoints_damaged(copied, data, capsys):
+    for file in copied.glob("*.pth"):
+        file.write_bytes(b"")
     before = contents(copied)
     assert "cannot be read" in sentence(capsys, *three_epochs(data, copied), "--resume", "auto")
     assert contents(copied) == before
@@ -784,13 +784,15 @@ def test_unreadable_images_are_named_counted_and_survived(data, tmp_path, capsys
     one.write_bytes(one.read_bytes()[:60])
     (copy / "val/digit1/notes.jpg").write_text("this is no picture")
     (copy / "val/digit2/empty.png").touch()
-    assert run(*QUICK, "--data-path", copy, "--epochs", 2, "--output_dir", tmp_path / "out") == 0
+    assert run(*QUICK, "--data-path", copy, "--epochs", 2, "--output_dir", tmp_path / "out", "--max-unreadable", 0.1) == 0
     out, err = capsys.readouterr()
     for path in (one, copy / "val/digit1/notes.jpg", copy / "val/digit2/empty.png"):
         assert err.count(f"Skipping an unreadable image: {path} ") == 1
     assert [(r["train_unreadable"], r["test_unreadable"], r["test_images"]) for r in log(tmp_path / "out")] == [(1, 2, 24)] * 2
     assert "(24 images)" in out
-    assert run("--eval", "--resume", tmp_path / "out/checkpoint.pth", "--data-path", copy, "--device", "cpu") == 0
+    evaluated = ("--eval", "--resume", tmp_path / "out/checkpoint.pth", "--data-path", copy, "--device", "cpu")
+    assert "2 of the" in sentence(capsys, *evaluated)       # more than 1%
+    assert run(*evaluated, "--max-unreadable", 0.1) == 0
     out = capsys.readouterr().out
     assert "2 images could not be read" in out and evaluation(out) == logged(log(tmp_path / "out")[-1])
 
