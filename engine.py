@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,8 +150,10 @@ def distributed(model: nn.Module, process: Process) -> nn.Module:
     if process.world_size == 1:
         return model
     # grids are buffers too: to send them before each forward pass would make every process wait there for nothing
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"       # the older name
     return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None,
-                                   broadcast_buffers=has_running_statistics(model))
+                                   **{name: has_running_statistics(model)})
 
 
 # ---------------------------------------------------------------- what the processes agree on

@@ -206,7 +206,7 @@ def test_unreadable_images_are_counted_over_both_processes(data, tmp_path):
     broken = [sorted((copy / "val/digit0").iterdir())[0], *sorted((copy / "val/digit1").iterdir())[:2]]
     for path in broken:
         path.write_bytes(b"no picture")
-    flags = (*QUICK, *ALIKE, "--epochs", 1, "--data-path", copy)
+    flags = (*QUICK, *ALIKE, "--epochs", 1, "--data-path", copy, "--max-unreadable", 0.5)
     runs = launch(tmp_path, *flags, "--batch-size", 8, "--output_dir", tmp_path / "two")
     assert run(*flags, "--output_dir", tmp_path / "one") == 0
     finish(runs)
