@@ -30,9 +30,33 @@ def to_rgb(image: Image.Image) -> Image.Image:
     were measured.
     """
     if image.mode.startswith("I"):  # PIL would clip 16-bit values at 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        values = np.asarray(image)
+        # a piece at a time: the arithmetic takes 24 bytes a pixel
+        pieces = np.array_split(values.reshape(-1), max(1, values.size >> 20))
+        image = Image.fromarray(np.concatenate([_to_8_bits(piece) for piece in pieces]).reshape(values.shape))
     return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Of 16-bit values 0 .. 65535, whatever their type."""
+    return ((values.astype(np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8)
+
+
+# Resized by its shorter side to 256 pixels, an image of 20,000 x 1 would take 4 GB. Of an image longer than so many times its
+# shorter side no more is resized: photographs end at panoramas of 10, and a square crop shows a twentieth of it at most.
+LONGEST = 20
+
+
+def shorten(image: Image.Image, choose: Callable[[int], int]) -> Image.Image:
+    """The image, or so much of its longer side that this is LONGEST times the shorter.
+
+    choose: called with the number of pixels to spare, returns how many of them are left out before the part that is kept."""
+    short, long = sorted(image.size)
+    keep = LONGEST * short + (long - LONGEST * short) % 2     # of the long side's parity: the two centres are the same
+    if keep >= long:
+        return image
+    first = choose(long - keep)
+    return image.crop((first, 0, first + keep, short) if image.width == long else (0, first, short, first + keep))
 
 
 class Normalise:
@@ -79,7 +103,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         if self.size > 32 or image.size != (self.size, self.size):
-            image = self.fit(image)
+            image = self.fit(shorten(image, lambda spare: spare // 2))
         return self.finish(image)
 
 
@@ -121,7 +145,11 @@ def _pad_and_crop(args: Namespace, padding_mode: str) -> Callable:
     kinds = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
     resize = transforms.RandomChoice([transforms.Resize(size, str_to_interp_mode(kind)) for kind in kinds])
     crop = transforms.RandomCrop(size, padding=padding or None, padding_mode=padding_mode)
-    return transforms.Compose([resize, crop])
+    return transforms.Compose([_shorten_anywhere, resize, crop])
+
+
+def _shorten_anywhere(image: Image.Image) -> Image.Image:
+    return shorten(image, lambda spare: int(torch.randint(spare + 1, ())))
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:

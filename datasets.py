@@ -148,9 +148,10 @@ def _reason(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
 
 
-def _shown(name: str) -> str:
-    """A file's name on one line, in characters that any stream can write."""
-    return name if name.isprintable() else repr(name)[1:-1]
+def _shown(name: str, most: int = 100_000) -> str:
+    """A file's name, or its end, on one line, in characters that any stream can write."""
+    name = name if name.isprintable() else repr(name)[1:-1]
+    return name if len(name) <= most else f"...{name[3 - most:]}"
 
 
 class ImageSet(Dataset):
@@ -178,7 +179,10 @@ class ImageSet(Dataset):
         self.spare_first = args.resplit
         self.strict = args.strict_data
         self.quiet = False  # count what is unreadable without naming it
-        self.marks = torch.zeros(2, len(self.images), dtype=torch.uint8).share_memory_()
+        try:
+            self.marks = torch.zeros(2, len(self.images), dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:
+            raise UserError(_about_machine(error) or f"no memory can be shared ({error}): {MORE_SHARED_MEMORY}") from error
         self.unreadable, self.named = self.marks
 
     def __len__(self) -> int:
@@ -219,10 +223,12 @@ class ImageSet(Dataset):
     def name_unreadable(self, index: int, reason: str) -> None:
         if not self.named[index]:
             self.named[index] = 1
-            print(f"Skipping an unreadable image: {self.shown(index)} ({reason})\n", end="", file=sys.stderr, flush=True)
+            name = _shown(self.images.name(index))
+            print(f"Skipping an unreadable image: {name} ({reason})\n", end="", file=sys.stderr, flush=True)
 
-    def shown(self, index: int) -> str:
-        return _shown(self.images.name(index))
+    def shown(self, *indices: int) -> str:
+        """Their names in a sentence."""
+        return ", ".join(_shown(self.images.name(index), 360 // len(indices)) for index in indices)
 
     def count_unreadable(self) -> int:
         # as numpy's bool: thirty microseconds a million, and it is asked for at every step
@@ -511,32 +517,31 @@ class Loaders:
         named yet is named."""
         if self.train is None:
             return 0
-        self._share_marks(self.train.dataset)
+        self._share_marks()
         return self.train.dataset.count_unreadable()
 
     def unreadable_val(self) -> int:
         """Validation images that this process could not read so far."""
         return self.val.dataset.count_unreadable()
 
-    def _share_marks(self, data: ImageSet) -> None:
+    def _share_marks(self) -> None:
         """From now on each process knows what the others could not read and have named."""
-        marks = data.marks.clone()
+        data = [loader.dataset for loader in (self.train, self.val) if loader]
+        marks = torch.cat([one.marks for one in data], 1).to(self.device)
         if dist.is_initialized():
-            marks = marks.to(self.device)
             dist.all_reduce(marks, dist.ReduceOp.MAX)
-            marks = marks.cpu()
-        unreadable, named = marks.bool()
-        data.unreadable[unreadable] = 1     # no zeros are written: a worker may be at it
-        data.named[named] = 1
-        for index in (unreadable & ~named).nonzero().flatten().tolist():
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                data.name_unreadable(index, "drawn in place of another one")
-            data.named[index] = 1
+        for one, (unreadable, named) in zip(data, marks.cpu().bool().split([len(one) for one in data], 1)):
+            one.unreadable[unreadable] = 1      # no zeros are written: a worker may be at it
+            one.named[named] = 1
+            for index in (unreadable & ~named).nonzero().flatten().tolist() if one.is_train else []:
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    one.name_unreadable(index, "drawn in place of another one")
+                one.named[index] = 1
 
     def unreadable_state(self) -> list[int]:
         """Indices of the training images that any process could not read so far, for a checkpoint. All processes ask at
         the same time."""
-        self._share_marks(self.train.dataset)
+        self._share_marks()
         return self.train.dataset.unreadable.nonzero().flatten().tolist()
 
     def load_unreadable_state(self, indices: list[int]) -> None:
@@ -549,19 +554,23 @@ class Loaders:
             if 0 <= index < len(data) and data._load(index, name=False) is None:
                 data.named[index] = 1
 
-    def check_unreadable(self) -> None:
+    def check_unreadable(self, together: bool = False) -> None:
         """Raises UserError where this process knows of more unreadable training or validation images than --max-unreadable
-        allows. One alone is too many only where the limit is 0."""
+        allows. One alone is too many only where the limit is 0.
+
+        together: all processes ask at the same time, and each knows what any of them could not read."""
+        if together:
+            self._share_marks()
         for half, loader in (("training", self.train), ("validation", self.val)):
             if loader is None:
                 continue
-            data = loader.dataset
+            data, limit = loader.dataset, self.max_unreadable
             count = data.count_unreadable()
-            if count > (self.max_unreadable and max(1, self.max_unreadable * len(data))):
-                names = ", ".join(data.shown(index) for index in data.unreadable.nonzero().flatten()[:3].tolist())
+            if count / len(data) > limit and (count > 1 or not limit):
+                some = data.unreadable.nonzero().flatten()[:3].tolist()
                 raise UserError(f"{count} of the {len(data)} {half} images ({100 * count / len(data):.2g}%) cannot be read, more "
-                                f"than --max-unreadable {self.max_unreadable:g} allows: repair or remove them, or raise the "
-                                f"limit ({names}{', ...' if count > 3 else ''})")
+                                f"than --max-unreadable {limit:g} allows: repair or remove them, or raise the limit "
+                                f"({data.shown(*some)}{', ...' if count > 3 else ''})")
 
 
 # ---------------------------------------------------------------- loader processes
@@ -598,7 +607,7 @@ def _start(loader: DataLoader) -> Iterator:
     """iter(loader). While its workers are started, the signals that `_start_worker` ignores are blocked, so that a worker is
     born deaf to them. PyTorch's handler of SIGCHLD would raise an error wherever the training is at that moment, between
     two updates or while a file is written; the one from before is put back, and the error comes out of `batches`."""
-    if getattr(loader, "num_workers", 0) == 0 or os.name != "posix":      # any iterable will do
+    if getattr(loader, "worker_init_fn", None) is not _start_worker or not loader.num_workers or os.name != "posix":
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
@@ -640,7 +649,7 @@ def _check(workers: list[BaseProcess], error: Exception | None = None) -> None:
         elif code == -getattr(signal, "SIGBUS", 0):
             text = f"found no room in the shared memory: {MORE_SHARED_MEMORY}"
         else:
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            how = f"exit code {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
             text = f"has ended unexpectedly ({how}): --num_workers 0 loads in the training process and shows where"
         raise UserError(f"loader process {worker.pid} {text}") from error
 
@@ -649,13 +658,13 @@ MORE_SHARED_MEMORY = "enlarge /dev/shm (docker run --ipc=host or --shm-size=16g)
 # What PyTorch's and the system's errors say of the machine -> what helps.
 _MACHINE = {
     r"Too many open files|0 items of ancdata":
-        "the loader processes ran out of open files: raise the limit (ulimit -n 65536), or lower --num_workers",
+        "there are too many open files for the loader processes: raise the limit (ulimit -n 65536), or lower --num_workers",
     r"(open|mmap|resize|allocate).*(shared memory|/torch_)|shared memory limit|No space left on device":
-        f"the loader processes found no room in the shared memory: {MORE_SHARED_MEMORY}",
+        f"the shared memory has no room for the loader processes: {MORE_SHARED_MEMORY}",
     r"Resource temporarily unavailable":
         "no more loader processes can be started: lower --num_workers, or raise the limit (ulimit -u)",
     r"MemoryError|[Cc]an(no|')t allocate memory":
-        "the loader processes ran out of memory: lower --num_workers or --batch-size, or give the run more memory",
+        "there is not enough memory to load the images: lower --num_workers or --batch-size, or give the run more memory",
 }
 
 

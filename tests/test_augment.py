@@ -1,14 +1,16 @@
 import random
+import resource
 
 import numpy as np
 import pytest
 import torch
+from helpers import forked
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from augment import Normalise, build_transform, to_rgb
+from augment import Normalise, build_transform, shorten, to_rgb
 from config import get_args_parser
 from utils import UserError
 
@@ -186,6 +188,68 @@ def test_src_shows_the_shorter_side_almost_whole():
     assert zoomed.float().std() > 50
 
 
+# ---------------------------------------------------------------- very thin images
+def stripes(width, height):
+    """Smooth along its longer side, so that a shift of half a pixel shows."""
+    wave = 127.5 + 127.5 * np.sin(np.arange(max(width, height)) / 7)
+    colours = np.stack([wave, wave[::-1], np.linspace(0, 255, len(wave))], -1).astype(np.uint8)
+    rows = np.repeat(colours[None], min(width, height), 0)
+    return Image.fromarray(rows if width >= height else rows.transpose(1, 0, 2).copy())
+
+
+@pytest.mark.parametrize("width, height", [(20, 1), (21, 1), (1, 20), (400, 20), (20, 401), (100, 80), (1, 1), (3, 60)])
+def test_images_of_up_to_twenty_times_their_shorter_side_stay_as_they_are(width, height):
+    image = stripes(width, height)
+    assert shorten(image, None) is image
+    for flags in ({"input_size": 32}, {"input_size": 48, "src": True}):
+        args = make_args(**flags, **PLAIN)
+        size, padding = args.input_size, args.crop_padding
+        theirs = transforms.Compose([
+            transforms.Resize(size, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomCrop(size, padding, padding_mode="reflect" if args.src else "constant"),
+            transforms.RandomHorizontalFlip(), Normalise()])
+        for seed, ours in enumerate(train_outputs(image, 4, **flags, **PLAIN)):
+            seed_all(seed)
+            assert torch.equal(ours, theirs(image))
+    theirs = transforms.Compose([transforms.Resize(54, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(48),
+                                 Normalise()])
+    assert torch.equal(build_transform(False, make_args(input_size=48))(image), theirs(image))
+
+
+@pytest.mark.parametrize("width, height", [(210, 10), (211, 10), (10, 300), (11, 301), (500, 9), (1001, 7), (999, 8)])
+def test_the_centre_of_a_very_thin_image_is_its_centre(width, height):
+    image = stripes(width, height)
+    assert max(shorten(image, lambda spare: spare // 2).size) in (20 * min(image.size), 20 * min(image.size) + 1)
+    theirs = transforms.Compose([transforms.Resize(54, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(48)])(image)
+    ours = pixels(build_transform(False, make_args(input_size=48))(image))
+    difference = np.abs(np.asarray(ours, int) - np.asarray(theirs, int))
+    assert difference.max() <= 6 and difference.mean() < 2      # one pixel of the result at most; half one of the image is more
+
+
+def test_training_sees_all_of_a_very_thin_image():
+    for width, height in ((3000, 10), (10, 3000)):
+        image = stripes(width, height)      # blue grows from 0 to 255 along it
+        for flags in ({"input_size": 32}, {"input_size": 48, "src": True}):
+            outputs = train_outputs(image, 200, hflip=0.0, **flags, **{**PLAIN, "crop_padding": 0})
+            middle = outputs.shape[-1] // 2
+            shown = sorted(pixels(output).getpixel((middle, middle))[2] for output in outputs)
+            assert shown[0] < 20 and shown[-1] > 235 and 90 < shown[100] < 165, (flags, shown[::20])
+
+
+@pytest.mark.parametrize("width, height", [(20_000, 1), (1, 20_000), (60_000, 2)])
+@pytest.mark.parametrize("is_train, flags", [(False, {}), (True, {"src": True}), (True, {"input_size": 32}), (True, {})], ids=str)
+def test_a_very_thin_image_takes_little_memory(width, height, is_train, flags):
+    transform = build_transform(is_train, make_args(**{"input_size": 224, **flags}))
+    image = Image.new("RGB", (width, height), "red")
+
+    def measured():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert transform(image).shape[1] == flags.get("input_size", 224)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    assert forked(measured) < 80        # MB; resized as a whole it would be 4 GB
+
+
 # ---------------------------------------------------------------- 3-Augment
 def test_three_augment_is_gray_solarize_or_blur():
     image = photo(48, 48)
@@ -236,6 +300,13 @@ def test_16_bit_grey_is_scaled_not_clipped():
 def test_every_mode_becomes_rgb(mode):
     assert to_rgb(Image.new(mode, (5, 4))).mode == "RGB"
     assert to_rgb(Image.new(mode, (5, 4))).size == (5, 4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1500, 900), (3_000_000, 1), (1, 3_000_000)])
+def test_16_bit_grey_is_scaled_a_piece_at_a_time(size):
+    values = np.random.default_rng(0).integers(0, 65536, size[::-1], dtype=np.uint16)
+    expected = ((values.astype(np.int64) + 128) // 257).astype(np.uint8)
+    assert np.array_equal(np.asarray(to_rgb(Image.fromarray(values)))[..., 1], expected)
 
 
 def test_alpha_is_dropped_and_the_colour_below_kept():

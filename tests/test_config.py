@@ -306,7 +306,7 @@ def test_defaults_are_valid():
     "--train-interpolation bicubik", "--opt adamww", "--aa rand-strong", "--aa rand-m9-q3", "--aa auto",
     "--aa rand-mx", "--aa augmix-inc1", "--warmup-epochs -1", "--min-lr -1", "--color-jitter -0.1",
     "--aa rand-n1000", "--aa rand-mstd1e9", "--aa augmix-w0", "--aa augmix-a0.0", "--aa rand-m٣",
-    "--lr 2e9", "--grad-accum 2000000000",
+    "--lr 2e9", "--grad-accum 2000000000", "--max-unreadable 1.5", "--max-unreadable -0.1",
     "--epochs 1000001", "--recount 1001", "--num_workers 1025", "--input-size 16385", "--eval-crop-ratio 0.01",
     "--seed 9223372036854775808", "--keep 1001", "--lr-noise-pct 0", "--cutmix-minmax 0 1e-3", "--train-interpolation lanczos",
     "--kan-grid-points 1025", "--kan-grid-range -2e9 0", "--crop-padding 225",

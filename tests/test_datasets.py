@@ -1,19 +1,30 @@
+import concurrent.futures
+import ctypes
 import functools
+import gc
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import resource
+import signal
+import subprocess
 import tarfile
 import threading
+import time
 
+import e2e
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
+from helpers import forked, sentence
+from hostile_images import EPS, LONG_NAME, picture, write_black_png, write_image, write_odd, write_unreadable
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.task import ClassificationEvaluator
@@ -21,8 +32,9 @@ from torch.utils.data import DataLoader
 from torchvision import datasets as torchvision_datasets
 
 import datasets
+from augment import build_transform
 from config import get_args_parser
-from datasets import UnreadableData, build_dataset, build_loaders, guess_data_set, load_image
+from datasets import FileImages, UnreadableData, batches, build_dataset, build_loaders, guess_data_set, load_image
 from samplers import SampleKey
 from utils import Process, UserError
 
@@ -36,13 +48,6 @@ def make_args(data_path="", **changes):
     return args
 
 
-def write_image(path, seed=0, size=(40, 32), **save):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, **save)
-    return path
-
-
 def write_folder(root, train, val, suffix="jpg"):
     """train, val: dict class -> number of images."""
     for half, classes in (("train", train), ("val", val)):
@@ -51,6 +56,19 @@ def write_folder(root, train, val, suffix="jpg"):
             for i in range(count):
                 write_image(root / half / name / f"{i}.{suffix}", seed=100 * c + i + (half == "val") * 1000)
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left():
+    """PyTorch would wait five seconds for each of a loader that an exception's traceback has kept until the garbage collector
+    comes. Its handler of SIGCHLD, which tests without `batches` leave behind, would raise in the middle of pytest."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    gc.disable()
+    yield
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.terminate()
+    gc.enable()
 
 
 @pytest.fixture
@@ -77,10 +95,10 @@ def targets_of(loader):
 def test_folder_loaders(folder):
     loaders = build_loaders(make_args(folder), Process())
     assert (loaders.data_set, loaders.nb_classes, loaders.class_names) == ("FOLDER", 3, ["cat", "dog", "owl"])
-    batches = epoch_of(loaders)
-    assert [len(images) for images, _ in batches] == [4, 4, 4, 4]
-    assert batches[0][0].shape == (4, 3, 32, 32) and batches[0][0].dtype == torch.float32
-    assert batches[0][1].dtype == torch.int64
+    drawn = epoch_of(loaders)
+    assert [len(images) for images, _ in drawn] == [4, 4, 4, 4]
+    assert drawn[0][0].shape == (4, 3, 32, 32) and drawn[0][0].dtype == torch.float32
+    assert drawn[0][1].dtype == torch.int64
     val = list(loaders.val)
     assert [len(images) for images, _ in val] == [6, 1]  # int(1.5 * 4), the incomplete batch kept
     assert targets_of(loaders.val) == [0, 0, 1, 1, 1, 2, 2]
@@ -527,30 +545,87 @@ def test_evaluation_counts_every_image_once(tmp_path, n):
             assert len(set(images)) == n - unreadable
 
 
+def test_shards_hold_every_image_once_for_each_size_and_number_of_processes(tmp_path):
+    """The loaders of 1 .. 64 images in 1 .. 4 processes: each image in exactly one of them, where its place says."""
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "b").mkdir()
+    args = make_args(tmp_path, eval=True, dist_eval=True, input_size=8, batch_size=3, data_set="FOLDER")
+    shades = {}
+    for n in range(1, 65):
+        half = "a" if n <= 20 else "b"
+        Image.new("RGB", (8, 8), (n, 2 * n, 0)).save(tmp_path / "val" / half / f"{n:02d}.bmp")
+        data, _ = build_dataset(False, args)
+        shades[n] = data[n - 1][0][0, 0, 0].item()
+        assert len(data) == n == len(set(shades.values()))
+        for world in (1, 2, 3, 4):
+            seen = {}
+            for rank in range(world):
+                loader = build_loaders(args, Process(rank, world)).val
+                images, targets = zip(*loader) if len(loader) else ((), ())
+                seen[rank] = [(image[0, 0, 0].item(), int(t)) for batch in zip(images, targets) for image, t in zip(*batch)]
+            expected = [(shades[i + 1], int(i >= 20)) for i in range(n)]
+            assert seen == {rank: expected[rank::world] for rank in range(world)}, (n, world)
+
+
 def test_without_dist_eval_every_process_evaluates_everything(folder):
     for rank in range(3):
         assert targets_of(build_loaders(make_args(folder), Process(rank, 3)).val) == [0, 0, 1, 1, 1, 2, 2]
 
 
 # ---------------------------------------------------------------- seeds
-def test_batches_do_not_depend_on_the_number_of_workers(folder):
-    runs, vals = [], []
-    for workers in (0, 1, 2):
-        loaders = build_loaders(make_args(folder, num_workers=workers, resplit=True), Process())
-        runs.append(epoch_of(loaders, epoch=1) + epoch_of(loaders, epoch=2))
-        vals.append(list(loaders.val))
-    assert same_batches(runs[0], runs[1]) and same_batches(runs[0], runs[2])
+def tensors_of(folder, world=1, workers=0, position=0, **flags):
+    """position -> (image, target) of an epoch's draws, those of all processes together, from a position on."""
+    drawn = {}
+    for rank in range(world):
+        loaders = build_loaders(make_args(folder, num_workers=workers, batch_size=1, **flags), Process(rank, world))
+        epoch = epoch_of(loaders, 1, position)
+        drawn |= {position + rank + i * world: (images[0], int(targets)) for i, (images, targets) in enumerate(epoch)}
+    return drawn
+
+
+def test_an_image_depends_on_seed_epoch_and_position_alone(folder):
+    (folder / "train" / "cat" / "0.jpg").write_bytes(b"")      # nor does the one in its place
+    flags = {"resplit": True, "ThreeAugment": False}
+    expected = tensors_of(folder, **flags)
+    assert len(expected) == 16
+    for workers, world, position in [(1, 1, 0), (2, 1, 0), (3, 1, 0), (0, 2, 0), (0, 3, 0), (2, 2, 0), (3, 3, 0), (0, 1, 5),
+                                     (2, 1, 7), (3, 2, 4), (1, 3, 7), (0, 2, 15)]:
+        drawn = tensors_of(folder, world, workers, position, **flags)
+        for place in range(position, 16):
+            image, target = drawn[place]
+            assert torch.equal(image, expected[place][0]) and target == expected[place][1], (workers, world, position, place)
+    other = tensors_of(folder, seed=1, **flags)
+    assert not any(torch.equal(other[place][0], expected[place][0]) for place in expected)
+
+
+def test_validation_images_do_not_depend_on_the_number_of_workers(folder):
+    vals = [list(build_loaders(make_args(folder, num_workers=workers), Process()).val) for workers in (0, 1, 2)]
     assert same_batches(vals[0], vals[1]) and same_batches(vals[0], vals[2])
-    assert not same_batches(runs[0][:4], runs[0][4:])  # the epochs differ
 
 
-def test_batches_do_not_depend_on_the_number_of_processes(folder):
-    def images_of(process):
-        return torch.cat([images for images, _ in epoch_of(build_loaders(make_args(folder), process))])
+def test_epochs_differ_whatever_the_number_of_workers(folder):
+    runs = []
+    for workers in (0, 2):
+        loaders = build_loaders(make_args(folder, num_workers=workers), Process())
+        runs.append([epoch_of(loaders, epoch) for epoch in (1, 2, 1)])
+        assert same_batches(runs[-1][0], runs[-1][2]) and not same_batches(runs[-1][0], runs[-1][1])
+    assert all(same_batches(*pair) for pair in zip(*runs))
 
-    alone = images_of(Process())
-    assert torch.equal(alone[0::2], images_of(Process(0, 2)))
-    assert torch.equal(alone[1::2], images_of(Process(1, 2)))
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_does_not_read_ahead_into_the_next_epoch(folder, tmp_path, monkeypatch, workers):
+    read = tmp_path / "read"
+    monkeypatch.setattr(datasets, "load_image", lambda path, enough, real=load_image: (
+        os.write(log, f"{path}\n".encode()), real(path, enough))[1])
+    log = os.open(read, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    loaders = build_loaders(make_args(folder, num_workers=workers), Process())
+    for epoch in (0, 1):
+        before = len(read.read_text().splitlines())
+        loaders.train_sampler.set_epoch(epoch)
+        assert sum(len(targets) for _, targets in batches(loaders.train)) == 16
+        time.sleep(0.3 if workers else 0)
+        assert len(read.read_text().splitlines()) - before == 16
+    os.close(log)
 
 
 def test_seed_changes_the_batches(folder):
@@ -564,9 +639,15 @@ def test_a_position_gives_the_tail_of_the_epoch(folder):
 
 
 def test_repeats_of_an_image_differ(folder):
-    data, _ = build_dataset(True, make_args(folder))
-    repeats = [data[SampleKey(4, seed=0, epoch=0, position=12 + i, repeat=i)][0] for i in range(3)]
-    assert not any(torch.equal(repeats[i], repeats[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    loaders = build_loaders(make_args(folder, batch_size=1), Process())
+    keys = list(loaders.train_sampler)
+    assert [key.position for key in keys] == list(range(16))
+    drawn = [images for images, _ in epoch_of(loaders)]
+    for i, first in enumerate(keys):
+        for j in range(i + 1, min(i + 3, 16)):
+            if keys[j].index == first.index:
+                assert not torch.equal(drawn[i], drawn[j]), (first, keys[j])
+    assert len({key.index for key in keys}) == 6       # or there would be no repeats to compare
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}, {"position": 1}])
@@ -618,40 +699,26 @@ def test_resplit_spares_the_first_repeat(folder):
 
 
 # ---------------------------------------------------------------- unreadable images
-def write_unreadable(folder, monkeypatch):
-    """One file of each kind that cannot be read, class by class; their names."""
-    good = write_image(folder.parent / "good.png", size=(300, 300)).read_bytes()
-    jpeg = write_image(folder.parent / "good.jpg", size=(300, 300)).read_bytes()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "truncated.png").write_bytes(good[:len(good) // 2])
-    (folder / "truncated.jpg").write_bytes(jpeg[:len(jpeg) // 2])
-    (folder / "garbage.jpg").write_bytes(np.random.default_rng(0).bytes(2000))
-    (folder / "header.png").write_bytes(good[:40] + np.random.default_rng(0).bytes(2000))
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.jpg").write_text("not an image")
-    (folder / "dangling.jpg").symlink_to("nowhere.jpg")
-    Image.new("1", (400, 400)).save(folder / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 75_000)  # 300 x 300 only warns, 400 x 400 raises
-    forbidden = write_image(folder / "forbidden.jpg")
-    forbidden.chmod(0)
-    if os.access(forbidden, os.R_OK):  # root may read anything
-        def refuse(path, *args, real=open, **options):
-            if os.path.basename(path) == forbidden.name:
-                raise PermissionError(13, "Permission denied", str(path))
-            return real(path, *args, **options)
-        monkeypatch.setattr(datasets, "open", refuse, raising=False)
-    return sorted(path.name for path in folder.iterdir())
+@pytest.fixture
+def no_permissions(monkeypatch):
+    """As root one may read anything, even what is forbidden to all."""
+    if os.geteuid():
+        return
+
+    def refuse(path, *args, real=open, **options):
+        if not os.stat(path).st_mode & 0o400:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *args, **options)
+    monkeypatch.setattr(datasets, "open", refuse, raising=False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_are_named_once_counted_and_survived(folder, monkeypatch, capfd, workers):
-    names = write_unreadable(folder / "train" / "cat", monkeypatch)
-    names = [name for name in names if not name[0].isdigit()]
-    write_unreadable(folder / "val" / "cat", monkeypatch)
+def test_unreadable_images_are_named_once_counted_and_survived(folder, no_permissions, capfd, workers):
+    names = write_unreadable(folder / "train" / "cat")
+    assert names == write_unreadable(folder / "val" / "cat")
     bad = len(names)
-    assert bad == 9
-    args = make_args(folder, num_workers=workers, repeated_aug=False)
-    loaders = build_loaders(args, Process())
+    assert bad == 20
+    loaders = build_loaders(make_args(folder, num_workers=workers, repeated_aug=False), Process())
     assert all((targets >= 0).all() and images.flatten(1).std(1).min() > 0
                for epoch in range(3) for images, targets in epoch_of(loaders, epoch))
     for _ in range(2):
@@ -661,11 +728,39 @@ def test_unreadable_images_are_named_once_counted_and_survived(folder, monkeypat
         assert not torch.cat([images for images, _ in evaluated])[targets < 0].any()
     assert loaders.unreadable_train() == loaders.unreadable_val() == bad
     said = capfd.readouterr().err
+    assert said.count("Skipping an unreadable image") == 2 * bad == len(said.splitlines())
     for half in ("train", "val"):
         for name in names:
-            assert said.count(str(folder / half / "cat" / name) + " (") == 1, name
-    assert said.count("Skipping an unreadable image") == 2 * bad == len(said.splitlines())
-    assert "text.jpg (not an image)" in said and "dangling.jpg (No such file or directory)" in said
+            shown = name if name.isprintable() else repr(name)[1:-1]
+            assert said.count(str(folder / half / "cat" / shown) + " (") == 1, name
+    for reason in ("text.jpg (not an image)", "dangling.jpg (No such file or directory)", "empty.jpg (not an image)",
+                   "forbidden.jpg (Permission denied)", "bomb.png (more than 178,956,970 pixels)", "pipe.jpg (not an image)",
+                   "circle.jpg (Too many levels of symbolic links)", "two\\nlines.jpg (", "schöne 猫 🙂.jpg ("):
+        assert said.count(reason) == 2, reason
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    """PIL would hand it to Ghostscript, under whatever name it comes."""
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    gs.chmod(0o700)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(gs))
+    (tmp_path / "photo.jpg").write_text(EPS)
+    with pytest.raises(UnidentifiedImageError):
+        load_image(str(tmp_path / "photo.jpg"))
+    assert not (tmp_path / "ran").exists()
+    with Image.open(tmp_path / "photo.jpg") as image, pytest.raises(OSError):
+        image.load()        # nothing comes out of our gs
+    assert (tmp_path / "ran").exists()      # the file is a real one
+
+
+def test_one_very_long_path_costs_its_own_length():
+    paths = [f"/data/{i}.jpg" for i in range(1000)]
+    paths[500] = "/data/" + "ä/" * 1000 + "\udcff.jpg"
+    images = FileImages(paths)
+    assert len(images) == 1000 and [images.name(i) for i in range(1000)] == paths
+    assert len(images.paths) < 20_000
+    assert len(FileImages([])) == 0
 
 
 def test_the_image_in_an_unreadable_ones_place_is_always_the_same(folder):
@@ -718,22 +813,473 @@ def test_only_one_process_names_what_all_of_them_evaluate(folder, capfd):
     assert capfd.readouterr().err.count("Skipping") == 1
 
 
-def test_odd_but_readable_images_are_read(folder, capfd):
-    odd = folder / "val" / "cat"
-    picture = load_image(str(odd / "0.jpg"))
-    picture.convert("CMYK").save(odd / "cmyk.jpg")
-    picture.convert("P").save(odd / "palette.png", transparency=bytes(range(256)))
-    picture.convert("RGBA").save(odd / "alpha.png")
-    picture.convert("LA").save(odd / "grey-alpha.png")
-    Image.fromarray(np.full((9, 9), 40000, dtype=np.uint16)).save(odd / "sixteen.png")
-    picture.convert("1").save(odd / "bilevel.png")
-    picture.save(odd / "animated.webp", save_all=True, append_images=[Image.new("RGB", picture.size)])
-    Image.new("RGB", (1, 300), "red").save(odd / "thin.png")
-    loaders = build_loaders(make_args(folder, eval=True), Process())
-    assert len(targets_of(loaders.val)) == 7 + 8 and loaders.unreadable_val() == 0
-    assert load_image(str(odd / "sixteen.png")).getpixel((0, 0)) == (156, 156, 156)
-    assert abs(np.asarray(load_image(str(odd / "animated.webp"))).mean() - np.asarray(picture).mean()) < 5
+@pytest.mark.parametrize("flags", [{}, {"input_size": 48}, {"input_size": 48, "src": True}], ids=str)
+def test_odd_but_readable_images_are_read(tmp_path, capfd, flags):
+    sizes = write_odd(tmp_path / "train" / "a")
+    odd = tmp_path / "train" / "a"
+    (tmp_path / "val").symlink_to("train")
+    assert {name: load_image(str(odd / name)).size for name in sizes} == sizes
+    args = make_args(tmp_path, data_set="FOLDER", repeated_aug=False, **flags)
+    loaders = build_loaders(args, Process())
+    assert len(targets_of(loaders.val)) == len(sizes) == 22
+    assert len(targets_of(loaders.train)) == 20     # the last batch is not whole
+    assert loaders.unreadable_train() == loaders.unreadable_val() == 0
     assert capfd.readouterr().err == ""
+    if not flags:
+        assert load_image(str(odd / "sixteen.png")).getpixel((0, 0)) == (156, 156, 156)
+        for name in ("animated.webp", "animated.png", "animated.tif", "cmyk.jpg", "turned.jpg", "gif inside.jpg"):
+            difference = np.asarray(load_image(str(odd / name)), float) - np.asarray(picture(), float)
+            assert np.abs(difference).mean() < 8, name      # the first frame, not turned
+
+
+# ---------------------------------------------------------------- --strict-data and --max-unreadable
+def break_images(folder, *names):
+    for name in names:
+        (folder / name).write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("broken", ["train/cat/0.jpg", "val/dog/2.jpg"])
+def test_strict_data_stops_at_the_first_unreadable_image(folder, capfd, broken, workers):
+    break_images(folder, broken)
+    loaders = build_loaders(make_args(folder, num_workers=workers, strict_data=True, repeated_aug=False), Process())
+    text = sentence(lambda: (list(batches(loaders.train)), list(batches(loaders.val))))
+    assert text.startswith(f"the image {folder / broken} cannot be read (not an image)") and "--strict-data" in text
+    assert capfd.readouterr().err == ""     # not skipped
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_strict_data_ends_the_program(folder, capsys, workers):
+    break_images(folder, "val/dog/1.jpg")
+    flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 4, "--num_workers", workers, "--mixup", 0, "--cutmix", 0)
+    assert f"{folder}/val/dog/1.jpg cannot be read" in e2e.sentence(capsys, *flags, "--epochs", 1, "--strict-data")
+    assert e2e.run(*flags, "--epochs", 1) == 0
+
+
+def test_more_unreadable_images_than_allowed(tmp_path):
+    write_folder(tmp_path, {"a": 150, "b": 150}, {"a": 60})
+    for share, broken, stops in [(0.01, 3, False), (0.01, 4, True), (0.1, 30, False), (0.1, 31, True), (1, 300, False),
+                                 (0, 0, False), (0, 1, True), (0.001, 1, False), (0.001, 2, True), (0.29, 87, False)]:
+        loaders = build_loaders(make_args(tmp_path, max_unreadable=share), Process())
+        loaders.train.dataset.unreadable[:broken] = 1
+        if not stops:
+            loaders.check_unreadable()
+            continue
+        text = sentence(loaders.check_unreadable)
+        assert f"{broken} of the 300 training images (" in text and f"--max-unreadable {share:g}" in text
+        assert "train/a/0.jpg" in text and ("..." in text) == (broken > 3)
+
+
+def test_one_unreadable_image_of_a_few_is_never_too_many(folder):
+    loaders = build_loaders(make_args(folder), Process())
+    for data, half in ((loaders.val.dataset, "7 validation images (29%)"), (loaders.train.dataset, "16 training images (12%)")):
+        data.unreadable[3] = 1
+        loaders.check_unreadable()
+        data.unreadable[5] = 1
+        assert f"2 of the {half}" in sentence(loaders.check_unreadable)
+        data.unreadable[:] = 0
+    loaders = build_loaders(make_args(folder, eval=True), Process())
+    loaders.val.dataset.unreadable[:2] = 1
+    assert "2 of the 7 validation images" in sentence(loaders.check_unreadable)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_program_stops_by_itself_when_too_many_images_cannot_be_read(folder, capsys, workers):
+    break_images(folder, "val/cat/0.jpg", "val/dog/1.jpg")
+    flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 4, "--epochs", 2, "--num_workers", workers, "--mixup", 0,
+             "--cutmix", 0)
+    text = e2e.sentence(capsys, *flags)
+    assert "2 of the 7 validation images (29%) cannot be read, more than --max-unreadable 0.01 allows" in text
+    assert e2e.run(*flags, "--max-unreadable", 0.3) == 0
+
+
+def test_a_resumed_run_counts_the_same_images_and_does_not_name_them_again(folder, capfd):
+    break_images(folder, "train/cat/0.jpg", "train/owl/3.jpg", "train/owl/4.jpg")
+    args = make_args(folder, repeated_aug=False)
+    loaders = build_loaders(args, Process())
+    epoch_of(loaders)
+    state = loaders.unreadable_state()
+    assert state == [0, 14, 15] and loaders.unreadable_train() == 3
+    assert capfd.readouterr().err.count("Skipping") == 3
+    write_image(folder / "train" / "owl" / "4.jpg")                     # repaired meanwhile
+    again = build_loaders(args, Process())
+    again.load_unreadable_state([*state, 16, 10 ** 12, -1])             # a smaller folder than it was
+    assert again.unreadable_train() == 2 and again.unreadable_state() == [0, 14]
+    epoch_of(again)
+    assert again.unreadable_train() == 2 and capfd.readouterr().err == ""
+    for odd in (3, "abc", ["1"], {"a": 1}, None, [1.5]):
+        assert "checkpoint" in sentence(again.load_unreadable_state, odd)
+
+
+def test_what_was_drawn_in_place_of_another_is_named_at_the_epochs_end(folder, capfd):
+    loaders = build_loaders(make_args(folder), Process())
+    drawn = {key.index for key in loaders.train_sampler}        # five of 16 images three times each, one once
+    assert len(drawn) == 6
+    names = [loaders.train.dataset.images.name(index) for index in range(16)]
+    break_images(folder, *(name for index, name in enumerate(names) if index not in drawn), names[min(drawn)])
+    epoch_of(loaders)
+    bad = set(loaders.train.dataset.unreadable.nonzero().flatten().tolist())
+    assert bad - drawn and bad & drawn == {min(drawn)}
+    assert capfd.readouterr().err.count("(not an image)") == len(bad & drawn)
+    assert loaders.unreadable_train() == len(bad)
+    assert capfd.readouterr().err.count("(drawn in place of another one)") == len(bad - drawn)
+    epoch_of(loaders)
+    assert loaders.unreadable_train() == len(bad) and capfd.readouterr().err == ""
+
+
+def test_long_names_leave_room_for_the_sentence(tmp_path):
+    name = "long " * 30
+    write_folder(tmp_path, {name: 4}, {name: 4})
+    for path in (tmp_path / "val" / name).iterdir():
+        path.rename(path.with_name(LONG_NAME[:240] + path.name)).write_bytes(b"")
+    strict = build_loaders(make_args(tmp_path, strict_data=True), Process())
+    assert "1.jpg" in sentence(strict.val.dataset.__getitem__, 1)
+    loaders = build_loaders(make_args(tmp_path), Process())
+    list(loaders.val)
+    text = sentence(loaders.check_unreadable)
+    assert all(f"{i}.jpg" in text for i in range(3))
+
+
+def evaluated_in_parts(rank, world, folder, rendezvous):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    loaders = build_loaders(make_args(folder, eval=True, dist_eval=True, max_unreadable=0.3), Process(rank, world))
+    list(loaders.val)
+    loaders.check_unreadable()      # two of seven: not too many yet
+    text = sentence(loaders.check_unreadable, together=True)
+    dist.destroy_process_group()
+    return text
+
+
+def in_processes(world, function, *args):
+    """function(rank, world, *args) in so many copies of this process at once."""
+    with concurrent.futures.ThreadPoolExecutor(world) as pool:
+        return list(pool.map(lambda rank: forked(function, rank, world, *args), range(world)))
+
+
+def test_processes_that_share_an_evaluation_share_its_limit(folder, tmp_path):
+    break_images(folder, *(f"val/{c}/{i}.jpg" for c in ("cat", "dog") for i in range(2)))
+    one, other = in_processes(2, evaluated_in_parts, folder, tmp_path / "meet")
+    assert one == other and one.startswith("4 of the 7 validation images (57%)")
+
+
+def one_of(rank, world, folder, rendezvous, workers):
+    """An epoch in one of several processes: how many images it could not read itself, how many they could not all together."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    loaders = build_loaders(make_args(folder, num_workers=workers, batch_size=2), Process(rank, world))
+    epoch_of(loaders)
+    dist.barrier()
+    alone = int(loaders.train.dataset.unreadable.count_nonzero())
+    state = loaders.unreadable_state()
+    together = [loaders.unreadable_train() for _ in range(2)]
+    text = ""
+    try:
+        loaders.check_unreadable()
+    except UserError as error:
+        text = str(error)
+    dist.destroy_process_group()
+    return alone, state, together, text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_processes_count_what_any_of_them_could_not_read_and_name_it_once(folder, tmp_path, capfd, workers):
+    break_images(folder, *(f"train/{c}/{i}.jpg" for c in ("cat", "dog", "owl") for i in range(2)))
+    alone, states, together, texts = zip(*in_processes(3, one_of, folder, tmp_path / "meet", workers))
+    assert states[0] == states[1] == states[2] and set(states[0]) <= {0, 1, 5, 6, 11, 12}
+    assert list(together) == [[len(states[0])] * 2] * 3
+    assert max(alone) <= len(states[0]) and sum(alone) > len(states[0])         # three processes draw the repeats of one image
+    assert len(set(texts)) == 1 and texts[0].startswith(f"{len(states[0])} of the 16 training images")
+    said = capfd.readouterr().err
+    assert said.count("Skipping an unreadable image") == len(states[0]), said
+
+
+# ---------------------------------------------------------------- memory
+def grown(function, *args):
+    """By how many MB this process's largest size grew in a call, in a copy of it."""
+    def measured():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        function(*args)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return forked(measured)
+
+
+def test_memory_is_measured():
+    assert 90 < grown(lambda: np.ones(100 << 20, np.uint8)) < 120
+
+
+def test_a_decompression_bomb_costs_no_memory(tmp_path):
+    write_black_png(tmp_path / "small.png", 2000, 1999)
+    image = load_image(str(tmp_path / "small.png"))     # the files are real ones
+    assert image.size == (2000, 1999) and image.getextrema() == ((0, 0),) * 3
+    write_image(tmp_path / "val" / "a" / "good.jpg")
+    write_image(tmp_path / "train" / "a" / "good.jpg")
+    path = write_black_png(tmp_path / "train" / "a" / "bomb.png", 20_000, 20_000)
+    assert path.stat().st_size < 1_500_000      # of 1.2 GB
+    data, _ = build_dataset(True, make_args(tmp_path))
+    assert data._load(0) is None and data._load(1) is not None
+    assert grown(data.__getitem__, SampleKey(0, 0, 0, 0, 0)) < 40
+
+
+def test_the_limit_of_pixels_does_not_depend_on_pils(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    path = write_black_png(tmp_path / "bomb.png", 20_000, 20_000)
+    with Image.open(path) as image:
+        assert image.size == (20_000, 20_000)
+    assert grown(pytest.raises, Image.DecompressionBombError, load_image, str(path)) < 20
+
+
+@pytest.mark.slow
+def test_the_largest_image_takes_eight_bytes_a_pixel(tmp_path):
+    """As to_rgb and evaluation handle it: 13,000 x 13,000 pixels."""
+    path = write_black_png(tmp_path / "large.png", 13_000, 13_000)
+    val = build_transform(False, make_args(input_size=224))
+    assert grown(lambda: val(load_image(str(path)))) < 169 * 8 * 1.05
+    Image.new("I;16", (13_000, 13_000)).save(tmp_path / "sixteen.png", compress_level=1)
+    assert grown(lambda: val(load_image(str(tmp_path / "sixteen.png")))) < 169 * 10
+
+
+# ---------------------------------------------------------------- loader processes
+def digits(workers, batch_size=64):
+    return build_loaders(make_args(data_set="DIGITS", num_workers=workers, batch_size=batch_size), Process())
+
+
+def pids(loader):
+    return [worker.pid for worker in loader._iterator._workers]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+        return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_batches_are_the_loaders(folder):
+    for workers in (0, 2):
+        loaders = build_loaders(make_args(folder, num_workers=workers), Process())
+        for loader in (loaders.train, loaders.val):
+            assert same_batches(list(batches(loader)), list(loader))
+    loader = DataLoader(build_dataset(False, make_args(folder))[0], 2, num_workers=1)       # its workers end with the epoch
+    assert same_batches(list(batches(loader)), list(batches(loader)))
+
+
+@pytest.mark.parametrize("number, words", [
+    (signal.SIGKILL, "was killed, as a system does whose memory is full: lower --num_workers"), (signal.SIGBUS, "--ipc=host"),
+    (signal.SIGSEGV, "signal 11, Segmentation fault): --num_workers 0")])
+def test_a_killed_worker_is_one_sentence(number, words):
+    loader = digits(2).train
+    taken = batches(loader)
+    next(taken)
+    worker = loader._iterator._workers[1]
+    os.kill(worker.pid, number)
+    worker.join()
+    start = time.monotonic()
+    text = sentence(next, taken)
+    assert text.startswith(f"loader process {worker.pid} ") and words in text
+    assert text == sentence(next, batches(loader))      # nor can another epoch begin
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("waiting", [False, True])
+def test_the_training_is_not_interrupted_where_a_worker_dies(waiting):
+    """PyTorch would raise from its handler of SIGCHLD, wherever the training is."""
+    def train():
+        torch.utils.data._utils.signal_handling._SIGCHLD_handler_set = False        # as in a new process
+        loader = digits(1).train
+        taken = batches(loader)
+        next(taken)
+        victim, = pids(loader)
+        if waiting:
+            os.kill(victim, signal.SIGSTOP)
+            threading.Timer(0.5, os.kill, (victim, signal.SIGKILL)).start()
+        else:
+            os.kill(victim, signal.SIGKILL)
+            time.sleep(0.3)         # where an update would be
+        return sentence(list, taken)
+    assert "was killed" in forked(train)
+
+
+@pytest.mark.parametrize("error, words", [
+    # of torch/csrc/DataLoader.cpp, with what its handler of SIGBUS adds
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+                  "shared memory. Please try to raise your shared memory limit."), "--ipc=host"),
+    (RuntimeError("unable to open shared memory object </torch_7_1> in read-write mode: Too many open files (24)"), "ulimit -n"),
+    (RuntimeError("unable to open shared memory object </torch_7_1> in read-write mode: Permission denied (13)"), "/dev/shm"),
+    (RuntimeError("unable to mmap 12 bytes from file </torch_7_1_2>: Cannot allocate memory (12)"), "/dev/shm"),
+    (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                  "allocate 9 bytes. Error code 12 (Cannot allocate memory)"), "lower --num_workers or --batch-size"),
+    (OSError(24, "Too many open files"), "ulimit -n"), (OSError(12, "Cannot allocate memory"), "give the run more memory"),
+    (BlockingIOError(11, "Resource temporarily unavailable"), "ulimit -u"), (MemoryError(), "give the run more memory"),
+    (OSError(28, "No space left on device"), "--ipc=host")], ids=lambda value: str(value)[-60:])
+def test_what_pytorch_says_of_the_machine_becomes_a_sentence_that_helps(error, words):
+    def loader():
+        raise error
+        yield
+
+    assert words in sentence(list, batches(Iterated(loader())))
+
+
+class Iterated:
+    """A loader in this process whose batches are given."""
+    num_workers = 0
+
+    def __init__(self, given):
+        self.given = given
+
+    def __iter__(self):
+        return self.given
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes of shm differ"), ZeroDivisionError(), KeyError("x"), OSError(5, "I/O")])
+def test_other_errors_stay_what_they_are(error):
+    def loader():
+        raise error
+        yield
+
+    with pytest.raises(type(error)) as caught:
+        list(batches(Iterated(loader())))
+    assert caught.value is error
+
+
+def test_a_worker_without_memory_is_one_sentence(tmp_path):
+    write_image(tmp_path / "val" / "a" / "0.jpg")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for i in range(4):
+        write_black_png(tmp_path / "train" / "a" / f"{i}.png", 12_000, 12_000)      # 576 MB
+
+    def starve(workers):
+        loader = build_loaders(make_args(tmp_path, num_workers=workers), Process()).train
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (400 << 20),) * 2)
+        return sentence(list, batches(loader))
+
+    for workers in (0, 1):
+        assert "not enough memory to load the images" in forked(starve, workers)
+
+
+def test_too_few_open_files_are_one_sentence(capfd):
+    def limited(spare):
+        loader = digits(2).train
+        limit = len(os.listdir("/proc/self/fd")) + spare
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        kept = []
+        return sentence(lambda: kept.extend(batches(loader)))
+
+    for spare in (5, 14, 25):
+        assert "ulimit -n" in forked(limited, spare)
+
+
+def mount_small_memory(size):
+    """A /dev/shm of so many bytes for this process and its children; returns whether it may do that."""
+    namespace = 0x20000     # CLONE_NEWNS
+    if ctypes.CDLL(None, use_errno=True).unshare(namespace):
+        return False
+    commands = ("mount", "--make-rprivate", "/"), ("mount", "-t", "tmpfs", "-o", f"size={size}", "none", "/dev/shm")
+    return not any(subprocess.run(words, check=False, capture_output=True).returncode for words in commands)
+
+
+@pytest.mark.skipif(not forked(mount_small_memory, "1m"), reason="needs the right to mount a small /dev/shm")
+@pytest.mark.parametrize("size", ["4k", "16k", "40k", "3m"])
+def test_a_small_shared_memory_is_one_sentence(size):
+    """Too small for the list of unreadable images, a queue's lock, a batch."""
+    def train():
+        assert mount_small_memory(size)
+        return sentence(lambda: list(batches(digits(2, batch_size=256).train)))
+    text = forked(train)
+    assert text.startswith("the shared memory has no room") and "docker run --ipc=host" in text
+
+
+def shoot(parent, numbers, until):
+    """Send signals to all child processes of `parent` but this one, as fast as can be."""
+    count = 0
+    while not until.exists():
+        for child in open(f"/proc/{parent}/task/{parent}/children").read().split():
+            if int(child) != os.getpid():
+                for number in numbers:
+                    try:
+                        os.kill(int(child), number)
+                        count += 1
+                    except ProcessLookupError:
+                        pass
+        time.sleep(0.0003)
+    return count
+
+
+def test_workers_ignore_the_signals_that_ask_a_run_to_stop_from_their_first_moment(tmp_path):
+    def train():
+        process = multiprocessing.get_context("fork").Process(
+            target=shoot, args=(os.getpid(), (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2), tmp_path / "end"))
+        process.start()
+        try:
+            counts = []
+            for _ in range(3):
+                loaders = digits(2)
+                counts += [len(list(batches(loaders.train))), len(list(batches(loaders.val)))]
+                os.kill(pids(loaders.train)[0], signal.SIGUSR2)
+            return counts
+        finally:
+            (tmp_path / "end").touch()
+            process.join()
+
+    assert forked(train) == [20, 4] * 3
+
+
+def test_the_training_process_can_end_its_workers():
+    loader = digits(2).train
+    taken = batches(loader)
+    next(taken)
+    for worker in loader._iterator._workers:
+        worker.terminate()
+        worker.join(3)
+        assert worker.exitcode == 0
+    assert "has ended unexpectedly (exit code 0)" in sentence(list, taken)
+
+
+def test_signals_reach_the_training_process_once_its_workers_are_started():
+    loader = digits(1).train
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    handler = signal.getsignal(signal.SIGCHLD)
+    list(batches(loader))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before and signal.getsignal(signal.SIGCHLD) == handler
+
+
+HELD = []
+
+
+def hold(argv):
+    """A program that leaves its loaders open: ends normally, by an error, or is killed."""
+    loaders = digits(2)
+    HELD.append((loaders, batches(loaders.train), batches(loaders.val)))
+    for taken in HELD[0][1:]:
+        next(taken)
+    print(*pids(loaders.train), *pids(loaders.val), flush=True)
+    print("ready", flush=True)
+    if argv == ["error"]:
+        raise UserError("as expected")
+    if argv == ["wait"]:
+        time.sleep(100)
+    return 0
+
+
+@pytest.mark.parametrize("how, code, seconds", [("normal", 0, 4), ("error", 1, 4), ("wait", -9, 10)])
+def test_no_worker_outlives_the_training_process(tmp_path, how, code, seconds):
+    process = e2e.Run(tmp_path, how, call=hold)
+    deadline = time.monotonic() + 60
+    while "ready" not in process.out.read_text():
+        assert time.monotonic() < deadline, process.err.read_text()
+        time.sleep(0.02)
+    workers = [int(word) for word in process.out.read_text().split()[:-1]]
+    assert len(workers) == 4
+    start = time.monotonic()
+    if how == "wait":
+        assert all(map(alive, workers))
+        process.kill()
+    assert process.wait(30) == code, process.err.read_text()
+    while any(map(alive, workers)):
+        assert time.monotonic() - start < seconds
+        time.sleep(0.05)
+    assert time.monotonic() - start < seconds
 
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
@@ -743,9 +1289,9 @@ def test_workers_report_to_the_main_process_however_they_start(folder, method):
     data, _ = build_dataset(True, make_args(folder))
     keys = [SampleKey(i, 0, 0, i, 0) for i in range(len(data))]
     loader = DataLoader(data, 4, sampler=keys, num_workers=1, multiprocessing_context=mp.get_context(method))
-    batches = list(loader)
+    drawn = list(loader)
     assert int(data.unreadable.sum()) == 2 and data.unreadable[0] == data.unreadable[6] == 1
-    assert same_batches(batches, list(DataLoader(data, 4, sampler=keys)))
+    assert same_batches(drawn, list(DataLoader(data, 4, sampler=keys)))
 
 
 def test_large_photographs_are_decoded_at_less_than_their_size_for_training_alone(tmp_path):
