@@ -6,10 +6,12 @@
 One task per GPU; each gets the environment that torchrun would give it. The first task takes a free port of
 its host and publishes it in the job's folder, which all nodes share anyway for submitit's own files: no
 port to choose, and a requeued job finds a new one. At Slurm's early warning before the time limit (SIGUSR2)
-the job is put back into the queue and goes on with `--resume auto`; if main.py handles that signal,
-only after it has stopped by itself.
+main.py saves and stops, then the job is put back into the queue and goes on with `--resume auto`. After SIGTERM
+it saves and stops too, but only Slurm decides whether that was a preemption, which it requeues by itself, or the
+user's scancel.
 `--cluster local` runs the same thing on this machine, without Slurm and, if need be, without a GPU.
 """
+import json
 import os
 import shlex
 import signal
@@ -23,7 +25,8 @@ import torch
 
 from checkpoints import CHECKPOINT, PREVIOUS
 from config import Parser, get_args_parser, parse_args, validate
-from utils import UserError
+from run_folder import STATUS
+from utils import EXIT_PREEMPTED, UserError
 
 try:
     import submitit
@@ -83,30 +86,27 @@ class Trainer:
         if saved and (self.requeues or restarts) and not self.evaluates:
             argv += ["--resume", "auto"]
         warning = env._usr_sig()
-        requeue = signal.getsignal(warning)         # submitit's; main.py may put its own in its place
-        received, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        received.setblocking(False)
-        signal.set_wakeup_fd(wakeup.fileno())       # tells which signals came, whoever handles them
+        requeue = signal.getsignal(warning)         # submitit's: main.py has its own in its place while it trains
         code = main.main(argv)
-        signal.set_wakeup_fd(-1)
-        if code == 0:
-            return 0
-        if warning in _drain(received) and callable(requeue):
-            requeue(warning, None)                  # in the first task: asks Slurm, then exits
-            return code
-        raise RuntimeError(f"main.py stopped with exit code {code}: see the log above")
+        if code not in (0, EXIT_PREEMPTED):
+            raise RuntimeError(f"main.py stopped with exit code {code}: see the log above")
+        # the first task asks for the requeue, and it has written the status
+        if code and env.global_rank == 0 and _stopped_by(output_dir) == warning and callable(requeue):
+            requeue(warning, None)                  # asks Slurm, then exits
+        return code
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """The same once more; `__call__` adds --resume auto when there is something to resume."""
         return submitit.helpers.DelayedSubmission(replace(self, requeues=self.requeues + 1))
 
 
-def _drain(received: socket.socket) -> bytes:
+def _stopped_by(output_dir: Path) -> int:
+    """The signal that stopped the run, as its status.json has it; 0 if it doesn't say."""
     try:
-        return received.recv(4096)
-    except BlockingIOError:
-        return b""
+        status = json.loads((output_dir.expanduser() / STATUS).read_text())
+        return getattr(signal, status["reason"].partition(":")[0]) if status["state"] == "preempted" else 0
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0
 
 
 def _meet(env, file: Path) -> tuple[str, str]:

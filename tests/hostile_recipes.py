@@ -371,7 +371,8 @@ def _odd_values() -> dict[str, list]:
         "eval_crop_ratio": [0.1, 0.875, 1], "device": ["cpu", "cpu:0", "cpu:1", "cuda", "cuda:9", "mps", "meta", "auto"],
         "num_workers": [0, 1], "seed": [0, 1, 2 ** 63 - 1], "start_epoch": [0, 1, 10 ** 6], "print_freq": [1, 10 ** 9],
         "world_size": [1, 2, 10 ** 9], "dist_url": ["env://", "tcp://", "file://"], "keep": [1, 1000],
-        "save_interval_steps": [0, 1, 10 ** 9], "save_interval_minutes": [0, tiny, large], "dist_timeout": [tiny, 1, large]}
+        "save_interval_steps": [0, 1, 10 ** 9], "save_interval_minutes": [0, tiny, large], "dist_timeout": [tiny, 1, large],
+        "max_unreadable": [0, tiny, 1]}
     for dest, action in FLAGS.items():
         if dest not in values and dest not in ("download", "compile", "profile", "kan_backend"):
             values[dest] = list(action.choices) if action.choices and action.nargs != 0 else [True, False]

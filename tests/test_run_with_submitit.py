@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from e2e import NANO, checkpoint, differences, log, write_digits
+from test_distributed import finish, launch
 
 import run_with_submitit
 from run_with_submitit import Trainer, main
@@ -30,6 +33,11 @@ def main(argv=None):
         f.write(json.dumps({"argv": argv, "cuda": os.environ.get("CUDA_VISIBLE_DEVICES"),
                             **{k: os.environ[k] for k in keys}}) + "\\n")
     return behave(argv, out, rank)
+def stopped_by(reason, out, rank):
+    if rank == "0":
+        status = {"state": "preempted", "reason": reason + ": saved", "exit_code": 75}
+        (out / "status.json").write_text(json.dumps(status))
+    return 75
 """
 
 
@@ -147,19 +155,19 @@ def test_cpu_asks_slurm_for_no_gpu(monkeypatch):
 # ---------------------------------------------------------------- one task of several nodes
 @pytest.fixture
 def task(monkeypatch, tmp_path):
-    """Calls a Trainer as task `rank` of 2 nodes x 2 tasks; returns main's argv."""
+    """Calls a Trainer as task `rank` of 2 nodes x 2 tasks, where main returns `code`; returns main's argv."""
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(key, "")
 
-    def call(trainer, rank, **env):
+    def call(trainer, rank, code=0, **env):
         seen = []
         for key, value in env.items():
             monkeypatch.setenv(key, value)
         job = SimpleNamespace(job_id="9", global_rank=rank, local_rank=rank % 2, num_tasks=4, num_nodes=2,
                               hostnames=["node3", "node4"], _usr_sig=lambda: signal.SIGUSR2)
         monkeypatch.setattr(submitit, "JobEnvironment", lambda: job)
-        monkeypatch.setitem(sys.modules, "main", SimpleNamespace(main=lambda argv: seen.append(argv) or 0))
-        assert trainer() == 0
+        monkeypatch.setitem(sys.modules, "main", SimpleNamespace(main=lambda argv: seen.append(argv) or code))
+        assert trainer() == code
         return seen[0]
 
     return call
@@ -209,6 +217,27 @@ def test_a_restart_does_not_read_the_old_address(task, tmp_path, monkeypatch):
             task(later, 1, SLURM_RESTART_COUNT="1")
 
 
+STOPPED = '{"state": "preempted", "reason": "SIGUSR2: saved, --resume auto goes on after step 3 of epoch 1"}'
+
+
+@pytest.mark.parametrize("rank,status,requeued", [
+    (0, STOPPED, True), (1, STOPPED, False), (0, STOPPED.replace("SIGUSR2", "SIGTERM"), False),
+    (0, STOPPED.replace("SIGUSR2", "SIGINT"), False), (0, STOPPED.replace("preempted", "failed"), False),
+    (0, '{"state": "preempted", "reason": "", "exit_code": 75}', False), (0, "[1]", False), (0, STOPPED[:20], False),
+    (0, None, False)])
+def test_the_first_task_puts_the_job_back_after_the_early_warning_alone(task, tmp_path, rank, status, requeued):
+    if status:
+        (tmp_path / "status.json").write_text(status)
+    calls = []
+    before = signal.signal(signal.SIGUSR2, lambda *call: calls.append(call))        # submitit's, set before the job runs
+    try:
+        (tmp_path / "9_0_0.rendezvous").write_text("node3 1234")
+        task(Trainer([], str(tmp_path), str(tmp_path)), rank, code=75)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert calls == ([(signal.SIGUSR2, None)] if requeued else [])
+
+
 # ---------------------------------------------------------------- real processes
 def test_two_local_tasks(checkout):
     done, calls = checkout("return 0", "--ngpus", "2", "--epochs", "3")
@@ -232,7 +261,7 @@ if len((out / f"calls{rank}.jsonl").read_text().splitlines()) == 1:
     os.kill(os.getpid(), signal.SIGUSR2)
     while not got: time.sleep(.01)
     if rank == "0": (out / "checkpoint.pth").touch()
-    return 75
+    return stopped_by("SIGUSR2", out, rank)
 return 0
 """
 # or it leaves the signal to submitit
@@ -242,17 +271,17 @@ if len((out / "calls0.jsonl").read_text().splitlines()) == 1:
     time.sleep(60)
 return 0
 """
-# scancel sends SIGTERM: the user wants it to end
+# scancel sends SIGTERM: the user wants it to end, and where Slurm wants that, it puts the job back by itself
 ENDS_AT_SIGTERM = """
 signal.signal(signal.SIGTERM, lambda *_: None)
 os.kill(os.getpid(), signal.SIGTERM)
-return 75
+return stopped_by("SIGTERM", out, rank)
 """
 slow = pytest.mark.slow                     # seconds each, but there are several
 
 
-@pytest.mark.parametrize("behaviour,tasks", [(SAVES_AND_STOPS, 2),
-                                             pytest.param(LEAVES_IT_TO_SUBMITIT, 1, marks=slow)])
+@slow
+@pytest.mark.parametrize("behaviour,tasks", [(SAVES_AND_STOPS, 2), (LEAVES_IT_TO_SUBMITIT, 1)])
 def test_early_warning_requeues(checkout, behaviour, tasks):
     done, calls = checkout(behaviour, "--ngpus", str(tasks))
     assert done.returncode == 0, done.stderr
@@ -263,11 +292,16 @@ def test_early_warning_requeues(checkout, behaviour, tasks):
         assert first["MASTER_PORT"] != second["MASTER_PORT"]
 
 
-@pytest.mark.parametrize("behaviour", ["return 2", pytest.param(ENDS_AT_SIGTERM, marks=slow)])
-def test_failure_is_not_requeued(checkout, behaviour):
-    done, calls = checkout(behaviour)
+def test_failure_is_not_requeued(checkout):
+    done, calls = checkout("return 2")
     assert done.returncode == 1 and len(calls["0"]) == 1
     assert "failed: see" in done.stderr and "Traceback" not in done.stderr
+
+
+@slow
+def test_a_run_that_is_told_to_end_is_not_requeued(checkout):
+    done, calls = checkout(ENDS_AT_SIGTERM)
+    assert done.returncode == 75 and len(calls["0"]) == 1 and done.stderr == ""
 
 
 @slow
@@ -277,17 +311,44 @@ def test_debug_runs_in_this_process(checkout):
     assert calls["0"][0]["WORLD_SIZE"] == "1"
 
 
-@slow
-@pytest.mark.skipif(not (ROOT / "main.py").exists(), reason="there is no main.py")
-@pytest.mark.parametrize("tasks", [1, 2])
-def test_real_training(tmp_path, tasks):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run_with_submitit.py"), "--cluster", "local", "--ngpus", str(tasks),
-         "--job_dir", str(tmp_path), "--data-set", "DIGITS", "--model", "vit_nano_patch8_32_KAN", "--epochs",
-         "1", "--device", "cpu", "--num-workers", "0", "--no-repeated-aug", "--aa", "none"],
-        check=False, cwd=tmp_path, capture_output=True, text=True, timeout=500,
+# ---------------------------------------------------------------- real training
+FLAGS = ("--model", NANO, "--num_workers", 0, "--batch-size", 8, "--warmup-epochs", 0, "--epochs", 8, "--lr", 0.1, "--drop", 0.1,
+         "--device", "cpu")
+
+
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=slow)])
+def test_a_real_run_is_interrupted_requeued_and_ends_as_if_it_had_not_been(tasks, tmp_path):
+    """Slurm's early warning, in the middle of the training, to each task."""
+    flags = (*FLAGS, "--data-path", write_digits(tmp_path / "digits"))
+    whole = launch(tmp_path, *flags, "--output_dir", tmp_path / "whole", processes=tasks)
+    job = subprocess.Popen(
+        [sys.executable, str(ROOT / "run_with_submitit.py"), "--cluster", "local", "--ngpus", str(tasks), "--job_dir",
+         str(tmp_path / "job"), *map(str, flags)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    logs = "".join(file.read_text() for file in tmp_path.glob("*_log.*"))
-    assert done.returncode == 0, done.stderr + logs
-    assert (tmp_path / "checkpoint.pth").exists()
-    assert "epochs: 1" in (tmp_path / "args.yaml").read_text()
+    try:
+        end = time.monotonic() + 100
+        while len(written(tmp_path / "job/log.txt")) < 2:
+            assert time.monotonic() < end and job.poll() is None
+            time.sleep(0.01)
+        controller, = children(job.pid)
+        for task in children(controller):
+            os.kill(task, signal.SIGUSR2)
+        out, err = job.communicate(timeout=200)
+    finally:
+        job.kill()
+    logs = "".join(file.read_text() for file in (tmp_path / "job").glob("*_log.*"))
+    assert job.returncode == 0, err + logs
+    assert "stopped: SIGUSR2: saved" in logs and "resumed from" in logs and "Requeued job" in logs
+    finish(whole)
+    assert not differences(*({key: value for key, value in checkpoint(tmp_path / name).items() if key not in ("args", "seconds")}
+                             for name in ("whole", "job")))
+    assert log(tmp_path / "whole") == log(tmp_path / "job")
+    assert len(written(tmp_path / "job/run.yaml", "command:")) == 2
+
+
+def written(path: Path, word: str = "") -> list[str]:
+    return [line for line in path.read_text().splitlines() if word in line] if path.exists() else []
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
