@@ -1,11 +1,14 @@
-"""Image files that a collection from the wild may hold: such that no decoder can read, and odd ones that must be read."""
+"""Image files that a collection from the wild may hold: such that no decoder can read, and odd ones that must be read; and
+what a call costs in memory."""
 import os
+import resource
 import stat
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
+from helpers import forked
 from PIL import Image
 
 BLOCK = 1 << 20
@@ -97,3 +100,12 @@ def write_odd(folder: Path) -> dict[str, tuple[int, int]]:
     sizes = {"one.png": (1, 1), "wide.png": (20_000, 1), "tall.jpg": (1, 20_000), "wide.jpg": (20_000, 3),
              "sixteen.png": (9, 9), "sixteen.tif": (9, 9)}
     return {name: sizes.get(name, image.size) for name in sorted(os.listdir(folder))}
+
+
+def grown(function, *args):
+    """By how many MB this process's largest size grew in a call, in a copy of it."""
+    def measured():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        function(*args)
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return forked(measured)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import forked, sentence
-from hostile_images import EPS, LONG_NAME, picture, write_black_png, write_image, write_odd, write_unreadable
+from hostile_images import EPS, LONG_NAME, grown, picture, write_black_png, write_image, write_odd, write_unreadable
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -940,6 +940,20 @@ def test_long_names_leave_room_for_the_sentence(tmp_path):
     assert all(f"{i}.jpg" in text for i in range(3))
 
 
+def test_an_image_that_fills_the_last_position_is_named_where_it_comes_first(tmp_path, capfd):
+    write_folder(tmp_path, {"a": 3, "b": 4}, {"a": 1})
+    ranks = [build_loaders(make_args(tmp_path, repeated_aug=False), Process(rank, 2)) for rank in (0, 1)]
+    first, last = (list(loaders.train_sampler)[place] for loaders, place in zip(ranks, (0, -1)))
+    assert (first.index, first.position, last.position) == (last.index, 0, 7)
+    break_images(tmp_path, ranks[0].train.dataset.images.name(first.index))
+    for loaders in ranks:
+        epoch_of(loaders)
+        assert loaders.unreadable_train() == 1
+        assert loaders.train.dataset.unreadable[first.index]
+    said = capfd.readouterr().err.splitlines()
+    assert [line.rpartition("(")[2] for line in said] == ["not an image)", "drawn in place of another one)"]
+
+
 def evaluated_in_parts(rank, world, folder, rendezvous):
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     loaders = build_loaders(make_args(folder, eval=True, dist_eval=True, max_unreadable=0.3), Process(rank, world))
@@ -993,15 +1007,6 @@ def test_processes_count_what_any_of_them_could_not_read_and_name_it_once(folder
 
 
 # ---------------------------------------------------------------- memory
-def grown(function, *args):
-    """By how many MB this process's largest size grew in a call, in a copy of it."""
-    def measured():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        function(*args)
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return forked(measured)
-
-
 def test_memory_is_measured():
     assert 90 < grown(lambda: np.ones(100 << 20, np.uint8)) < 120
 
@@ -1107,6 +1112,7 @@ def test_the_training_is_not_interrupted_where_a_worker_dies(waiting):
     (RuntimeError("unable to open shared memory object </torch_7_1> in read-write mode: Permission denied (13)"), "/dev/shm"),
     (RuntimeError("unable to mmap 12 bytes from file </torch_7_1_2>: Cannot allocate memory (12)"), "/dev/shm"),
     (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+    (RuntimeError("Pin memory thread exited unexpectedly"), "--no-pin-mem"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
                   "allocate 9 bytes. Error code 12 (Cannot allocate memory)"), "lower --num_workers or --batch-size"),
     (OSError(24, "Too many open files"), "ulimit -n"), (OSError(12, "Cannot allocate memory"), "give the run more memory"),
@@ -1129,6 +1135,34 @@ class Iterated:
 
     def __iter__(self):
         return self.given
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset"), EOFError(), FileNotFoundError(2, "gone"),
+                                   RuntimeError("Pin memory thread exited unexpectedly")], ids=lambda error: type(error).__name__)
+def test_a_worker_that_is_dying_is_found_behind_its_broken_connection(error):
+    def given():
+        threading.Timer(0.2, worker.kill).start()
+        if isinstance(error, RuntimeError):
+            worker.join()
+        raise error
+        yield
+
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,), daemon=True)
+    worker.start()
+    assert f"loader process {worker.pid} was killed" in sentence(list, batches(Iterated(Given(given(), [worker]))))
+
+
+class Given:
+    """An iterator with workers, as PyTorch's."""
+
+    def __init__(self, given, workers):
+        self.given, self._workers = given, workers
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.given)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("sizes of shm differ"), ZeroDivisionError(), KeyError("x"), OSError(5, "I/O")])
