@@ -213,10 +213,10 @@ class ImageSet(Dataset):
         except Exception as error:  # broken files make PIL's decoders raise nearly anything
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # the machine's fault, not the file's
-            self.unreadable[index] = 1
-            if self.strict:
+            if self.strict:     # and not counted: its own sentence must come before that of too many
                 raise UnreadableData(f"the image {self.shown(index)} cannot be read ({_reason(error)}): repair or remove "
                                      "it, or leave out --strict-data") from None
+            self.unreadable[index] = 1
             if name and not self.quiet:
                 self.name_unreadable(index, _reason(error))
             return None

@@ -35,7 +35,7 @@ import datasets
 from augment import build_transform
 from config import get_args_parser
 from datasets import FileImages, UnreadableData, batches, build_dataset, build_loaders, guess_data_set, load_image
-from samplers import SampleKey
+from samplers import RASampler, SampleKey
 from utils import Process, UserError
 
 CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_datasets.CIFAR10}
@@ -850,10 +850,13 @@ def test_strict_data_stops_at_the_first_unreadable_image(folder, capfd, broken, 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_strict_data_ends_the_program(folder, capsys, workers):
-    break_images(folder, "val/dog/1.jpg")
-    flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 4, "--num_workers", workers, "--mixup", 0, "--cutmix", 0)
-    assert f"{folder}/val/dog/1.jpg cannot be read" in e2e.sentence(capsys, *flags, "--epochs", 1, "--strict-data")
-    assert e2e.run(*flags, "--epochs", 1) == 0
+    data, _ = build_dataset(True, make_args(folder))
+    order = [data.images.name(key.index) for key in RASampler(len(data), num_repeats=1)]
+    break_images(folder, *order[1:3])       # by the first update workers have met both, which would be too many
+    flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 1, "--num_workers", workers, "--mixup", 0, "--cutmix", 0)
+    text = e2e.sentence(capsys, *flags, "--epochs", 1, "--strict-data")
+    assert text.startswith(f"the image {order[1]} cannot be read") and "--strict-data" in text
+    assert e2e.run(*flags, "--epochs", 1, "--max-unreadable", 0.5) == 0
 
 
 def test_more_unreadable_images_than_allowed(tmp_path):
