@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import re
 from pathlib import Path
+from queue import Empty
 
 import pytest
 import torch
@@ -62,10 +63,16 @@ def evaluations(world: int, shared: bool, folder: Path) -> list[list[dict]]:
     running = [context.Process(target=results_of, args=(rank, world, shared, folder, queue)) for rank in range(world)]
     for process in running:
         process.start()
-    answers = sorted(queue.get(timeout=200) for _ in running)
+    answers = {}
+    while len(answers) < world:
+        try:
+            rank, results = queue.get(timeout=1)
+            answers[rank] = results
+        except Empty:
+            assert not any(process.exitcode for process in running), "a process has failed"
     for process in running:
         process.join(60)
-    return [results for _, results in answers]
+    return [answers[rank] for rank in range(world)]
 
 
 def counts(result: dict) -> tuple[int, ...]:
