@@ -527,7 +527,7 @@ class Loaders:
 
     def _share_marks(self) -> None:
         """From now on each process knows what the others could not read and have named."""
-        data = [loader.dataset for loader in (self.train, self.val) if loader]
+        data = [loader.dataset for loader in (self.train, self.val) if loader is not None]      # an empty shard is false
         marks = torch.cat([one.marks for one in data], 1).to(self.device)
         if dist.is_initialized():
             dist.all_reduce(marks, dist.ReduceOp.MAX)

@@ -86,7 +86,7 @@ def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.M
                                     f"{key} in checkpoint {start.path}")
         result = evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=config.args.dist_eval, title=key)
         with utils.stop_together(process):
-            loaders.check_unreadable()
+            loaders.check_unreadable(together=True)
         if result["unreadable"] and not lines:
             say(f"{result['unreadable']} images could not be read and are left out")
         lines.append(summary(key, result))
@@ -178,6 +178,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                     found = replay_non_finite(error, state, criterion, kept, process, amp_dtype, args.seed, args.output_dir)
                     print(found, file=sys.stderr, flush=True)
                 raise error
+            loaders.check_unreadable(together=True)
             state.next_epoch()
             if args.sched == "plateau":
                 state.scheduler.step(state.epoch, results["test"]["acc1"])

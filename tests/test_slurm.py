@@ -46,7 +46,7 @@ status() {{ printf '{{"state": "%s", "exit_code": %s, "reason": ""}}' "$1" "$2" 
 eval "$BEHAVIOUR"
 """
 # Until it is asked to stop; `kill` reaches bash between two short sleeps.
-WAITS = "touch $CALLS/started; trap stop=1 TERM; while [ -z \"${stop:-}\" ]; do sleep 0.02; done; "
+WAITS = "trap stop=1 TERM; touch $CALLS/started; while [ -z \"${stop:-}\" ]; do sleep 0.02; done; "
 
 
 @pytest.fixture
