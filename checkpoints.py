@@ -58,8 +58,8 @@ def checkpoint_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return dict(args) if isinstance(args, Mapping) else {}
 
 
-def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
-    """The state dict under `key` (also under DeiT-like names, or the checkpoint itself when it is a bare one)."""
+def tensors_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
+    """The state dict under `key` (also under DeiT-like names, or the checkpoint itself when it is a bare one), unchecked."""
     for name in (key, "state_dict"):
         if isinstance(checkpoint.get(name), Mapping):
             checkpoint = checkpoint[name]
@@ -68,6 +68,13 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "mode
     if not state:
         raise UserError(f"checkpoint {path} holds no weights (no key 'model'): it has "
                         f"{', '.join(map(repr, list(checkpoint)[:5])) or 'nothing'}")
+    return state
+
+
+def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
+    """`tensors_of` that a model can be given: UserError for names that are none, other kinds of number, and values that
+    are not finite."""
+    state = tensors_of(checkpoint, path, key)
     for name, tensor in state.items():
         if not isinstance(name, str):
             raise UserError(f"checkpoint {path} has the key {name!r} among its weights, which is no name: get it from its "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losses import loss_of
 from utils import seed_everything
 
 
@@ -73,9 +74,7 @@ def _first_not_finite(model: nn.Module, criterion: nn.Module, images: Tensor, ta
             if next(module.children(), None) is None:
                 stack.callback(module.register_forward_hook(look(name)).remove)
         with context():
-            outputs = model(images if criterion.copies == 1 else torch.cat([images] * criterion.copies))
-            single = isinstance(outputs, Tensor)
-            loss = criterion(images, outputs.float() if single else tuple(o.float() for o in outputs), targets)
+            loss = loss_of(model, criterion, images, targets)
     if first:
         return first[0]
     if not bool(loss.isfinite()):

@@ -27,6 +27,7 @@ import peers
 from checkpoints import plain
 from datasets import batches
 from debug_nan import KeptBatches, replay
+from losses import loss_of
 from utils import Process, TrainingFailed, UserError, seed_everything
 
 AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -175,7 +176,6 @@ class Report(NamedTuple):
     norm: float             # of the gradient
     step: float
     lr: float
-    lr: float
 
 
 class Exchange:
@@ -275,10 +275,9 @@ class Updater:
 
     def _report(self, step: int, norm: Tensor, wishes: Wishes) -> Tensor:
         """Agree on what this update is; returns 1. where nothing may change by it, a scalar on the device."""
-        asked = torch.tensor([self.process.rank + 1, wishes.signal, wishes.save], dtype=torch.float32)
-        if norm.is_cuda:
-            asked = asked.pin_memory().to(norm.device, non_blocking=True)
-        where, signal, save = asked.to(norm.device)
+        asked = torch.tensor([self.process.rank + 1, wishes.signal, wishes.save], dtype=torch.float32,
+                             pin_memory=norm.is_cuda)
+        where, signal, save = asked.to(norm.device, non_blocking=norm.is_cuda)
         agreed = self.exchange.largest(torch.stack([self.trouble, where * (self.trouble > 0), signal, save, self.loss]))
         skip = ((agreed[0] > 0) | ~norm.isfinite()).float()
         own = [torch.full_like(norm, number) for number in (step, lr_of(self.state.optimizer))]
@@ -399,8 +398,7 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loa
             keep_batches.note(step, images, targets)
         with nullcontext() if update or not hasattr(net, "no_sync") else net.no_sync():
             with autocast(device, amp_dtype):
-                outputs = net(images if criterion.copies == 1 else torch.cat([images] * criterion.copies))
-                loss = criterion(images, _float(outputs), targets)
+                loss = loss_of(net, criterion, images, targets)
             peers.mark(f"the backward pass of {where}")
             state.scaler.scale(loss / group).backward(create_graph=second_order)
         loss_sum += loss.detach()
@@ -447,22 +445,16 @@ def steps_left(loader: DataLoader, position: int, process: Process) -> int:
     return max(0, len(loader.sampler) * process.world_size - position) // process.world_size // loader.batch_size
 
 
-def _float(outputs):
-    """Logits in float32 for the loss: one tensor, or the class and distillation tokens' pair."""
-    return outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
-
-
 def _all_finite(model: nn.Module) -> bool:
     return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
 
 
 def _of_all(number: Tensor, process: Process) -> list[float]:
     """A scalar of each process, on all of them."""
-    numbers = [torch.empty_like(number) for _ in range(process.world_size)]
+    numbers = [number]
     if process.world_size > 1:
+        numbers = [torch.empty_like(number) for _ in range(process.world_size)]
         dist.all_gather(numbers, number)
-    else:
-        numbers = [number]
     return [value.item() for value in numbers]
 
 

@@ -102,3 +102,11 @@ def build_criterion(args: Namespace, num_classes: int, mixup_active: bool,
     if args.distillation_type != "none":
         return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     return ClassLoss(base)
+
+
+def loss_of(net: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """The criterion's loss of a batch, scalar. It sees logits in float32: one tensor, or the class and distillation tokens'
+    pair."""
+    outputs = net(images if criterion.copies == 1 else torch.cat([images] * criterion.copies))
+    outputs = outputs.float() if isinstance(outputs, Tensor) else tuple(output.float() for output in outputs)
+    return criterion(images, outputs, targets)

@@ -111,7 +111,6 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
     updates = -(-len(loaders.train) // args.grad_accum)
     state = starting.build_state(args, model, lr, updates, process.device, amp_dtype)
     if start.purpose == "resume":
-        models_kan.load_exactly(model, weights_of(start.checkpoint, start.path), f"checkpoint {start.path}")
         state.load_state_dict(start.checkpoint)
         loaders.load_unreadable_state(start.checkpoint.get("unreadable") or [])
         start.checkpoint.clear()        # the state has it now

@@ -363,11 +363,6 @@ def _num_classes(state: dict[str, Tensor]) -> int:
 
 def load_exactly(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Every parameter of `model` from `state`, or a UserError that names the first that does not fit."""
-    _load(model, fitting(model, state, what), what)
-
-
-def fitting(model: nn.Module, state: dict[str, Tensor], what: str) -> dict[str, Tensor]:
-    """`state` under the model's names. Raises UserError where a key is missing, unknown or of another shape."""
     state, own = rename_keys(state), model.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
@@ -377,7 +372,7 @@ def fitting(model: nn.Module, state: dict[str, Tensor], what: str) -> dict[str, 
                   else "is missing" if missing else "has no place in the model")
         raise UserError(f"{what} does not fit the model: {key} {reason} "
                         f"({len(missing)} keys missing, {len(extra)} unknown, {len(wrong)} of another shape)")
-    return state
+    _load(model, state, what)
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], what: str) -> None:

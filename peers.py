@@ -15,21 +15,12 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
-from utils import (
-    EXIT_BAD_INPUT,
-    EXIT_FAILED,
-    EXIT_PREEMPTED,
-    Preempted,
-    Process,
-    TrainingFailed,
-    UserError,
-    choose_device,
-    world_size_of_launch,
-)
+from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, choose_device, world_size_of_launch
 
 LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|socket")
 # torch's own limit of a collective lies a little above --dist-timeout: this module speaks first, and can name who is missing.
 MARGIN_S = 60
+KEPT = "; the last checkpoint is whole, --resume auto goes on from it"
 
 
 # ---------------------------------------------------------------- meeting
@@ -46,8 +37,7 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
                         f"{timeout:g} s: check its log and its machine, MASTER_ADDR, MASTER_PORT and the firewall") from None
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = f"{error} is not set" if isinstance(error, KeyError) else str(error).splitlines()[0]
-        raise UserError(f"the {world_size} processes cannot meet at --dist_url {url} ({reason[:200]}): check MASTER_ADDR, "
-                        "MASTER_PORT and the firewall") from error
+        raise _cannot_meet(url, world_size, reason) from error
     missing = list(range(world_size))
     while True:
         gone = False
@@ -61,6 +51,11 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
             raise UserError(f"{names(missing)} of {world_size} did not come within --dist-timeout {timeout:g} s: check the log "
                             "and the machine of what is missing, or raise --dist-timeout")
         time.sleep(0.05)
+
+
+def _cannot_meet(url: str, world_size: int, reason: str) -> UserError:
+    return UserError(f"the {world_size} processes cannot meet at --dist_url {url} ({reason[:200]}): check MASTER_ADDR, "
+                     "MASTER_PORT and the firewall")
 
 
 def _store(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
@@ -208,7 +203,7 @@ class Peers:
             reason = self.missing(silence)
             time.sleep(self.interval / 4)
         reason = reason or f"the connection to the other processes was lost ({str(error).splitlines()[0][:150]})"
-        return TrainingFailed(f"{reason}; the last checkpoint is whole, --resume auto goes on from it")
+        return TrainingFailed(reason + KEPT)
 
     # ---- the thread
     def _watch(self) -> None:
@@ -230,14 +225,14 @@ class Peers:
         """End this process from here: its main thread can no more be reached."""
         if self.closing.is_set():
             return
-        whole = f"{reason}; the last checkpoint is whole, --resume auto goes on from it"
+        whole = reason + KEPT
         print(f"stopped: {whole}", file=sys.stderr, flush=True)
         try:
             self.on_loss(whole)
             self.store.set(f"left/{self.rank}", reason[:300])
         except (RuntimeError, OSError):
             pass
-        os._exit(1)
+        os._exit(EXIT_FAILED)
 
 
 # ---------------------------------------------------------------- this process
@@ -259,8 +254,7 @@ def init_process(device_name: str, dist_url: str = "env://", timeout: float = 60
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
                                 rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + MARGIN_S))
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the {world_size} processes cannot meet at --dist_url {dist_url} "
-                        f"({str(error).splitlines()[0]}): check MASTER_ADDR, MASTER_PORT and the firewall") from error
+        raise _cannot_meet(dist_url, world_size, str(error).splitlines()[0]) from error
     return Process(rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), device)
 
 
@@ -282,17 +276,14 @@ def lost(error: Exception) -> TrainingFailed | None:
 
 
 def exit_code(program: Callable[[], int]) -> int:
-    """What `program` returns, or after an error, told in one sentence: EXIT_BAD_INPUT for bad input or environment,
-    EXIT_FAILED where the training failed, EXIT_PREEMPTED where it was stopped from outside and can go on, 130 where it was
-    interrupted before there was anything to keep. Leaves the process group, and tells the other processes why."""
+    """What `program` returns, or after an error, told in one sentence, that error's `exit_code`; 130 where it was interrupted
+    before there was anything to keep. Leaves the process group, and tells the other processes why."""
     try:
         code = program()
     except UserError as error:
-        return _leave(EXIT_BAD_INPUT, f"error: {error}")
-    except TrainingFailed as error:
-        return _leave(EXIT_FAILED, f"stopped: {error}")
-    except Preempted as error:
-        return _leave(EXIT_PREEMPTED, f"stopped: {error}", together=True)
+        return _leave(error.exit_code, f"error: {error}")
+    except (TrainingFailed, Preempted) as error:
+        return _leave(error.exit_code, f"stopped: {error}", together=isinstance(error, Preempted))
     except torch.OutOfMemoryError:
         return _leave(EXIT_FAILED, "stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add "
                                    "--grad-checkpointing")
@@ -303,7 +294,7 @@ def exit_code(program: Callable[[], int]) -> int:
         if failure is None:
             _leave(EXIT_FAILED, "", str(error) or type(error).__name__)
             raise
-        return _leave(EXIT_FAILED, f"stopped: {failure}")
+        return _leave(failure.exit_code, f"stopped: {failure}")
     return _leave(code, together=True)
 
 

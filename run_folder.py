@@ -22,16 +22,7 @@ import yaml
 
 import peers
 from checkpoints import CHECKPOINT, save_checkpoint
-from utils import (
-    EXIT_BAD_INPUT,
-    EXIT_FAILED,
-    EXIT_PREEMPTED,
-    Preempted,
-    Process,
-    TrainingFailed,
-    UserError,
-    say,
-)
+from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, say
 
 if TYPE_CHECKING:
     from engine import TrainState
@@ -108,8 +99,8 @@ class RunFolder:
             log = self.folder / "log.txt"
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]
-                write_whole(log, "".join(line + "\n" for line in kept))
-            write_whole(self.folder / "args.yaml", args_yaml)
+                _write_whole(log, "".join(line + "\n" for line in kept))
+            _write_whole(self.folder / "args.yaml", args_yaml)
             with open(self.folder / "run.yaml", "a" if epoch or step else "w") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
 
@@ -166,7 +157,7 @@ class RunFolder:
                   "processes": self.process.world_size, "host": socket.gethostname(), "pid": os.getpid(),
                   "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
         with self._tolerant(STATUS):
-            write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
+            _write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
 
     def finished(self, epoch: int) -> None:
         """Let status.json say so, where a kill came between the last checkpoint and this."""
@@ -181,18 +172,16 @@ class RunFolder:
     def telling(self, state: "TrainState") -> Iterator[None]:
         """status.json follows the training inside, however it ends. A collective that failed because a process is gone is
         raised as TrainingFailed that names it."""
-        def failed(reason: str, code: int = EXIT_FAILED) -> None:
-            self.status("failed", state.epoch, state.step, reason, code)
+        def failed(reason: str) -> None:
+            self.status("failed", state.epoch, state.step, reason, EXIT_FAILED)
 
         peers.on_loss(failed)
         try:
             self.status("running", state.epoch, state.step)
             yield
-        except Preempted as error:
-            self.status("preempted", state.epoch, state.step, str(error), EXIT_PREEMPTED)
-            raise
-        except (UserError, TrainingFailed) as error:
-            failed(str(error), EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED)
+        except (UserError, TrainingFailed, Preempted) as error:
+            how = "preempted" if isinstance(error, Preempted) else "failed"
+            self.status(how, state.epoch, state.step, str(error), error.exit_code)
             raise
         except Exception as error:
             lost = peers.lost(error)
@@ -247,7 +236,7 @@ def _append_whole(path: Path, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def write_whole(path: Path, text: str) -> None:
+def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

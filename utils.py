@@ -15,15 +15,18 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
 
 class UserError(Exception):
     """Bad input or environment. Its text is one sentence that names the flag, file or key and
-    the remedy; the program prints it without a traceback and exits with code 2."""
+    the remedy; the program prints it without a traceback."""
+    exit_code = EXIT_BAD_INPUT
 
 
 class TrainingFailed(Exception):
-    """The run cannot go on (exit code 1); its text is one sentence that says why and what was kept."""
+    """The run cannot go on; its text is one sentence that says why and what was kept."""
+    exit_code = EXIT_FAILED
 
 
 class Preempted(Exception):
-    """The run was asked to stop from outside (exit code EXIT_PREEMPTED); its text says by what and what was kept."""
+    """The run was asked to stop from outside; its text says by what and what was kept."""
+    exit_code = EXIT_PREEMPTED
 
 
 # ---------------------------------------------------------------- process group

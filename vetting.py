@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 import models_kan
-from checkpoints import checkpoint_args, one_line, weights_of
+from checkpoints import checkpoint_args, one_line, tensors_of, weights_of
 from models_kan import ModelSpec
 from utils import UserError
 
@@ -110,7 +110,7 @@ def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key
 def check_flags(checkpoint: Mapping[str, Any], path: str) -> None:
     """Raises UserError for flags in `args` that would make a model, or an image, larger than the weights explain."""
     stored = checkpoint_args(checkpoint)
-    widest = max((size for value in weights_of(checkpoint, path).values() for size in value.shape), default=0)
+    widest = max((size for value in tensors_of(checkpoint, path).values() for size in value.shape), default=0)
     for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
         value = stored.get(dest)
         if isinstance(value, (int, float)) and not value <= largest:

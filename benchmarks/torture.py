@@ -12,7 +12,6 @@ control: a resume with the position in the epoch's order spoiled must be found o
 Prints each kill, then the sums; exit code 1 where a round differs, a process hangs, or the control goes unnoticed.
 """
 import argparse
-import json
 import os
 import random
 import signal
@@ -27,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch
-from e2e import TIMES, Run, differences, free_port
+from e2e import Run, differences, launch, left
 from timing import machine
 
 from utils import EXIT_PREEMPTED
@@ -53,12 +52,9 @@ class Figures:
     unequal: list[str] = field(default_factory=list)
 
 
-def launch(folder: Path, output: Path, flags: tuple[str, ...], processes: int) -> list[Run]:
-    port = free_port()
+def start(folder: Path, output: Path, flags: tuple[str, ...], processes: int) -> list[Run]:
     folder.mkdir(parents=True, exist_ok=True)
-    return [Run(folder, *flags, "--output_dir", output, "--resume", "auto", environment={
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(processes)]
+    return launch(folder, *flags, "--output_dir", output, "--resume", "auto", processes=processes)
 
 
 def wait(runs: list[Run], seconds: float) -> list[int] | None:
@@ -92,27 +88,6 @@ def saved(output: Path, steps: int) -> int:
     return (checkpoint["epoch"] + 1) * steps + checkpoint["step"]
 
 
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """TensorBoard's, as its own reader shows them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder), {"scalars": 0})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-            if tag not in (*TIMES, *(f"train/{name}" for name in TIMES))}
-
-
-def left(output: Path) -> dict:
-    """Everything that a resume must not change."""
-    files = {name: torch.load(output / name, weights_only=True) for name in ("checkpoint.pth", "best_checkpoint.pth",
-                                                                            "best_ema_checkpoint.pth")}
-    for checkpoint in files.values():
-        for key in ("output_dir", "resume"):
-            checkpoint["args"].pop(key, None)
-    log = [{key: value for key, value in json.loads(line).items() if key not in TIMES}
-           for line in (output / "log.txt").read_text().splitlines()]
-    return {**files, "log": log, "scalars": {tag: [list(pair) for pair in pairs] for tag, pairs in scalars(output).items()}}
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
@@ -125,12 +100,12 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        start = time.monotonic()
-        codes = wait(launch(work / "peace", work / "peace" / "out", flags, args.processes), 600)
+        begun = time.monotonic()
+        codes = wait(start(work / "peace", work / "peace" / "out", flags, args.processes), 600)
         if codes != [0] * args.processes:
             print(f"the uninterrupted run failed: exit codes {codes}\n{(work / 'peace/process0.err').read_text()}")
             return 1
-        length = time.monotonic() - start
+        length = time.monotonic() - begun
         expected = left(work / "peace" / "out")
         steps = len((work / "peace/process0.out").read_text().split("epoch 0/")) - 1
         print(f"uninterrupted: {args.epochs} epochs of {steps} steps, {length:.1f} s", flush=True)
@@ -140,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
             output = home / "out"
             launches = 0
             while True:
-                runs = launch(home / f"launch{launches}", output, flags, args.processes)
+                runs = start(home / f"launch{launches}", output, flags, args.processes)
                 launches += 1
                 had = (output / "checkpoint.pth").exists()
                 figures.resumes, figures.fresh = figures.resumes + had, figures.fresh + (not had)
@@ -206,7 +181,7 @@ def all_ended(runs: list[Run], seconds: float) -> bool:
 def control(home: Path, expected: dict, flags: tuple[str, ...], processes: int, length: float) -> bool:
     """Whether the comparison notices a resume that skips a batch."""
     output = home / "out"
-    runs = launch(home / "first", output, flags, processes)
+    runs = start(home / "first", output, flags, processes)
     while not (output / "checkpoint.pth").exists():
         time.sleep(0.01)
     for run in runs:
@@ -216,7 +191,7 @@ def control(home: Path, expected: dict, flags: tuple[str, ...], processes: int, 
     checkpoint["step"] += 1
     checkpoint["position"] += 64 * processes
     torch.save(checkpoint, file)
-    codes = wait(launch(home / "second", output, flags, processes), 20 * length + 60)
+    codes = wait(start(home / "second", output, flags, processes), 20 * length + 60)
     return codes == [0] * processes and bool(differences(expected, left(output)))
 
 

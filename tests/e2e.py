@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from helpers import scalars
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -86,6 +87,14 @@ class Run:
         self.process.join()
 
 
+def launch(folder: Path, *argv, processes: int = 2, call=program.main, own: dict[int, tuple] | None = None) -> list[Run]:
+    """The program in so many processes with the variables of torchrun; `own` has more words for one of them."""
+    port = free_port()
+    return [Run(folder, *argv, *(own or {}).get(rank, ()), call=call, environment={
+        "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(processes)]
+
+
 def _start_server() -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["main", "sklearn.model_selection", "torch.utils.tensorboard"])
@@ -138,6 +147,17 @@ def checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict:
 def log(folder: Path, times: bool = False) -> list[dict]:
     records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return [{key: value for key, value in record.items() if times or key not in TIMES} for record in records]
+
+
+def left(folder: Path) -> dict:
+    """Everything that an interruption must not change in a run's folder: the last checkpoint and the best ones, without where
+    and how they were made; log lines; TensorBoard's scalars."""
+    files = {path.name: checkpoint(folder, path.name) for path in folder.glob("*.pth") if "previous" not in path.name}
+    for saved in files.values():
+        for key in ("output_dir", "resume", "num_workers", "save_interval_steps"):
+            saved["args"].pop(key)
+    return {"files": files, "log": log(folder),
+            "scalars": {tag: points for tag, points in scalars(folder).items() if tag not in TIMES}}
 
 
 def differences(a, b, path: str = "") -> list[str]:

@@ -35,3 +35,11 @@ def names(folder: Path) -> list[str]:
 
 def epochs(folder: Path) -> dict[str, int]:
     return {path.name: torch.load(path, weights_only=True)["epoch"] for path in folder.iterdir()}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard's own reader shows: tag -> (step, value) pairs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder), {"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from e2e import NANO, QUICK, ROOT, Run, checkpoint, differences, evaluation, free_port, log, run, write_digits
+from e2e import NANO, QUICK, ROOT, Run, checkpoint, differences, evaluation, free_port, launch, log, run, write_digits
 
 import main as program
 from utils import EXIT_FAILED, EXIT_PREEMPTED
@@ -25,14 +25,6 @@ ALIKE = ("--opt", "momentum", "--mixup", "0", "--cutmix", "0", "--drop-path", "0
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-def launch(folder: Path, *argv, processes: int = 2, call=program.main, own: dict[int, tuple] | None = None) -> list[Run]:
-    """The program in so many processes with the variables of torchrun; `own` has more words for one of them."""
-    port = free_port()
-    return [Run(folder, *argv, *(own or {}).get(rank, ()), call=call, environment={
-        "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for rank in range(processes)]
 
 
 def finish(runs: list[Run], code: int = 0, timeout: float = 100) -> list[str]:

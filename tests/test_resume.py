@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from e2e import QUICK, TIMES, checkpoint, differences, log, run, write_digits
+from e2e import QUICK, checkpoint, differences, left, log, run, write_digits
 
 import engine
 import models_kan  # noqa: F401  registers the models
@@ -67,19 +67,6 @@ def trained(data: Path, out: Path, way: str, *more, teacher: Path | str = "") ->
     """Two epochs of three steps of 16 images."""
     return run(*QUICK, "--epochs", 2, "--data-path", data, "--lr", 1e-2, "--unscale-lr", "--model-ema-decay", 0.8, "--output_dir",
                out, "--print-freq", 2, *way.format(teacher=teacher).split(), *more)
-
-
-def left(out: Path) -> dict:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(out), {"scalars": 0})
-    events.Reload()
-    scalars = {tag: [[event.step, event.value] for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-               if tag not in TIMES}
-    files = {path.name: checkpoint(out, path.name) for path in out.glob("*.pth") if "previous" not in path.name}
-    for saved in files.values():
-        for key in ("output_dir", "resume", "num_workers", "save_interval_steps"):
-            saved["args"].pop(key)
-    return {"files": files, "log": log(out), "scalars": scalars}
 
 
 @pytest.mark.parametrize("way", WAYS)

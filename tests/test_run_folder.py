@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import epochs, forked, names, sentence
+from helpers import epochs, forked, names, scalars, sentence
 
 from checkpoints import CHECKPOINT, PREVIOUS, save_checkpoint
 from run_folder import RunFolder
@@ -19,13 +19,6 @@ from utils import Process
 # ---------------------------------------------------------------- the run's folder
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder), {"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def written(folder: Path, epoch: int, until: int, offset: float = 0.0) -> RunFolder:

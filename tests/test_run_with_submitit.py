@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from e2e import NANO, checkpoint, differences, log, write_digits
-from test_distributed import finish, launch
+from e2e import NANO, checkpoint, differences, launch, log, write_digits
+from test_distributed import finish
 
 import run_with_submitit
 from run_with_submitit import Trainer, main

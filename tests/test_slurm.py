@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e import NANO, ROOT, checkpoint, differences, free_port, log, write_digits
-from test_distributed import finish, launch
+from e2e import NANO, ROOT, checkpoint, differences, free_port, launch, log, write_digits
+from test_distributed import finish
 
 SCRIPT = ROOT / "tools/slurm.sh"
 slow = pytest.mark.slow
