@@ -1,20 +1,18 @@
 """Reads files of strangers: PyTorch's .pth (zip and legacy) and .safetensors. None of their code runs, and nothing takes
 more memory than the file's own length allows.
 
-`torch.load(weights_only=True)` runs no code either, but what it lets in takes what memory it likes (`bytearray(10**11)`,
-a compressed record, four bytes that a stride of 0 repeats a trillion times), and releases that this program still runs
-with read past a record's end. Here a pickle is a list of instructions for values: the few that `torch.save` writes, where
-a name is a word of the table below and never an import.
+`torch.load(weights_only=True)` and safetensors do the reading. The former runs no code, but lets a file take what memory and
+time it likes: `bytearray(10**11)`, a compressed record, four bytes that a stride of 0 repeats a trillion times, a tensor whose
+shape makes its storage grow, a tuple of tuples as a key. So the instructions of a .pth are played through before, with words
+instead of objects.
 """
 import json
 import math
 import os
 import pickletools
-import struct
-import sys
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,8 +23,9 @@ from torch import Tensor
 
 MOST_PICKLED = 16 * 2 ** 20     # bytes of a checkpoint without its tensors; those of a base model with Adam take 0.1 MiB
 MOST_NODES = 2 * 10 ** 6        # values in it, counted as often as they are referred to
+MOST_IN_A_TUPLE = 10 ** 4       # likewise; what is made from them, like a hash, takes as many steps
 MOST_NESTED = 50
-MAGIC, PROTOCOL = 0x1950a86a20f9469cfc6c, 1001      # of torch.save before 1.6
+MAGIC = 0x1950a86a20f9469cfc6c       # that a file of torch.save before 1.6 begins with
 SAFETENSORS_KEY = "vision_kan"      # of a .safetensors file's metadata: JSON of what a checkpoint says beside weights
 
 
@@ -39,15 +38,19 @@ def read(path: Path) -> Any:
     the CPU, none of which shares memory with a larger whole that the file does not hold.
 
     Raises Foreign, and any other Exception, with a reason in its first line, for a file that is damaged or something else."""
-    size = path.stat().st_size
-    if path.suffix == ".safetensors":
-        return _Tree(size).checked(_read_safetensors(path), "", 0)
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if path.suffix == ".safetensors":
+            return _Tree(size).checked(_read_safetensors(path), "", 0)
+        is_zip = file.read(4) == b"PK\x03\x04"
+        file.seek(0)
         try:
-            found = _read_zip(file) if file.read(4) == b"PK\x03\x04" else _read_legacy(file, size)
+            _vet_zip(file, size) if is_zip else _vet_legacy(file, size)
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("its instructions make no sense") from error
-    return _Tree(size).checked(found, "", 0)
+        file.seek(0)
+        with torch.serialization.safe_globals([Namespace]):     # DeiT and the original Vision-KAN keep their flags in one
+            return _Tree(size).checked(torch.load(file, map_location="cpu", weights_only=True), "", 0)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -62,124 +65,50 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- the two layouts of torch.save
-class _Storage(NamedTuple):
-    values: Tensor      # [n], of the storage's type
-
-
-class _Kind(NamedTuple):
-    """('storage', kind, key, device, n[, view]) in a pickle: where a tensor's values are."""
-    dtype: torch.dtype
-    key: str
-    count: int
-
-    @classmethod
-    def of(cls, pid: Any) -> "_Kind":
-        if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage" or type(pid[1]) is not _Word:
-            raise ValueError("it refers to something that is no tensor's storage")
-        key, count = pid[2], pid[4]
-        if type(key) is not str or type(count) is not int or count < 0:
-            raise ValueError("a storage is described wrongly")
-        dtype = torch.uint8 if pid[1].name == "torch.storage UntypedStorage" else _STORAGES.get(pid[1].name.split(" ")[1])
-        if dtype is None:
-            raise ValueError(f"{pid[1].name} is no dense storage")
-        return cls(dtype, key, count)
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-
-def _read_zip(file: BinaryIO) -> Any:
+def _vet_zip(file: BinaryIO, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
         records = {info.filename: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in records.values()):
             raise ValueError("its records are compressed, as torch.save never leaves them")
-        if sum(info.file_size for info in records.values()) > os.fstat(file.fileno()).st_size:
+        if sum(info.file_size for info in records.values()) > size:
             raise ValueError("its records overlap")
+        # What another reader could take for other records: torch's looks names up without regard to case.
+        if archive.comment or len({name.lower() for name in records}) != len(archive.infolist()) or \
+                min((info.header_offset for info in records.values()), default=0):
+            raise ValueError("it is an archive that can be read in two ways")
         roots = [name.removesuffix("/data.pkl") for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(roots) != 1:
             raise ValueError("it is an archive of something else")
         root = roots[0]
         if f"{root}/constants.pkl" in records:
             raise ValueError("it is a TorchScript program, not weights")
-        order = archive.read(f"{root}/byteorder").decode() if f"{root}/byteorder" in records else sys.byteorder
-        if order != sys.byteorder:
-            raise ValueError(f"it was written on a {order[:20]}-endian machine")
-        found: dict[str, _Storage] = {}
-
-        def storage(pid: Any) -> _Storage:
-            kind = _Kind.of(pid)
-            if kind.key not in found:
-                info = records[f"{root}/data/{kind.key}"]
-                if info.file_size != kind.nbytes:
-                    raise ValueError(f"storage {kind.key} has {info.file_size} bytes where {kind.nbytes} are declared")
-                data = torch.empty(kind.nbytes, dtype=torch.uint8)
-                with archive.open(info) as record:          # checks the record's checksum at its end
-                    _fill(record, data)
-                found[kind.key] = _Storage(data.view(kind.dtype))
-            values = found[kind.key].values
-            if (values.dtype, len(values)) != (kind.dtype, kind.count):
-                raise ValueError(f"storage {kind.key} is declared twice and differently")
-            return found[kind.key]
-
         if records[f"{root}/data.pkl"].file_size > MOST_PICKLED:
             raise ValueError("it holds too much beside tensors")
-        return _build(_instructions(BytesIO(archive.read(f"{root}/data.pkl"))), storage)
+
+        def whole(key: str, nbytes: int) -> None:
+            found = records[f"{root}/data/{key}"].file_size
+            if found != nbytes:
+                raise ValueError(f"storage {key} has {found} bytes where {nbytes} are declared")
+
+        _play(BytesIO(archive.read(f"{root}/data.pkl")), whole)
+        damaged = archive.testzip()         # torch.load leaves the checksums that torch.save wrote unread
+        if damaged:
+            raise ValueError(f"its record {damaged} is damaged")
 
 
-def _read_legacy(file: BinaryIO, size: int) -> Any:
-    """Three pickles that say what it is, the pickle, a list of storages, and each one's length and values."""
-    file.seek(0)
-    head = [_build(_instructions(file)) for _ in range(3)]
-    if head[:2] != [MAGIC, PROTOCOL] or type(head[2]) is not dict:
-        raise ValueError("it is no file of torch.save")
-    if head[2].get("little_endian") is not (sys.byteorder == "little"):
-        raise ValueError("it was written on a machine with another order of bytes")
-    found: dict[str, tuple[_Kind, Tensor]] = {}
-    left = size
+def _vet_legacy(file: BinaryIO, size: int) -> None:
+    """Three pickles that say what it is, the pickle, and a list of storages, whose lengths and values torch.load checks."""
+    def none(key: str, nbytes: int) -> None:
+        raise ValueError("a tensor stands where none belongs")
 
-    def storage(pid: Any) -> _Storage:
-        nonlocal left
-        kind = _Kind.of(pid)
-        if kind.key not in found:
-            left -= kind.nbytes
-            if left < 0:
-                raise ValueError("it declares more values than it has")
-            found[kind.key] = kind, torch.empty(kind.nbytes, dtype=torch.uint8)
-        known, data = found[kind.key]
-        if known != kind:
-            raise ValueError(f"storage {kind.key} is declared twice and differently")
-        values = data.view(kind.dtype)
-        view = pid[5] if len(pid) > 5 else None
-        if view is not None:
-            _, start, count = view
-            if not 0 <= start <= start + count <= kind.count:
-                raise ValueError(f"a part of storage {kind.key} lies outside it")
-            values = values[start:start + count]
-        return _Storage(values)
+    declared: dict[str, int] = {}
 
-    result = _build(_instructions(file), storage)
-    keys = _build(_instructions(file))
-    if type(keys) is not list or sorted(keys) != sorted(found):
-        raise ValueError("its list of storages is not that of its tensors")
-    for key in keys:
-        kind, data = found[key]
-        if struct.unpack("<q" if sys.byteorder == "little" else ">q", file.read(8))[0] != kind.count:
-            raise ValueError(f"storage {key} is not as long as declared")
-        _fill(file, data)
-    return result
+    def fits(key: str, nbytes: int) -> None:
+        if declared.setdefault(key, nbytes) != nbytes or sum(declared.values()) > size:
+            raise ValueError("it declares more values than it has")
 
-
-def _fill(source: BinaryIO, data: Tensor) -> None:
-    """All bytes of `data` from `source`, which a record ends after."""
-    target = memoryview(data.numpy())
-    place = 0
-    while place < len(target):
-        chunk = source.read(min(2 ** 20, len(target) - place))
-        if not chunk:
-            raise ValueError("it ends in the middle of a tensor")
-        target[place:place + len(chunk)] = chunk
-        place += len(chunk)
+    for storage in (none, none, none, fits, none):
+        _play(file, storage)
 
 
 # ---------------------------------------------------------------- the pickle
@@ -188,48 +117,62 @@ class _Word(NamedTuple):
     name: str
 
 
-class _Flags:
-    """An argparse.Namespace under construction."""
-
-    def __init__(self):
-        self.values: dict[str, Any] = {}
+class _Tuple(NamedTuple):
+    items: list[Any]
+    size: int       # values in it, counted as often as they are referred to
 
 
-def _instructions(file: BinaryIO) -> Iterator[tuple[str, Any]]:
-    start = file.tell()
-    for opcode, value, place in pickletools.genops(file):
-        if place - start > MOST_PICKLED:
-            raise ValueError("it holds too much beside tensors")
-        yield opcode.name, value
+class _Storage(NamedTuple):
+    nbytes: int
+    dtype: torch.dtype
 
 
-def _no_storage(pid: Any) -> _Storage:
-    raise ValueError("a tensor stands where none belongs")
-
-
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_OTHER = object()       # a value that tells nothing more
 _LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
-_LAST = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_OTHERS = ("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST")
+_FIXED = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _IMPORTING = ("INST", "OBJ", "STACK_GLOBAL", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 
+_DTYPES = {f"torch {name}": getattr(torch, name) for name in (
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8",
+    "uint64", "uint32", "uint16", "uint8", "bool", "complex64", "complex128")}
+_STORAGES = {f"{module} {name}Storage": dtype for module in ("torch", "torch.cuda") for name, dtype in {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}.items()}
+_STORAGES["torch.storage UntypedStorage"] = torch.uint8
+_TENSORS = tuple(f"torch._utils _rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
+# What a pickle may call. Each makes a new plain value of its arguments, no larger than they are.
+_CALLED = (*_TENSORS, "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state", "argparse Namespace",
+           "collections OrderedDict", "collections Counter", "torch Size", "torch device", "_codecs encode",
+           "__builtin__ set", "builtins set")
 
-def _build(instructions: Iterator[tuple[str, Any]], storage: Callable[[Any], _Storage] = _no_storage) -> Any:
-    """The value that a pickle describes."""
+
+def _play(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
+    """Goes through a pickle's instructions and makes nothing. Raises where they are none of torch.save's, or would make
+    something that the file does not hold. storage: called with the name and bytes of each storage that is referred to."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    start = file.tell()
 
-    def since_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
+    def taken(count: int | None = None) -> list[Any]:
+        """The last `count` values, or those since the mark."""
+        first = marks.pop() if count is None else len(stack) - count
+        items = stack[first:]
+        del stack[first:]
         return items
 
-    for name, value in instructions:
+    for opcode, value, place in pickletools.genops(file):
+        name = opcode.name
+        if place - start > MOST_PICKLED:
+            raise ValueError("it holds too much beside tensors")
         if name in _LITERALS:
+            if type(value) is int and value.bit_length() > 64 and value != MAGIC:      # many could collide as keys
+                raise ValueError(f"it has a number of {value.bit_length()} bits")
             stack.append(value)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
+        elif name in _OTHERS:
+            stack.append(_OTHER)
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[value] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
@@ -238,121 +181,73 @@ def _build(instructions: Iterator[tuple[str, Any]], storage: Callable[[Any], _St
             stack.append(_word(value))
         elif name == "MARK":
             marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(tuple(since_mark()))
-        elif name in _LAST:
-            items = stack[-_LAST[name]:]
-            del stack[-_LAST[name]:]
-            stack.append(tuple(items))
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "EMPTY_LIST":
-            stack.append([])
+        elif name == "TUPLE" or name in _FIXED:
+            stack.append(_tuple(taken(_FIXED.get(name))))
         elif name in ("APPEND", "APPENDS"):
-            items = [stack.pop()] if name == "APPEND" else since_mark()
-            if type(stack[-1]) is not list:
-                raise ValueError(f"{name} to what is no list")
-            stack[-1].extend(items)
+            taken(1 if name == "APPEND" else None)
         elif name in ("SETITEM", "SETITEMS"):
-            items = [stack.pop(-2), stack.pop()] if name == "SETITEM" else since_mark()
-            if type(stack[-1]) is not dict:
-                raise ValueError(f"{name} to what is no dictionary")
-            stack[-1].update(_pairs(zip(items[::2], items[1::2], strict=True)))
+            for key in taken(2 if name == "SETITEM" else None)[::2]:
+                if type(key) not in (str, int):
+                    raise ValueError("a dictionary has a key that is neither text nor a number")
         elif name in ("REDUCE", "NEWOBJ"):
-            arguments, word = stack.pop(), stack.pop()
-            if type(word) is not _Word or type(arguments) is not tuple or word.name not in _MAKERS:
+            word, arguments = taken(2)
+            if type(word) is not _Word or type(arguments) is not _Tuple or word.name not in _CALLED:
                 raise ValueError("it calls what is no function")
-            stack.append(_MAKERS[word.name](*arguments))
+            if word.name in _TENSORS:
+                _check_tensor(*arguments.items)
+            stack.append(_OTHER)
         elif name == "BUILD":
-            state = stack.pop()
-            if type(stack[-1]) is _Flags and type(state) is dict:
-                stack[-1].values |= state
-            elif type(stack[-1]) is not dict:       # an OrderedDict's: the versions of a model's modules, not needed
-                raise ValueError("it changes what has no attributes")
+            taken(1)
         elif name == "BINPERSID":
-            stack.append(storage(stack.pop()))
-        elif name == "STOP":
-            return stack.pop()
+            stack.append(_storage(taken(1)[0], storage))
         elif name in _IMPORTING:
             raise Foreign(value if type(value) is str else name)
-        elif name != "PROTO":
+        elif name not in ("PROTO", "STOP"):
             raise ValueError(f"the instruction {name} is none of torch.save's")
-    raise ValueError("it ends in the middle")
-
-
-def _pairs(pairs) -> dict[str | int, Any]:
-    """A dictionary of them. Few kinds of key: numbers chosen to collide would make it slow beyond all bounds."""
-    found = {}
-    for key, value in pairs:
-        if type(key) is not str and not (type(key) is int and abs(key) < 2 ** 31):
-            raise ValueError(f"a dictionary has a {type(key).__name__} for a key")
-        found[key] = value
-    return found
 
 
 def _word(text: str) -> _Word:
-    if text in _MAKERS or text in _DTYPES or text == "torch.storage UntypedStorage" or \
-            (text.split(" ")[0] in ("torch", "torch.cuda") and text.split(" ")[1] in _STORAGES):
+    if text in _CALLED or text in _DTYPES or text in _STORAGES:
         return _Word(text)
     if text.startswith("torch._utils _rebuild_"):
         raise ValueError(f"it holds a tensor that is not dense, {text.split(' ')[1]}")
     raise Foreign(text.replace(" ", "."))
 
 
-def _tensor(storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: Any = False,
-            hooks: Any = None, attributes: Any = None) -> Tensor:
-    values = storage.values
-    for number in (offset, *shape, *stride):
-        if type(number) is not int or not 0 <= number < 2 ** 48:
-            raise ValueError("a tensor's shape is no shape")
-    if math.prod(shape) > len(values):
-        raise ValueError(f"a tensor of shape {shape} is declared with {len(values)} values")
-    if attributes:
-        raise ValueError("it holds a tensor with attributes")
-    return values.as_strided(shape, stride, offset)         # checks the bounds
+def _tuple(items: list[Any]) -> _Tuple:
+    size = 1 + sum(item.size if type(item) is _Tuple else 1 for item in items)
+    if size > MOST_IN_A_TUPLE:
+        raise ValueError("it has tuples of tuples without end")
+    return _Tuple(items, size)
 
 
-def _typed_tensor(storage: _Storage, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: Any,
-                  hooks: Any, dtype: _Word, attributes: Any = None) -> Tensor:
-    return _tensor(_Storage(storage.values.view(_DTYPES[dtype.name])), offset, shape, stride, attributes=attributes)
+def _storage(described: _Tuple, storage: Callable[[str, int], None]) -> _Storage:
+    """('storage', kind, key, device, n[, view]): where a tensor's values are."""
+    what, kind, key, _, count, *view = described.items
+    if what != "storage" or type(kind) is not _Word or kind.name not in _STORAGES or type(key) is not str or \
+            type(count) is not int or count < 0:
+        raise ValueError("it refers to something that is no tensor's storage")
+    dtype = _STORAGES[kind.name]
+    storage(key, count * dtype.itemsize)
+    if view and type(view[0]) is _Tuple:        # the legacy layout: a name, the first value, how many
+        _, start, length = view[0].items
+        if not 0 <= start <= start + length <= count:
+            raise ValueError(f"a part of storage {key} lies outside it")
+        count = length
+    return _Storage(count * dtype.itemsize, dtype)
 
 
-def _parameter(data: Tensor, *_: Any) -> Tensor:
-    if type(data) is not Tensor:
-        raise ValueError("it holds a parameter that is no tensor")
-    return data
-
-
-def _bytes(text: str, encoding: str) -> bytes:
-    """Python 2 and 3 agree on bytes only in this detour."""
-    if encoding != "latin1":
-        raise ValueError(f"bytes as {encoding[:20]}")
-    return text.encode("latin1")
-
-
-_DTYPES = {f"torch {name}": getattr(torch, name) for name in (
-    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8",
-    "uint64", "uint32", "uint16", "uint8", "bool", "complex64", "complex128")}
-_STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-             "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-             "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-             "BoolStorage": torch.bool, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128}
-# What a pickle may call. Each makes a new plain value of its arguments.
-_MAKERS: dict[str, Callable] = {
-    "torch._utils _rebuild_tensor": _tensor,
-    "torch._utils _rebuild_tensor_v2": _tensor,
-    "torch._utils _rebuild_tensor_v3": _typed_tensor,
-    "torch._utils _rebuild_parameter": _parameter,
-    "torch._utils _rebuild_parameter_with_state": _parameter,
-    "collections OrderedDict": lambda pairs=(): _pairs(pairs),
-    "collections Counter": lambda counts=None: _pairs((counts or {}).items()),
-    "argparse Namespace": _Flags,
-    "torch Size": lambda sizes=(): tuple(sizes),
-    "torch device": lambda kind, index=None: kind if index is None else f"{kind}:{index}",
-    "_codecs encode": _bytes,
-    "__builtin__ set": lambda items=(): list(items),
-    "builtins set": lambda items=(): list(items),
-}
+def _check_tensor(storage: _Storage, offset: int, shape: _Tuple, stride: _Tuple, requires_grad: Any = None, hooks: Any = None,
+                  dtype: _Word | None = None, attributes: Any = None) -> None:
+    """Whether it lies within its storage, and has no more values than that."""
+    numbers = [offset, *shape.items, *stride.items]
+    if any(type(number) is not int or not 0 <= number < 2 ** 48 for number in numbers) or len(shape.items) != len(stride.items):
+        raise ValueError("a tensor's shape is no shape")
+    has = storage.nbytes // (_DTYPES[dtype.name] if type(dtype) is _Word else storage.dtype).itemsize
+    count = math.prod(shape.items)
+    last = offset + sum((n - 1) * step for n, step in zip(shape.items, stride.items)) if count else 0
+    if count > has or count and last >= has:
+        raise ValueError(f"a tensor of shape {tuple(shape.items)} is declared with {has} values")
 
 
 # ---------------------------------------------------------------- the values
@@ -369,28 +264,32 @@ class _Tree:
         self.nodes -= 1
         if depth > MOST_NESTED or self.nodes < 0:
             raise ValueError(f"{path or 'it'} is nested without end")
-        kind = type(value)
-        if kind is _Flags:
-            return Namespace(**self.checked(value.values, path, depth))
-        if kind is dict:
+        if isinstance(value, Namespace):
+            return Namespace(**self.checked(vars(value), path, depth))
+        if isinstance(value, dict):
             return {self._key(key, path): self.checked(item, f"{path}.{key}" if path else str(key), depth + 1)
                     for key, item in value.items()}
-        if kind in (list, tuple):
-            return kind([self.checked(item, path, depth + 1) for item in value])
-        if kind is Tensor:
+        if isinstance(value, tuple):        # torch.Size, too
+            return tuple(self.checked(item, path, depth + 1) for item in value)
+        if isinstance(value, (list, set)):
+            return [self.checked(item, path, depth + 1) for item in value]
+        if isinstance(value, Tensor):
             self.bytes -= value.numel() * value.itemsize
             if self.bytes < 0:
                 raise ValueError("its tensors are many times larger than the file")
-        elif kind is _Word and value.name in _DTYPES:
-            return value.name.replace(" ", ".")
-        elif kind is int and value.bit_length() > 64:
+            return value.detach()
+        if isinstance(value, (torch.dtype, torch.device)):
+            return str(value)
+        if type(value) is int and value.bit_length() > 64:
             raise ValueError(f"{path} is a number of {value.bit_length()} bits")
-        elif kind not in (str, int, float, bool, type(None), bytes):
+        if type(value) not in (str, int, float, bool, type(None), bytes):
             raise ValueError(f"{path or 'it'} is no plain value")
         return value
 
     @staticmethod
-    def _key(key: str | int, path: str) -> str | int:
+    def _key(key: Any, path: str) -> str | int:
         if type(key) is str and not (key.isprintable() and len(key) < 1000):
             raise ValueError(f"{path or 'it'} has an entry with an unreadable name")
+        if type(key) not in (str, int):     # out of a sequence of pairs
+            raise ValueError(f"{path or 'it'} has a {type(key).__name__} for a key")
         return key
