@@ -27,6 +27,8 @@ test-slow: venv
 
 # The full numbers of docs/reliability.md.
 torture: venv
+	OMP_NUM_THREADS=1 $(PY) benchmarks/fuzz_recipes.py
+	OMP_NUM_THREADS=1 $(PY) -W ignore benchmarks/fuzz_checkpoints.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/torture.py
 
 kernels: venv

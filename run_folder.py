@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import peers
-from checkpoints import CHECKPOINT, save_checkpoint
+from checkpoints import CHECKPOINT, save_checkpoint, saved_checkpoints
 from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, say
 
 if TYPE_CHECKING:
@@ -96,6 +96,10 @@ class RunFolder:
         with self._tolerant("args.yaml, run.yaml and log.txt"):
             for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
                 leftover.unlink(missing_ok=True)
+            for path in saved_checkpoints(self.folder):
+                if path.is_dir():       # in the way of every checkpoint to come
+                    say(f"warning: the folder {path} is renamed to {path.name}.folder", file=sys.stderr)
+                    path.rename(f"{path}.folder")
             log = self.folder / "log.txt"
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]

@@ -189,8 +189,12 @@ def same_kind(own: Any, theirs: Any) -> bool:
     return isinstance(theirs, type(own))
 
 
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def check_scaler(stored: Any, path: str) -> None:
     """Raises UserError for a state of float16's loss scaling that is none. Empty: it was off."""
     keys = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-    if stored and not (isinstance(stored, Mapping) and all(same_kind(1.0, stored.get(key)) and stored[key] >= 0 for key in keys)):
+    if stored and not (isinstance(stored, Mapping) and all(_positive(stored.get(key)) for key in keys)):
         raise UserError(f"checkpoint {path}: its 'scaler' is no state of a loss scaling: get it from its source again")

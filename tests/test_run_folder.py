@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers import epochs, forked, names, scalars, sentence
 
-from checkpoints import CHECKPOINT, PREVIOUS, save_checkpoint
+from checkpoints import CHECKPOINT, PREVIOUS, load_file, save_checkpoint
 from run_folder import RunFolder
 from utils import Process
 
@@ -55,6 +55,15 @@ def test_a_resumed_run_writes_each_epoch_once(tmp_path):
     assert scalars(tmp_path)["train/loss"] == [(0, 0.0), (1, 1.0), (2, 2.5), (3, 3.5)]
     launches = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert [launch["first_epoch"] for launch in launches] == [0, 2]
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_makes_room(tmp_path, capsys):
+    (tmp_path / CHECKPOINT / "mine").mkdir(parents=True)
+    run = written(tmp_path, 0, 1)
+    assert f"{tmp_path / CHECKPOINT} is renamed to {CHECKPOINT}.folder" in capsys.readouterr().err
+    run.save({"epoch": 0})
+    assert run.failed == "" and load_file(tmp_path / CHECKPOINT) == {"epoch": 0}
+    assert (tmp_path / f"{CHECKPOINT}.folder" / "mine").is_dir()
 
 
 def test_a_half_written_line_of_an_earlier_epoch_does_not_swallow_the_next_one(tmp_path):

@@ -142,12 +142,13 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("change, reason", [
     ({"model": {"cls_token": torch.zeros(1)}}, "does not fit the model"), ({"optimizer": None}, "'optimizer' is not"),
-    ({"epoch": -5}, "'epoch' is not"), ({"epoch": 10 ** 30}, "epoch is a number of 100 bits"),
+    ({"epoch": -5}, "'epoch' is not"), ({"epoch": 10 ** 30}, "a number of 100 bits"),
     ({"epoch": 10 ** 9}, "'epoch' is not"), ({"epoch": "x"}, "'epoch' is not"),
     ({"step": -1}, "'step' is not"), ({"losses": [float("nan")]}, "'losses' is not"),
     ({"class_names": 5}, "'class_names' is not"),
     ({"model_args": {"name": 5}}, "'model_args' is not"), ({"model_args": {"name": NANO, "kwargs": {"num_classes": 9}}}, "head"),
-    ({"model_args": {"name": "resnet5000"}}, "resnet5000"), ({"scaler": [1]}, "'scaler' is not")])
+    ({"model_args": {"name": "resnet5000"}}, "resnet5000"), ({"scaler": [1]}, "'scaler' is not"),
+    ({"scaler": {1: 2}}, "'scaler' is no state")])
 def test_resume_auto_falls_back_from_what_is_no_run(change, reason, tmp_path, capsys):
     auto = parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])
     save_run(tmp_path / "best_checkpoint.pth", epoch=1)
