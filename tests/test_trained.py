@@ -1,0 +1,91 @@
+"""Models out of checkpoints, and images to use them on."""
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from e2e import NANO, QUICK, checkpoint, evaluation, run, write_digits
+from helpers import sentence
+
+import models_kan  # noqa: F401  registers the models
+from engine import evaluate
+from trained import Pictures, class_names, image_files, load_trained
+from utils import Process
+
+RELEASED = Path(__file__).resolve().parent.parent.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = write_digits(folder / "data")
+    assert run(*QUICK, "--data-path", data, "--epochs", 1, "--drop", 0.1, "--output_dir", folder / "run") == 0
+    return folder / "run", data
+
+
+def test_the_model_is_the_checkpoints_and_evaluates_as_main_does(trained_run, capsys):
+    folder, data = trained_run
+    file = folder / "checkpoint.pth"
+    for weights in ("model", "model_ema"):
+        trained = load_trained(str(file), weights=weights, device="cpu", flags=["--data-path", str(data)])
+        assert not trained.model.training and not any(p.requires_grad for p in trained.model.parameters())
+        stored = checkpoint(folder)[weights]
+        assert all(torch.equal(value, stored[key]) for key, value in trained.model.state_dict().items())
+        assert trained.class_names == ["digit0", "digit1", "digit2"] and trained.args.input_size == 32
+        assert not trained.about.keys() & {"model", "model_ema", "optimizer"} and trained.about["epoch"] == 0
+        assert trained.spec.name == NANO
+        result = evaluate(trained.model, trained.loaders().val, Process())
+        capsys.readouterr()
+        assert run("--eval", "--resume", file, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
+        assert evaluation(capsys.readouterr().out)[weights][0] == f"{result['acc1']:.2f}"
+
+
+def test_what_cannot_be_loaded(trained_run, tmp_path):
+    folder, data = trained_run
+    assert "does not exist" in sentence(load_trained, str(tmp_path / "none.pth"))
+    content = checkpoint(folder)
+    torch.save({key: value for key, value in content.items() if key != "model_ema"}, tmp_path / "c.pth")
+    assert "no model_ema" in sentence(load_trained, str(tmp_path / "c.pth"), weights="model_ema")
+    other = write_digits(tmp_path / "other", classes=4)
+    trained = load_trained(str(folder / "checkpoint.pth"), device="cpu", flags=["--data-path", str(other)])
+    assert "digit3" in sentence(trained.loaders)
+
+
+@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+def test_a_file_of_the_original_code():
+    trained = load_trained(str(RELEASED), device="cpu")
+    assert trained.spec.name.endswith("_KAN") and len(trained.class_names) == trained.model.num_classes
+    assert trained.args.input_size == 64
+
+
+def test_a_model_of_timms(tmp_path):
+    model = timm.create_model("resnet10t", num_classes=7)
+    torch.save({"model": model.state_dict(), "args": {"model": "resnet10t"}}, tmp_path / "r.pth")
+    trained = load_trained(str(tmp_path / "r.pth"), device="cpu")
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(trained.model(images), model.eval()(images)) and trained.class_names == list("0123456")
+
+
+def test_class_names():
+    assert class_names({}, 3) == ["0", "1", "2"] and class_names({"class_names": ["a", "b"]}, 3) == ["0", "1", "2"]
+    assert class_names({}, 1000)[0] == "tench, Tinca tinca"
+    assert class_names({"class_names": ["n01443537", "cat"]}, 2) == ["goldfish, Carassius auratus", "cat"]
+
+
+def test_pictures(trained_run, tmp_path, capfd):
+    folder, data = trained_run
+    files = image_files([data / "val"])
+    assert len(files) == 24 and files == sorted(files) and image_files([files[3], data / "val", files[3]])[0] == files[3]
+    assert "does not exist" in sentence(image_files, [tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    assert "no images" in sentence(image_files, [tmp_path / "empty"])
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    trained = load_trained(str(folder / "checkpoint.pth"), device="cpu", flags=["--data-path", str(data)])
+    pictures = Pictures([*files[:5], broken, *files[5:]], trained.args, batch_size=4)
+    images, indices = map(torch.cat, zip(*pictures))
+    assert indices.tolist() == [*range(5), *range(6, 25)] and pictures.unreadable == [broken]
+    assert str(broken) in capfd.readouterr().err
+    expected = torch.cat([batch for batch, _ in trained.loaders().val])
+    assert torch.equal(images, expected) and os.fspath(pictures.files[5]) == str(broken)

@@ -1,0 +1,141 @@
+"""A trained model out of a checkpoint, ready to be used, and images to use it on: what the tools begin with."""
+import argparse
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+import models_kan
+import start as starting
+import utils
+import vetting
+from checkpoints import weights_of
+from config import Config, parse_args
+from datasets import FileImages, ImageSet, Loaders, Split, batches, build_loaders
+from models_kan import ModelSpec
+from utils import Process, UserError
+
+WEIGHTS = ("model", "model_ema")        # keys of a checkpoint
+_STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
+
+
+@dataclass
+class Trained:
+    """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
+    effective flags; `args.input_size` and `args.eval_crop_ratio` say how images are prepared. class_names: one for each
+    output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer."""
+    model: nn.Module
+    spec: ModelSpec
+    config: Config
+    class_names: list[str]
+    path: str
+    about: dict[str, Any]
+
+    @property
+    def args(self) -> Namespace:
+        return self.config.args
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def loaders(self) -> Loaders:
+        """The validation images that --data-path and --data-set among the flags name, as `main.py --eval` has them.
+        Raises UserError as that does, also where the classes are others."""
+        loaders = build_loaders(self.args, Process(device=self.device), self.about.get("class_names"))
+        starting.model_spec(self.config, starting.Start(spec=self.spec), loaders.nb_classes)
+        return loaders
+
+
+def load_trained(location: str, *, weights: str = "model", device: str = "auto", flags: Sequence[str] = ()) -> Trained:
+    """The model of a checkpoint: ours, the original Vision-KAN's, DeiT's, a .safetensors file of ours, or a URL of one.
+
+    Args:
+        weights: which of `WEIGHTS`. device: as --device. flags: further ones of main.py's, such as --data-path DIR.
+    Raises: UserError for anything that `main.py --eval --resume` refuses."""
+    config = parse_args(["--eval", "--resume", location, "--device", device, *flags])
+    start = starting.read_start(config)
+    config = starting.settle(config, start, Process())
+    if weights != "model" and not start.checkpoint.get(weights):
+        raise UserError(f"checkpoint {start.path} holds no {weights}: leave out --weights {weights}")
+    state = weights_of(start.checkpoint, start.path, weights)
+    spec = start.spec
+    if "num_classes" not in spec.kwargs:        # another model of timm's
+        spec = ModelSpec(spec.name, {**spec.kwargs, "num_classes": vetting.check_weights(
+            spec, start.checkpoint, start.path).num_classes})
+    model, spec = starting.build_model(spec, config)
+    models_kan.load_exactly(model, state, f"{weights} in checkpoint {start.path}")
+    chosen = utils.choose_device(device)
+    starting.choose_backend(config, spec, chosen)
+    model = model.to(chosen).eval().requires_grad_(False)
+    about = {key: value for key, value in start.checkpoint.items() if key not in _STATE and not isinstance(value, Tensor)}
+    return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about)
+
+
+def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:
+    """A checkpoint's own names of its classes, with words for those of ImageNet; else ImageNet's for 1000, else numbers."""
+    info = ImageNetInfo()
+    words = dict(zip(info.label_names(), info.label_descriptions()))
+    names = about.get("class_names")
+    if not isinstance(names, list) or len(names) != num_classes:
+        names = info.label_names() if num_classes == info.num_classes() else [str(number) for number in range(num_classes)]
+    return [words.get(name, name) for name in names]
+
+
+# ---------------------------------------------------------------- images
+def image_files(places: Sequence[str | Path]) -> list[Path]:
+    """The files among `places`, and all images in and below the folders among them, by name. Raises UserError for a place
+    that does not exist, and for a folder without images."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+            if not inside:
+                raise UserError(f"{place} holds no images: name a folder with some, or files")
+            found += inside
+        elif place.exists():
+            found.append(place)
+        else:
+            raise UserError(f"{place} does not exist: check the path")
+    return list(dict.fromkeys(found))
+
+
+class Pictures:
+    """Image files as the model takes them, in batches of (images float32 [B, 3, S, S], indices into `files` int64 [B]).
+    One that cannot be read is left out, and named on stderr unless `quiet`; `unreadable` tells those met so far."""
+
+    def __init__(self, files: Sequence[Path], args: Namespace, batch_size: int = 64, quiet: bool = False):
+        self.files = list(files)
+        self.data = ImageSet(Split(FileImages(list(map(str, files))), np.arange(len(files)), []), False, args)
+        self.data.quiet = quiet
+        workers = min(args.num_workers, len(files) // batch_size)
+        self.loader = DataLoader(self.data, batch_size, num_workers=workers, generator=torch.Generator())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, indices in batches(self.loader):
+            if (readable := indices >= 0).any():
+                yield images[readable], indices[readable]
+
+    @property
+    def unreadable(self) -> list[Path]:
+        return [self.files[index] for index in self.data.unreadable.nonzero().flatten().tolist()]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT, --weights and --device of a tool; what it does not know are flags of main.py's."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py's or tools/convert.py's, of the "
+                        "original Vision-KAN or DeiT; a file or a URL")
+    parser.add_argument("--weights", choices=WEIGHTS, default="model", help="the trained ones or their moving average")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
