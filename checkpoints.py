@@ -6,7 +6,8 @@ import re
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,26 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = (), keep: int = 2) -> None:
     """Write `checkpoint.pth`, keep the `keep` - 1 before under the names of `saved_checkpoints`, and give the new file
     the names in `also`. A kill or a full disk at any moment leaves the earlier files whole. Raises OSError."""
-    path = folder / CHECKPOINT
+    with _written(checkpoint, folder) as temporary:
+        for name in also:
+            _link(temporary, folder / name)
+        _age(folder, keep)
+        os.replace(temporary, folder / CHECKPOINT)
+        _sync_folder(folder)
+
+
+def save_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write one checkpoint under a name of its own, whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _written(checkpoint, path.parent) as temporary:
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+@contextmanager
+def _written(checkpoint: dict[str, Any], folder: Path) -> Iterator[str]:
+    """A file in `folder` that holds the checkpoint, on the disk and under no name that anybody looks for; removed in the
+    end unless it has got another name."""
     handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -160,11 +180,7 @@ def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, .
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        for name in also:
-            _link(temporary, folder / name)
-        _age(folder, keep)
-        os.replace(temporary, path)
-        _sync_folder(folder)
+        yield temporary
     finally:
         Path(temporary).unlink(missing_ok=True)
 

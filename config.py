@@ -61,6 +61,7 @@ MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "eval_crop_ratio"}
 _TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "train")}
 
 _ONE_SHOT = {"config", "list_models"}       # neither in a recipe nor in args.yaml
+_ONE_OR_EACH = {"hdim_kan"}                 # in a recipe or a checkpoint (of a pruned model) also a list, one for each block
 
 
 @dataclass(frozen=True)
@@ -642,6 +643,8 @@ def _typed(action: argparse.Action, value):
         if action.default is None:
             return None
         raise ValueError("has no value")
+    if action.dest in _ONE_OR_EACH and isinstance(value, (list, tuple)) and value:
+        return [_typed_one(action, item) for item in value]
     if action.nargs in ("+", 2):
         if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
             many = "two numbers" if action.nargs == 2 else "one or more numbers"

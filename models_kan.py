@@ -1,6 +1,7 @@
 """Vision transformers by size and feed-forward, registered with timm; and which keys of a checkpoint go where.
 
-`timm.create_model("deit_tiny_patch16_224_KAN", hdim_kan=96, img_size=64, num_classes=10)` builds one. The sizes
+`timm.create_model("deit_tiny_patch16_224_KAN", hdim_kan=96, img_size=64, num_classes=10)` builds one; `hdim_kan` may
+be a list, the hidden width of each block. The sizes
 are those of DeiT (arXiv:2012.12877), DeiT-III (arXiv:2204.07118) and three small ones for 32 pixel images; a new
 size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS`.
 """
@@ -111,7 +112,7 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
         raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
     settings: dict[str, Any] = dict(
         img_size=size.img_size, patch_size=size.patch_size, embed_dim=size.embed_dim, depth=size.depth,
-        num_heads=size.num_heads, mlp_layer=feed_forward(size, **options))
+        num_heads=size.num_heads, mlp_layer=_mlp_layer(name, size, feed_forward, options, kwargs.get("depth", size.depth)))
     if size.deit3:
         settings.update(no_embed_class=True, init_values=1e-6)
     model = build_model_with_cfg(
@@ -122,6 +123,17 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
         for block in (model.model if kwargs.get("features_only") else model).blocks:
             block.norm1.eps = block.norm2.eps = block_norm_eps
     return model
+
+
+def _mlp_layer(name: str, size: Size, feed_forward: Callable, options: dict[str, Any], depth: int) -> Callable:
+    """What timm calls once for each block, in order: so a pruned model's blocks get each its own `hdim_kan`."""
+    widths = options.get("hdim_kan")
+    if not isinstance(widths, (list, tuple)):
+        return feed_forward(size, **options)
+    if len(widths) != depth or not all(type(width) is int and width > 0 for width in widths):
+        raise ValueError(f"hdim_kan is a whole number above 0, or a list of {depth}, one for each block of {name}, not {widths}")
+    layers = iter([feed_forward(size, **{**options, "hdim_kan": width}) for width in widths])
+    return lambda **kwargs: next(layers)(**kwargs)
 
 
 default_cfgs = {}
@@ -326,7 +338,7 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
     if released:
         kwargs["block_norm_eps"] = 1e-5
     if kan:
-        kwargs["hdim_kan"] = state["blocks.0.mlp.layers.0.spline_linear.weight"].shape[0]
+        kwargs["hdim_kan"] = _widths(state, depth, "layers.0.spline_linear.weight")
         grid = state["blocks.0.mlp.layers.0.rbf.grid"]
         kwargs["kan_grid_points"] = grid.numel()
         kwargs["kan_grid_range"] = (round(float(grid[0]), 6), round(float(grid[-1]), 6))
@@ -341,8 +353,9 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
             kwargs["kan_second_norm"] = "static" if static else "none"
     if group:
         groups, points = state["blocks.0.mlp.phi2.coefficients"].shape
-        grid, hidden = state["blocks.0.mlp.phi2.grid"], state["blocks.0.mlp.fc1.weight"].shape[0]
-        kwargs |= {"kan_groups": 0 if groups == hidden else groups, "kan_grid_points": points,
+        grid, hidden = state["blocks.0.mlp.phi2.grid"], _widths(state, depth, "fc1.weight")
+        one_each = _widths(state, depth, "phi2.coefficients") == hidden         # a function for each channel
+        kwargs |= {"kan_groups": 0 if one_each else groups, "kan_grid_points": points,
                    "kan_grid_range": (round(float(grid[0]), 6), round(float(grid[-1]), 6)),
                    "kan_input_phi": "blocks.0.mlp.phi1.coefficients" in state,
                    "kan_trainable_base": "blocks.0.mlp.phi2.scale" in state}
@@ -350,11 +363,23 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
             kwargs["hdim_kan"] = hidden
     if "blocks.0.mlp.layers.0.spline_scaler" in state:
         suffix = "EKAN"
-        kwargs["hdim_kan"], _, points = state["blocks.0.mlp.layers.0.spline_weight"].shape
+        kwargs["hdim_kan"] = _widths(state, depth, "layers.0.spline_weight")
+        points = state["blocks.0.mlp.layers.0.spline_weight"].shape[2]
         knots = state["blocks.0.mlp.layers.0.grid"]
         kwargs["kan_grid_points"] = points
         kwargs["kan_grid_range"] = (round(float(knots[-1 - points]), 6), round(float(knots[points]), 6))
     return ModelSpec(f"{size_name}_{suffix}", kwargs)
+
+
+def _widths(state: dict[str, Tensor], depth: int, first_map: str) -> int | list[int]:
+    """The hidden width of the feed-forwards, whose first linear map has it as its outputs; a list where blocks differ."""
+    keys = [f"blocks.{block}.mlp.{first_map}" for block in range(depth)]
+    return one_or_each([state[key].shape[0] for key in keys if key in state])
+
+
+def one_or_each(widths: list[int]) -> int | list[int]:
+    """Widths of the blocks as `hdim_kan`: one number where they are all the same."""
+    return widths[0] if len(set(widths)) == 1 else widths
 
 
 def _num_classes(state: dict[str, Tensor]) -> int:

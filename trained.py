@@ -19,7 +19,7 @@ import utils
 import vetting
 from checkpoints import weights_of
 from config import Config, parse_args
-from datasets import FileImages, ImageSet, Loaders, Split, batches, build_loaders
+from datasets import FileImages, ImageSet, Loaders, Split, batches, build_dataset, build_loaders
 from models_kan import ModelSpec
 from utils import Process, UserError
 
@@ -53,6 +53,11 @@ class Trained:
         loaders = build_loaders(self.args, Process(device=self.device), self.about.get("class_names"))
         starting.model_spec(self.config, starting.Start(spec=self.spec), loaders.nb_classes)
         return loaders
+
+    def training_images(self) -> ImageSet:
+        """The training images that --data-path and --data-set name, prepared as those of an evaluation are."""
+        data, _ = build_dataset(True, self.args, self.about.get("class_names"))
+        return ImageSet(Split(data.images, data.targets, data.classes), False, self.args)
 
 
 def load_trained(location: str, *, weights: str = "model", device: str = "auto", flags: Sequence[str] = ()) -> Trained:

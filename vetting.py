@@ -113,8 +113,9 @@ def check_flags(checkpoint: Mapping[str, Any], path: str) -> None:
     widest = max((size for value in tensors_of(checkpoint, path).values() for size in value.shape), default=0)
     for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
         value = stored.get(dest)
-        if isinstance(value, (int, float)) and not value <= largest:
-            raise UserError(f"checkpoint {path}: its args have {dest} {value}, beyond {largest}: get it from its source again")
+        for one in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may be one for each block
+            if isinstance(one, (int, float)) and not one <= largest:
+                raise UserError(f"checkpoint {path}: its args have {dest} {one}, beyond {largest}: get it from its source again")
 
 
 # ---------------------------------------------------------------- the state of a run

@@ -1,0 +1,267 @@
+"""Make a trained KAN smaller: remove the hidden units, groups or grid points that matter least, and measure what it costs.
+
+    python tools/prune.py CHECKPOINT TARGET --what hidden --keep-parameters 0.5 --data-path DIR
+    python tools/prune.py CHECKPOINT TARGET --what hidden --max-loss 0.5 --data-path DIR
+    python tools/prune.py CHECKPOINT TARGET.csv --what hidden --curve [SHARE ...] --data-path DIR
+
+What matters is measured on some training images, top-1 before and after on all validation images. TARGET (.pth or
+.safetensors) is a checkpoint that `main.py --eval --resume` and `main.py --finetune` take; --curve writes a table and, beside
+it, a picture. Further flags are main.py's (--data-path, --data-set, --seed, --kan-backend ...). See docs/prune.md.
+"""
+import argparse
+import csv
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot as plt
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import models_kan
+import peers
+import pruning
+from checkpoints import checkpoint_args, plain, save_file
+from datasets import Loaders, batches
+from engine import choose_amp_dtype, evaluate
+from models_kan import KAN_OPTIONS, ModelSpec
+from run_folder import versions
+from tools.convert import write
+from trained import Trained, add_model_arguments, load_trained
+from utils import Process, UserError, say
+
+SHARES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+COUNTED = {"hidden": "parameters of the feed-forwards", "edges": "parameters of the feed-forwards",
+           "groups": "coefficients of the learned functions", "points": "coefficients of the learned functions"}
+
+
+class Measured(NamedTuple):
+    """A model's cost and its results on the validation images."""
+    share: float            # of what can be pruned
+    pruned: int             # what is left of that
+    parameters: int         # of the whole model
+    matmul_flops: int
+    acc1: float
+    acc5: float
+    loss: float
+    images: int
+
+
+def calibration_loaders(trained: Trained, count: int) -> tuple[DataLoader, DataLoader]:
+    """Two loaders of `count` training images each, or half of what there is; none is in both. Chosen by --seed."""
+    data, args = trained.training_images(), trained.args
+    count = min(count, len(data) // 2)
+    if not count:
+        raise UserError(f"there are {len(data)} training images, too few to calibrate with: check --data-path")
+    order = np.random.default_rng(args.seed).permutation(len(data)).tolist()
+    return tuple(DataLoader(Subset(data, some), args.batch_size) for some in (order[:count], order[count:2 * count]))
+
+
+def make_plan(trained: Trained, what: str, loader: DataLoader, random: bool) -> pruning.Plan:
+    """The levels of pruning, in the order of what the images of `loader` say, or (random) by chance."""
+    readable = (images[targets >= 0].to(trained.device) for images, targets in batches(loader))
+    calibration = pruning.calibrate(trained.model, (images for images in readable if len(images)), trained.args.seed)
+    if not calibration.inputs:
+        raise UserError("no image to calibrate with can be read: check the data folder")
+    plan = pruning.make_plan(trained.model, trained.spec, what, calibration)
+    if random:
+        plan = pruning.Hidden(trained.model, trained.spec, calibration, pruning.by_chance(plan.removals, trained.args.seed))
+    return plan
+
+
+def accuracy(trained: Trained, model: nn.Module, loader: DataLoader, title: str) -> dict[str, float]:
+    return evaluate(model, loader, Process(device=trained.device), title=title,
+                    amp_dtype=choose_amp_dtype(trained.args.amp_dtype, trained.device))
+
+
+def measure(trained: Trained, plan: pruning.Plan, model: nn.Module, loader: DataLoader) -> Measured:
+    result, left = accuracy(trained, model, loader, "validation"), plan.prunable(model)
+    return Measured(left / plan.prunable(trained.model), left, models_kan.count_parameters(model),
+                    models_kan.count_flops(model).matmul, result["acc1"], result["acc5"], result["loss"], result["images"])
+
+
+def level_within(plan: pruning.Plan, share: float) -> int:
+    """The first level with at most that share of what can be pruned; len(plan) where there is none."""
+    return pruning.weakest(plan, lambda level: plan.size(level) <= share * plan.size(0))
+
+
+def level_losing(trained: Trained, plan: pruning.Plan, points: float, loader: DataLoader) -> int:
+    """By bisection the last level whose top-1 on these images is at most so many points below the model's."""
+    before = accuracy(trained, trained.model, loader, "held out")["acc1"]
+
+    def loses_more(level: int) -> bool:
+        if not level:
+            return False
+        acc1 = accuracy(trained, plan.build(level)[0], loader, "held out")["acc1"]
+        say(f"{plan.size(level) / plan.size(0):.1%} kept: {acc1 - before:+.2f} points on the held-out images")
+        return acc1 < before - points - 1e-9
+
+    return pruning.weakest(plan, loses_more) - 1
+
+
+def table(rows: dict[str, Measured], what: str) -> str:
+    lines = [f"{'':8}{'top-1':>8}{'top-5':>8}{'loss':>8}{'parameters':>14}{'matmul MFLOPs':>15}  {COUNTED[what]}"]
+    lines += [f"{name:8}{row.acc1:>8.2f}{row.acc5:>8.2f}{row.loss:>8.3f}{row.parameters:>14,}{row.matmul_flops / 1e6:>15,.2f}"
+              f"  {row.pruned:,} ({row.share:.1%})" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def what_changed(before: ModelSpec, after: ModelSpec) -> str:
+    """The arguments of the smaller model that differ: `hdim_kan 104 120 104 160`."""
+    changed = {key: value for key, value in after.kwargs.items() if before.kwargs.get(key) != value}
+    return ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in changed.items())
+
+
+def cannot_write(target: Path, error: OSError) -> UserError:
+    return UserError(f"TARGET {target} cannot be written ({error.strerror or error}): check the folder and its space")
+
+
+def save(model: nn.Module, spec: ModelSpec, trained: Trained, loaders: Loaders, target: Path) -> None:
+    """The checkpoint, .pth or .safetensors, whole or not at all."""
+    options = {key: spec.kwargs[key] for key in KAN_OPTIONS if key in spec.kwargs}
+    about: dict[str, Any] = {
+        "model_args": plain({"name": spec.name, "kwargs": spec.kwargs}), "class_names": loaders.class_names,
+        "args": plain({**checkpoint_args(trained.about), "model": spec.name, "input_size": trained.args.input_size, **options,
+                       "data_set": loaders.data_set, "nb_classes": loaders.nb_classes}), "versions": versions()}
+    try:
+        if target.suffix == ".safetensors":
+            write(model, target, about)
+        else:
+            save_file({"model": dict(model.state_dict()), **about}, target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+# ---------------------------------------------------------------- the curve
+def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Path:
+    """TARGET.csv with a line for each row, and the picture beside it, whose path is returned."""
+    picture = target.with_suffix(".png")
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes.plot([row.pruned for row in rows], [row.acc1 for row in rows], marker="o", markersize=4)
+    axes.axhline(rows[0].acc1, linestyle="--", color="black", linewidth=0.8, label="the model as it is")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.secondary_xaxis("top", functions=(lambda x: x / rows[0].pruned, lambda x: x * rows[0].pruned)).set_xlabel("share")
+    axes.set_xlabel(COUNTED[what])
+    axes.set_ylabel(f"top-1 (%) on {rows[0].images:,} images")
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            with open(Path(folder, "table"), "w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([Measured._fields, *(
+                    [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)])
+            figure.savefig(Path(folder, "picture"), dpi=110, format="png")
+            os.replace(Path(folder, "table"), target)
+            os.replace(Path(folder, "picture"), picture)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        plt.close(figure)
+    return picture
+
+
+def draw_curve(own: argparse.Namespace, trained: Trained, plan: pruning.Plan, validation: DataLoader) -> None:
+    levels = sorted({0, *(min(level_within(plan, share), len(plan) - 1) for share in own.curve or SHARES)})
+    rows = []
+    for level in levels:
+        model, spec = plan.build(level)
+        rows.append(measure(trained, plan, model, validation))
+        say(table({"": rows[-1]}, own.what) + (f"  {what_changed(trained.spec, spec)}" if level else ""))
+    how = "by chance" if own.random else "what matters least first"
+    picture = write_curve(rows, own.what, own.target, f"{trained.spec.name}: fewer {own.what}, {how}")
+    say(f"{own.target}, {picture}")
+
+
+# ---------------------------------------------------------------- the command
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add_model_arguments(parser)
+    parser.add_argument("target", metavar="TARGET", type=Path, help="what to write: .pth or .safetensors; .csv with --curve")
+    parser.add_argument("--what", required=True, choices=pruning.KINDS,
+                        help="hidden units; groups or grid points of the learned functions; the units of a full-edge KAN "
+                        "whose edges are all weak")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--keep-parameters", type=float, metavar="SHARE", help="what is left at most: of the feed-forwards' "
+                        "parameters (hidden, edges), of the functions' coefficients (groups, points)")
+    budget.add_argument("--max-loss", type=float, metavar="POINTS", help="top-1 that may be lost on held-out training images; "
+                        "the smallest model is found by bisection")
+    budget.add_argument("--curve", type=float, nargs="*", metavar="SHARE", help="top-1 at several shares (0.9 to 0.1)")
+    parser.add_argument("--images", type=int, default=512, metavar="N", help="training images to calibrate on, and as many "
+                        "others for --max-loss (default: %(default)s)")
+    parser.add_argument("--random", action="store_true", help="remove units by chance: what an order has to beat")
+    return parser
+
+
+def check(own: argparse.Namespace) -> None:
+    suffixes = (".csv",) if own.curve is not None else (".pth", ".safetensors")
+    if own.target.suffix not in suffixes:
+        raise UserError(f"TARGET {own.target} must end in {' or '.join(suffixes)}")
+    if own.target.exists() and Path(own.checkpoint).exists() and own.target.samefile(own.checkpoint):
+        raise UserError(f"TARGET {own.target} is CHECKPOINT itself, which would be lost: choose another name")
+    for flag, shares in (("--keep-parameters", [own.keep_parameters]), ("--curve", own.curve or [])):
+        for share in shares:
+            if share is not None and not 0 < share <= 1:
+                raise UserError(f"{flag} {share:g} must be greater than 0 and at most 1: it is a share of what can be pruned")
+    if own.max_loss is not None and not 0 <= own.max_loss < 100:
+        raise UserError(f"--max-loss {own.max_loss:g} must be at least 0 and below 100: it is in points of top-1")
+    if own.images < 1:
+        raise UserError(f"--images {own.images} must be at least 1")
+    if own.random and own.what not in ("hidden", "edges"):
+        raise UserError(f"--random removes units, and --what {own.what} removes none: leave it out")
+
+
+def run(argv: list[str]) -> int:
+    own, flags = arguments().parse_known_args(argv)
+    check(own)
+    trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
+    pruning.check(trained.spec, own.what)
+    loaders = trained.loaders()
+    calibration, held_out = calibration_loaders(trained, own.images)
+    plan = make_plan(trained, own.what, calibration, own.random)
+    if own.curve is not None:
+        draw_curve(own, trained, plan, loaders.val)
+        return 0
+    if own.keep_parameters is not None:
+        level = level_within(plan, own.keep_parameters)
+        if level == len(plan):
+            least = math.ceil(1000 * plan.size(level - 1) / plan.size(0)) / 1000
+            raise UserError(f"--keep-parameters {own.keep_parameters:g} is out of reach with --what {own.what}, which keeps "
+                            f"{least:g} at least: give no less")
+    else:
+        level = level_losing(trained, plan, own.max_loss, held_out)
+    if not level:
+        raise UserError("nothing can be removed within the budget, and nothing was written: raise --max-loss"
+                        if own.max_loss is not None else
+                        f"--keep-parameters {own.keep_parameters:g} keeps all, and nothing was written: give a smaller share")
+    model, spec = plan.build(level)
+    rows = {"before": measure(trained, plan, trained.model, loaders.val), "after": measure(trained, plan, model, loaders.val)}
+    loaders.check_unreadable()
+    say(table(rows, own.what))
+    lost = rows["before"].acc1 - rows["after"].acc1
+    if own.max_loss is not None and lost > own.max_loss:
+        say(f"note: on the validation images it is {lost:.2f} points, more than --max-loss {own.max_loss:g}: the held-out "
+            "images are training images, which the model knows", file=sys.stderr)
+    save(model, spec, trained, loaders, own.target)
+    say(f"{own.target}: {spec.name}, {what_changed(trained.spec, spec)}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
