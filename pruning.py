@@ -50,7 +50,7 @@ KINDS = ("hidden", "groups", "points", "edges")
 FLOOR = 0.05            # what a token weighs beside its gradient: one that the loss does not feel now it may feel later
 RIDGE = 1e-3            # of the mean of E[f^2]
 CHUNK = 4096            # tokens whose features are in memory at a time
-SAMPLE = 8192           # tokens that functions are fitted on
+SAMPLE = 4096           # tokens that functions are fitted on
 
 
 # ---------------------------------------------------------------- the two halves of a feed-forward
@@ -499,6 +499,8 @@ class Hidden(Plan):
         return list(map(sorted, stay))
 
     def spec(self, level: int) -> ModelSpec:
+        if level == 0:
+            return self.given
         widths = [len(units) for units in self.kept(level)]
         return ModelSpec(self.given.name, {**self.given.kwargs, "hdim_kan": models_kan.one_or_each(widths)})
 

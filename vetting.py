@@ -114,8 +114,8 @@ def check_flags(checkpoint: Mapping[str, Any], path: str) -> None:
     for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
         value = stored.get(dest)
         for one in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may be one for each block
-            if isinstance(one, (int, float)) and not one <= largest:
-                raise UserError(f"checkpoint {path}: its args have {dest} {one}, beyond {largest}: get it from its source again")
+            if isinstance(one, (int, float)) and not (dest == "hdim_kan") <= one <= largest:
+                raise UserError(f"checkpoint {path}: its args have {dest} {one}, out of all bounds: get it from its source again")
 
 
 # ---------------------------------------------------------------- the state of a run

@@ -298,6 +298,7 @@ def absurd_argument(good: dict[str, Any], random: random.Random) -> Hostile:
     described = good["model_args"]
     name, value = random.choice([
         ("num_classes", 10 ** 9), ("depth", 10 ** 6), ("depth", 10 ** 9), ("embed_dim", 10 ** 6), ("hdim_kan", 10 ** 8),
+        ("hdim_kan", [8, 10 ** 8]), ("hdim_kan", [8, "x"]), ("hdim_kan", [-8, 8]), ("hdim_kan", [[8], [8]]),
         ("img_size", 10 ** 6), ("kan_grid_points", 10 ** 9), ("num_heads", 0), ("num_classes", -1), ("depth", "x"),
         ("no_such_argument", 1), ("pretrained", True), ("checkpoint_path", "/etc/passwd"), ("mlp_layer", "os.system"),
         ("pretrained_cfg", {"file": "/etc/passwd"}), ("cache_dir", "/"), ("norm_layer", "x"), ("depth", torch.ones(10))])
@@ -308,6 +309,7 @@ def absurd_argument(good: dict[str, Any], random: random.Random) -> Hostile:
 def absurd_flag(good: dict[str, Any], random: random.Random) -> Hostile:
     name, value = random.choice([
         ("model", "no_such_model"), ("model", "hf-hub:nobody/nothing"), ("model", 5), ("hdim_kan", 10 ** 9),
+        ("hdim_kan", [10 ** 9]), ("hdim_kan", [0, 8]), ("hdim_kan", [[8]]),
         ("input_size", 10 ** 9),
         ("epochs", 10 ** 12), ("epochs", -1), ("batch_size", 0), ("lr", float("nan")), ("opt", "no_such_optimizer"),
         ("sched", "x"), ("aa", "rand" * 1000), ("opt_betas", [1, 2, 3]), ("crop_padding", 10 ** 9), ("recount", 10 ** 9),

@@ -466,6 +466,23 @@ def test_teacher_may_have_moved_on_resume():
     assert got.args.teacher_path == "new.pth" and got.notes == ()
 
 
+def test_widths_of_a_pruned_models_blocks(recipe):
+    widths = [8, 24, 16]
+    stored = {**OURS, "hdim_kan": widths}
+    for purpose in ("eval", "finetune", "resume"):
+        assert resolve(parse_args([]), stored, {}, purpose).args.hdim_kan == widths
+    args = parse_args(["--config", recipe("hdim_kan: [8, 24, 16]")]).args
+    validate(args)
+    assert args.hdim_kan == widths
+    assert parse_args(["--config", recipe(dump_yaml(args))]).args.hdim_kan == widths
+    for wrong in ("[8, x]", "[8, 1.5]", "[[8]]", "[]"):
+        assert "hdim_kan" in sentence("--config", recipe(f"hdim_kan: {wrong}"))
+    assert "at least 1" in refusal("--config", recipe("hdim_kan: [8, 0]"))
+    assert "invalid int" in sentence("--hdim_kan", "8,24")       # on the command line it is one number
+    with pytest.raises(UserError, match="--hdim_kan 8 .* contradicts the checkpoint, which has 8 24 16"):
+        resolve(parse_args(["--eval", "--hdim_kan", "8"]), stored, {}, "eval")
+
+
 def test_finetune_takes_the_model_unless_another_is_named():
     small = "deit_small_patch16_224_KAN"
     got = resolve(parse_args(["--finetune", "f"]), {**OURS, "model": small}, {}, "finetune")

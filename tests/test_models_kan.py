@@ -1,4 +1,5 @@
 import argparse
+import copy
 import json
 import math
 from pathlib import Path
@@ -304,6 +305,31 @@ def test_options_of_a_group_kan():
             with pytest.raises(ValueError, match=f"{next(iter(option))}: no effect on vit_nano_patch8_32_{suffix}, "
                                                  "choose vit_nano_patch8_32_GKAN"):
                 timm.create_model(f"vit_nano_patch8_32_{suffix}", **option)
+
+
+@pytest.mark.parametrize("suffix", ["KAN", "EKAN", "GKAN"])
+def test_a_width_for_each_block(suffix):
+    def second(mlp):
+        return mlp.fc2.in_features if suffix == "GKAN" else mlp.layers[1].in_features
+
+    name, widths = f"vit_nano_patch8_32_{suffix}", [8, 24, 16, 8]
+    model = spread(create(name, hdim_kan=widths, num_classes=7))
+    assert [second(block.mlp) for block in model.blocks] == widths
+    assert count_parameters(create(name, hdim_kan=(8, 8, 8, 8), num_classes=7)) < count_parameters(model)
+    assert [second(block.mlp) for block in copy.deepcopy(model).blocks] == widths       # as a moving average does
+    features = timm.create_model(name, hdim_kan=widths, features_only=True)
+    assert features(images(model, 1))[-1].shape == (1, 96, 4, 4)
+    spec = infer_model(model.state_dict(), {})
+    assert spec.kwargs["hdim_kan"] == widths
+    other = create(spec.name, seed=5, **spec.kwargs)
+    load_exactly(other, model.state_dict(), "the file")
+    assert torch.equal(other(images(model)), model(images(model)))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images(model, 1))
+    assert count_flops(model).matmul == counter.get_total_flops()
+    for wrong in ([8, 8, 8], [8, 8, 8, 8, 8], [8, 8, 0, 8], [8, 8, 8.0, 8], [8, True, 8, 8], [], [8, 8, "x", 8]):
+        with pytest.raises(ValueError, match="a list of 4, one for each block"):
+            timm.create_model(name, hdim_kan=wrong)
 
 
 def test_options_and_twins_of_a_name():

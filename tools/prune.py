@@ -108,11 +108,13 @@ def level_losing(trained: Trained, plan: pruning.Plan, points: float, loader: Da
     return pruning.weakest(plan, loses_more) - 1
 
 
-def table(rows: dict[str, Measured], what: str) -> str:
-    lines = [f"{'':8}{'top-1':>8}{'top-5':>8}{'loss':>8}{'parameters':>14}{'matmul MFLOPs':>15}  {COUNTED[what]}"]
-    lines += [f"{name:8}{row.acc1:>8.2f}{row.acc5:>8.2f}{row.loss:>8.3f}{row.parameters:>14,}{row.matmul_flops / 1e6:>15,.2f}"
-              f"  {row.pruned:,} ({row.share:.1%})" for name, row in rows.items()]
-    return "\n".join(lines)
+def header(what: str) -> str:
+    return f"{'':8}{'top-1':>8}{'top-5':>8}{'loss':>8}{'parameters':>14}{'matmul MFLOPs':>15}  {COUNTED[what]}"
+
+
+def line(name: str, row: Measured, changed: str = "") -> str:
+    return (f"{name:8}{row.acc1:>8.2f}{row.acc5:>8.2f}{row.loss:>8.3f}{row.parameters:>14,}{row.matmul_flops / 1e6:>15,.2f}"
+            f"  {row.pruned:,} ({row.share:.1%})  {changed}").rstrip()
 
 
 def what_changed(before: ModelSpec, after: ModelSpec) -> str:
@@ -175,12 +177,14 @@ def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Pa
 def draw_curve(own: argparse.Namespace, trained: Trained, plan: pruning.Plan, validation: DataLoader) -> None:
     levels = sorted({0, *(min(level_within(plan, share), len(plan) - 1) for share in own.curve or SHARES)})
     rows = []
+    say(header(own.what))
     for level in levels:
         model, spec = plan.build(level)
         rows.append(measure(trained, plan, model, validation))
-        say(table({"": rows[-1]}, own.what) + (f"  {what_changed(trained.spec, spec)}" if level else ""))
+        say(line("", rows[-1], what_changed(trained.spec, spec)))
+    what = {"hidden": "hidden units", "edges": "hidden units, by their edges", "points": "grid points"}.get(own.what, own.what)
     how = "by chance" if own.random else "what matters least first"
-    picture = write_curve(rows, own.what, own.target, f"{trained.spec.name}: fewer {own.what}, {how}")
+    picture = write_curve(rows, own.what, own.target, f"{trained.spec.name} with fewer {what}: {how}")
     say(f"{own.target}, {picture}")
 
 
@@ -247,10 +251,10 @@ def run(argv: list[str]) -> int:
                         if own.max_loss is not None else
                         f"--keep-parameters {own.keep_parameters:g} keeps all, and nothing was written: give a smaller share")
     model, spec = plan.build(level)
-    rows = {"before": measure(trained, plan, trained.model, loaders.val), "after": measure(trained, plan, model, loaders.val)}
+    before, after = (measure(trained, plan, net, loaders.val) for net in (trained.model, model))
     loaders.check_unreadable()
-    say(table(rows, own.what))
-    lost = rows["before"].acc1 - rows["after"].acc1
+    say("\n".join([header(own.what), line("before", before), line("after", after)]))
+    lost = before.acc1 - after.acc1
     if own.max_loss is not None and lost > own.max_loss:
         say(f"note: on the validation images it is {lost:.2f} points, more than --max-loss {own.max_loss:g}: the held-out "
             "images are training images, which the model knows", file=sys.stderr)
