@@ -332,8 +332,12 @@ def refit(half: Half, inputs: Sequence[Tensor], targets: Sequence[Tensor], weigh
 
 def channel_moments(new: Tensor, old: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """E[w f' f'^T] [I, Q, Q] and E[w f' f^T] [I, Q, P] of each channel, for features f' [T, I, Q], f [T, I, P], weights [T]."""
-    weighted = double(new * weights[:, None, None]) / double(weights.sum())
-    return torch.einsum("tiq,tir->iqr", weighted, double(new)), torch.einsum("tiq,tip->iqp", weighted, double(old))
+    own, cross = 0.0, 0.0
+    for f, g, w in zip(new.split(512), old.split(512), weights.split(512)):         # bounds the memory
+        weighted, f, g = double(f * w[:, None, None]), double(f), double(g)
+        own, cross = own + torch.einsum("tiq,tir->iqr", weighted, f), cross + torch.einsum("tiq,tip->iqp", weighted, g)
+    total = double(weights.sum())
+    return own / total, cross / total
 
 
 def ridged(gram: Tensor) -> Tensor:
@@ -528,8 +532,9 @@ class Hidden(Plan):
 @torch.no_grad()
 def fit_norm(new: nn.LayerNorm, old: nn.LayerNorm, inputs: list[Tensor], weights: list[Tensor], units: Tensor) -> None:
     """Scale and shift of a LayerNorm over some of the units with which each is nearest what it was in `old`."""
-    n = torch.cat([F.layer_norm(x[:, units], new.normalized_shape, eps=new.eps) for x in inputs]).double()
-    u, w = torch.cat([old(x)[:, units] for x in inputs]).double(), torch.cat(weights).double()[:, None] / sum(map(sum, weights))
+    n = double(torch.cat([F.layer_norm(x[:, units], new.normalized_shape, eps=new.eps) for x in inputs]))
+    u, w = double(torch.cat([old(x)[:, units] for x in inputs])), double(torch.cat(weights))[:, None]
+    w = w / w.sum()
     mean, wanted = (w * n).sum(0), (w * u).sum(0)
     scale = (w * (n - mean) * (u - wanted)).sum(0) / (w * (n - mean).square()).sum(0).clamp_min(1e-12)
     new.weight.copy_(scale)
