@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.axes import Axes
@@ -155,7 +155,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
     The model computes in evaluation mode and is left as it was. Works for any model; one without learned functions has no
     inputs."""
     inputs: dict[str, Inputs] = {}
-    squares: dict[str, list[Tensor]] = {}
+    squares: dict[str, list[tuple[Tensor, int]]] = {}
     images = 0
 
     def counted(name: str, layer: nn.Module, u: Tensor) -> None:
@@ -163,8 +163,9 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
             inputs[name] = Inputs(u.shape[-1], grid_of(layer), u.device)
         inputs[name].add(u)
 
-    def squared(name: str, y: Tensor) -> None:
-        squares.setdefault(name, []).append(y.detach().float().square().mean() * len(y))
+    def squared(name: str, y: Any) -> None:
+        if isinstance(y, Tensor):
+            squares.setdefault(name, []).append((y.detach().float().square().sum(), y.numel()))
 
     was_training = model.training
     with ExitStack() as stack:
@@ -185,7 +186,9 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
         for batch in batches:
             images += len(batch)
             model.forward(batch.to(device))     # not model(): a compiled model would not see the hooks
-    return Collected(inputs, {name: math.sqrt(sum(map(float, parts)) / images) for name, parts in squares.items()}, images)
+    outputs = {name: math.sqrt(sum(float(total) for total, _ in parts) / sum(count for _, count in parts))
+               for name, parts in squares.items()}
+    return Collected(inputs, outputs, images)
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -343,7 +346,7 @@ def _finish(axes: Axes, layer: nn.Module, inputs: Inputs | None, title: str, yla
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("input u (lines: grid points" + ("; blue: what arrives)" if inputs is not None else ")"), fontsize=8)
     axes.set_ylabel(ylabel, fontsize=8)
-    axes.legend(fontsize=7, title=legend, title_fontsize=7, ncols=2)
+    axes.legend(fontsize=7, title=legend, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def functions_figure(layers: Mapping[str, nn.Module], inputs: Mapping[str, Inputs] | None = None) -> Figure:
@@ -443,21 +446,24 @@ def attention_panels(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def draw_attention(image: Tensor, panels: Mapping[str, Tensor], title: str = "", columns: int = 8) -> Figure:
-    """The image [3, S, S] (0 to 1), then each panel over it: brightest is where that panel has most."""
+    """The image [3, S, S] (0 to 1), then each panel over it, from its smallest share (dark) to its largest (bright), which its
+    title has."""
     rows = -(-(len(panels) + 1) // columns)
-    figure = Figure((1.45 * columns, 1.75 * rows), layout="constrained")
+    figure = Figure((1.45 * columns, 1.9 * rows), layout="constrained")
     picture = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
     height, width = picture.shape[:2]
     for place, (name, values) in enumerate([(title, None), *panels.items()], 1):
         axes = figure.add_subplot(rows, columns, place)
         axes.set_axis_off()
-        axes.set_title(name, fontsize=8, parse_math=False)
+        axes.set(xticks=[], yticks=[])      # which would be laid out even so
+        span = "" if values is None else f"\n{values.min():.1%} – {values.max():.1%}"
+        axes.set_title(name + span, fontsize=7.5, parse_math=False)
         if values is None:
             axes.imshow(picture)
             continue
         axes.imshow(picture.mean(-1), cmap="gray", vmin=0, vmax=1)
-        axes.imshow(values.numpy(), cmap="inferno", alpha=0.65, vmin=0, vmax=max(float(values.max()), 1e-12),
-                    extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
+        axes.imshow(values.numpy(), cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                    interpolation="bilinear")
     return figure
 
 

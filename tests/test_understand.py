@@ -292,7 +292,10 @@ def test_panels():
                             *(f"block 3\nhead {n}" for n in range(3))]
     torch.testing.assert_close(panels["block 3\nclass token"], sum(panels[f"block 3\nhead {n}"] for n in range(3)) / 3)
     figure = understand.draw_attention(torch.rand(3, 32, 32), panels, "the $image\\$ of <a> class")
-    assert len(figure.axes) == 9 and figure.axes[1].get_title() == "rollout\nclass token"
+    rollout = panels["rollout\nclass token"]
+    assert len(figure.axes) == 9
+    assert figure.axes[1].get_title() == f"rollout\nclass token\n{rollout.min():.1%} – {rollout.max():.1%}"
+    assert torch.equal(torch.tensor(figure.axes[1].images[1].get_array()), rollout)
     assert len(understand.png(figure)) > 1000
 
 
