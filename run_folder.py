@@ -70,7 +70,7 @@ class RunFolder:
         self.folder = Path(folder).expanduser() if folder and process.is_main else None
         self.process = process
         self.failed = ""
-        self.board = None
+        self.board: SummaryWriter | None = None
         self.unwritten = ""     # lines of log.txt that had no room yet
         if self.folder:
             try:

@@ -33,7 +33,7 @@ from datasets import ImageSet, Loaders, guess_data_set
 from downloads import fetch
 from engine import TrainState
 from group_kan import GroupActivation
-from models_kan import FUNCTION_LAYERS, KAN_OPTIONS, ModelSpec
+from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
 from samplers import RASampler, SampleKey
 from utils import Process, UserError, say, world_size_of_launch
@@ -251,7 +251,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             where, value = config.given.get(key), getattr(args, key)
             if where == "command line" or (where and value != get_args_parser().get_default(key)):
                 raise _no_effect(key, spec.name, like="kan_groups")
-    if args.log_kan and not args.eval and not any(isinstance(module, FUNCTION_LAYERS) for module in model.modules()):
+    if args.log_kan and not args.eval and not any(isinstance(module, FunctionLayer) for module in model.modules()):
         raise _no_effect("log_kan", spec.name, like="kan_grid_points")
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and any(args.input_size % side for side in embed.patch_size):
@@ -313,14 +313,14 @@ def _calibration_batch(loaders: Loaders, seed: int, size: int = 64) -> torch.Ten
     """Training images (with --eval: validation images), the same on every process."""
     if not loaders.train:
         return validation_images(loaders, size)
-    data = loaders.train.dataset
+    data: Any = loaders.train.dataset
     return _readable(data, list(islice(RASampler(data, num_repeats=1, seed=seed), size)))
 
 
 def validation_images(loaders: Loaders, size: int = 64) -> torch.Tensor:
     """[B, 3, S, S]: so many readable validation images, if there are, spread evenly over their order. Uses no random number
     and no loader process. Raises UserError where none can be read."""
-    data = loaders.val.dataset
+    data: Any = loaders.val.dataset
     return _readable(data, range(0, len(data), max(1, len(data) // size))[:size])
 
 

@@ -34,13 +34,15 @@ from efficient_kan import EfficientKANLayer, bspline_basis
 from faster_kan import FasterKANLayer
 from group_kan import GroupActivation
 from kernels import BASES, rswaf_basis
-from models_kan import FUNCTION_LAYERS
+from models_kan import FunctionLayer
 from utils import UserError, say
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from run_folder import RunFolder
+
+EdgeLayer = FasterKANLayer | EfficientKANLayer
 
 EDGES = 6               # of a layer that are drawn
 GROUPS = 8              # likewise
@@ -49,12 +51,12 @@ MOST_OFF_GRID = 0.05    # share of a layer's inputs, above it training warns
 
 
 # ---------------------------------------------------------------- the functions, exact from the weights
-def function_layers(model: nn.Module) -> dict[str, nn.Module]:
+def function_layers(model: nn.Module) -> dict[str, FunctionLayer]:
     """The modules with learned functions by name, in the order of the blocks; empty for an MLP."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FUNCTION_LAYERS)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, FunctionLayer)}
 
 
-def grid_of(layer: nn.Module) -> Tensor:
+def grid_of(layer: FunctionLayer) -> Tensor:
     """The points [G] between which the layer's basis is complete, in increasing order, float64 on the CPU."""
     if isinstance(layer, EfficientKANLayer):
         points = layer.grid[layer.spline_order:layer.num_grids + 1]
@@ -71,7 +73,7 @@ def group_functions(phi: GroupActivation, u: Tensor) -> tuple[Tensor, Tensor]:
     return BASES[phi.base](u), values.T.cpu()
 
 
-def edge_basis(layer: nn.Module, u: Tensor) -> Tensor:
+def edge_basis(layer: EdgeLayer, u: Tensor) -> Tensor:
     """[N, K]: the basis functions of an edge at u [N], the base branch's silu(u) last where the layer has one."""
     with torch.no_grad():
         if isinstance(layer, EfficientKANLayer):
@@ -81,15 +83,15 @@ def edge_basis(layer: nn.Module, u: Tensor) -> Tensor:
         return basis if layer.base_linear is None else torch.cat([basis, F.silu(u)[:, None]], 1)
 
 
-def edge_weights(layer: nn.Module) -> Tensor:
+def edge_weights(layer: EdgeLayer) -> Tensor:
     """W [O, I, K], float64 on the CPU."""
     with torch.no_grad():
         if isinstance(layer, EfficientKANLayer):
-            spline, base = layer.spline_weight * layer.spline_scaler.unsqueeze(-1), layer.base_weight
+            parts = [layer.spline_weight * layer.spline_scaler.unsqueeze(-1), layer.base_weight.unsqueeze(-1)]
         else:
-            spline = layer.spline_linear.weight.unflatten(1, (layer.in_features, -1))
-            base = None if layer.base_linear is None else layer.base_linear.weight
-        return (spline if base is None else torch.cat([spline, base.unsqueeze(-1)], -1)).double().cpu()
+            parts = [layer.spline_linear.weight.unflatten(1, (layer.in_features, -1))]
+            parts += [] if layer.base_linear is None else [layer.base_linear.weight.unsqueeze(-1)]
+        return torch.cat(parts, -1).double().cpu()
 
 
 # ---------------------------------------------------------------- what arrives at them
@@ -158,7 +160,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
     squares: dict[str, list[tuple[Tensor, int]]] = {}
     images = 0
 
-    def counted(name: str, layer: nn.Module, u: Tensor) -> None:
+    def counted(name: str, layer: FunctionLayer, u: Tensor) -> None:
         if name not in inputs:
             inputs[name] = Inputs(u.shape[-1], grid_of(layer), u.device)
         inputs[name].add(u)
@@ -225,7 +227,7 @@ class Measured:
         return int((self.gain < DEAD_GAIN).sum())
 
 
-def measure(layer: nn.Module, inputs: Inputs) -> Measured:
+def measure(layer: FunctionLayer, inputs: Inputs) -> Measured:
     """A layer with learned functions under what arrived at it."""
     u, grid = inputs.centres, grid_of(layer)
     if isinstance(layer, GroupActivation):
@@ -261,12 +263,12 @@ def _deviation(shares: Tensor, values: Tensor) -> Tensor:
     return (square - mean.square()).clamp(min=0).sqrt()
 
 
-def edge_deviations(layer: nn.Module, shares: Tensor, u: Tensor) -> Tensor:
+def edge_deviations(layer: EdgeLayer, shares: Tensor, u: Tensor) -> Tensor:
     """[O, I]: the standard deviation of each edge's function where input i is u [N] with the shares [I, N]."""
     return _edge_moments(layer, shares, u)[0]
 
 
-def _edge_moments(layer: nn.Module, shares: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
+def _edge_moments(layer: EdgeLayer, shares: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
     """`edge_deviations`, and the root mean square of each edge's spline beside its base branch, where there is one."""
     basis, weight = edge_basis(layer, u.double()), edge_weights(layer)
     products = (basis.unsqueeze(2) * basis.unsqueeze(1)).flatten(1)                     # [N, K*K]
@@ -283,13 +285,13 @@ def _edge_moments(layer: nn.Module, shares: Tensor, u: Tensor) -> tuple[Tensor, 
 
 
 # ---------------------------------------------------------------- drawn
-def drawn_range(layer: nn.Module) -> Tensor:
+def drawn_range(layer: FunctionLayer) -> Tensor:
     """[401]: the grid and one unit beyond."""
     grid = grid_of(layer)
     return torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
 
 
-def edge_functions(layer: nn.Module, u: Tensor, inputs: Inputs | None = None, count: int = EDGES) -> dict[str, Tensor]:
+def edge_functions(layer: EdgeLayer, u: Tensor, inputs: Inputs | None = None, count: int = EDGES) -> dict[str, Tensor]:
     """The strongest edges of a layer, {"input → output": phi(u) [N]}.
 
     Strength is the deviation under what arrives at each input, without `inputs` as if that were spread like `u`."""
@@ -303,7 +305,7 @@ def edge_functions(layer: nn.Module, u: Tensor, inputs: Inputs | None = None, co
     return {f"{i} → {o}": (basis @ weight[o, i]).to(u.dtype) for o, i in edges}
 
 
-def draw_functions(axes: Axes, name: str, layer: nn.Module, inputs: Inputs | None = None) -> None:
+def draw_functions(axes: Axes, name: str, layer: FunctionLayer, inputs: Inputs | None = None) -> None:
     """A layer's functions, over the histogram of what arrives where that was collected."""
     if isinstance(layer, GroupActivation):
         draw_groups(axes, name, layer, inputs)
@@ -323,7 +325,7 @@ def draw_groups(axes: Axes, name: str, phi: GroupActivation, inputs: Inputs | No
     _finish(axes, phi, inputs, f"{name}: the groups' functions{shown}", "learned activation φ(u)", "group")
 
 
-def draw_edges(axes: Axes, name: str, layer: nn.Module, inputs: Inputs | None = None) -> None:
+def draw_edges(axes: Axes, name: str, layer: EdgeLayer, inputs: Inputs | None = None) -> None:
     """The functions on a full-edge KAN's strongest edges."""
     u = drawn_range(layer)
     for label, values in edge_functions(layer, u, inputs).items():
@@ -331,7 +333,7 @@ def draw_edges(axes: Axes, name: str, layer: nn.Module, inputs: Inputs | None = 
     _finish(axes, layer, inputs, f"{name}: strongest edges", "edge function φ(u)", "input → output")
 
 
-def _finish(axes: Axes, layer: nn.Module, inputs: Inputs | None, title: str, ylabel: str, legend: str) -> None:
+def _finish(axes: Axes, layer: FunctionLayer, inputs: Inputs | None, title: str, ylabel: str, legend: str) -> None:
     for point in grid_of(layer).tolist():
         axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
     axes.set_xlim(float(drawn_range(layer)[0]), float(drawn_range(layer)[-1]))
@@ -349,7 +351,7 @@ def _finish(axes: Axes, layer: nn.Module, inputs: Inputs | None, title: str, yla
     axes.legend(fontsize=7, title=legend, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def functions_figure(layers: Mapping[str, nn.Module], inputs: Mapping[str, Inputs] | None = None) -> Figure:
+def functions_figure(layers: Mapping[str, FunctionLayer], inputs: Mapping[str, Inputs] | None = None) -> Figure:
     """A panel for each layer, two in a row."""
     rows = -(-len(layers) // 2)
     figure = Figure((11, 3.4 * rows), layout="constrained")
@@ -390,7 +392,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     Raises UserError for a model without such an attention."""
     tokens = _tokens(model)
     seen: list[Tensor] = []
-    modules = [m for m in model.modules() if hasattr(m, "fused_attn") and isinstance(getattr(m, "attn_drop", None), nn.Module)]
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "fused_attn") and hasattr(m, "attn_drop")]
     was_training = model.training
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
@@ -426,7 +428,8 @@ def attention_rollout(maps: Tensor) -> Tensor:
 def token_maps(model: nn.Module, attention: Tensor) -> dict[str, Tensor]:
     """Rows of attention [..., T, T] as pictures [..., h, w] over the patches: the class token's, the distillation token's
     where there is one, and in a model without a class token the mean over the patches'."""
-    prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    vit: Any = model
+    prefix, grid = vit.num_prefix_tokens, vit.patch_embed.grid_size
     names = [name for name, key in (("class token", "cls_token"), ("distillation token", "dist_token"))
              if getattr(model, key, None) is not None]
     rows = {name: attention[..., index, prefix:] for index, name in enumerate(names)} or {
@@ -475,7 +478,7 @@ def log_functions(model: nn.Module, images: Tensor, folder: "RunFolder", epoch: 
     images: [B, 3, S, S] as the model takes them."""
     layers, inputs = function_layers(model), collect_inputs(model, images.split(32)).inputs
     measured = {name: measure(layers[name], inputs[name]) for name in inputs}
-    blocks: dict[str, dict[str, nn.Module]] = {}
+    blocks: dict[str, dict[str, FunctionLayer]] = {}
     for name in inputs:
         blocks.setdefault(name.split(".mlp.")[0], {})[name] = layers[name]
 
@@ -517,7 +520,7 @@ def _add_histogram(board: "SummaryWriter", tag: str, inputs: Inputs, found: Meas
                             counts[part].tolist(), epoch)
 
 
-def chosen_layers(model: nn.Module, names: Sequence[str] = ()) -> dict[str, nn.Module]:
+def chosen_layers(model: nn.Module, names: Sequence[str] = ()) -> dict[str, FunctionLayer]:
     """The layers with learned functions that the names begin ("blocks.3", "blocks.3.mlp.phi2"); all without names. Raises
     UserError for a name that fits none."""
     layers = function_layers(model)

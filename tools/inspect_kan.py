@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +62,7 @@ def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequen
                      understand.functions_figure(layers, collected.inputs) if layers else None)
     shown = _spread(list(zip(images, titles)), SHOWN)
     if loaders and not files:
-        data = loaders.val.dataset
+        data: Any = loaders.val.dataset
         items = [(index, *data[index]) for index in _spread(range(len(data)), SHOWN)]
         shown = [(image, f"{Path(data.images.name(index)).name}: {trained.class_names[target]}")
                  for index, image, target in items if target >= 0]
