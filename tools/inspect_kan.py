@@ -147,7 +147,7 @@ def layers_table(found: Findings) -> list[list[str]]:
 # ---------------------------------------------------------------- the page
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; background: #fff }
-body.two { max-width: 2300px }
+body.two { max-width: 2300px } .two td, .two th { padding: .2em .4em; font-size: 12px }
 .pair { display: flex; gap: 2em } .pair > div { flex: 1; min-width: 0; overflow-x: auto }
 table { border-collapse: collapse; margin: .5em 0; font-size: 13px; font-variant-numeric: tabular-nums }
 td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left; white-space: nowrap } th { background: #eef }
@@ -160,8 +160,8 @@ NOTES = {
         "Root mean square of what the attention and the feed-forward of each block add (before any layer scale), and of what "
         "leaves the block.",
     "Layers of learned functions":
-        "Inputs: mean and deviation. Off the grid: the share of them that lie beyond the first or last grid point, where nothing "
-        "is learned. Distance: root mean square, under the inputs, of function minus base (of a full-edge KAN: of the spline "
+        "Inputs: mean and deviation. Off the grid: the share of them that lie beyond the first or last grid point, where what "
+        "is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a full-edge KAN: of the spline "
         "beside its base branch, where it has one), the mean over the functions, and the furthest. Gain: deviation of what a "
         "group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what arrives; dead: below "
         f"{understand.DEAD_GAIN:g}.",
@@ -251,7 +251,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--data-path", metavar="DIR", help="data set whose validation images are let through")
     parser.add_argument("--data-set", metavar="NAME", help="as main.py's, where the folder can't tell")
     parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="images to let through at most")
-    parser.add_argument("--layer", action="append", default=[], metavar="NAME",
+    parser.add_argument("--layer", action="append", metavar="NAME",
                         help="show only this layer or block, such as blocks.3 or blocks.3.mlp.phi2; may be repeated")
     parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint, shown beside the first")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: CHECKPOINT's name with _inspect at its end")
@@ -262,7 +262,7 @@ def run(argv: list[str]) -> int:
     columns = []
     for place in filter(None, (args.checkpoint, args.compare)):
         trained = load_trained(place, weights=args.weights, device=args.device, flags=flags)
-        columns.append(inspect(trained, image_files(args.images), args.samples, args.layer))
+        columns.append(inspect(trained, image_files(args.images), args.samples, args.layer or ()))
     figures = [found.functions for found in columns if found.functions]
     if len(figures) == 2:
         share_limits(*figures)
