@@ -506,8 +506,8 @@ def off_grid_warning(measured: Mapping[str, Measured]) -> str:
     worst = measured[far[0]]
     others = f", and more than {MOST_OFF_GRID:.0%} in {len(far) - 1} of the other {len(measured) - 1} layers"
     more = others if len(far) > 1 else ""
-    return (f"{worst.off_grid:.1%} of the inputs of {far[0]} fall off its grid [{worst.low:g}, {worst.high:g}]{more}: what is learned "
-            "fades out there, a new run with a wider --kan-grid-range would cover them")
+    return (f"{worst.off_grid:.1%} of the inputs of {far[0]} fall off its grid [{worst.low:g}, {worst.high:g}]{more}: what is "
+            "learned fades out there, a new run with a wider --kan-grid-range would cover them")
 
 
 def _add_histogram(board: "SummaryWriter", tag: str, inputs: Inputs, found: Measured, epoch: int) -> None:

@@ -161,10 +161,10 @@ NOTES = {
         "leaves the block.",
     "Layers of learned functions":
         "Inputs: mean and deviation. Off the grid: the share of them that lie beyond the first or last grid point, where what "
-        "is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a full-edge KAN: of the spline "
-        "beside its base branch, where it has one), the mean over the functions, and the furthest. Gain: deviation of what a "
-        "group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what arrives; dead: below "
-        f"{understand.DEAD_GAIN:g}.",
+        "is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a full-edge KAN: of the "
+        "spline beside its base branch, where it has one), the mean over the functions, and the furthest. Gain: deviation of "
+        "what a group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what arrives; dead: "
+        f"below {understand.DEAD_GAIN:g}.",
     "Learned functions":
         "Group KAN: each group's function over its base (dashed). Full-edge KAN: the edges whose functions vary most under what "
         "arrives, exact from the weights. Grey lines: grid points; blue: how what arrives is spread.",
