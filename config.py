@@ -48,7 +48,7 @@ _SCOPES = {
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
     "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
-             "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
+             "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq log_kan teacher_path "
              "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
@@ -307,6 +307,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--debug-nan", action=on_off, default=False,
         help="when the loss or a gradient is not finite: keep the batch in --output_dir, replay it, name the layer")
     add("--print-freq", default=10, type=int, metavar="N", help="batches between log lines")
+    add("--log-kan", default=0, type=int, metavar="N",
+        help="every N epochs the learned functions, what arrives at them and the dead ones to TensorBoard; 0: off")
     add("--compile", action=on_off, default=False, help="torch.compile the model: minutes at the start, then faster steps")
     add("--profile", action=on_off, default=False,
         help="write a trace of a few training steps to profile/ in --output_dir and print what takes the time")
@@ -397,7 +399,8 @@ _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
     **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size"), _at_least(1)),
-    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs"), _between(0, _MOST_EPOCHS)),
+    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs", "log_kan"),
+                    _between(0, _MOST_EPOCHS)),
     **dict.fromkeys(("weight_decay", "kan_groups", "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr",
                      "color_jitter", "crop_padding", "mixup", "cutmix", "save_interval_steps", "save_interval_minutes"),
                     _at_least(0)),
@@ -471,6 +474,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
         _validate_training(args)
     elif args.profile:
         raise UserError("--profile traces training steps, and --eval has none: leave one of them out")
+    elif args.log_kan:
+        raise UserError("--log-kan looks at a training, and --eval is none: leave one of them out")
 
 
 def _validate_training(args: Namespace) -> None:
@@ -496,6 +501,8 @@ def _validate_training(args: Namespace) -> None:
         raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
     if args.profile and not args.output_dir:
         raise UserError("--profile writes its trace into --output_dir: give that folder")
+    if args.log_kan and not args.output_dir:
+        raise UserError("--log-kan writes to TensorBoard in --output_dir: give that folder")
     if args.debug_nan and not args.output_dir:
         raise UserError("--debug-nan keeps the batch in --output_dir: give that folder")
     if args.distillation_type != "none":

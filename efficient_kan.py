@@ -141,6 +141,7 @@ class EfficientKANLayer(nn.Module):
     The basis is computed in at least float32, the matrix product in autocast's dtype where autocast is on. Only
     the ends of the buffer `grid` count: its knots are uniform.
     """
+    grid: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, grid_min: float = -1.0, grid_max: float = 1.0,
                  num_grids: int = 8, spline_order: int = 3, scale_base: float = 1.0, scale_noise: float = 0.1,

@@ -91,6 +91,8 @@ class StaticNorm(nn.Module):
 
 class RSWAFGrid(nn.Module):
     """Grid points g [G] and width h of the basis, trainable or not."""
+    grid: Tensor
+    h: float | Tensor
 
     def __init__(self, grid_min: float, grid_max: float, num_grids: int, h: float,
                  train_grid: bool = False, train_h: bool = False, device=None, dtype=None):

@@ -187,6 +187,10 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                         "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,
                         "epoch_seconds": trained["seconds"],
                         **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
+            if args.log_kan and process.is_main and state.epoch % args.log_kan == 0:
+                from understand import log_functions  # matplotlib is slow to import
+                peers.mark(f"the functions learned in epoch {epoch}")
+                log_functions(model, starting.validation_images(loaders), folder, epoch)
             save(also)
         folder.close()
         averaged = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""

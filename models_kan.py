@@ -94,6 +94,8 @@ def _mlp(size: Size) -> Callable:
 
 FEED_FORWARDS = {"KAN": _kan, "GKAN": _gkan, "EKAN": _ekan, "ViT": _mlp}
 _OPTIONS = {function: list(signature(function).parameters)[1:] for function in FEED_FORWARDS.values()}
+# What the feed-forwards' learned functions are in.
+FunctionLayer = GroupActivation | FasterKANLayer | EfficientKANLayer
 # Every option that some feed-forward has, each a flag of the same name.
 KAN_OPTIONS = tuple(dict.fromkeys(option for options in _OPTIONS.values() for option in options))
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ from checkpoints import CHECKPOINT, save_checkpoint, saved_checkpoints
 from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, say
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from engine import TrainState
 
 
@@ -68,7 +70,7 @@ class RunFolder:
         self.folder = Path(folder).expanduser() if folder and process.is_main else None
         self.process = process
         self.failed = ""
-        self.board = None
+        self.board: SummaryWriter | None = None
         self.unwritten = ""     # lines of log.txt that had no room yet
         if self.folder:
             try:
@@ -118,15 +120,25 @@ class RunFolder:
             self.unwritten = ""
         if self.unwritten:
             return
-        with self._tolerant("the TensorBoard events"):
-            board, self.board = self.board or self._open_board(record["epoch"]), None     # a writer that failed is dead
+
+        def scalars(board: "SummaryWriter") -> None:
             for key, value in record.items():
                 if key != "epoch" and isinstance(value, (int, float)):
                     board.add_scalar(re.sub(r"^(train|test|ema_test)_", r"\1/", key), value, record["epoch"])
+
+        self.events(record["epoch"], scalars)
+
+    def events(self, epoch: int, write: Callable[["SummaryWriter"], None]) -> None:
+        """Let `write` add to the TensorBoard events, at this epoch."""
+        if not self.folder:
+            return
+        with self._tolerant("the TensorBoard events"):
+            board, self.board = self.board or self._open_board(epoch), None     # a writer that failed is dead
+            write(board)
             board.flush()
             self.board = board
 
-    def _open_board(self, epoch: int):
+    def _open_board(self, epoch: int) -> "SummaryWriter":
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         def hook(failure: threading.ExceptHookArgs) -> None:

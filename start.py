@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -28,13 +29,13 @@ import models_kan
 import vetting
 from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
 from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
-from datasets import Loaders, guess_data_set
+from datasets import ImageSet, Loaders, guess_data_set
 from downloads import fetch
 from engine import TrainState
 from group_kan import GroupActivation
-from models_kan import KAN_OPTIONS, ModelSpec
+from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
-from samplers import RASampler
+from samplers import RASampler, SampleKey
 from utils import Process, UserError, say, world_size_of_launch
 
 
@@ -250,6 +251,8 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             where, value = config.given.get(key), getattr(args, key)
             if where == "command line" or (where and value != get_args_parser().get_default(key)):
                 raise _no_effect(key, spec.name, like="kan_groups")
+    if args.log_kan and not args.eval and not any(isinstance(module, FunctionLayer) for module in model.modules()):
+        raise _no_effect("log_kan", spec.name, like="kan_grid_points")
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and any(args.input_size % side for side in embed.patch_size):
         side = embed.patch_size[0]
@@ -308,15 +311,23 @@ def load_start(model: nn.Module, spec: ModelSpec, start: Start, loaders: Loaders
 
 def _calibration_batch(loaders: Loaders, seed: int, size: int = 64) -> torch.Tensor:
     """Training images (with --eval: validation images), the same on every process."""
-    if loaders.train:
-        data = loaders.train.dataset
-        keys = list(islice(RASampler(data, num_repeats=1, seed=seed), size))
-    else:
-        data = loaders.val.dataset
-        keys = list(range(0, len(data), max(1, len(data) // size)))[:size]
+    if not loaders.train:
+        return validation_images(loaders, size)
+    data: Any = loaders.train.dataset
+    return _readable(data, list(islice(RASampler(data, num_repeats=1, seed=seed), size)))
+
+
+def validation_images(loaders: Loaders, size: int = 64) -> torch.Tensor:
+    """[B, 3, S, S]: so many readable validation images, if there are, spread evenly over their order. Uses no random number
+    and no loader process. Raises UserError where none can be read."""
+    data: Any = loaders.val.dataset
+    return _readable(data, range(0, len(data), max(1, len(data) // size))[:size])
+
+
+def _readable(data: ImageSet, keys: Sequence[SampleKey | int]) -> torch.Tensor:
     readable = [image for image, target in map(data.__getitem__, keys) if target >= 0]
     if not readable:
-        raise UserError("no image to calibrate the conversion with can be read: check the data folder")
+        raise UserError("no image to calibrate with can be read: check the data folder")
     return torch.stack(readable)
 
 

@@ -1,7 +1,9 @@
 """A trained model out of a checkpoint, ready to be used, and images to use it on: what the tools begin with."""
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,8 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
     model, spec = starting.build_model(spec, config)
     models_kan.load_exactly(model, state, f"{weights} in checkpoint {start.path}")
     chosen = utils.choose_device(device)
-    starting.choose_backend(config, spec, chosen)
+    with redirect_stdout(sys.stderr):       # a tool's standard output is its result
+        starting.choose_backend(config, spec, chosen)
     model = model.to(chosen).eval().requires_grad_(False)
     about = {key: value for key, value in start.checkpoint.items() if key not in _STATE and not isinstance(value, Tensor)}
     return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about)

@@ -17,6 +17,7 @@ import timm
 import torch
 import torchvision
 from e2e import NANO, QUICK, ROOT, differences, free_port, run, write_digits
+from helpers import scalars
 from PIL import Image
 from torch import nn
 
@@ -265,6 +266,12 @@ def files_written(line):
     return folder.exists() and sorted(path.name for path in folder.iterdir() if path.suffix == ".pth")
 
 
+def tags_written(line):
+    """What TensorBoard has to show of a run of an epoch."""
+    assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], *words(line)) == 0
+    return sorted(scalars(Path(words(line)[-1])))
+
+
 CAPTURE = None
 
 
@@ -436,6 +443,7 @@ EFFECTS = {
     "eval": (lambda line: printed(f"{EVALUATION.removeprefix('--eval')} {line}"), "--eval", ""),
     "print_freq": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 1", line]))[1].count("img/s"),
                    "--print-freq 1", ""),
+    "log_kan": (tags_written, "--log-kan 1 --output_dir {folder}/kan", "--output_dir {folder}/no_kan"),
     "compile": (lambda line: caught(line).model._compiled_call_impl is None, "--compile", ""),
     "profile": (lambda line: printed(" ".join([*QUICK, f"--data-path {{data}} --epochs 1 {line}"])), "--profile", ""),
     "save_interval_steps": (saves, "--save-interval-steps 1 --output_dir {folder}/steps", "--output_dir {folder}/no_steps"),
