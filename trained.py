@@ -31,8 +31,8 @@ _STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses
 class Trained:
     """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
     effective flags; `args.input_size` and `args.eval_crop_ratio` say how images are prepared. class_names: one for each
-    output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer. weights: which of `WEIGHTS`
-    the model has."""
+    output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer. weights: the key
+    in `WEIGHTS` of those that the model has."""
     model: nn.Module
     spec: ModelSpec
     config: Config

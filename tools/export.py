@@ -227,8 +227,8 @@ def export(trained: Trained, target: Path, check: list[Path] | None = None, **op
         chosen.write(trained, temporary, **options)
         found = compare(trained.model, chosen.read(temporary, trained), check_batches(trained, check or []), chosen.exact)
         if not found.fits(chosen.exact):
-            raise TrainingFailed(f"{target} was not written: its logits of {found.images} images differ from the checkpoint's "
-                                 f"by {found.error:.1e} of the largest logit (PyTorch's float32 from its float64: {found.own:.1e})")
+            raise TrainingFailed(f"{target} was not written: its logits of {found.images} images are off the checkpoint's by "
+                                 f"{found.error:.1e} of the largest logit, PyTorch's float32 is off its float64 by {found.own:.1e}")
     return found
 
 
@@ -252,7 +252,8 @@ def model_card(trained: Trained, measured: dict[str, float] | None = None) -> st
     held = {"model": "trained weights", "model_ema": "moving average"}
     results, evaluated = [], None
     if measured:
-        results.append(f"| {held[trained.weights]}, evaluated at export, {measured['images']:.0f} images | {measured['acc1']:.2f} | {measured['acc5']:.2f} |")
+        results.append(f"| {held[trained.weights]}, evaluated at export, {measured['images']:.0f} images | {measured['acc1']:.2f} "
+                       f"| {measured['acc5']:.2f} |")
         evaluated = [EvalResult(task_type="image-classification", dataset_type=data.lower(), dataset_name=data,
                                 metric_type="accuracy", metric_name=f"top-{k}", metric_value=round(measured[f"acc{k}"], 2))
                      for k in (1, 5)]
@@ -269,7 +270,8 @@ def model_card(trained: Trained, measured: dict[str, float] | None = None) -> st
                      f"FLOPs an image of {trained.args.input_size} px.")
     parts += ["## Results", "\n".join(["| weights | top-1 | top-5 |", "|---|---|---|", *results]) if results else
               "The checkpoint tells none.",
-              "## Model", f"It holds the {held[trained.weights]}.", _block("yaml", _yaml({"name": name, **said["model_args"]["kwargs"]})),
+              "## Model", f"It holds the {held[trained.weights]}.",
+              _block("yaml", _yaml({"name": name, **said["model_args"]["kwargs"]})),
               "## Data", f"`{data}`, {trained.model.num_classes} classes{_few(names)}.",
               "## Recipe", _recipe(recipe, said, started),
               "## Versions", _block("yaml", _yaml({**said.get("versions", {}), "exported with": versions()})),
