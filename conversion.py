@@ -13,6 +13,7 @@ calibration batch. Constants and biases go into the layers' biases, the block no
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.layers import Mlp
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 import models_kan
 from faster_kan import FasterKAN, FasterKANLayer, StaticNorm, rswaf_basis
+from group_kan import GroupKAN
 from models_kan import LoadReport, ModelSpec
 from utils import UserError
 
@@ -38,6 +40,32 @@ class BlockError:
     block: int
     error: float
     outside: float
+
+
+def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
+    """Put a KAN in the place of every `timm.layers.Mlp` of linear maps, in a model of any architecture; returns how many.
+
+    Args:
+        layer: `GroupKAN`, `functools.partial(FasterKAN, hdim=96)` and the like, called as timm calls an `mlp_layer`. A group
+            KAN takes over the MLP's weights, so that the model computes what it did; others begin anew.
+    Raises: ValueError where the layer does not fit one of them, before any is replaced.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for mlp in model.modules():
+        if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
+            weight = mlp.fc1.weight
+            kan = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
+                        out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
+                        bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
+                        device=weight.device, dtype=weight.dtype)
+            if isinstance(kan, GroupKAN) and kan.fc1.weight.shape == weight.shape:
+                kan.fc1, kan.fc2 = mlp.fc1, mlp.fc2
+            found[mlp] = kan.train(mlp.training)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():     # an MLP may stand in several places
+            if child in found:
+                setattr(parent, name, found[child])
+    return len(found)
 
 
 def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor],

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -213,12 +214,11 @@ class EfficientKAN(nn.Module):
                  device=None, dtype=None, *, hdim: int | None = None, **kan):
         super().__init__()
         hidden = hdim or hidden_features or in_features
-        drops = (drop, drop) if isinstance(drop, (int, float)) else tuple(drop)
         dd = {"device": device, "dtype": dtype}
         self.layers = nn.ModuleList([
             EfficientKANLayer(in_features, hidden, **kan, **dd),
             EfficientKANLayer(hidden, out_features or in_features, **kan, **dd)])
-        self.drops = nn.ModuleList([nn.Dropout(p) for p in drops])
+        self.drops = nn.ModuleList([nn.Dropout(p) for p in to_2tuple(drop)])
 
     def init_weights(self) -> None:
         """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""

@@ -228,7 +228,7 @@ def export(trained: Trained, target: Path, check: list[Path] | None = None, **op
         found = compare(trained.model, chosen.read(temporary, trained), check_batches(trained, check or []), chosen.exact)
         if not found.fits(chosen.exact):
             raise TrainingFailed(f"{target} was not written: its logits of {found.images} images are off the checkpoint's by "
-                                 f"{found.error:.1e} of the largest logit, PyTorch's float32 is off its float64 by {found.own:.1e}")
+                                 f"{found.error:.1e} of the largest logit, PyTorch's float32 is off float64 by {found.own:.1e}")
     return found
 
 
@@ -252,8 +252,8 @@ def model_card(trained: Trained, measured: dict[str, float] | None = None) -> st
     held = {"model": "trained weights", "model_ema": "moving average"}
     results, evaluated = [], None
     if measured:
-        results.append(f"| {held[trained.weights]}, evaluated at export, {measured['images']:.0f} images | {measured['acc1']:.2f} "
-                       f"| {measured['acc5']:.2f} |")
+        results.append(f"| {held[trained.weights]}, evaluated at export, {measured['images']:.0f} images "
+                       f"| {measured['acc1']:.2f} | {measured['acc5']:.2f} |")
         evaluated = [EvalResult(task_type="image-classification", dataset_type=data.lower(), dataset_name=data,
                                 metric_type="accuracy", metric_name=f"top-{k}", metric_value=round(measured[f"acc{k}"], 2))
                      for k in (1, 5)]
