@@ -27,8 +27,8 @@ def trained_run(tmp_path_factory):
     """A checkpoint after an epoch on real digits, and its data."""
     folder = tmp_path_factory.mktemp("run")
     data = write_digits(folder / "data")
-    assert run(*QUICK, "--model", f"{NANO}_GKAN", "--kan-groups", "4", "--kan-h", "0.9", "--data-path", data, "--epochs", 1, "--lr",
-               "0.01", "--output_dir", folder / "run") == 0
+    assert run(*QUICK, "--model", f"{NANO}_GKAN", "--kan-groups", "4", "--kan-h", "0.9", "--data-path", data, "--epochs", 1,
+               "--lr", "0.01", "--output_dir", folder / "run") == 0
     return folder / "run" / "checkpoint.pth", data
 
 
@@ -77,7 +77,8 @@ def test_a_folder_for_timm_and_main(trained_run, tmp_path, capsys):
     config = json.loads((folder / "config.json").read_text())
     assert config["model_args"]["kan_groups"] == 4 and config["model_args"]["kan_h"] == 0.9
     assert "drop_path_rate" not in config["model_args"]
-    assert run("--eval", "--resume", folder / "model.safetensors", "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
+    weights = folder / "model.safetensors"
+    assert run("--eval", "--resume", weights, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
     top1, top5, count = evaluation(capsys.readouterr().out)["model"]
     assert f"| trained weights, evaluated at export, {count} images | {top1} | {top5} |" in (folder / "README.md").read_text()
 
@@ -119,8 +120,8 @@ def test_timm_prepares_an_image_as_we_do(size, shape, trained_run):
 def test_a_file_of_the_original_code(tmp_path):
     assert export.main([str(RELEASED), str(tmp_path / "folder"), "--weights", "model_ema"]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
-    images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(logits(model, images), logits(load_trained(str(RELEASED), weights="model_ema", device="cpu").model, images))
+    images, source = torch.randn(2, 3, 64, 64), load_trained(str(RELEASED), weights="model_ema", device="cpu")
+    assert torch.equal(logits(model, images), logits(source.model, images))
     again = load_trained(str(tmp_path / "folder" / "model.safetensors"), device="cpu")      # with the original's block norms
     assert torch.equal(logits(again.model, images), logits(model, images))
 
@@ -336,7 +337,8 @@ def test_what_cannot_be_pushed(folder, hub, tmp_path, monkeypatch, capsys):
 
     assert "tools/export.py CHECKPOINT FOLDER" in sentence(tmp_path, "a/b")
     response = SimpleNamespace(status_code=403, headers={}, request=None, url="")
-    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: raising(huggingface_hub.errors.HfHubHTTPError("403", response=response)))
+    refused = huggingface_hub.errors.HfHubHTTPError("403", response=response)
+    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: raising(refused))
     assert "may write there" in sentence(folder, "other/name")
     monkeypatch.setattr(push_to_hub, "HfApi", huggingface_hub.HfApi)        # the real one from here on
     assert "give USER/NAME" in sentence(folder, "a/b/c")
