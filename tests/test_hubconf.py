@@ -36,7 +36,8 @@ with torch.no_grad():
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     data = write_digits(folder / "data")
-    assert run(*QUICK, "--model", "vit_nano_patch8_32_GKAN", "--data-path", data, "--epochs", 1, "--output_dir", folder / "run") == 0
+    model = "vit_nano_patch8_32_GKAN"
+    assert run(*QUICK, "--model", model, "--data-path", data, "--epochs", 1, "--output_dir", folder / "run") == 0
     return folder / "run" / "checkpoint.pth"
 
 
