@@ -49,7 +49,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's first line, of characters that a terminal prints as they are."""
     line = (str(error).splitlines() or [type(error).__name__])[0][:150]
     return "".join(c if c.isprintable() else "?" for c in line)

@@ -11,6 +11,7 @@ the B-splines of Kolmogorov-Arnold networks (Liu et al., arXiv:2404.19756). Para
 released Vision-KAN checkpoints: `layers.N.layernorm`, `layers.N.rbf.grid`, `layers.N.spline_linear.weight`.
 """
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -154,8 +155,7 @@ class FasterKANLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         for module in self.children():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            getattr(module, "reset_parameters", lambda: None)()
         self._init_spline()
 
     def _init_spline(self) -> None:
@@ -210,7 +210,7 @@ class FasterKAN(nn.Module):
         super().__init__()
         hidden = hdim or hidden_features or in_features
         kan |= {"bias": kan_bias, "device": device, "dtype": dtype}
-        self.layers = nn.ModuleList([
+        self.layers: Any = nn.ModuleList([
             FasterKANLayer(in_features, hidden, init_as="identity" if init_as_mlp else None, **kan),
             FasterKANLayer(hidden, out_features or in_features, norm=second_norm,
                            init_as="gelu" if init_as_mlp else None, **kan)])

@@ -31,6 +31,8 @@ class GroupActivation(nn.Module):
     Raises: ValueError if the groups do not divide the channels, or for an impossible grid or base.
     """
 
+    grid: Tensor
+
     def __init__(self, channels: int, *, groups: int = 8, base: str = "gelu", grid_min: float = -3.0,
                  grid_max: float = 3.0, num_grids: int = 8, h: float | None = None, trainable_base: bool = False,
                  device=None, dtype=None):

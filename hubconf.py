@@ -4,6 +4,7 @@
     torch.hub.load(PATH_OF_THIS_CODE, "checkpoint", FILE_OR_URL, source="local")
 """
 from functools import partial as _partial
+from typing import Any as _Any
 
 import timm as _timm
 from torch import nn as _nn
@@ -35,5 +36,6 @@ def checkpoint(location: str, weights: str = "model", device: str = "cpu") -> _n
     """
     from trained import load_trained
     trained = load_trained(location, weights=weights, device=device)
-    trained.model.pretrained_cfg = {**trained.model.pretrained_cfg, **trained.data_config, "label_names": trained.class_names}
-    return trained.model.requires_grad_(True)
+    model: _Any = trained.model
+    model.pretrained_cfg = {**model.pretrained_cfg, **trained.data_config, "label_names": trained.class_names}
+    return model.requires_grad_(True)

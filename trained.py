@@ -78,9 +78,11 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
         raise UserError(f"checkpoint {start.path} holds no {weights}: leave out --weights {weights}")
     state = weights_of(start.checkpoint, start.path, weights)
     spec = start.spec
+    assert spec is not None
     if "num_classes" not in spec.kwargs:        # another model of timm's
         spec = ModelSpec(spec.name, {**spec.kwargs, "num_classes": vetting.check_weights(
             spec, start.checkpoint, start.path).num_classes})
+    model: Any
     model, spec = starting.build_model(spec, config)
     models_kan.load_exactly(model, state, f"{weights} in checkpoint {start.path}")
     chosen = utils.choose_device(device)

@@ -109,7 +109,7 @@ def write_onnx(trained: Trained, target: Path) -> None:
         raise UserError(f"an ONNX file holds less than 2 GiB, and the model has {nbytes / 2 ** 30:.1f}: write a .pt2 or a "
                         ".safetensors file")
     with whole(target) as temporary, quiet():
-        program = torch.onnx.export(exported(trained), input_names=["images"], output_names=["logits"], dynamo=True,
+        program: Any = torch.onnx.export(exported(trained), input_names=["images"], output_names=["logits"], dynamo=True,
                                     verbose=False)
         program.model.metadata_props[SAFETENSORS_KEY] = described(trained)
         program.save(str(temporary), external_data=False)
