@@ -1,6 +1,7 @@
 """tools/export.py and tools/push_to_hub.py as a user calls them: every format, loaded by those who would load it."""
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from checkpoints import load_file
 from tools import export, push_to_hub
 from trained import Pictures, image_files, load_trained
 
+ROOT = Path(__file__).resolve().parent.parent
 NANO = "vit_nano_patch8_32"
 
 
@@ -195,11 +197,27 @@ def test_pt2(name, kwargs, tmp_path):
                if node.op == "call_function" and "_guards" not in str(node.target))
 
 
-def test_a_program_of_a_run(trained_run, tmp_path, capsys):
+def test_commands_and_python_of_the_document(trained_run, tmp_path, monkeypatch, capsys):
+    """docs/export.md from its first line to its last, but for the push, on a run's checkpoint."""
     file, data = trained_run
-    assert export.main([str(file), str(tmp_path / "m.onnx"), "--check", str(data / "val")]) == 0
-    out, err = capsys.readouterr()
-    assert "logits of 32 images" in out and "equal up to" in out and not err
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "export.md").read_text()
+    commands = re.findall(r"^python tools/export.py (.*)", text, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        words = [{"CHECKPOINT": str(file), "DIR": str(data)}.get(word, word) for word in command.split()]
+        assert export.main([*words, "--num_workers", "0"]) == 0
+        out, err = capsys.readouterr()
+        images = 80 if "--check" in command else 8
+        assert f"logits of {images} images" in out
+        assert not err or "--data-path" in command          # the evaluation's progress
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for block in blocks:
+        block = block.replace("PATH_OF_THIS_CODE", str(ROOT)).replace("FILE_OR_URL", str(file))
+        exec(compile(block, "docs/export.md", "exec"), names)
+    assert len(blocks) == 4 and names["names"] == names["about"]["class_names"] == ["digit0", "digit1", "digit2"]
+    assert names["logits"].shape == (3, 3) and names["model"].head.out_features == 10 and names["trained"].num_classes == 3
 
 
 @pytest.mark.slow
