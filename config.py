@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -122,7 +123,7 @@ class Parser(argparse.ArgumentParser):
         choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
         if choice:
             flag, value = choice.groups()
-            choices = list(self._option_string_actions[flag.split("/")[0]].choices)
+            choices = list(self._option_string_actions[flag.split("/")[0]].choices or ())
             message = f"{flag}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
         raise UserError(message)
 
@@ -444,7 +445,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
                 _refuse(args, dest, f"must be no larger than {LARGEST:,}".replace(",", " "))
             if dest in _RANGES and number is not None and not _RANGES[dest][0](number):
                 _refuse(args, dest, f"must be {_RANGES[dest][1]}")
-    for dest, names in {**_NAMES, "opt": list_optimizers()}.items():
+    known_names: dict[str, Any] = {**_NAMES, "opt": list_optimizers()}
+    for dest, names in known_names.items():
         name = getattr(args, dest)
         if dest == "opt":
             name = name.lower().removeprefix("lookahead_")
@@ -706,7 +708,7 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     if purpose == "finetune" and "model" in config.given and config.args.model != stored.get("model"):
         taken = ()
     may_change = {"resume": MAY_CHANGE_ON_RESUME, "eval": MAY_CHANGE_ON_EVAL,
-                  "finetune": set(_SCOPES["model"].split())}.get(purpose, set())
+                  "finetune": set(_SCOPES["model"].split())}.get(purpose or "", set())
     values, sources = dict(vars(config.args)), dict(config.given)
     for dest, value in model_defaults.items():
         if dest not in config.given:

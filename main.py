@@ -79,7 +79,7 @@ def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.M
                         process: Process, amp_dtype: torch.dtype) -> int:
     """Evaluate `model` and `model_ema` of a checkpoint, or a model just made from --finetune."""
     keys = [key for key in ("model", "model_ema") if start.purpose == "eval" and start.checkpoint.get(key)]
-    lines = []
+    lines: list[str] = []
     for key in keys or ["model"]:
         if start.purpose == "eval":
             models_kan.load_exactly(model, weights_of(start.checkpoint, start.path, key),

@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
     packages = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {"python": platform.python_version(), **packages, "platform": platform.platform(),
-            "cuda": torch.version.cuda if torch.cuda.is_available() else "none"}
+            "cuda": torch.version.cuda or "none" if torch.cuda.is_available() else "none"}
 
 
 def git_commit() -> str:
@@ -139,6 +139,7 @@ class RunFolder:
             self.board = board
 
     def _open_board(self, epoch: int) -> "SummaryWriter":
+        assert self.folder is not None
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         def hook(failure: threading.ExceptHookArgs) -> None:

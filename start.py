@@ -83,6 +83,7 @@ def _good(path: str, checkpoint: dict[str, Any], config: Config, of_a_run: bool 
     check_entries(checkpoint, path, complete=of_a_run)
     vetting.check_flags(checkpoint, path)
     start = Start("eval" if config.args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
+    assert start.spec is not None
     model = vetting.check_weights(start.spec, checkpoint, path)
     if checkpoint.get("model_ema"):
         vetting.check_weights(start.spec, checkpoint, path, "model_ema")
@@ -104,7 +105,8 @@ def _check_state(model: nn.Module, start: Start, config: Config) -> None:
     vetting.check_optimizer(optimizer, start.checkpoint.get("optimizer"))
     vetting.check_scaler(start.checkpoint.get("scaler"), start.path)
     if args.sched == "plateau":
-        scheduler, stored = build_scheduler(args, optimizer, 1), start.checkpoint.get("lr_scheduler") or {}
+        scheduler: Any = build_scheduler(args, optimizer, 1)
+        stored = start.checkpoint.get("lr_scheduler") or {}
         own = {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": [1.0] * len(optimizer.param_groups)}
         if not own.keys() <= stored.keys() or not all(vetting.same_kind(own[key], stored[key]) for key in own):
             raise UserError(f"checkpoint {start.path}: its 'lr_scheduler' is not that of --sched plateau, which it was trained "
@@ -225,6 +227,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
     if not timm.is_model(spec.name.split(".")[0]):
         raise UserError(f"--model {spec.name} is unknown: --list-models prints this project's models, "
                         "timm.list_models() all others")
+    model: Any
     kwargs = {**_options_with_effect(spec, config), "drop_path_rate": args.drop_path}
     if args.drop:       # DeiT's --drop: after the position embedding, in projections and feed-forwards
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
@@ -428,8 +431,8 @@ def build_state(args: Namespace, model: nn.Module, lr: float, updates_per_epoch:
                 amp_dtype: torch.dtype) -> TrainState:
     """Optimizer, schedule, loss scaler (float16 only) and moving average for a model that is on its device."""
     optimizer = build_optimizer(args, model, lr)
-    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None) \
-        if args.model_ema else None
+    keep_on: Any = "cpu" if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, args.model_ema_decay, device=keep_on) if args.model_ema else None
     return TrainState(model, optimizer, build_scheduler(args, optimizer, updates_per_epoch),
                       torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), ema,
                       epoch=args.start_epoch)

@@ -98,7 +98,7 @@ def stop_together(process: Process) -> Iterator[None]:
     except UserError as e:
         error = str(e)
     if process.world_size > 1:
-        errors = [None] * process.world_size
+        errors: list[str | None] = [None] * process.world_size
         dist.all_gather_object(errors, error)
         error = next(filter(None, errors), None)
     if error:

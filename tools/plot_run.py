@@ -56,7 +56,7 @@ def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str, da
             axes.plot([r["epoch"] + 1 for r in records], [r[dashed] for r in records], "--", color=line.get_color(),
                       label=f"{name} (training)")
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)     # type: ignore[call-arg]  # of matplotlib's stubs
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()
