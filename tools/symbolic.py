@@ -13,12 +13,9 @@ import csv
 import io
 import json
 import math
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,6 +44,7 @@ from engine import evaluate, summary
 from faster_kan import FasterKANLayer
 from group_kan import GroupActivation
 from kernels import rswaf_activation_reference, rswaf_basis
+from run_folder import replacing, write_whole
 from tools.convert import write
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
 from utils import Process, UserError, say
@@ -129,7 +127,7 @@ class Formula:
         y = sum((number(value) * U ** n for n, value in enumerate(self.polynomial) if value), sympy.Integer(0))
         if self.form != "polynomial":
             y += number(self.a) * FORMS[self.form].symbol(number(self.b) * U + number(self.c))
-        return y
+        return y.xreplace({value: number(value) for value in y.atoms(sympy.Float)})     # sympy has squared some
 
     def exact(self) -> sympy.Expr:
         """`expression` in functions that sympy knows, as it differentiates, integrates and evaluates them."""
@@ -517,7 +515,7 @@ def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) 
              "args": plain({dest: value for dest, value in vars(trained.args).items() if SCOPE[dest] in ("model", "data")})}
     if trained.about.get("class_names"):
         about["class_names"] = trained.about["class_names"]
-    lines = [summary(f"{title:24}", evaluate(model, loaders.val, process)) for title, model in (
+    lines = [summary(f"{title:17}", evaluate(model, loaders.val, process)) for title, model in (
         ("learned functions", trained.model), ("their formulas", with_formulas(trained.model, found)), ("saved", fitted))]
     loaders.check_unreadable(together=True)
     write(fitted, target, about)
@@ -586,19 +584,6 @@ def draw(found: Sequence[Learned], picture: Path) -> None:
     plt.close(figure)
 
 
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write that takes its place when it is complete."""
-    handle, temporary = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def report(found: Sequence[Learned], folder: Path) -> None:
     """formulas.txt, .csv, .json, .tex and .png in a folder."""
     sheet = io.StringIO()
@@ -611,9 +596,8 @@ def report(found: Sequence[Learned], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, text in texts.items():
-            with _whole(folder / f"formulas{suffix}") as file:
-                file.write_text(text, encoding="utf-8")
-        with _whole(folder / "formulas.png") as file:
+            write_whole(folder / f"formulas{suffix}", text)
+        with replacing(folder / "formulas.png") as file:
             draw(found, file)
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written to ({error.strerror}): choose another folder") from error
