@@ -19,6 +19,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from kernels import BACKENDS, BASES
+from tracking import TRACKERS
 from utils import UserError
 
 # Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
@@ -49,7 +50,7 @@ _SCOPES = {
     "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
              "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
-             "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
+             "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable track track_project",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
 # How a resumed run may differ from the one that wrote the checkpoint: length, batch, memory and arithmetic.
@@ -299,6 +300,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--save-interval-minutes", default=10.0, type=float, metavar="MINUTES",
         help="also save when so much time has passed since the last checkpoint; 0: off")
     add("--keep", default=2, type=int, metavar="N", help="checkpoints to keep, besides the best ones")
+    add("--track", nargs="+", choices=list(TRACKERS), metavar="TRACKER",
+        help=f"also send each epoch's numbers and the flags to {' or '.join(TRACKERS)}, where installed")
+    add("--track-project", default="vision-kan", metavar="NAME", help="project (wandb) or experiment (mlflow) to send them to")
     add("--start_epoch", default=0, type=int, metavar="N",
         help="first epoch where the checkpoint doesn't say")
     add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
@@ -469,8 +473,9 @@ def validate(args: Namespace, world_size: int = 1) -> None:
     _validate_launch(args, world_size)
     if not args.eval:
         _validate_training(args)
-    elif args.profile:
-        raise UserError("--profile traces training steps, and --eval has none: leave one of them out")
+    elif args.profile or args.track:
+        does = "--profile traces training steps" if args.profile else "--track sends the epochs of a training"
+        raise UserError(f"{does}, and --eval has none: leave one of them out")
 
 
 def _validate_training(args: Namespace) -> None:
@@ -496,6 +501,8 @@ def _validate_training(args: Namespace) -> None:
         raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
     if args.profile and not args.output_dir:
         raise UserError("--profile writes its trace into --output_dir: give that folder")
+    if args.track and not args.output_dir:
+        raise UserError("--track keeps in --output_dir what the run is known by: give that folder")
     if args.debug_nan and not args.output_dir:
         raise UserError("--debug-nan keeps the batch in --output_dir: give that folder")
     if args.distillation_type != "none":
@@ -644,7 +651,7 @@ def _typed(action: argparse.Action, value):
         raise ValueError("has no value")
     if action.nargs in ("+", 2):
         if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
-            many = "two numbers" if action.nargs == 2 else "one or more numbers"
+            many = "two numbers" if action.nargs == 2 else "one or more numbers" if action.type else "one or more names"
             raise ValueError(f"must be a list of {many}, not {_describe(value)}")
         return [_typed_one(action, item) for item in value]
     return _typed_one(action, value)
