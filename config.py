@@ -50,7 +50,8 @@ _SCOPES = {
     "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
              "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
-             "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable track track_project",
+             "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable "
+             "track track_project",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
 # How a resumed run may differ from the one that wrote the checkpoint: length, batch, memory and arithmetic.

@@ -97,9 +97,9 @@ class RunFolder:
         if not self.folder:
             return
         goes_on = bool(epoch or step)
-        run_id = self._run_id() if goes_on else ""
-        launch = {"run_id": run_id or uuid.uuid4().hex, "command": shlex.join([Path(sys.executable).name, "main.py", *argv]), "started":
-                  datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
+        launch = {"run_id": goes_on and self._run_id() or uuid.uuid4().hex,
+                  "command": shlex.join([Path(sys.executable).name, "main.py", *argv]),
+                  "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
                   "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
                   "device": str(self.process.device), "versions": versions()}
         with self._tolerant("args.yaml, run.yaml and log.txt"):

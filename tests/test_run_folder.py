@@ -57,6 +57,22 @@ def test_a_resumed_run_writes_each_epoch_once(tmp_path):
     assert [launch["first_epoch"] for launch in launches] == [0, 2]
 
 
+def test_a_run_is_known_by_the_same_id_however_often_it_is_resumed(tmp_path):
+    def ids():
+        return [launch.get("run_id") for launch in yaml.safe_load((tmp_path / "run.yaml").read_text())]
+
+    written(tmp_path, 0, 1)
+    written(tmp_path, 1, 2)
+    first, second = ids()
+    assert first == second and len(first) == 32
+    written(tmp_path, 0, 1)             # begun again: another run
+    assert ids()[0] != first
+    for damage in ("[{}]", "- a: [", ""):       # by an earlier version, or cut off
+        (tmp_path / "run.yaml").write_text(damage)
+        run = RunFolder(str(tmp_path), Process())
+        assert run._run_id() == ""
+
+
 def test_a_folder_in_the_place_of_a_checkpoint_makes_room(tmp_path, capsys):
     (tmp_path / CHECKPOINT / "mine").mkdir(parents=True)
     run = written(tmp_path, 0, 1)
