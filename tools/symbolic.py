@@ -191,9 +191,9 @@ class _Curve:
         form, sign = FORMS[name], math.copysign(1, b)
 
         def numbers(x: np.ndarray) -> tuple[float, float]:
-            given = dict(zip(free, x))
+            given = {key: float(np.clip(value, *limits[key])) for key, value in zip(free, x)}
             return (sign * math.exp(given["b"]) / self.deviation if "b" in given else b,
-                    self.mean + self.deviation * float(given["c"]) if "c" in given else middle)
+                    self.mean + self.deviation * given["c"] if "c" in given else middle)
 
         def solved(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             b, middle = numbers(x)
@@ -201,19 +201,18 @@ class _Curve:
             return self.solve([f, *(self.u ** n for n in powers)])
 
         start = {"b": math.log(abs(b) * self.deviation), "c": (middle - self.mean) / self.deviation}
-        bounds = {"b": (math.log(0.05), math.log(30)), "c": (-6.0, 6.0)}
-        x = np.array([np.clip(start[key], *bounds[key]) for key in free])
-        if free:
-            x = least_squares(lambda x: solved(x)[1], x, bounds=tuple(np.array([bounds[key] for key in free]).T),
-                              max_nfev=60).x
+        limits = {"b": (math.log(0.05), math.log(30)), "c": (-6.0, 6.0)}
+        x = np.array([start[key] for key in free])
+        if free:        # MINPACK is the fastest and knows no limits: beyond them nothing changes
+            x = least_squares(lambda x: solved(x)[1] / self.variance ** 0.5, x, method="lm", max_nfev=120).x
         (a, *coefficients), residuals = solved(x)
         every = [0.0] * (max(powers, default=-1) + 1)
         for n, value in zip(powers, coefficients):
             every[n] = float(value)
         b, middle = numbers(x)
         c = -b * middle + 0.0       # no -0.0
-        if name == "sin":
-            c = math.remainder(c, math.tau)
+        if name == "sin":       # c within half a period: sin(x + pi) = -sin(x)
+            a, c = -a if round(c / math.pi) % 2 else a, math.remainder(c, math.pi)
         return self.rated(Formula(name, tuple(every), float(a), b, c), residuals)
 
     def starts(self, name: str, sign: float, count: int = 3) -> list[tuple[float, float]]:
