@@ -97,11 +97,12 @@ class RunFolder:
         if not self.folder:
             return
         goes_on = bool(epoch or step)
-        launch = {"run_id": goes_on and self._run_id() or uuid.uuid4().hex,
-                  "command": shlex.join([Path(sys.executable).name, "main.py", *argv]),
-                  "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
-                  "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
-                  "device": str(self.process.device), "versions": versions()}
+        launch: dict[str, Any] = {
+            "run_id": goes_on and _run_id(self.folder) or uuid.uuid4().hex,
+            "command": shlex.join([Path(sys.executable).name, "main.py", *argv]),
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
+            "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
+            "device": str(self.process.device), "versions": versions()}
         with self._tolerant("args.yaml, run.yaml and log.txt"):
             for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
                 leftover.unlink(missing_ok=True)
@@ -120,13 +121,6 @@ class RunFolder:
             about = tracking.About(launch["run_id"], self.folder.resolve().name, self.track_project, self.folder,
                                    yaml.safe_load(args_yaml), launch)
             self.trackers = [tracking.Tracker(name, about) for name in dict.fromkeys(self.track)]
-
-    def _run_id(self) -> str:
-        """What the earlier launches of the run are known by, or ''."""
-        try:
-            return yaml.safe_load((self.folder / "run.yaml").read_text())[-1]["run_id"]
-        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, IndexError):
-            return ""
 
     def log(self, record: dict[str, Any]) -> None:
         """One line of log.txt, and its numbers as TensorBoard scalars and to the trackers at the record's epoch."""
@@ -248,6 +242,14 @@ class RunFolder:
         else:
             if what == CHECKPOINT:
                 self.failed = ""
+
+
+def _run_id(folder: Path) -> str:
+    """What the earlier launches of the run in a folder are known by, or ''."""
+    try:
+        return yaml.safe_load((folder / "run.yaml").read_text())[-1]["run_id"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, IndexError):
+        return ""
 
 
 def _epoch_of(line: str) -> float:

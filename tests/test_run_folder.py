@@ -12,7 +12,7 @@ import yaml
 from helpers import epochs, forked, names, scalars, sentence
 
 from checkpoints import CHECKPOINT, PREVIOUS, load_file, save_checkpoint
-from run_folder import RunFolder
+from run_folder import RunFolder, _run_id
 from utils import Process
 
 
@@ -69,8 +69,7 @@ def test_a_run_is_known_by_the_same_id_however_often_it_is_resumed(tmp_path):
     assert ids()[0] != first
     for damage in ("[{}]", "- a: [", ""):       # by an earlier version, or cut off
         (tmp_path / "run.yaml").write_text(damage)
-        run = RunFolder(str(tmp_path), Process())
-        assert run._run_id() == ""
+        assert _run_id(tmp_path) == ""
 
 
 def test_a_folder_in_the_place_of_a_checkpoint_makes_room(tmp_path, capsys):

@@ -78,13 +78,20 @@ def test_r2_and_residual_by_hand():
     assert found.r2 == pytest.approx(1 - mean_square / np.average((y - np.average(y, weights=weight)) ** 2, weights=weight))
 
 
-def test_a_further_number_must_halve_what_is_left():
-    smooth = F.gelu(torch.from_numpy(U)).numpy()
-    for share, text in ((1e-4, "gelu(u)"), (0.3, None)):
-        found = fit_symbolic(U, smooth + share * np.cos(4 * U))
-        assert (found.text == text) == (text is not None)
-    polynomials = [fit_symbolic(U, np.cosh(U) * np.sin(2 * U), forms=()) for _ in range(2)]
-    assert polynomials[0] == polynomials[1] and all(value == 0 for value in polynomials[0].polynomial[::2])     # odd
+def test_a_further_number_must_earn_its_place():
+    y = np.cosh(U) * np.sin(2 * U)
+    fits = [fit_symbolic(U, y, forms=(), parsimony=parsimony) for parsimony in (1.1, 2, 10, 100)]
+    assert fits == [fit_symbolic(U, y, forms=(), parsimony=parsimony) for parsimony in (1.1, 2, 10, 100)]
+    assert all(value == 0 for fit in fits for value in fit.polynomial[::2])     # of an odd function
+    numbers, left = [fit.complexity for fit in fits], [1 - fit.r2 for fit in fits]
+    assert numbers == sorted(numbers, reverse=True) and left == sorted(left) and numbers[0] == 3 > numbers[-1]
+    for parsimony, fit in zip((2, 10, 100), fits[1:]):      # against all odd polynomials, by numpy
+        scores = []
+        for powers in ([1], [3], [5], [1, 3], [1, 5], [3, 5], [1, 3, 5]):
+            matrix = np.stack([U ** n for n in powers], 1)
+            error = np.mean((matrix @ np.linalg.lstsq(matrix, y, rcond=None)[0] - y) ** 2)
+            scores.append(math.log(error / np.var(y) + 1e-6, parsimony) + len(powers))
+        assert math.log(1 - fit.r2 + 1e-6, parsimony) + fit.complexity == pytest.approx(min(scores))
 
 
 @pytest.mark.parametrize("scale,shift", [(1e-3, 0.0), (1e3, 0.0), (1.0, 50.0)])
@@ -295,6 +302,7 @@ def test_a_file_of_the_original_code(capsys):
 @pytest.mark.parametrize("words,sentence", [
     (["nowhere.pth"], "does not exist"), (["FILE", "--replace", "t.pth"], "must end in .safetensors"),
     (["FILE", "--replace", "t.safetensors"], "--data-path DIR"), (["FILE", "--limit", "0"], "--limit 0"),
+    (["FILE", "--parsimony", "1"], "--parsimony 1"),
     (["FILE", "--images", "EMPTY"], "holds no images"), (["FILE", "--images", "BROKEN"], "no image could be read"),
     (["MLP"], "holds no KAN"), (["FILE", "--output", "BROKEN/broken.png/x"], "cannot be written"),
     (["FILE", "--edgse", "3"], "unknown flag --edgse")])

@@ -15,11 +15,12 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -147,10 +148,12 @@ class Formula:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A function to be fitted: u, y, and the roots of the weights, whose squares sum to 1; float64 [N]."""
+    """A function to be fitted: u, y, and the roots of the weights, whose squares sum to 1; float64 [N]. parsimony: of
+    `fit_symbolic`."""
     u: np.ndarray
     y: np.ndarray
     root: np.ndarray
+    parsimony: float
 
     @cached_property
     def mean(self) -> float:
@@ -174,6 +177,10 @@ class _Curve:
         norms[norms == 0] = 1
         coefficients = np.linalg.lstsq(matrix / norms, target, rcond=1e-12)[0]
         return coefficients / norms, matrix @ (coefficients / norms) - target
+
+    def score(self, formula: Formula) -> float:
+        """The lower the better (the rule of pykan's `suggest_symbolic`, arXiv:2408.10205, with 1 - R^2 down to `UNEXPLAINED`)."""
+        return math.log(max(0.0, 1 - formula.r2) + UNEXPLAINED, self.parsimony) + formula.complexity
 
     def rated(self, formula: Formula, residuals: np.ndarray) -> Formula:
         error = float(residuals @ residuals)
@@ -232,15 +239,9 @@ class _Curve:
         return list(zip(b.flat[best].tolist(), middle.flat[best].tolist()))
 
 
-def _score(formula: Formula) -> float:
-    """The lower the better: a further number must halve what is left unexplained (the rule of pykan's
-    `suggest_symbolic`, arXiv:2408.10205, with log2(1 - R^2) in full), down to `UNEXPLAINED`."""
-    return math.log2(max(0.0, 1 - formula.r2) + UNEXPLAINED) + formula.complexity
-
-
-def _simplified(formula: Formula, simpler: Callable[[Formula], Iterable[Formula]]) -> Formula:
+def _simplified(curve: _Curve, formula: Formula, simpler: Callable[[Formula], Iterable[Formula]]) -> Formula:
     """Without the numbers that it does as well without, taken away one at a time."""
-    while (best := min(simpler(formula), key=_score, default=formula)) and _score(best) < _score(formula):
+    while (best := min(simpler(formula), key=curve.score, default=formula)) and curve.score(best) < curve.score(formula):
         formula = best
     return formula
 
@@ -252,7 +253,7 @@ def _polynomials(curve: _Curve) -> Iterator[Formula]:
             yield from (curve.polynomial([p for p in powers if p != n]) for n in powers)
 
     for degree in range(DEGREE + 1):
-        yield _simplified(curve.polynomial(range(degree + 1)), simpler)
+        yield _simplified(curve, curve.polynomial(range(degree + 1)), simpler)
 
 
 def _of_form(curve: _Curve, name: str, best: float) -> Iterator[Formula]:
@@ -273,16 +274,17 @@ def _of_form(curve: _Curve, name: str, best: float) -> Iterator[Formula]:
     for sign in form.signs:
         whole = min((curve.fit(name, b, middle, free, (0, 1)) for b, middle in curve.starts(name, sign)),
                     key=lambda formula: formula.residual)
-        if _score(replace(whole, polynomial=(), b=1.0, c=0.0)) < best:      # as if it could do with a alone
-            yield _simplified(whole, simpler)
+        if curve.score(replace(whole, polynomial=(), b=1.0, c=0.0)) < best:      # as if it could do with a alone
+            yield _simplified(curve, whole, simpler)
 
 
-def fit_symbolic(u, y, weight=None, forms: Sequence[str] = tuple(FORMS)) -> Formula:
+def fit_symbolic(u, y, weight=None, forms: Sequence[str] = tuple(FORMS), parsimony: float = 2.0) -> Formula:
     """The formula that says best, for its length, what y is of u.
 
     Args:
         u, y: [N] numbers, arrays or tensors. weight: [N], at least 0, how much each point counts; None: all the same.
-        forms: keys of `FORMS` besides the polynomials.
+        forms: keys of `FORMS` besides the polynomials. parsimony: a further number in the formula must make what is left
+            unexplained so many times smaller, more than 1.
     Raises: ValueError for values that are not finite, of different lengths, or all in one point.
     """
     weight = np.ones(len(u)) if weight is None else weight
@@ -294,12 +296,12 @@ def fit_symbolic(u, y, weight=None, forms: Sequence[str] = tuple(FORMS)) -> Form
     u, y, weight = u[weight > 0], y[weight > 0], weight[weight > 0]
     if len(u) == 0 or np.ptp(u) == 0:
         raise ValueError("a function of a single point has no formula")
-    curve = _Curve(u, y, np.sqrt(weight / weight.sum()))
+    curve = _Curve(u, y, np.sqrt(weight / weight.sum()), parsimony)
     if curve.variance <= 1e-20 * float(curve.root ** 2 @ y ** 2):       # a constant, but for rounding
         return replace(curve.polynomial([0]), r2=1.0)
-    best = min(_polynomials(curve), key=_score)
+    best = min(_polynomials(curve), key=curve.score)
     for name in forms:
-        best = min([best, *_of_form(curve, name, _score(best))], key=_score)
+        best = min([best, *_of_form(curve, name, curve.score(best))], key=curve.score)
     return best
 
 
@@ -307,14 +309,12 @@ def fit_symbolic(u, y, weight=None, forms: Sequence[str] = tuple(FORMS)) -> Form
 @dataclass(frozen=True)
 class Learned:
     """A function of a model. part: name of its module. function: "3", a group, or "12 -> 40", an edge. u: [N], quantiles of
-    what arrives and even steps from the least to the most; weight [N]; y [N]. low, high: ends of the grid. formula: of y."""
+    what arrives and even steps from the least to the most; weight [N]; y [N]. formula: of y."""
     part: str
     function: str
     u: Tensor
     weight: Tensor
     y: Tensor
-    low: float
-    high: float
     formula: Formula
 
     @property
@@ -370,7 +370,7 @@ def _edge_range(layer: EdgeLayer) -> tuple[float, float]:
 def _edge_basis(layer: EdgeLayer, u: Tensor) -> Tensor:
     """The functions [..., K] whose sums the edges are, at u [...]."""
     if isinstance(layer, EfficientKANLayer):
-        return torch.cat([F.silu(u)[..., None], bspline_basis(u, layer.grid.to(u), layer.spline_order)], -1)
+        return torch.cat([F.silu(u)[..., None], bspline_basis(u, layer.get_buffer("grid").to(u), layer.spline_order)], -1)
     basis = rswaf_basis(u, layer.rbf.grid.to(u), layer.rbf.h.to(u) if isinstance(layer.rbf.h, Tensor) else layer.rbf.h)
     return basis if layer.base_linear is None else torch.cat([basis, F.silu(u)[..., None]], -1)
 
@@ -401,8 +401,8 @@ def _strongest(layer: EdgeLayer, inputs: Inputs | None, count: int) -> list[tupl
     return [(index % variance.shape[1], index // variance.shape[1]) for index in chosen]
 
 
-def _inputs(trained: Trained, images: Sequence[Tensor] | Iterable[Tensor], rounds: int,
-            modules: dict[str, nn.Module]) -> dict[str, Inputs]:
+def _inputs(trained: Trained, images: Iterable[Tensor], rounds: int,
+            modules: Mapping[str, GroupActivation | EdgeLayer]) -> dict[str, Inputs]:
     """What arrives at the modules while the model looks at the images."""
     generator, found, hooks = torch.Generator().manual_seed(0), {}, []
     for name, module in modules.items():
@@ -425,12 +425,13 @@ def _inputs(trained: Trained, images: Sequence[Tensor] | Iterable[Tensor], round
     return found
 
 
-def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, rounds: int = 1, edges: int = 6) -> list[Learned]:
+def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, rounds: int = 1, edges: int = 6,
+                  parsimony: float = 2.0) -> list[Learned]:
     """Formulas of the functions of a group KAN, or of the strongest edges of each layer of a full-edge KAN.
 
     Args:
         images: batches [B, 3, S, S] whose inputs to the functions weight the fits; None: the grid, evenly. rounds: how many
-            batches. edges: of each layer.
+            batches. edges: of each layer. parsimony: of `fit_symbolic`.
     Raises: UserError for a model without learned functions, and without any image.
     """
     modules = {name: module for name, module in trained.model.named_modules()
@@ -456,8 +457,8 @@ def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, roun
         else:
             weights = _edge_weights(module).double()
             y = torch.stack([_edge_basis(module, u[n]) @ weights[o, i] for n, (i, o) in enumerate(chosen)])
-        for n, label in enumerate(labels):
-            found.append(Learned(name, label, u[n], weight, y[n], low, high, fit_symbolic(u[n], y[n], weight)))
+        found += [Learned(name, label, u[n], weight, y[n], fit_symbolic(u[n], y[n], weight, parsimony=parsimony))
+                  for n, label in enumerate(labels)]
     return found
 
 
@@ -488,8 +489,8 @@ def with_fitted_basis(model: nn.Module, found: Sequence[Learned]) -> tuple[nn.Mo
     weighted least squares; and how near each is: R^2."""
     model, fits = deepcopy(model), []
     for each in found:
-        phi = model.get_submodule(each.part)
-        group = int(each.function)
+        phi, group = model.get_submodule(each.part), int(each.function)
+        assert isinstance(phi, GroupActivation)
         basis = rswaf_basis(each.u, torch.tensor(phi.points, dtype=torch.float64), phi.h)               # [N, G]
         scale = None if phi.scale is None else phi.scale[group:group + 1].cpu().double()
         base = rswaf_activation_reference(each.u[:, None], torch.zeros(1, basis.shape[1], dtype=torch.float64), phi.points,
@@ -603,15 +604,15 @@ def report(found: Sequence[Learned], folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- the command
-def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable[Tensor], int] | None:
-    """Up to `limit` images, spread evenly over what there is, in batches, and how many batches."""
+def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable[Tensor] | None, int]:
+    """Up to `limit` images, spread evenly over what there is, in batches, and how many batches; (None, 0) without any."""
     if folder:
         files = image_files([folder])
         pictures = Pictures(files[::-(-len(files) // limit)], trained.args)
         return (images for images, _ in pictures), -(-len(pictures) // 64)
     if not trained.args.data_path and trained.args.data_set != "DIGITS":
-        return None
-    data = trained.loaders().val.dataset
+        return None, 0
+    data: Any = trained.loaders().val.dataset
     some = Subset(data, range(0, len(data), -(-len(data) // limit)))
     loader = DataLoader(some, 64, generator=torch.Generator())
     return (images[targets >= 0] for images, targets in batches(loader) if (targets >= 0).any()), len(loader)
@@ -626,6 +627,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--limit", type=int, default=512, metavar="N", help="of these images, spread evenly (default: 512)")
     parser.add_argument("--edges", type=int, default=6, metavar="N", help="of each layer of a full-edge KAN, the strongest "
                         "(default: 6)")
+    parser.add_argument("--parsimony", type=float, default=2.0, metavar="FACTOR", help="a further number in a formula must make "
+                        "what is left unexplained so many times smaller: near 1 for the closest fits (default: 2)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="the table as text, CSV, JSON and LaTeX, and a picture")
     parser.add_argument("--replace", type=Path, metavar="TARGET", help="put the formulas in the functions' place, evaluate, "
                         "and save the nearest model that main.py reads (.safetensors; group KAN)")
@@ -633,6 +636,8 @@ def run(argv: list[str]) -> int:
     for name in ("limit", "edges"):
         if getattr(own, name) < 1:
             raise UserError(f"--{name} {getattr(own, name)} must be at least 1")
+    if not 1 < own.parsimony < math.inf:
+        raise UserError(f"--parsimony {own.parsimony:g} must be more than 1")
     if own.replace and own.replace.suffix != ".safetensors":
         raise UserError(f"--replace {own.replace} must end in .safetensors")
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
@@ -641,9 +646,9 @@ def run(argv: list[str]) -> int:
                         f"{trained.spec.name}: leave it out")
     if own.replace and not trained.args.data_path and trained.args.data_set != "DIGITS":
         raise UserError("--replace evaluates the model before and after: name its data with --data-path DIR")
-    chosen = _images(trained, own.images, own.limit)
-    say("weighted by the inputs that arrive" if chosen else "no images: all of the grid counts alike (see --images)")
-    found = find_formulas(trained, *(chosen or (None,)), edges=own.edges)
+    images, rounds = _images(trained, own.images, own.limit)
+    say("weighted by the inputs that arrive" if images else "no images: all of the grid counts alike (see --images)")
+    found = find_formulas(trained, images, rounds, own.edges, own.parsimony)
     say(table(found))
     if own.output:
         report(found, own.output)
