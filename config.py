@@ -47,11 +47,11 @@ _SCOPES = {
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
-    "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
+    "place": "track track_project "
+             "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
              "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
-             "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable "
-             "track track_project",
+             "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
 # How a resumed run may differ from the one that wrote the checkpoint: length, batch, memory and arithmetic.
@@ -471,12 +471,13 @@ def validate(args: Namespace, world_size: int = 1) -> None:
         raise UserError("--sched-on-updates: --sched plateau reacts to each epoch's accuracy, leave one of them out")
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         _refuse(args, "lr_noise", "must be one or two shares of the epochs")
+    if args.track and args.eval:
+        raise UserError("--track sends the epochs of a training, and --eval has none: leave one of them out")
     _validate_launch(args, world_size)
     if not args.eval:
         _validate_training(args)
-    elif args.profile or args.track:
-        does = "--profile traces training steps" if args.profile else "--track sends the epochs of a training"
-        raise UserError(f"{does}, and --eval has none: leave one of them out")
+    elif args.profile:
+        raise UserError("--profile traces training steps, and --eval has none: leave one of them out")
 
 
 def _validate_training(args: Namespace) -> None:
@@ -502,10 +503,10 @@ def _validate_training(args: Namespace) -> None:
         raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
     if args.profile and not args.output_dir:
         raise UserError("--profile writes its trace into --output_dir: give that folder")
-    if args.track and not args.output_dir:
-        raise UserError("--track keeps in --output_dir what the run is known by: give that folder")
     if args.debug_nan and not args.output_dir:
         raise UserError("--debug-nan keeps the batch in --output_dir: give that folder")
+    if args.track and not args.output_dir:
+        raise UserError("--track keeps in --output_dir what the run is known by: give that folder")
     if args.distillation_type != "none":
         if not args.teacher_path:
             raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
