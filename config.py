@@ -20,6 +20,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from kernels import BACKENDS, BASES
+from tracking import TRACKERS
 from utils import UserError
 
 # Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
@@ -47,7 +48,8 @@ _SCOPES = {
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
-    "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
+    "place": "track track_project "
+             "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
              "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq log_kan teacher_path "
              "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
@@ -300,6 +302,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--save-interval-minutes", default=10.0, type=float, metavar="MINUTES",
         help="also save when so much time has passed since the last checkpoint; 0: off")
     add("--keep", default=2, type=int, metavar="N", help="checkpoints to keep, besides the best ones")
+    add("--track", nargs="+", choices=list(TRACKERS), metavar="TRACKER",
+        help=f"also send each epoch's numbers and the flags to {' or '.join(TRACKERS)}, where installed")
+    add("--track-project", default="vision-kan", metavar="NAME", help="project (wandb) or experiment (mlflow) to send them to")
     add("--start_epoch", default=0, type=int, metavar="N",
         help="first epoch where the checkpoint doesn't say")
     add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
@@ -471,6 +476,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
         raise UserError("--sched-on-updates: --sched plateau reacts to each epoch's accuracy, leave one of them out")
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         _refuse(args, "lr_noise", "must be one or two shares of the epochs")
+    if args.track and args.eval:
+        raise UserError("--track sends the epochs of a training, and --eval has none: leave one of them out")
     _validate_launch(args, world_size)
     if not args.eval:
         _validate_training(args)
@@ -507,6 +514,8 @@ def _validate_training(args: Namespace) -> None:
         raise UserError("--log-kan writes to TensorBoard in --output_dir: give that folder")
     if args.debug_nan and not args.output_dir:
         raise UserError("--debug-nan keeps the batch in --output_dir: give that folder")
+    if args.track and not args.output_dir:
+        raise UserError("--track keeps in --output_dir what the run is known by: give that folder")
     if args.distillation_type != "none":
         if not args.teacher_path:
             raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
@@ -653,7 +662,7 @@ def _typed(action: argparse.Action, value):
         raise ValueError("has no value")
     if action.nargs in ("+", 2):
         if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
-            many = "two numbers" if action.nargs == 2 else "one or more numbers"
+            many = "two numbers" if action.nargs == 2 else "one or more numbers" if action.type else "one or more names"
             raise ValueError(f"must be a list of {many}, not {_describe(value)}")
         return [_typed_one(action, item) for item in value]
     return _typed_one(action, value)

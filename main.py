@@ -98,7 +98,8 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
           loaders: Loaders, process: Process, amp_dtype: torch.dtype) -> int:
     args = config.args
     with utils.stop_together(process):
-        folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes)
+        folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes, args.track or (),
+                           args.track_project)
         if folder.holds_another_run(start.path if start.purpose == "resume" else ""):
             raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or "
                             "choose another folder")

@@ -326,6 +326,17 @@ def fetching(line):
         return printed(f"--data-set CIFAR10 --data-path {{folder}}/absent --device cpu {line}")
 
 
+def tracked(line):
+    """Names of the experiments that an MLflow store holds after a run."""
+    mlflow = pytest.importorskip("mlflow")
+    folder = Path(tempfile.mkdtemp(dir=PLACES["folder"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", (folder / "store").as_uri())
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], "--output_dir", folder / "run", *words(line)) == 0
+        return sorted(experiment.name for experiment in mlflow.MlflowClient().search_experiments())
+
+
 # ---------------------------------------------------------------- the table
 EFFECTS = {
     # run
@@ -452,6 +463,8 @@ EFFECTS = {
     "keep": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 3", line])) and sorted(
         path.name for path in Path(words(line)[-1]).glob("checkpoint*")), "--keep 3 --output_dir {folder}/three",
         "--output_dir {folder}/two"),
+    "track": (tracked, "--track mlflow", ""),
+    "track_project": (tracked, "--track mlflow --track-project other", "--track mlflow"),
     "debug_nan": (lambda line: caught(line).options.keep_batches is None, "--debug-nan --output_dir {folder}/nan", ""),
     "deterministic": (deterministic, "--deterministic", ""),
     # several processes
