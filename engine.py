@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import peers
 from checkpoints import plain
-from datasets import batches
+from data_sets import batches
 from debug_nan import KeptBatches, replay
 from losses import loss_of
 from utils import Process, TrainingFailed, UserError, seed_everything

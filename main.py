@@ -11,7 +11,7 @@ import utils
 from augment import build_mixup
 from checkpoints import weights_of
 from config import Config, describe_sources, dump_yaml, get_args_parser, parse_args, validate
-from datasets import Loaders, build_loaders
+from data_sets import Loaders, build_loaders
 from debug_nan import KeptBatches
 from engine import (
     NonFinite,

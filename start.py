@@ -28,7 +28,7 @@ import models_kan
 import vetting
 from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
 from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
-from datasets import Loaders, guess_data_set
+from data_sets import Loaders, guess_data_set
 from downloads import fetch
 from engine import TrainState
 from group_kan import GroupActivation

@@ -19,7 +19,7 @@ import utils
 import vetting
 from checkpoints import weights_of
 from config import Config, parse_args
-from datasets import FileImages, ImageSet, Loaders, Split, batches, build_loaders
+from data_sets import FileImages, ImageSet, Loaders, Split, batches, build_loaders
 from models_kan import ModelSpec
 from utils import Process, UserError
 

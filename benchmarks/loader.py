@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import Normalise
 from config import parse_args
-from datasets import build_loaders, load_image
+from data_sets import build_loaders, load_image
 from utils import Process
 
 RESULTS = Path(__file__).resolve().parent / "results/loader.csv"

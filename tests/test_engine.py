@@ -25,7 +25,7 @@ import models_kan  # noqa: F401  registers the models with timm
 from augment import build_mixup
 from checkpoints import plain
 from config import parse_args
-from datasets import ImageSet, Split, _digits, build_loaders
+from data_sets import ImageSet, Split, _digits, build_loaders
 from engine import (
     NonFinite,
     StopRequested,

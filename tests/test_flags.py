@@ -24,7 +24,7 @@ import augment
 import kernels
 import main as program
 from config import SCOPE
-from datasets import build_loaders
+from data_sets import build_loaders
 from engine import train_one_epoch
 from utils import Process
 

@@ -33,7 +33,7 @@ import start as starting
 from augment import build_transform
 from checkpoints import checkpoint_args, plain, weights_of
 from config import parse_args, validate
-from datasets import UnreadableData, load_image
+from data_sets import UnreadableData, load_image
 from untrusted import SAFETENSORS_KEY
 from utils import UserError, say
 

@@ -31,10 +31,10 @@ from timm.task import ClassificationEvaluator
 from torch.utils.data import DataLoader
 from torchvision import datasets as torchvision_datasets
 
-import datasets
+import data_sets
 from augment import build_transform
 from config import get_args_parser
-from datasets import FileImages, UnreadableData, batches, build_dataset, build_loaders, guess_data_set, load_image
+from data_sets import FileImages, UnreadableData, batches, build_dataset, build_loaders, guess_data_set, load_image
 from samplers import RASampler, SampleKey
 from utils import Process, UserError
 
@@ -615,7 +615,7 @@ def test_epochs_differ_whatever_the_number_of_workers(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_does_not_read_ahead_into_the_next_epoch(folder, tmp_path, monkeypatch, workers):
     read = tmp_path / "read"
-    monkeypatch.setattr(datasets, "load_image", lambda path, enough, real=load_image: (
+    monkeypatch.setattr(data_sets, "load_image", lambda path, enough, real=load_image: (
         os.write(log, f"{path}\n".encode()), real(path, enough))[1])
     log = os.open(read, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     loaders = build_loaders(make_args(folder, num_workers=workers), Process())
@@ -709,7 +709,7 @@ def no_permissions(monkeypatch):
         if not os.stat(path).st_mode & 0o400:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **options)
-    monkeypatch.setattr(datasets, "open", refuse, raising=False)
+    monkeypatch.setattr(data_sets, "open", refuse, raising=False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -798,7 +798,7 @@ def test_a_machine_out_of_handles_is_not_an_unreadable_image(folder, monkeypatch
         raise OSError(24, "Too many open files", path)
 
     loaders = build_loaders(make_args(folder), Process())
-    monkeypatch.setattr(datasets, "open", fail, raising=False)
+    monkeypatch.setattr(data_sets, "open", fail, raising=False)
     with pytest.raises(OSError, match="Too many open files"):
         epoch_of(loaders)
     assert loaders.unreadable_train() == 0
@@ -1359,10 +1359,10 @@ def test_a_worker_seeds_each_image_as_the_main_process_does(tmp_path):
 
 def test_digits_are_scikit_learns_and_so_is_their_split(monkeypatch):
     digits = load_digits()
-    pixels, targets = datasets._digits_file()
+    pixels, targets = data_sets._digits_file()
     assert np.array_equal(pixels, digits.images) and np.array_equal(targets, digits.target)
     halves = train_test_split(np.arange(1797), test_size=360, stratify=targets, random_state=0)
     for is_train, theirs in zip((True, False), halves):
-        assert np.array_equal(datasets._digits_of(is_train, targets), np.sort(theirs))
-    monkeypatch.setattr(datasets.os.path, "isfile", lambda path: False)        # another version may keep it elsewhere
-    assert np.array_equal(datasets._digits_file()[0], pixels)
+        assert np.array_equal(data_sets._digits_of(is_train, targets), np.sort(theirs))
+    monkeypatch.setattr(data_sets.os.path, "isfile", lambda path: False)        # another version may keep it elsewhere
+    assert np.array_equal(data_sets._digits_file()[0], pixels)
