@@ -413,7 +413,7 @@ _SHARE = (lambda v: 0 < v <= 1, "greater than 0 and at most 1")
 _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
-    **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size", "num_classes"), _at_least(1)),
+    **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size"), _at_least(1)),
     **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs"), _between(0, _MOST_EPOCHS)),
     **dict.fromkeys(("weight_decay", "kan_groups", "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr",
                      "color_jitter", "crop_padding", "mixup", "cutmix", "save_interval_steps", "save_interval_minutes"),
@@ -427,7 +427,7 @@ _RANGES = {
     "lr_noise_pct": _between(0.01, 1), "keep": _between(1, 1000),
     "epochs": _between(1, _MOST_EPOCHS), "input_size": _between(1, 16384), "recount": _between(1, 1000),
     "num_workers": _between(0, 1024), "eval_crop_ratio": _between(0.1, 1), "layer_decay": _SHARE,
-    "val_split": _SHARE,
+    "val_split": _SHARE, "num_classes": _between(1, 10 ** 6),
     "kan_grid_points": _between(2, 1024), "seed": _between(0, 2 ** 63 - 1),
 }
 _NAMES = {

@@ -240,12 +240,14 @@ class WebDataset:
         if seed is not None:
             random.Random(seed).shuffle(files)
         by_file = len(files) >= parts
-        stages = [webdataset.SimpleShardList(files[part::parts] if by_file else files),
-                  webdataset.tarfile_to_samples(handler=webdataset.reraise_exception)]
+        samples = iter(webdataset.DataPipeline(webdataset.SimpleShardList(files[part::parts] if by_file else files),
+                                               webdataset.tarfile_to_samples(handler=webdataset.reraise_exception)))
+        if not by_file:
+            samples = islice(samples, part, None, parts)
         if seed is not None:
-            stages.append(webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=random.Random(seed + part + 1)))
+            samples = webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=random.Random(seed + part + 1))(samples)
         pictures, label = self.keys
-        for sample in islice(webdataset.DataPipeline(*stages), 0 if by_file else part, None, 1 if by_file else parts):
+        for sample in samples:
             name = f"{sample['__url__']}, {sample['__key__']}"
             image = next((sample[key] for key in pictures if key in sample), None)
             try:
