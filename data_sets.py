@@ -18,7 +18,7 @@ from functools import cache
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +54,14 @@ class UnreadableData(UserError):
 
 
 # ---------------------------------------------------------------- images
+class Images(Protocol):
+    """Numbered images. name: for messages. load: 8-bit RGB, or an exception where it cannot be read; enough: `load_image`."""
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str: ...
+    def load(self, index: int, enough: int = 0) -> Image.Image: ...
+
+
 class FileImages:
     """Image files. The paths lie end to end in one string of bytes: a list of millions of strings would be copied
     into every worker, page by page, as its reference counts change, and one very long path must not cost its length
@@ -92,7 +100,7 @@ class ArrayImages:
 
 class Split(NamedTuple):
     """One half (training or validation) of a data set."""
-    images: FileImages | ArrayImages
+    images: Images
     targets: np.ndarray   # int64 [N], into classes
     classes: list[str]
     note: str = ""        # how it was made, for the reader of the log

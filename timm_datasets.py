@@ -7,6 +7,7 @@ import re
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
@@ -109,8 +110,8 @@ def _torch(is_train: bool, args: Namespace, name: str) -> Split:
     samples = getattr(data, "samples", None) or getattr(data, "imgs", None)
     if samples is None and hasattr(data, "all_categories"):     # iNaturalist
         samples = [(os.path.join(data.root, data.all_categories[c], file), c) for c, file in data.index]
-    classes = [name if isinstance(name, str) else ", ".join(name)       # ImageNet's have several
-               for name in getattr(data, "classes", None) or getattr(data, "all_categories", ())]
+    named: list[Any] = getattr(data, "classes", None) or getattr(data, "all_categories", [])
+    classes = [name if isinstance(name, str) else ", ".join(name) for name in named]        # ImageNet's have several
     if samples is None:
         pixels = np.asarray(data.data)
         pixels = pixels if pixels.ndim == 4 else np.repeat(pixels[..., None], 3, axis=3)
@@ -191,9 +192,9 @@ def _parts_of(name: str, args: Namespace) -> dict[str, Callable[[], Any]]:
     if any(os.path.isfile(os.path.join(place, file)) for file in ("dataset_dict.json", "state.json")):
         saved = datasets.load_from_disk(place)
         saved = saved if isinstance(saved, dict) else {"train": saved}
-        return {part: lambda part=part: saved[part] for part in saved}
+        return {part: partial(saved.__getitem__, part) for part in saved}
     place = place if os.path.exists(place) else name
-    return {part: lambda part=part: datasets.load_dataset(place, split=part, cache_dir=cache)
+    return {part: partial(datasets.load_dataset, place, split=part, cache_dir=cache)
             for part in datasets.get_dataset_split_names(place)}
 
 
@@ -334,6 +335,7 @@ class StreamSet(ImageSet):
 
     Raises UnreadableData also for a stream whose length or classes are not those that are told."""
     is_stream = True
+    images: StreamImages
 
     def __init__(self, split: Split, is_train: bool, args: Namespace):
         super().__init__(split, is_train, args)

@@ -14,7 +14,7 @@ import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlparse
 
 import matplotlib
@@ -32,7 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers
 from config import Parser
-from data_sets import printable
+from data_sets import Images, ImageSet, printable
 from engine import evaluate, summary
 from run_folder import versions
 from trained import Trained, add_model_arguments, load_trained
@@ -84,8 +84,8 @@ class Tally:
         np.add.at(self.confusion, (classes, predicted), 1)
         np.add.at(self.top5, classes[(best == classes[:, None]).any(1)], 1)
         bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-        for row, values in zip(self.bins, (1.0, predicted == classes, confidence)):
-            np.add.at(row, bins, values)
+        for sums, values in zip(self.bins, (1.0, predicted == classes, confidence)):
+            np.add.at(sums, bins, values)
         for row in np.flatnonzero(predicted != classes):
             entry = (float(confidence[row]), -int(indices[row]))        # of two alike the one that came first
             if len(self.mistakes) < MISTAKES or entry > self.mistakes[0][:2]:
@@ -159,7 +159,7 @@ def draw_confusion(tally: Tally, names: list[str]) -> Figure:
     for row, column in zip(*np.nonzero(pooled)) if few else ():
         number = pooled[row, column]
         axes.text(column, row, str(number), ha="center", va="center", fontsize=8 if number < 1000 else 6,
-                  color="white" if shares[row, column] > 0.3 else "black")
+                  color="white" if picture.norm(shares[row, column]) > 0.5 else "black")
     listed.axis("off")
     lines = [f"{number} x  {labels[row]} taken for {labels[column]}" for row, column, number in tally.confusions()[:CONFUSIONS]]
     listed.text(0, 1, "\n".join(["most frequent confusions", "", *(lines or ["none"])]), va="top", fontsize=8, linespacing=1.5)
@@ -210,7 +210,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 # ---------------------------------------------------------------- command
-def report_of(trained: Trained, weights: str, result: dict[str, float], tally: Tally, images: Any) -> dict[str, Any]:
+def report_of(trained: Trained, weights: str, result: dict[str, float], tally: Tally, images: Images) -> dict[str, Any]:
     """Everything that was found, in plain types. images: the data set's, for their names."""
     names = trained.class_names
     return {"checkpoint": trained.path, "weights": weights, "model": trained.spec.name, "data_set": trained.args.data_set,
@@ -257,10 +257,10 @@ def run(argv: list[str]) -> int:
     with whole(output / "report.json") as file, plt.rc_context({"text.parse_math": False}):
         trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
         loaders = trained.loaders()
-        tally = Tally(trained.model.num_classes)
+        tally = Tally(len(trained.class_names))
         result = evaluate(trained.model, loaders.val, Process(device=trained.device), title=own.weights, see=tally.add)
         loaders.check_unreadable()
-        report = report_of(trained, own.weights, result, tally, loaders.val.dataset.images)
+        report = report_of(trained, own.weights, result, tally, cast(ImageSet, loaders.val.dataset).images)
         names = trained.class_names
         save(draw_confusion(tally, names), output / "confusion.png")
         save(draw_reliability(report["calibration"]), output / "reliability.png")
