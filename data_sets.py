@@ -295,11 +295,16 @@ def guess_data_set(data_path: str | None) -> str | None:
 
 
 def _is_single(root: str) -> bool:
-    """Whether a folder has class folders with images, and no train/ and val/."""
-    if any(os.path.exists(os.path.join(root, half)) for half in ("train", "val")):
+    """Whether a folder has class folders with images, two at least, and no train/ and val/."""
+    classes = _single_classes(root)
+    if len(classes) < 2 or any(os.path.exists(os.path.join(root, half)) for half in ("train", "val")):
         return False
-    walks = (os.walk(os.path.join(root, name)) for name in _class_folders(root))
+    walks = (os.walk(os.path.join(root, name)) for name in classes)
     return any(file.lower().endswith(IMG_EXTENSIONS) for walk in walks for _, _, files in walk for file in files)
+
+
+def _single_classes(root: str) -> list[str]:
+    return [name for name in _class_folders(root) if not name.startswith(".")]      # .thumbnails and the like
 
 
 def needs_splitting(args: Namespace) -> bool:
@@ -559,7 +564,7 @@ _PARTS = {"train", "training", "val", "valid", "validation", "eval", "test", "te
 
 def _single_folder(is_train: bool, args: Namespace, root: str) -> Split:
     """<class>/..., any depth below the class: one half of it by --val-split. Without that all of it, to evaluate."""
-    classes = _class_folders(root)
+    classes = _single_classes(root)
     if parts := [name for name in classes if name.lower() in _PARTS]:
         raise UserError(f"--data-path {args.data_path} has the folders {', '.join(parts)} where classes are expected: name the "
                         "two parts train/ and val/, or leave the class folders alone in it")

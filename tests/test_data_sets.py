@@ -214,6 +214,7 @@ def single(tmp_path):
 
 def test_a_single_folder_is_split_by_class(single, capsys):
     assert guess_data_set(str(single)) == "FOLDER"
+    (single / ".thumbnails").mkdir()
     train, val = halves(single)
     assert not train & val and len(train | val) == 30
     assert [sum(name.startswith(c) for name in val) for c in ("cat", "dog", "owl")] == [4, 1, 1]      # owl: 0.6, but one at least
@@ -272,9 +273,12 @@ def test_what_is_no_single_folder(single, tmp_path):
     whole = write_folder(tmp_path / "whole", {"a": 4, "b": 4}, {"a": 1})
     with pytest.raises(UserError, match="--val-split 0.3: --data-set FOLDER has validation images of its own"):
         halves(whole, val_split=0.3)
-    (tmp_path / "text/a").mkdir(parents=True)
-    (tmp_path / "text/a/notes.txt").touch()
+    for name in ("a", "b"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        (tmp_path / "text" / name / "notes.txt").touch()
     assert guess_data_set(str(tmp_path / "text")) is None
+    write_image(tmp_path / "parent/imagenet/0.jpg")     # one folder is no classes
+    assert guess_data_set(str(tmp_path / "parent")) is None
 
 
 @pytest.mark.parametrize("changes, words", [({"num_classes": 5}, "--num-classes 5 contradicts the data, which has 3"),

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from e2e import QUICK, checkpoint, differences, evaluation, log, run, sentence, write_digits
+from e2e import QUICK, checkpoint, differences, evaluation, launch, log, run, sentence, write_digits
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
@@ -279,6 +279,14 @@ def test_more_processes_than_shards_share_the_records(kind, request, folder):
         found = [[record.image["bytes"] for record in stream.records(7, part, parts)] for part in range(parts)]
         assert min(map(len, found)) >= 48 // (parts + 2)
         assert sorted(sum(found, [])) == sorted(file.read_bytes() for file, _ in files_of(folder, "train"))
+
+
+def test_two_processes_share_a_stream(shards, tmp_path):
+    words = [*QUICK, "--batch-size", 8, "--data-set", "wds/x", "--data-path", shards, "--data-split", *WDS_SPLIT, "--num-classes",
+             3, "--epochs", 1, "--dist-eval", "--output_dir", tmp_path / "run"]
+    assert [process.wait() for process in launch(tmp_path, *words)] == [0, 0]
+    last, out = log(tmp_path / "run")[-1], (tmp_path / "process0.out").read_text()
+    assert last["test_images"] == 24 and "step 3/3" in out
 
 
 @pytest.mark.parametrize("told, words, workers", [("23", "has more images than the 23 that are told", 0),
