@@ -31,7 +31,16 @@ CHANGED_DEFAULTS = {
     "device": ("cuda", "auto", "CUDA where there is a GPU, else MPS, else the CPU"),
 }
 # Values that a flag of DeiT's accepts here in addition.
-ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS"]}
+ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS", "torch/NAME", "hfds/NAME", "hfids/NAME", "wds/NAME"]}
+
+
+class DataSets(list):
+    """The values of --data-set. One that ends in /NAME stands for all names of `timm.data.create_dataset` that begin so."""
+
+    def __contains__(self, name: object) -> bool:
+        kind, _, rest = str(name).partition("/")
+        return super().__contains__(f"{kind}/NAME" if rest else name)
+
 
 # What each flag says something about, which decides what a checkpoint may fill in (see `resolve`):
 #   model  what the network is            data   which images, which classes, at which size
@@ -39,7 +48,7 @@ ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS"]}
 _SCOPES = {
     "model": "model hdim_kan kan_groups kan_base kan_input_phi kan_trainable_base kan_grid_range kan_grid_points kan_h "
              "kan_trainable_grid kan_trainable_h kan_basis kan_base_branch kan_second_norm",
-    "data": "data_set inat_category input_size eval_crop_ratio",
+    "data": "data_set inat_category data_split val_split input_key target_key num_classes input_size eval_crop_ratio",
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
@@ -60,7 +69,7 @@ SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split
 MAY_CHANGE_ON_RESUME = {"epochs", "batch_size", "grad_accum",
                         "amp_dtype", "grad_checkpointing", "model_ema_force_cpu"}
 # To evaluate on other images or with another crop is an ordinary wish; the input size is in the weights.
-MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "eval_crop_ratio"}
+MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "data_split", "val_split", "input_key", "target_key", "eval_crop_ratio"}
 _TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "train")}
 
 _ONE_SHOT = {"config", "list_models"}       # neither in a recipe nor in args.yaml
@@ -277,9 +286,17 @@ def get_args_parser(add_help: bool = False) -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="", type=str, metavar="DIR", help="folder of the data set")
-    add("--data-set", default="IMNET", type=str,
-        choices=["CIFAR", "IMNET", "INAT", "INAT19"] + ADDED_CHOICES["data_set"],
-        help="CIFAR is CIFAR-100; IMNET and FOLDER are train/ and val/ with a folder per class")
+    choices = DataSets(["CIFAR", "IMNET", "INAT", "INAT19"] + ADDED_CHOICES["data_set"])
+    add("--data-set", default="IMNET", type=str, choices=choices, metavar="NAME",
+        help=f"{', '.join(choices)}. CIFAR is CIFAR-100; IMNET and FOLDER are train/ and val/ with a folder per class, FOLDER "
+             "also class folders alone; the last four are names of timm.data.create_dataset")
+    add("--val-split", type=float, metavar="SHARE",
+        help="share of each class that is held out where the data has no validation images of its own (FOLDER: 0.2)")
+    add("--data-split", nargs=2, metavar=("TRAIN", "VAL"), help="names of the two parts of a data set of timm's; for one that "
+        "does not tell its length with the number of images: 'train-{000..009}.tar|5000'")
+    add("--input-key", metavar="NAME", help="where the image is in a record of hfds/, hfids/ and wds/, if there are several")
+    add("--target-key", metavar="NAME", help="likewise the class")
+    add("--num-classes", type=int, metavar="N", help="classes of a data set of timm's that does not tell them (wds/)")
     add("--inat-category", default="name", type=str, help="which label of iNaturalist to learn",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
     add("--download", action=on_off, default=False, help="fetch a data set that torchvision can fetch")
@@ -419,6 +436,7 @@ _RANGES = {
     "lr_noise_pct": _between(0.01, 1), "keep": _between(1, 1000),
     "epochs": _between(1, _MOST_EPOCHS), "input_size": _between(1, 16384), "recount": _between(1, 1000),
     "num_workers": _between(0, 1024), "eval_crop_ratio": _between(0.1, 1), "layer_decay": _SHARE,
+    "val_split": _SHARE, "num_classes": _between(1, 10 ** 6),
     "kan_grid_points": _between(2, 1024), "seed": _between(0, 2 ** 63 - 1),
 }
 _NAMES = {
@@ -662,7 +680,8 @@ def _typed(action: argparse.Action, value):
         raise ValueError("has no value")
     if action.nargs in ("+", 2):
         if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
-            many = "two numbers" if action.nargs == 2 else "one or more numbers" if action.type else "one or more names"
+            kind = "numbers" if action.type else "names"
+            many = f"two {kind}" if action.nargs == 2 else f"one or more {kind}"
             raise ValueError(f"must be a list of {many}, not {_describe(value)}")
         return [_typed_one(action, item) for item in value]
     return _typed_one(action, value)
@@ -722,8 +741,12 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     for dest, value in model_defaults.items():
         if dest not in config.given:
             values[dest], sources[dest] = value, "model"
+    if purpose == "resume":
+        besides = {"teacher_path"}
+    else:       # the images that were held out are chosen by the seed
+        besides = {"seed"} if purpose == "eval" and stored.get("val_split") else set()
     for dest, value in stored.items():
-        if SCOPE[dest] not in taken and not (dest == "teacher_path" and purpose == "resume"):
+        if SCOPE[dest] not in taken and dest not in besides:
             continue
         if dest not in config.given:
             if value is not None:

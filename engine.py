@@ -486,12 +486,15 @@ def tqdm_safe_print(text: str, process: Process) -> None:
 # ---------------------------------------------------------------- evaluation
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtype: torch.dtype = torch.float32,
-             shared: bool = False, title: str = "test", wishes: Callable[[], Wishes] = Wishes) -> dict[str, float]:
+             shared: bool = False, title: str = "test", wishes: Callable[[], Wishes] = Wishes,
+             see: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> dict[str, float]:
     """{"loss", "acc1", "acc5", "images", "unreadable"}: mean cross-entropy, percents, counts.
 
     Every readable image counts once: unreadable ones come with target -1 and are left out. With `shared` each
     process has a part of the images and the sums are added up.
 
+    see: called for each batch with its images and outputs, the targets, all of the B' that are readable, and bool [B] which
+        of the loader's these are.
     Raises StopRequested, on all processes at once, where a signal was wished for."""
     model.eval()
     device = process.device
@@ -519,6 +522,8 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
         with autocast(device, amp_dtype):
             outputs = model(images) if len(images) else images.new_zeros(0, 1)
         evaluator.update(outputs, targets)
+        if see is not None:
+            see(images, outputs, targets, readable)
         peers.mark(f"a batch of the evaluation ({title})")
         agree()
     for _ in range(rounds - len(loader)):       # other processes have a batch more

@@ -29,7 +29,7 @@ import models_kan
 import vetting
 from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
 from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
-from datasets import ImageSet, Loaders, guess_data_set
+from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, needs_splitting
 from downloads import fetch
 from engine import TrainState
 from group_kan import GroupActivation
@@ -180,6 +180,8 @@ def settle(config: Config, start: Start, process: Process) -> Config:
     config = resolve(config, stored, purpose=start.purpose)
     if found:
         config = _with(config, data_set=found, source="data folder")
+    if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
+        config = _with(config, val_split=VAL_SPLIT, source="data folder")       # where it is evaluated it comes from here
     config = with_own_input_size(config)
     if "num_workers" not in config.given:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

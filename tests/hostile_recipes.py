@@ -366,7 +366,13 @@ def _odd_values() -> dict[str, list]:
         "teacher_model": ["nothing", "test_vit"], "teacher_path": ["nowhere.pth", ""],
         "finetune": ["nowhere.pth", "~nobody_here/x", "x" * 5000, "/dev/null", "http://[::1", "é\udcff", "a/" * 3000, "file:///x"],
         "resume": ["auto", "nowhere.pth", "~nobody_here/x", "/dev/null", "x" * 5000, "http://[::1", "é\udcff", "file:///x"],
-        "data_set": [name for name in FLAGS["data_set"].choices if name != "DIGITS"], "inat_category": ["kingdom"],
+        # Hugging Face's would ask the hub
+        "data_set": [name for name in FLAGS["data_set"].choices if name != "DIGITS" and not name.startswith("hf")]
+        + ["torch/image_folder", "torch/cifar10"],
+        "inat_category": ["kingdom"], "val_split": [tiny, 0.5, 1], "num_classes": [1, 3, 10 ** 6],
+        "data_split": [("train", "val"), ("train", ""), ("a.tar|0", "a.tar|5"),
+                       ("a.tar|9", "pipe:touch x.tar|9"), ("x" * 5000,) * 2],
+        "input_key": ["png", ""], "target_key": ["cls", "label,x"],
         "data_path": ["", "nowhere", "~nobody_here", "x" * 5000, "/dev/null", "é\udcff"],
         "output_dir": ["/dev/null", "/proc/nothing", "~nobody_here/x", "x" * 5000, "é\udcff", "a/" * 3000],
         "eval_crop_ratio": [0.1, 0.875, 1], "device": ["cpu", "cpu:0", "cpu:1", "cuda", "cuda:9", "mps", "meta", "auto"],

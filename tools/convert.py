@@ -29,8 +29,8 @@ import start as starting
 from augment import build_transform
 from checkpoints import checkpoint_args, plain, save_safetensors, weights_of
 from config import parse_args, validate
-from datasets import UnreadableData, load_image
-from utils import UserError, say
+from datasets import load_image
+from utils import UnreadableData, UserError, say
 
 EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
 AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
