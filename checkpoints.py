@@ -1,17 +1,21 @@
 """Checkpoints: read without running their code, written whole or not at all. No models."""
 import errno
+import json
 import math
 import os
 import re
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import untrusted
 from utils import UserError
@@ -45,7 +49,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's first line, of characters that a terminal prints as they are."""
     line = (str(error).splitlines() or [type(error).__name__])[0][:150]
     return "".join(c if c.isprintable() else "?" for c in line)
@@ -167,6 +171,38 @@ def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, .
         _sync_folder(folder)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A place of the same name beside `target` for a file or a folder, which becomes `target` where the block ends well; else
+    nothing is left of it. Raises UserError where the disk does not allow it, or a folder that holds something is in the way."""
+    temporary = None
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            raise OSError(errno.ENOTEMPTY, "a folder that is not empty is in the way")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+        yield temporary / target.name
+        os.replace(temporary / target.name, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}): free some space, or name another "
+                        "place") from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_safetensors(state: Mapping[str, torch.Tensor], about: Mapping[str, Any], target: Path) -> None:
+    """Weights as .safetensors, with what a checkpoint says beside them (plain values) in the metadata, whole or not at all.
+    `load_file` gives both back."""
+    with whole(target) as temporary:
+        try:
+            save_file({key: value.contiguous() for key, value in state.items()}, temporary,
+                      metadata={"format": "pt", untrusted.SAFETENSORS_KEY: json.dumps(about)})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, one_line(error)) from error
+        os.chmod(temporary, 0o644)
 
 
 def _age(folder: Path, keep: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -19,6 +20,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from kernels import BACKENDS, BASES
+from tracking import TRACKERS
 from utils import UserError
 
 # Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
@@ -55,9 +57,10 @@ _SCOPES = {
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
-    "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
+    "place": "track track_project "
+             "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
-             "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
+             "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq log_kan teacher_path "
              "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
@@ -131,7 +134,7 @@ class Parser(argparse.ArgumentParser):
         choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
         if choice:
             flag, value = choice.groups()
-            choices = list(self._option_string_actions[flag.split("/")[0]].choices)
+            choices = list(self._option_string_actions[flag.split("/")[0]].choices or ())
             message = f"{flag}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
         raise UserError(message)
 
@@ -316,6 +319,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--save-interval-minutes", default=10.0, type=float, metavar="MINUTES",
         help="also save when so much time has passed since the last checkpoint; 0: off")
     add("--keep", default=2, type=int, metavar="N", help="checkpoints to keep, besides the best ones")
+    add("--track", nargs="+", choices=list(TRACKERS), metavar="TRACKER",
+        help=f"also send each epoch's numbers and the flags to {' or '.join(TRACKERS)}, where installed")
+    add("--track-project", default="vision-kan", metavar="NAME", help="project (wandb) or experiment (mlflow) to send them to")
     add("--start_epoch", default=0, type=int, metavar="N",
         help="first epoch where the checkpoint doesn't say")
     add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
@@ -324,6 +330,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--debug-nan", action=on_off, default=False,
         help="when the loss or a gradient is not finite: keep the batch in --output_dir, replay it, name the layer")
     add("--print-freq", default=10, type=int, metavar="N", help="batches between log lines")
+    add("--log-kan", default=0, type=int, metavar="N",
+        help="every N epochs the learned functions, what arrives at them and the dead ones to TensorBoard; 0: off")
     add("--compile", action=on_off, default=False, help="torch.compile the model: minutes at the start, then faster steps")
     add("--profile", action=on_off, default=False,
         help="write a trace of a few training steps to profile/ in --output_dir and print what takes the time")
@@ -414,7 +422,8 @@ _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
     **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size"), _at_least(1)),
-    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs"), _between(0, _MOST_EPOCHS)),
+    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs", "log_kan"),
+                    _between(0, _MOST_EPOCHS)),
     **dict.fromkeys(("weight_decay", "kan_groups", "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr",
                      "color_jitter", "crop_padding", "mixup", "cutmix", "save_interval_steps", "save_interval_minutes"),
                     _at_least(0)),
@@ -459,7 +468,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
                 _refuse(args, dest, f"must be no larger than {LARGEST:,}".replace(",", " "))
             if dest in _RANGES and number is not None and not _RANGES[dest][0](number):
                 _refuse(args, dest, f"must be {_RANGES[dest][1]}")
-    for dest, names in {**_NAMES, "opt": list_optimizers()}.items():
+    known_names: dict[str, Any] = {**_NAMES, "opt": list_optimizers()}
+    for dest, names in known_names.items():
         name = getattr(args, dest)
         if dest == "opt":
             name = name.lower().removeprefix("lookahead_")
@@ -484,11 +494,15 @@ def validate(args: Namespace, world_size: int = 1) -> None:
         raise UserError("--sched-on-updates: --sched plateau reacts to each epoch's accuracy, leave one of them out")
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         _refuse(args, "lr_noise", "must be one or two shares of the epochs")
+    if args.track and args.eval:
+        raise UserError("--track sends the epochs of a training, and --eval has none: leave one of them out")
     _validate_launch(args, world_size)
     if not args.eval:
         _validate_training(args)
     elif args.profile:
         raise UserError("--profile traces training steps, and --eval has none: leave one of them out")
+    elif args.log_kan:
+        raise UserError("--log-kan looks at a training, and --eval is none: leave one of them out")
 
 
 def _validate_training(args: Namespace) -> None:
@@ -514,8 +528,12 @@ def _validate_training(args: Namespace) -> None:
         raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
     if args.profile and not args.output_dir:
         raise UserError("--profile writes its trace into --output_dir: give that folder")
+    if args.log_kan and not args.output_dir:
+        raise UserError("--log-kan writes to TensorBoard in --output_dir: give that folder")
     if args.debug_nan and not args.output_dir:
         raise UserError("--debug-nan keeps the batch in --output_dir: give that folder")
+    if args.track and not args.output_dir:
+        raise UserError("--track keeps in --output_dir what the run is known by: give that folder")
     if args.distillation_type != "none":
         if not args.teacher_path:
             raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
@@ -662,7 +680,7 @@ def _typed(action: argparse.Action, value):
         raise ValueError("has no value")
     if action.nargs in ("+", 2):
         if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
-            kind = "numbers" if action.type else "texts"
+            kind = "numbers" if action.type else "names"
             many = f"two {kind}" if action.nargs == 2 else f"one or more {kind}"
             raise ValueError(f"must be a list of {many}, not {_describe(value)}")
         return [_typed_one(action, item) for item in value]
@@ -718,7 +736,7 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     if purpose == "finetune" and "model" in config.given and config.args.model != stored.get("model"):
         taken = ()
     may_change = {"resume": MAY_CHANGE_ON_RESUME, "eval": MAY_CHANGE_ON_EVAL,
-                  "finetune": set(_SCOPES["model"].split())}.get(purpose, set())
+                  "finetune": set(_SCOPES["model"].split())}.get(purpose or "", set())
     values, sources = dict(vars(config.args)), dict(config.given)
     for dest, value in model_defaults.items():
         if dest not in config.given:

@@ -18,7 +18,7 @@ from functools import cache
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -68,9 +68,9 @@ class FileImages:
     for every other."""
 
     def __init__(self, paths: list[str]):
-        paths = [os.fsencode(path) for path in paths]
-        self.paths = b"".join(paths)
-        self.ends = np.cumsum([0, *map(len, paths)])
+        names = [os.fsencode(path) for path in paths]
+        self.paths = b"".join(names)
+        self.ends = np.cumsum([0, *map(len, names)])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -143,7 +143,7 @@ def seeded(key: SampleKey) -> Iterator[None]:
     """Python's, numpy's and torch's CPU generators run from (seed, epoch, position) inside, and go on
     as if nothing had happened outside (in a worker, where nothing else draws, that is left out: 0.15 ms)."""
     keep = get_worker_info() is None
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if keep else ()
+    states: Any = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if keep else ()
     words = np.random.SeedSequence([key.seed, key.epoch, key.position]).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:2].view(np.uint32))
@@ -195,7 +195,7 @@ class ImageSet(Dataset):
         # Training images of so many pixels a side lose nothing that the smallest crop (SMALLEST_CROP of the area) could
         # show at the input's size; in evaluation every pixel is as in the published figures.
         self.enough = math.ceil(args.input_size / math.sqrt(SMALLEST_CROP)) if is_train else 0
-        self.transform = build_transform(is_train, args)
+        self.transform: Any = build_transform(is_train, args)
         self.spare_first = args.resplit
         self.strict = args.strict_data
         self.quiet = False  # count what is unreadable without naming it
@@ -210,7 +210,7 @@ class ImageSet(Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
         if not self.is_train:
-            image = self._load(key)
+            image = self._load(key)     # type: ignore[arg-type]  # no SampleKey in evaluation
             if image is None:
                 return torch.zeros(3, self.input_size, self.input_size), -1
             return self.transform(image), int(self.targets[key])
@@ -432,7 +432,7 @@ def _digits_file() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits, float64 [1797, 8, 8], and their classes, int64 [1797]; read from its file where it is,
     since to import scikit-learn takes longer than all else that happens before the first step but PyTorch."""
     found = find_spec("sklearn")
-    file = found and os.path.join(os.path.dirname(found.origin), "datasets", "data", "digits.csv.gz")
+    file = found and os.path.join(os.path.dirname(found.origin or ""), "datasets", "data", "digits.csv.gz")
     if file and os.path.isfile(file):
         table = np.loadtxt(file, delimiter=",")
         return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
@@ -606,9 +606,9 @@ class Loaders:
     train yields (images float32 [B, 3, S, S], targets int64 [B]), the last incomplete batch dropped;
     val the same, every image once (over all ranks with --dist-eval), target -1 for an unreadable one.
     """
-    train: DataLoader | None
-    val: DataLoader
-    train_sampler: RASampler | None
+    train: Any              # DataLoader of an ImageSet
+    val: Any                # likewise
+    train_sampler: Any      # RASampler
     data_set: str
     nb_classes: int
     class_names: list[str]

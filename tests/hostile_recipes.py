@@ -158,9 +158,9 @@ def _of_type(action: Action) -> st.SearchStrategy:
     """Values that the flag might take, good and bad ones, as Python's own types."""
     if action.nargs == 0:
         return st.booleans()
-    if action.choices:
-        return st.sampled_from([*action.choices, *(str(choice).swapcase() for choice in action.choices)])
     one = {int: INTEGERS, float: REALS}.get(action.type, TEXTS)
+    if action.choices:
+        one = st.sampled_from([*action.choices, *(str(choice).swapcase() for choice in action.choices)])
     return st.lists(one, max_size=3) if action.nargs in ("+", 2) else one
 
 
@@ -169,7 +169,8 @@ def _within(dest: str, action: Action) -> st.SearchStrategy:
     if action.nargs == 0:
         return st.booleans()
     if action.choices:
-        return st.sampled_from(list(action.choices))
+        one = st.sampled_from(list(action.choices))
+        return st.lists(one, min_size=1, max_size=2) if action.nargs == "+" else one
     if dest in config._NAMES:
         return st.sampled_from(config._NAMES[dest])
     one = {int: st.integers(0, 64), float: st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1.0]))}.get(
@@ -380,7 +381,7 @@ def _odd_values() -> dict[str, list]:
         "save_interval_steps": [0, 1, 10 ** 9], "save_interval_minutes": [0, tiny, large], "dist_timeout": [tiny, 1, large],
         "max_unreadable": [0, tiny, 1]}
     for dest, action in FLAGS.items():
-        if dest not in values and dest not in ("download", "compile", "profile", "kan_backend"):
+        if dest not in values and dest not in ("download", "compile", "profile", "kan_backend", "track"):
             values[dest] = list(action.choices) if action.choices and action.nargs != 0 else [True, False]
     return values
 

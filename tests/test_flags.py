@@ -19,6 +19,7 @@ import timm
 import torch
 import torchvision
 from e2e import NANO, QUICK, ROOT, differences, free_port, run, write_digits
+from helpers import scalars
 from PIL import Image
 from torch import nn
 
@@ -291,6 +292,12 @@ def files_written(line):
     return folder.exists() and sorted(path.name for path in folder.iterdir() if path.suffix == ".pth")
 
 
+def tags_written(line):
+    """What TensorBoard has to show of a run of an epoch."""
+    assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], *words(line)) == 0
+    return sorted(scalars(Path(words(line)[-1])))
+
+
 CAPTURE = None
 
 
@@ -343,6 +350,17 @@ def fetching(line):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
         return printed(f"--data-set CIFAR10 --data-path {{folder}}/absent --device cpu {line}")
+
+
+def tracked(line):
+    """Names of the experiments that an MLflow store holds after a run."""
+    mlflow = pytest.importorskip("mlflow")
+    folder = Path(tempfile.mkdtemp(dir=PLACES["folder"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", (folder / "store").as_uri())
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], "--output_dir", folder / "run", *words(line)) == 0
+        return sorted(experiment.name for experiment in mlflow.MlflowClient().search_experiments())
 
 
 # ---------------------------------------------------------------- the table
@@ -468,6 +486,7 @@ EFFECTS = {
     "eval": (lambda line: printed(f"{EVALUATION.removeprefix('--eval')} {line}"), "--eval", ""),
     "print_freq": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 1", line]))[1].count("img/s"),
                    "--print-freq 1", ""),
+    "log_kan": (tags_written, "--log-kan 1 --output_dir {folder}/kan", "--output_dir {folder}/no_kan"),
     "compile": (lambda line: caught(line).model._compiled_call_impl is None, "--compile", ""),
     "profile": (lambda line: printed(" ".join([*QUICK, f"--data-path {{data}} --epochs 1 {line}"])), "--profile", ""),
     "save_interval_steps": (saves, "--save-interval-steps 1 --output_dir {folder}/steps", "--output_dir {folder}/no_steps"),
@@ -476,6 +495,8 @@ EFFECTS = {
     "keep": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 3", line])) and sorted(
         path.name for path in Path(words(line)[-1]).glob("checkpoint*")), "--keep 3 --output_dir {folder}/three",
         "--output_dir {folder}/two"),
+    "track": (tracked, "--track mlflow", ""),
+    "track_project": (tracked, "--track mlflow --track-project other", "--track mlflow"),
     "debug_nan": (lambda line: caught(line).options.keep_batches is None, "--debug-nan --output_dir {folder}/nan", ""),
     "deterministic": (deterministic, "--deterministic", ""),
     # several processes
