@@ -319,13 +319,19 @@ def hold_out(names: Sequence[str], targets: np.ndarray, share: float, seed: int)
     return chosen
 
 
-def split_note(held_out: np.ndarray, targets: np.ndarray, classes: list[str], args: Namespace) -> str:
-    """What `hold_out` did, in a sentence."""
+def one_half(is_train: bool, args: Namespace, names: Sequence[str], targets: np.ndarray, classes: list[str]
+             ) -> tuple[np.ndarray, str]:
+    """Which images are in the half that --val-split and --seed make, bool [N], and a sentence about both halves."""
+    held_out = hold_out(names, targets, args.val_split, args.seed)
+    chosen = ~held_out if is_train else held_out
+    if not chosen.any():
+        raise UserError(f"--val-split {args.val_split:g} of {len(names)} images leaves none to "
+                        f"{'train on' if is_train else 'evaluate'}: choose another share, or give more images")
     alone = [printable(classes[target], 40) for target in np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 1)]
     rest = f"; of a class with a single image none can be held out: {', '.join(alone[:5])}{', ...' if alone[5:] else ''}" \
         if alone and args.val_split < 1 else ""
-    return (f"{len(classes)} classes, {int((~held_out).sum())} images to train on, {int(held_out.sum())} held out "
-            f"(--val-split {args.val_split:g}, --seed {args.seed}){rest}")
+    return chosen, (f"{len(classes)} classes, {int((~held_out).sum())} images to train on, {int(held_out.sum())} held out "
+                    f"(--val-split {args.val_split:g}, --seed {args.seed}){rest}")
 
 
 def build_dataset(is_train: bool, args: Namespace,
@@ -570,11 +576,7 @@ def _single_folder(is_train: bool, args: Namespace, root: str) -> Split:
     names = [os.path.relpath(path, root).replace(os.sep, "/") for path, _ in samples]
     note, chosen = f"it has no val/ folder, so all {len(names)} images are evaluated", np.ones(len(names), dtype=bool)
     if args.val_split:
-        held_out = hold_out(names, targets, args.val_split, args.seed)
-        note, chosen = split_note(held_out, targets, classes, args), ~held_out if is_train else held_out
-    if not chosen.any():
-        raise UserError(f"--val-split {args.val_split:g} of the images under --data-path {args.data_path} leaves none to "
-                        f"{'train on' if is_train else 'evaluate'}: choose another share, or put more images there")
+        chosen, note = one_half(is_train, args, names, targets, classes)
     return Split(FileImages([path for (path, _), mine in zip(samples, chosen) if mine]), targets[chosen], classes,
                  f"--data-path {args.data_path}: {note}")
 

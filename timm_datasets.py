@@ -35,10 +35,9 @@ from datasets import (
     as_in_checkpoint,
     data_root,
     decode_image,
-    hold_out,
     load_image,
+    one_half,
     seeded,
-    split_note,
 )
 from samplers import SampleKey
 from utils import UnreadableData, UserError
@@ -65,6 +64,8 @@ def build(is_train: bool, args: Namespace, data_set: str, class_names: list[str]
     if kind in ("hfids", "wds"):
         return _build_stream(is_train, args, data_set, class_names)
     split = (_torch if kind == "torch" else _hfds)(is_train, args, name)
+    if not len(split.images):
+        raise UserError(f"--data-set {data_set} has no images to {'train on' if is_train else 'evaluate'}: check --data-split")
     if class_names:
         split = as_in_checkpoint(split, args, class_names)
     return ImageSet(split, is_train, args), len(split.classes)
@@ -92,8 +93,8 @@ def _held_out(is_train: bool, args: Namespace, names: list[str], targets: np.nda
     if not args.val_split:
         raise UserError(f"--data-set {args.data_set} has no validation images of its own: name the two parts with --data-split "
                         "TRAIN VAL, or hold some out with --val-split 0.2")
-    held_out = hold_out(names, targets, args.val_split, args.seed)
-    return np.flatnonzero(~held_out if is_train else held_out), f"{args.data_set}: {split_note(held_out, targets, classes, args)}"
+    chosen, note = one_half(is_train, args, names, targets, classes)
+    return np.flatnonzero(chosen), f"{args.data_set}: {note}"
 
 
 def _numbered(args: Namespace) -> list[str]:
@@ -174,8 +175,9 @@ def _hfds(is_train: bool, args: Namespace, name: str) -> Split:
         raise UserError(f"--data-set {args.data_set}: the classes in {label!r} are no whole numbers: write the data with "
                         f"class_encode_column({label!r})")
     classes = list(getattr(data.features[label], "names", ())) or _numbered(args)
-    if targets.min() < 0 or targets.max() >= len(classes):
-        raise UserError(f"--data-set {args.data_set}: {part} has images of no class (such as {targets.min()} of 0 to "
+    strange = targets[(targets < 0) | (targets >= len(classes))]
+    if len(strange):
+        raise UserError(f"--data-set {args.data_set}: {part} has images of no class (such as {strange[0]} of 0 to "
                         f"{len(classes) - 1}): choose another part with --data-split TRAIN VAL")
     title, chosen, note = f"{args.data_set} {part}", np.arange(len(data)), ""
     if val is None:

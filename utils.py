@@ -1,12 +1,9 @@
 """Errors and exit codes, devices, process group, seeds. No models, no flag parsing."""
-import errno
 import os
 import random
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -134,31 +131,3 @@ def use_deterministic_kernels() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-# ---------------------------------------------------------------- files
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to be written inside, which takes its place at the end, or is removed after an error.
-
-    Raises UserError, at once, where there can be no file."""
-    def refused(error: OSError) -> UserError:
-        return UserError(f"{path} cannot be written ({error.strerror or error}): name another place, or free some space")
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:100]}-", suffix=path.suffix, dir=path.parent)
-    except OSError as error:
-        raise refused(error) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EISDIR):
-            raise
-        raise refused(error) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -31,12 +31,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers
+from checkpoints import whole
 from config import Parser
 from datasets import Images, ImageSet, printable
 from engine import evaluate, summary
 from run_folder import versions
 from trained import Trained, add_model_arguments, load_trained
-from utils import Process, whole
+from utils import Process
 
 BINS = 15           # of the calibration error, as Guo et al. have it
 MISTAKES = 24       # on the contact sheet

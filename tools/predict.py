@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import peers
+from checkpoints import whole
 from config import Parser
 from datasets import printable
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
-from utils import UserError, whole
+from utils import UserError
 
 FORMATS = ("table", "json", "csv")
 
