@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/ is run: on small images and models, and what needs GPUs, a cluster or hours as a dry run that
+"""Every command in README.md and docs/ is run: on small images and models; what needs GPUs, a cluster or hours as a dry run that
 checks its flags. Links lead somewhere, Python blocks run."""
 import argparse
 import importlib
@@ -210,5 +210,5 @@ def test_flags_in_the_text_exist(page):
             continue
         sources = [path.read_text() for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.*")]
         others = ("--ipc", "--shm-size", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port",
-                  "--max-restarts", "--gpus-per-node", "--logdir", "--no-X")
+                  "--max-restarts", "--gpus-per-node", "--logdir", "--no-X", "--spread")
         assert flag in others or any(re.search(rf"{flag}\b", source) for source in sources), f"{page.name}: {flag}"
