@@ -115,8 +115,8 @@ class RunFolder:
             log = self.folder / "log.txt"
             if log.exists():
                 kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]
-                write_whole(log, "".join(line + "\n" for line in kept))
-            write_whole(self.folder / "args.yaml", args_yaml)
+                _write_whole(log, "".join(line + "\n" for line in kept))
+            _write_whole(self.folder / "args.yaml", args_yaml)
             with open(self.folder / "run.yaml", "a" if goes_on else "w") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
         if self.track:
@@ -191,7 +191,7 @@ class RunFolder:
                   "processes": self.process.world_size, "host": socket.gethostname(), "pid": os.getpid(),
                   "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
         with self._tolerant(STATUS):
-            write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
+            _write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
 
     def finished(self, epoch: int) -> None:
         """Let status.json say so, where a kill came between the last checkpoint and this."""
@@ -282,23 +282,10 @@ def _append_whole(path: Path, text: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def write_whole(path: Path, text: str) -> None:
+def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """The name of a file to write, which takes the place of `path` when it is complete."""
-    handle, temporary = tempfile.mkstemp(suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -15,13 +15,10 @@ T tokens.
 """
 import io
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -365,22 +362,6 @@ def png(figure: Figure, dpi: int = 80) -> bytes:
     memory = io.BytesIO()
     figure.savefig(memory, format="png", dpi=dpi)
     return memory.getvalue()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file, whole or not at all. Raises UserError where that is not possible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another folder, or free some space") from error
 
 
 # ---------------------------------------------------------------- attention

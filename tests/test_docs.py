@@ -2,9 +2,11 @@
 checks its flags. Links lead somewhere, Python blocks run."""
 import argparse
 import importlib
+import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +23,8 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 # What is shown and not run here: they make or want an environment, or a program of others.
 SHOWN = ("python3 -m venv ", "pip install ", "tensorboard --logdir ", "source .venv/bin/activate")
+# Pages whose blocks other tests run from the first to the last, with what they need around them.
+ELSEWHERE = {"export.md": "test_export.py", "library.md": "test_library.py"}
 # Appended to a training or an evaluation, so that it takes a second.
 SMALL = ("--device", "cpu", "--num_workers", "0", "--batch-size", "4")
 SHORT = ("--epochs", "1", "--warmup-epochs", "0", "--data-set", "FOLDER", "--input-size", "32")
@@ -28,7 +32,8 @@ SHORT = ("--epochs", "1", "--warmup-epochs", "0", "--data-set", "FOLDER", "--inp
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """(page, content) of the fenced blocks in that language."""
-    return [(page.name, content) for page in PAGES for tag, content in FENCE.findall(page.read_text()) if tag == language]
+    return [(page.name, content) for page in PAGES if page.name not in ELSEWHERE
+            for tag, content in FENCE.findall(page.read_text()) if tag == language]
 
 
 def commands() -> list[tuple[str, str]]:
@@ -64,17 +69,32 @@ def ground(tmp_path_factory) -> dict[str, str]:
             "OTHER": str(runs["KAN"]), "FILE": str(deit), "FOLDER": str(own), "RUNS": str(folder / "runs"), "HOST": "localhost"}
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """A folder of its own where recipes/ is found."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("recipes", "Makefile", "main.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Callable[[str], Path]:
+    """A folder for the commands of a page, one after the other, where recipes/ and main.py are found."""
+    @cache
+    def folder(page: str) -> Path:
+        place = tmp_path_factory.mktemp("page")
+        for name in ("recipes", "Makefile", "main.py"):
+            (place / name).symlink_to(ROOT / name)
+        return place
+    return folder
 
 
 def filled(words: list[str], ground: dict[str, str]) -> list[str]:
-    return [word if before == "--data-set" else ground.get(word, word) for before, word in zip(["", *words], words)]
+    """The words with files and folders for placeholders; what is written goes to `out` (a run: to a folder of its own)."""
+    found = []
+    for before, word in zip(["", *words], words):
+        if word == "FOLDER" and before == "--output_dir":
+            word = f"run{len(list(Path().glob('run*')))}"
+        elif word == "FOLDER" and before == "--output":
+            word = "out"
+        elif word == "FILE" and before in ("--csv", "--output"):
+            word = "out.csv"
+        elif before != "--data-set":
+            word = ground.get(word, word.replace("FOLDER/", "out/"))
+        found.append(word)
+    return found
 
 
 # ---------------------------------------------------------------- main.py
@@ -158,7 +178,12 @@ def run_tool(name: str, words: list[str], ground: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("page, command", commands(), ids=lambda value: value[:60])
-def test_command(page, command, ground, place, monkeypatch):
+def test_command(page, command, ground, folders, monkeypatch):
+    monkeypatch.chdir(folders(page))
+    if "--track" in command:
+        pytest.importorskip("wandb"), pytest.importorskip("mlflow")
+        for name, value in (("WANDB_MODE", "offline"), ("MLFLOW_ALLOW_FILE_STORE", "true"), ("MLFLOW_TRACKING_URI", "mlruns")):
+            monkeypatch.setenv(name, value)
     words = shlex.split(command)
     program, rest = words[0], words[1:]
     if program == "make":
@@ -195,10 +220,17 @@ def test_links(page):
 
 
 @pytest.mark.parametrize("page, block", blocks("python"), ids=lambda value: value[:30])
-def test_python(page, block, ground, place):
-    for name, path in ground.items():
-        block = re.sub(rf"\b{name}\b(?=[\"'])", path, block)
-    exec(compile(block, page, "exec"), {})
+def test_python(page, block, ground, folders, monkeypatch):
+    monkeypatch.chdir(folders(page))
+    block = block.replace('"checkpoint.pth"', repr(ground["CHECKPOINT"]))
+    u = torch.linspace(-3, 3, 100)
+    names = {"u": u, "y": u.sin(), "weight": torch.full((100,), 0.01), "tensor": u, "batches": [torch.randn(4, 3, 32, 32)], "images": torch.randn(2, 3, 32, 32)}
+    exec(compile(block, page, "exec"), names)
+
+
+def test_the_other_pages_are_run_elsewhere():
+    for page, test in ELSEWHERE.items():
+        assert page in (ROOT / "tests" / test).read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -212,3 +244,12 @@ def test_flags_in_the_text_exist(page):
         others = ("--ipc", "--shm-size", "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port",
                   "--max-restarts", "--gpus-per-node", "--logdir", "--no-X", "--spread")
         assert flag in others or any(re.search(rf"{flag}\b", source) for source in sources), f"{page.name}: {flag}"
+
+
+def test_every_flag_is_named_in_the_readme():
+    """DeiT's are known; a family such as --kan-* counts for its members."""
+    deit = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for action in get_args_parser()._actions:
+        if action.dest not in str(deit) and not action.dest.startswith("kan_"):
+            assert any(f"`{option}" in readme for option in action.option_strings), action.option_strings

@@ -98,7 +98,7 @@ def test_a_group_kan_on_its_data(places, tmp_path, capsys):
     trained = load_trained(str(file), device="cpu", flags=["--data-path", str(data)])
     found = understand.collect_inputs(trained.model, [torch.cat([images for images, _ in trained.loaders().val])])
     rows = {row[0]: row[1:] for row in page.rows}
-    assert rows["measured on"] == ["24 images"] and rows["last epoch"] == ["1"] and rows["model"] == ["vit_nano_patch8_32_GKAN"]
+    assert rows["measured on"] == ["24 images"] and rows["epochs done"] == ["2"] and rows["model"] == ["vit_nano_patch8_32_GKAN"]
     assert rows["parameters"] == [f"{sum(p.numel() for p in trained.model.parameters()):,}"]
     for block in range(4):
         assert rows[f"blocks.{block}"] == [f"{found.outputs[f'blocks.{block}{part}']:.3g}" for part in (".attn", ".mlp", "")]
@@ -154,7 +154,7 @@ def test_before_and_after(places, tmp_path, monkeypatch):
     before, after = places / "GKAN/checkpoint_previous.pth", places / "GKAN/checkpoint.pth"
     assert inspected(before, "--compare", after, "--data-path", places / "data", *ONE, "--output", tmp_path) == 0
     page = Page(tmp_path / "report.html")
-    assert [row[1] for row in page.rows if row[0] == "last epoch"] == ["0", "1"]
+    assert [row[1] for row in page.rows if row[0] == "epochs done"] == ["1", "2"]
     distances = [float(row[6]) for row in page.rows if row[0] == "blocks.0.mlp.phi2"]
     assert len(distances) == 2 and 0 < distances[0] < distances[1]
     names = [picture["alt"] for picture in page.pictures]

@@ -121,12 +121,13 @@ def test_many_runs_have_colours_of_their_own(copy, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words,sentence", [
-    (["NOWHERE"], "is no folder"), (["EMPTY"], "holds no run"), (["RUNS", "--csv", "NOWHERE/t.csv"], "cannot be written"),
-    (["RUNS", "--output", "NOWHERE/p.png"], "cannot be written")])
+    (["NOWHERE"], "is no folder"), (["EMPTY"], "holds no run"), (["RUNS", "--csv", "A_FILE/t.csv"], "cannot be written"),
+    (["RUNS", "--output", "A_FILE/p.png"], "cannot be written")])
 def test_mistakes(words, sentence, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    places = {"NOWHERE": tmp_path / "nowhere", "EMPTY": tmp_path / "empty", "RUNS": folder}
-    words = [re.sub("[A-Z]{3,}", lambda name: str(places[name[0]]), word) for word in words]
+    (tmp_path / "file").touch()
+    places = {"A_FILE": tmp_path / "file", "NOWHERE": tmp_path / "nowhere", "EMPTY": tmp_path / "empty", "RUNS": folder}
+    words = [re.sub("[A-Z_]{3,}", lambda name: str(places[name[0]]), word) for word in words]
     assert runs.main(words) == 2
     err = capsys.readouterr().err
     assert sentence in err and err.startswith("error: ") and "Traceback" not in err

@@ -346,12 +346,3 @@ def test_what_a_warning_says():
     assert understand.off_grid_warning({"a": near}) == ""
     text = understand.off_grid_warning({"a": near, "b": far, "c": near, "d": far})
     assert "of b fall off its grid [-2, 2]" in text and "1 of the other 3 layers" in text and "\n" not in text
-
-
-def test_files_are_whole_or_not_there(tmp_path):
-    understand.write_whole(tmp_path / "deep" / "a.png", b"abc")
-    assert [path.read_bytes() for path in (tmp_path / "deep").iterdir()] == [b"abc"]
-    assert "cannot be written" in sentence(understand.write_whole, tmp_path / "deep/a.png/b", b"x")
-    (tmp_path / "folder").mkdir()
-    assert "cannot be written" in sentence(understand.write_whole, tmp_path / "folder", b"x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "folder"]

@@ -26,6 +26,7 @@ from torch import Tensor
 import models_kan
 import peers
 import understand
+from checkpoints import whole
 from config import Parser
 from start import validation_images
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
@@ -118,7 +119,7 @@ def about(found: Findings) -> list[list[str]]:
             ["parameters", f"{models_kan.count_parameters(trained.model):,}"]]
     epoch, best = trained.about.get("epoch"), trained.about.get("max_accuracy")
     if type(epoch) is int:
-        rows.append(["last epoch", str(epoch)])
+        rows.append(["epochs done", str(epoch + 1)])
     if isinstance(best, float):
         rows.append(["best top-1", f"{best:.2f}"])
     images = f"{found.collected.images} images" if found.collected.images else \
@@ -231,9 +232,11 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
             f"{prefix}attention_{number}.png": figure for number, figure in enumerate(found.attention, 1)}
         pictures.append({name: understand.png(figure, dpi=90) for name, figure in figures.items()})
     for name, content in (item for drawn in pictures for item in drawn.items()):
-        understand.write_whole(folder / name, content)
+        with whole(folder / name) as file:
+            file.write_bytes(content)
     report = folder / "report.html"
-    understand.write_whole(report, page(columns, pictures).encode("utf-8", "replace"))
+    with whole(report) as file:
+        file.write_text(page(columns, pictures), encoding="utf-8", errors="replace")
     return report
 
 

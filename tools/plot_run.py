@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import CHECKPOINT
+from checkpoints import CHECKPOINT, whole
 from trained import load_trained
-from understand import draw_functions, function_layers, png, write_whole
+from understand import draw_functions, function_layers, png
 from utils import UserError
 
 
@@ -75,7 +75,8 @@ def plot_runs(folders: list[Path], picture: Path) -> Path:
         draw_curve(figure.add_subplot(rows, 2, place), logs, key, label, dashed)
     for place, (name, layer) in enumerate(shown, 3):
         draw_functions(figure.add_subplot(rows, 2, place), name, layer)
-    write_whole(picture, png(figure, dpi=110))
+    with whole(picture) as file:
+        file.write_bytes(png(figure, dpi=110))
     return picture
 
 

@@ -24,8 +24,9 @@ from matplotlib import pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers
+from checkpoints import whole
 from config import SCOPE, load_recipe
-from run_folder import STATUS, replacing, write_whole
+from run_folder import STATUS
 from tools.plot_run import draw_curve, names_of, read_log
 from utils import UserError, say
 
@@ -200,8 +201,8 @@ def sheet(runs: Sequence[Run], names: dict[Path, str]) -> str:
 def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
     """Loss and top-1 over the epochs of all runs that have finished one."""
     keys = ("train_loss", "test_loss", "test_acc1")
-    logs = {names[run.folder]: whole for run in runs
-            if (whole := [record for record in run.records if all(isinstance(record.get(key), (int, float)) for key in keys)])}
+    logs = {names[run.folder]: complete for run in runs
+            if (complete := [record for record in run.records if all(isinstance(record.get(key), (int, float)) for key in keys)])}
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     for axis, key, label, dashed in ((axes[0], "test_loss", "loss (dashed: training)", "train_loss"),
                                      (axes[1], "test_acc1", "top-1 (%)", None)):
@@ -213,7 +214,7 @@ def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
     handles, labels = axes[1].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4), fontsize=8)
-    with replacing(picture) as file:
+    with whole(picture) as file:
         figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
@@ -232,14 +233,12 @@ def run(argv: list[str]) -> int:
     runs = sort_runs(runs, names, own.sort)
     say(table(runs, names))
     picture = own.output or own.folders[0] / "runs.png"
-    for path, make in ((own.csv, lambda path: write_whole(path, sheet(runs, names))),
-                       (picture, lambda path: plot(runs, names, path))):
-        if path:
-            try:
-                make(path)
-            except OSError as error:
-                raise UserError(f"{path} cannot be written ({error.strerror}): choose another place") from error
-            say(path)
+    if own.csv:
+        with whole(own.csv) as file:
+            file.write_text(sheet(runs, names), encoding="utf-8")
+        say(own.csv)
+    plot(runs, names, picture)
+    say(picture)
     return 0
 
 

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
 import peers
-from checkpoints import plain, save_safetensors
+from checkpoints import plain, save_safetensors, whole
 from config import SCOPE
 from datasets import batches
 from efficient_kan import EfficientKANLayer, bspline_basis
@@ -45,7 +45,6 @@ from engine import evaluate, summary
 from faster_kan import FasterKANLayer
 from group_kan import GroupActivation
 from kernels import rswaf_activation_reference, rswaf_basis
-from run_folder import replacing, write_whole
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
 from utils import Process, UserError, say
 
@@ -592,14 +591,11 @@ def report(found: Sequence[Learned], folder: Path) -> None:
     writer.writerows(records)
     texts = {".txt": table(found) + "\n", ".csv": sheet.getvalue(), ".json": json.dumps(records, indent=1) + "\n",
              ".tex": latex_table(found)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in texts.items():
-            write_whole(folder / f"formulas{suffix}", text)
-        with replacing(folder / "formulas.png") as file:
-            draw(found, file)
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written to ({error.strerror}): choose another folder") from error
+    for suffix, text in texts.items():
+        with whole(folder / f"formulas{suffix}") as file:
+            file.write_text(text, encoding="utf-8")
+    with whole(folder / "formulas.png") as file:
+        draw(found, file)
 
 
 # ---------------------------------------------------------------- the command
