@@ -224,7 +224,8 @@ def test_python(page, block, ground, folders, monkeypatch):
     monkeypatch.chdir(folders(page))
     block = block.replace('"checkpoint.pth"', repr(ground["CHECKPOINT"]))
     u = torch.linspace(-3, 3, 100)
-    names = {"u": u, "y": u.sin(), "weight": torch.full((100,), 0.01), "tensor": u, "batches": [torch.randn(4, 3, 32, 32)], "images": torch.randn(2, 3, 32, 32)}
+    names = {"u": u, "y": u.sin(), "weight": torch.full((100,), 0.01), "tensor": u,
+             "batches": [torch.randn(4, 3, 32, 32)], "images": torch.randn(2, 3, 32, 32)}
     exec(compile(block, page, "exec"), names)
 
 
