@@ -36,3 +36,4 @@ kernels: venv
 
 lint: venv
 	$(PY) -m ruff check .
+	$(PY) -m mypy

@@ -1,5 +1,6 @@
 """Checkpoints: read without running their code, written whole or not at all. No models."""
 import errno
+import json
 import math
 import os
 import re
@@ -9,10 +10,12 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import untrusted
 from utils import UserError
@@ -46,7 +49,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's first line, of characters that a terminal prints as they are."""
     line = (str(error).splitlines() or [type(error).__name__])[0][:150]
     return "".join(c if c.isprintable() else "?" for c in line)
@@ -150,39 +153,66 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = (), keep: int = 2) -> None:
     """Write `checkpoint.pth`, keep the `keep` - 1 before under the names of `saved_checkpoints`, and give the new file
     the names in `also`. A kill or a full disk at any moment leaves the earlier files whole. Raises OSError."""
-    with _written(checkpoint, folder) as temporary:
-        for name in also:
-            _link(temporary, folder / name)
-        _age(folder, keep)
-        os.replace(temporary, folder / CHECKPOINT)
-        _sync_folder(folder)
-
-
-def save_file(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write one checkpoint under a name of its own, whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _written(checkpoint, path.parent) as temporary:
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-
-
-@contextmanager
-def _written(checkpoint: dict[str, Any], folder: Path) -> Iterator[str]:
-    """A file in `folder` that holds the checkpoint, on the disk and under no name that anybody looks for; removed in the
-    end unless it has got another name."""
+    path = folder / CHECKPOINT
     handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:       # torch's zip writer hides the reason
-                raise OSError(errno.ENOSPC, f"writing failed ({str(error).splitlines()[0][:80]})") from error
+            _dump(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
-        yield temporary
+        for name in also:
+            _link(temporary, folder / name)
+        _age(folder, keep)
+        os.replace(temporary, path)
+        _sync_folder(folder)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A place of the same name beside `target` for a file or a folder, which becomes `target` where the block ends well; else
+    nothing is left of it. Raises UserError where the disk does not allow it, or a folder that holds something is in the way."""
+    temporary = None
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            raise OSError(errno.ENOTEMPTY, "a folder that is not empty is in the way")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
+        yield temporary / target.name
+        os.replace(temporary / target.name, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}): free some space, or name another "
+                        "place") from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _dump(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:       # torch's zip writer hides the reason
+        raise OSError(errno.ENOSPC, f"writing failed ({str(error).splitlines()[0][:80]})") from error
+
+
+def save_pth(checkpoint: dict[str, Any], target: Path) -> None:
+    """One checkpoint under a name of its own, whole or not at all. Raises UserError where it cannot be written."""
+    with whole(target) as place, open(place, "wb") as file:
+        _dump(checkpoint, file)
+
+
+def save_safetensors(state: Mapping[str, torch.Tensor], about: Mapping[str, Any], target: Path) -> None:
+    """Weights as .safetensors, with what a checkpoint says beside them (plain values) in the metadata, whole or not at all.
+    `load_file` gives both back."""
+    with whole(target) as temporary:
+        try:
+            save_file({key: value.contiguous() for key, value in state.items()}, temporary,
+                      metadata={"format": "pt", untrusted.SAFETENSORS_KEY: json.dumps(about)})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, one_line(error)) from error
+        os.chmod(temporary, 0o644)
 
 
 def _age(folder: Path, keep: int) -> None:

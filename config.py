@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -19,6 +20,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from kernels import BACKENDS, BASES
+from tracking import TRACKERS
 from utils import UserError
 
 # Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
@@ -29,7 +31,16 @@ CHANGED_DEFAULTS = {
     "device": ("cuda", "auto", "CUDA where there is a GPU, else MPS, else the CPU"),
 }
 # Values that a flag of DeiT's accepts here in addition.
-ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS"]}
+ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS", "torch/NAME", "hfds/NAME", "hfids/NAME", "wds/NAME"]}
+
+
+class DataSets(list):
+    """The values of --data-set. One that ends in /NAME stands for all names of `timm.data.create_dataset` that begin so."""
+
+    def __contains__(self, name: object) -> bool:
+        kind, _, rest = str(name).partition("/")
+        return super().__contains__(f"{kind}/NAME" if rest else name)
+
 
 # What each flag says something about, which decides what a checkpoint may fill in (see `resolve`):
 #   model  what the network is            data   which images, which classes, at which size
@@ -37,7 +48,7 @@ ADDED_CHOICES = {"data_set": ["CIFAR10", "TinyIMNET", "FOLDER", "DIGITS"]}
 _SCOPES = {
     "model": "model hdim_kan kan_groups kan_base kan_input_phi kan_trainable_base kan_grid_range kan_grid_points kan_h "
              "kan_trainable_grid kan_trainable_h kan_basis kan_base_branch kan_second_norm",
-    "data": "data_set inat_category input_size eval_crop_ratio",
+    "data": "data_set inat_category data_split val_split input_key target_key num_classes input_size eval_crop_ratio",
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
@@ -46,9 +57,10 @@ _SCOPES = {
              "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
-    "place": "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
+    "place": "track track_project "
+             "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
              "kan_backend "
-             "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq teacher_path "
+             "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq log_kan teacher_path "
              "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
@@ -57,7 +69,7 @@ SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split
 MAY_CHANGE_ON_RESUME = {"epochs", "batch_size", "grad_accum",
                         "amp_dtype", "grad_checkpointing", "model_ema_force_cpu"}
 # To evaluate on other images or with another crop is an ordinary wish; the input size is in the weights.
-MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "eval_crop_ratio"}
+MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "data_split", "val_split", "input_key", "target_key", "eval_crop_ratio"}
 _TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "train")}
 
 _ONE_SHOT = {"config", "list_models"}       # neither in a recipe nor in args.yaml
@@ -123,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
         if choice:
             flag, value = choice.groups()
-            choices = list(self._option_string_actions[flag.split("/")[0]].choices)
+            choices = list(self._option_string_actions[flag.split("/")[0]].choices or ())
             message = f"{flag}: '{value}' is not one of {', '.join(choices)}{_nearest(value, choices)}"
         raise UserError(message)
 
@@ -275,9 +287,17 @@ def get_args_parser(add_help: bool = False) -> Parser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default="", type=str, metavar="DIR", help="folder of the data set")
-    add("--data-set", default="IMNET", type=str,
-        choices=["CIFAR", "IMNET", "INAT", "INAT19"] + ADDED_CHOICES["data_set"],
-        help="CIFAR is CIFAR-100; IMNET and FOLDER are train/ and val/ with a folder per class")
+    choices = DataSets(["CIFAR", "IMNET", "INAT", "INAT19"] + ADDED_CHOICES["data_set"])
+    add("--data-set", default="IMNET", type=str, choices=choices, metavar="NAME",
+        help=f"{', '.join(choices)}. CIFAR is CIFAR-100; IMNET and FOLDER are train/ and val/ with a folder per class, FOLDER "
+             "also class folders alone; the last four are names of timm.data.create_dataset")
+    add("--val-split", type=float, metavar="SHARE",
+        help="share of each class that is held out where the data has no validation images of its own (FOLDER: 0.2)")
+    add("--data-split", nargs=2, metavar=("TRAIN", "VAL"), help="names of the two parts of a data set of timm's; for one that "
+        "does not tell its length with the number of images: 'train-{000..009}.tar|5000'")
+    add("--input-key", metavar="NAME", help="where the image is in a record of hfds/, hfids/ and wds/, if there are several")
+    add("--target-key", metavar="NAME", help="likewise the class")
+    add("--num-classes", type=int, metavar="N", help="classes of a data set of timm's that does not tell them (wds/)")
     add("--inat-category", default="name", type=str, help="which label of iNaturalist to learn",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
     add("--download", action=on_off, default=False, help="fetch a data set that torchvision can fetch")
@@ -300,6 +320,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--save-interval-minutes", default=10.0, type=float, metavar="MINUTES",
         help="also save when so much time has passed since the last checkpoint; 0: off")
     add("--keep", default=2, type=int, metavar="N", help="checkpoints to keep, besides the best ones")
+    add("--track", nargs="+", choices=list(TRACKERS), metavar="TRACKER",
+        help=f"also send each epoch's numbers and the flags to {' or '.join(TRACKERS)}, where installed")
+    add("--track-project", default="vision-kan", metavar="NAME", help="project (wandb) or experiment (mlflow) to send them to")
     add("--start_epoch", default=0, type=int, metavar="N",
         help="first epoch where the checkpoint doesn't say")
     add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
@@ -308,6 +331,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--debug-nan", action=on_off, default=False,
         help="when the loss or a gradient is not finite: keep the batch in --output_dir, replay it, name the layer")
     add("--print-freq", default=10, type=int, metavar="N", help="batches between log lines")
+    add("--log-kan", default=0, type=int, metavar="N",
+        help="every N epochs the learned functions, what arrives at them and the dead ones to TensorBoard; 0: off")
     add("--compile", action=on_off, default=False, help="torch.compile the model: minutes at the start, then faster steps")
     add("--profile", action=on_off, default=False,
         help="write a trace of a few training steps to profile/ in --output_dir and print what takes the time")
@@ -398,7 +423,8 @@ _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
     **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size"), _at_least(1)),
-    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs"), _between(0, _MOST_EPOCHS)),
+    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs", "log_kan"),
+                    _between(0, _MOST_EPOCHS)),
     **dict.fromkeys(("weight_decay", "kan_groups", "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr",
                      "color_jitter", "crop_padding", "mixup", "cutmix", "save_interval_steps", "save_interval_minutes"),
                     _at_least(0)),
@@ -411,6 +437,7 @@ _RANGES = {
     "lr_noise_pct": _between(0.01, 1), "keep": _between(1, 1000),
     "epochs": _between(1, _MOST_EPOCHS), "input_size": _between(1, 16384), "recount": _between(1, 1000),
     "num_workers": _between(0, 1024), "eval_crop_ratio": _between(0.1, 1), "layer_decay": _SHARE,
+    "val_split": _SHARE, "num_classes": _between(1, 10 ** 6),
     "kan_grid_points": _between(2, 1024), "seed": _between(0, 2 ** 63 - 1),
 }
 _NAMES = {
@@ -442,7 +469,8 @@ def validate(args: Namespace, world_size: int = 1) -> None:
                 _refuse(args, dest, f"must be no larger than {LARGEST:,}".replace(",", " "))
             if dest in _RANGES and number is not None and not _RANGES[dest][0](number):
                 _refuse(args, dest, f"must be {_RANGES[dest][1]}")
-    for dest, names in {**_NAMES, "opt": list_optimizers()}.items():
+    known_names: dict[str, Any] = {**_NAMES, "opt": list_optimizers()}
+    for dest, names in known_names.items():
         name = getattr(args, dest)
         if dest == "opt":
             name = name.lower().removeprefix("lookahead_")
@@ -467,11 +495,15 @@ def validate(args: Namespace, world_size: int = 1) -> None:
         raise UserError("--sched-on-updates: --sched plateau reacts to each epoch's accuracy, leave one of them out")
     if args.lr_noise is not None and len(args.lr_noise) > 2:
         _refuse(args, "lr_noise", "must be one or two shares of the epochs")
+    if args.track and args.eval:
+        raise UserError("--track sends the epochs of a training, and --eval has none: leave one of them out")
     _validate_launch(args, world_size)
     if not args.eval:
         _validate_training(args)
     elif args.profile:
         raise UserError("--profile traces training steps, and --eval has none: leave one of them out")
+    elif args.log_kan:
+        raise UserError("--log-kan looks at a training, and --eval is none: leave one of them out")
 
 
 def _validate_training(args: Namespace) -> None:
@@ -497,8 +529,12 @@ def _validate_training(args: Namespace) -> None:
         raise UserError("--resplit spares the first repeat of each image and needs --repeated-aug")
     if args.profile and not args.output_dir:
         raise UserError("--profile writes its trace into --output_dir: give that folder")
+    if args.log_kan and not args.output_dir:
+        raise UserError("--log-kan writes to TensorBoard in --output_dir: give that folder")
     if args.debug_nan and not args.output_dir:
         raise UserError("--debug-nan keeps the batch in --output_dir: give that folder")
+    if args.track and not args.output_dir:
+        raise UserError("--track keeps in --output_dir what the run is known by: give that folder")
     if args.distillation_type != "none":
         if not args.teacher_path:
             raise UserError(f"--distillation-type {args.distillation_type} needs the teacher's weights: "
@@ -647,7 +683,8 @@ def _typed(action: argparse.Action, value):
         return [_typed_one(action, item) for item in value]
     if action.nargs in ("+", 2):
         if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
-            many = "two numbers" if action.nargs == 2 else "one or more numbers"
+            kind = "numbers" if action.type else "names"
+            many = f"two {kind}" if action.nargs == 2 else f"one or more {kind}"
             raise ValueError(f"must be a list of {many}, not {_describe(value)}")
         return [_typed_one(action, item) for item in value]
     return _typed_one(action, value)
@@ -702,13 +739,17 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     if purpose == "finetune" and "model" in config.given and config.args.model != stored.get("model"):
         taken = ()
     may_change = {"resume": MAY_CHANGE_ON_RESUME, "eval": MAY_CHANGE_ON_EVAL,
-                  "finetune": set(_SCOPES["model"].split())}.get(purpose, set())
+                  "finetune": set(_SCOPES["model"].split())}.get(purpose or "", set())
     values, sources = dict(vars(config.args)), dict(config.given)
     for dest, value in model_defaults.items():
         if dest not in config.given:
             values[dest], sources[dest] = value, "model"
+    if purpose == "resume":
+        besides = {"teacher_path"}
+    else:       # the images that were held out are chosen by the seed
+        besides = {"seed"} if purpose == "eval" and stored.get("val_split") else set()
     for dest, value in stored.items():
-        if SCOPE[dest] not in taken and not (dest == "teacher_path" and purpose == "resume"):
+        if SCOPE[dest] not in taken and dest not in besides:
             continue
         if dest not in config.given:
             if value is not None:

@@ -13,6 +13,8 @@ calibration batch. Constants and biases go into the layers' biases, the block no
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Mlp
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 import models_kan
 from faster_kan import FasterKAN, FasterKANLayer, StaticNorm, rswaf_basis
+from group_kan import GroupKAN
 from models_kan import LoadReport, ModelSpec
 from utils import UserError
 
@@ -38,6 +41,32 @@ class BlockError:
     block: int
     error: float
     outside: float
+
+
+def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
+    """Put a KAN in the place of every `timm.layers.Mlp` of linear maps, in a model of any architecture; returns how many.
+
+    Args:
+        layer: `GroupKAN`, `functools.partial(FasterKAN, hdim=96)` and the like, called as timm calls an `mlp_layer`. A group
+            KAN takes over the MLP's weights, so that the model computes what it did; others begin anew.
+    Raises: ValueError where the layer does not fit one of them, before any is replaced.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for mlp in model.modules():
+        if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
+            weight = mlp.fc1.weight
+            kan = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
+                        out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
+                        bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
+                        device=weight.device, dtype=weight.dtype)
+            if isinstance(kan, GroupKAN) and kan.fc1.weight.shape == weight.shape:
+                kan.load_state_dict(mlp.state_dict(), strict=False)
+            found[mlp] = kan.train(mlp.training)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():     # an MLP may stand in several places
+            if child in found:
+                setattr(parent, name, found[child])
+    return len(found)
 
 
 def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor],
@@ -73,7 +102,7 @@ def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor],
     return report, errors
 
 
-def why_not(model: nn.Module, source: nn.Module) -> str | None:
+def why_not(model: Any, source: Any) -> str | None:
     """Why `mlp_to_full_edge` cannot convert `source` into `model`, as a clause; None if it can."""
     pairs = list(zip(getattr(model, "blocks", []), getattr(source, "blocks", [])))
     if not pairs or len(model.blocks) != len(source.blocks):
@@ -92,7 +121,7 @@ def why_not(model: nn.Module, source: nn.Module) -> str | None:
 
 
 @torch.no_grad()
-def mlp_to_full_edge(model: nn.Module, source: nn.Module, images: Tensor) -> list[BlockError]:
+def mlp_to_full_edge(model: Any, source: Any, images: Tensor) -> list[BlockError]:
     """Give every KAN of `model` the function of the MLP in the same block of `source`.
 
     Args:
@@ -125,7 +154,7 @@ def mlp_to_full_edge(model: nn.Module, source: nn.Module, images: Tensor) -> lis
     return errors
 
 
-def _feed_forward_inputs(source: nn.Module, images: Tensor) -> list[Tensor]:
+def _feed_forward_inputs(source: Any, images: Tensor) -> list[Tensor]:
     """What enters the norm before the feed-forward of each block, [tokens, dim], at most `TOKENS` of them."""
     inputs: list[Tensor] = []
     hooks = [block.norm2.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
@@ -149,12 +178,13 @@ def _fit_layer(layer: FasterKANLayer, x: Tensor, weight: Tensor, bias: Tensor,
                function: Callable[[Tensor], Tensor]) -> None:
     """layer(x) ~ weight function(x) + bias for inputs like x [T, I]; weight [O, I], bias [O], float64."""
     mean, std = x.double().mean(0), x.double().std(0).clamp_min(1e-6)
-    norm = layer.layernorm
+    norm: Any = layer.layernorm
     scale, shift = (norm.scale, norm.shift) if isinstance(norm, StaticNorm) else (norm.weight, norm.bias)
     scale.copy_(1 / std)
     shift.copy_(-mean / std)
     coefficients, constant = _fit(layer, x, mean, std, function)                    # [I, G], [I]
     layer.spline_linear.weight.copy_((weight[..., None] * coefficients).flatten(1))
+    assert layer.spline_linear.bias is not None
     layer.spline_linear.bias.copy_(bias + weight @ constant)
     if layer.base_linear is not None:
         nn.init.zeros_(layer.base_linear.weight)

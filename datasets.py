@@ -1,5 +1,6 @@
 """Data sets and loaders. Every image that cannot be read is named once, counted and survived."""
 import errno
+import hashlib
 import json
 import math
 import os
@@ -10,14 +11,14 @@ import sys
 import threading
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from augment import build_transform, to_rgb
 from interruption import STOPPING
 from samplers import RASampler, SampleKey
-from utils import Process, UserError
+from utils import Process, UnreadableData, UserError, say
 
 CIFARS = {"CIFAR": CIFAR100, "CIFAR10": CIFAR10}
 FOLDER_CLASSES = {"IMNET": 1000, "TinyIMNET": 200, "FOLDER": None}
@@ -40,27 +41,28 @@ SMALLEST_CROP = 0.08    # share of an image's area in a random resized crop, tim
 # worker that has one at hand. The limit is PIL's own, which holds all that cameras take but a few phones' 200 megapixels; PIL's
 # warning from half of it on is for programs that decode what strangers send.
 MAX_PIXELS = 178_956_970
+VAL_SPLIT = 0.2     # of a folder without train/ and val/, where --val-split does not say
 TRIES = 32  # images tried in place of an unreadable one before training gives up
 
 
-class UnreadableData(UserError):
-    """So many images in a row cannot be read that going on makes no sense."""
-
-    def __init__(self, text: str):
-        # A DataLoader raises a worker's exception again with the whole traceback as its text.
-        super().__init__(text.strip().rsplit(f"{type(self).__name__}: ", 1)[-1])
-
-
 # ---------------------------------------------------------------- images
+class Images(Protocol):
+    """Numbered images. name: for messages. load: 8-bit RGB, or an exception where it cannot be read; enough: `load_image`."""
+
+    def __len__(self) -> int: ...
+    def name(self, index: int) -> str: ...
+    def load(self, index: int, enough: int = 0) -> Image.Image: ...
+
+
 class FileImages:
     """Image files. The paths lie end to end in one string of bytes: a list of millions of strings would be copied
     into every worker, page by page, as its reference counts change, and one very long path must not cost its length
     for every other."""
 
     def __init__(self, paths: list[str]):
-        paths = [os.fsencode(path) for path in paths]
-        self.paths = b"".join(paths)
-        self.ends = np.cumsum([0, *map(len, paths)])
+        names = [os.fsencode(path) for path in paths]
+        self.paths = b"".join(names)
+        self.ends = np.cumsum([0, *map(len, names)])
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -90,9 +92,10 @@ class ArrayImages:
 
 class Split(NamedTuple):
     """One half (training or validation) of a data set."""
-    images: FileImages | ArrayImages
+    images: Images
     targets: np.ndarray   # int64 [N], into classes
     classes: list[str]
+    note: str = ""        # how it was made, for the reader of the log
 
 
 @cache
@@ -111,9 +114,15 @@ def load_image(path: str, enough: int = 0) -> Image.Image:
 
     enough: a JPEG file that is larger may be decoded at 1/2, 1/4 or 1/8 of its size, its shorter side no shorter than
     so many pixels, in a fraction of the time. 0: as it is."""
+    with open(path, "rb", opener=_open_file) as file:
+        return decode_image(file, enough)
+
+
+def decode_image(file: BinaryIO, enough: int = 0) -> Image.Image:
+    """`load_image` of an open file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata and the like: what matters raises
-        with open(path, "rb", opener=_open_file) as file, Image.open(file, formats=_formats()) as image:
+        with Image.open(file, formats=_formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if enough:
@@ -126,7 +135,7 @@ def seeded(key: SampleKey) -> Iterator[None]:
     """Python's, numpy's and torch's CPU generators run from (seed, epoch, position) inside, and go on
     as if nothing had happened outside (in a worker, where nothing else draws, that is left out: 0.15 ms)."""
     keep = get_worker_info() is None
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if keep else ()
+    states: Any = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if keep else ()
     words = np.random.SeedSequence([key.seed, key.epoch, key.position]).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:2].view(np.uint32))
@@ -149,7 +158,7 @@ def _reason(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
 
 
-def _shown(name: str, most: int = 100_000) -> str:
+def printable(name: str, most: int = 100_000) -> str:
     """A file's name, or its end, on one line, in characters that any stream can write."""
     name = name if name.isprintable() else repr(name)[1:-1]
     return name if len(name) <= most else f"...{name[3 - most:]}"
@@ -169,14 +178,16 @@ class ImageSet(Dataset):
     Raises UnreadableData: with --strict-data for each unreadable image, else where nothing else can be read either.
     """
 
+    is_stream = False   # whether a sample's key says which image it is
+
     def __init__(self, split: Split, is_train: bool, args: Namespace):
-        self.images, self.targets, self.classes = split
+        self.images, self.targets, self.classes, self.note = split
         self.is_train = is_train
         self.input_size = args.input_size
         # Training images of so many pixels a side lose nothing that the smallest crop (SMALLEST_CROP of the area) could
         # show at the input's size; in evaluation every pixel is as in the published figures.
         self.enough = math.ceil(args.input_size / math.sqrt(SMALLEST_CROP)) if is_train else 0
-        self.transform = build_transform(is_train, args)
+        self.transform: Any = build_transform(is_train, args)
         self.spare_first = args.resplit
         self.strict = args.strict_data
         self.quiet = False  # count what is unreadable without naming it
@@ -191,7 +202,7 @@ class ImageSet(Dataset):
 
     def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
         if not self.is_train:
-            image = self._load(key)
+            image = self._load(key)     # type: ignore[arg-type]  # no SampleKey in evaluation
             if image is None:
                 return torch.zeros(3, self.input_size, self.input_size), -1
             return self.transform(image), int(self.targets[key])
@@ -224,12 +235,12 @@ class ImageSet(Dataset):
     def name_unreadable(self, index: int, reason: str) -> None:
         if not self.named[index]:
             self.named[index] = 1
-            name = _shown(self.images.name(index))
+            name = printable(self.images.name(index))
             print(f"Skipping an unreadable image: {name} ({reason})\n", end="", file=sys.stderr, flush=True)
 
     def shown(self, *indices: int) -> str:
         """Their names in a sentence."""
-        return ", ".join(_shown(self.images.name(index), 360 // len(indices)) for index in indices)
+        return ", ".join(printable(self.images.name(index), 360 // len(indices)) for index in indices)
 
     def count_unreadable(self) -> int:
         # as numpy's bool: it is asked for at every step, and takes 0.1 ms for ImageNet's 1.3 million where PyTorch takes 0.5
@@ -248,6 +259,11 @@ class ImageSet(Dataset):
 
 
 # ---------------------------------------------------------------- data sets
+def of_timm(data_set: str) -> bool:
+    """Whether it is a name of timm.data.create_dataset's, read by `timm_datasets`."""
+    return "/" in data_set
+
+
 def guess_data_set(data_path: str | None) -> str | None:
     """The --data-set that the folder looks like, or None."""
     if not data_path:
@@ -265,9 +281,57 @@ def guess_data_set(data_path: str | None) -> str | None:
             return name
     if has("wnids.txt", "val/val_annotations.txt"):
         return "TinyIMNET"
-    if _class_folders(os.path.join(root, "train")) or _class_folders(os.path.join(root, "val")):
+    if _class_folders(os.path.join(root, "train")) or _class_folders(os.path.join(root, "val")) or _is_single(root):
         return "FOLDER"
     return None
+
+
+def _is_single(root: str) -> bool:
+    """Whether a folder has class folders with images, two at least, and no train/ and val/."""
+    classes = _single_classes(root)
+    if len(classes) < 2 or any(os.path.exists(os.path.join(root, half)) for half in ("train", "val")):
+        return False
+    walks = (os.walk(os.path.join(root, name)) for name in classes)
+    return any(file.lower().endswith(IMG_EXTENSIONS) for walk in walks for _, _, files in walk for file in files)
+
+
+def _single_classes(root: str) -> list[str]:
+    return [name for name in _class_folders(root) if not name.startswith(".")]      # .thumbnails and the like
+
+
+def needs_splitting(args: Namespace) -> bool:
+    """Whether --data-path is a folder of class folders of which a part has to be held out."""
+    return args.data_set == "FOLDER" and bool(args.data_path) and _is_single(os.path.expanduser(args.data_path))
+
+
+def hold_out(names: Sequence[str], targets: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which images are for validation, bool [N]: of each class `share`, rounded, those whose hash of seed and name is
+    smallest. So the order of the names does not matter, and an image more or less moves one other at most.
+
+    A class with two images or more keeps one on either side (`share` 1: all are held out), one alone is trained on."""
+    hashes = np.array([int.from_bytes(hashlib.blake2b(f"{seed}/".encode() + os.fsencode(name), digest_size=8).digest())
+                       for name in names], dtype=np.uint64)
+    chosen = np.zeros(len(names), dtype=bool)
+    for target in np.unique(targets):
+        members = np.flatnonzero(targets == target)
+        count = len(members) if share == 1 else min(max(round(share * len(members)), 1), len(members) - 1)
+        chosen[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
+    return chosen
+
+
+def one_half(is_train: bool, args: Namespace, names: Sequence[str], targets: np.ndarray, classes: list[str]
+             ) -> tuple[np.ndarray, str]:
+    """Which images are in the half that --val-split and --seed make, bool [N], and a sentence about both halves."""
+    held_out = hold_out(names, targets, args.val_split, args.seed)
+    chosen = ~held_out if is_train else held_out
+    if not chosen.any():
+        raise UserError(f"--val-split {args.val_split:g} of {len(names)} images leaves none to "
+                        f"{'train on' if is_train else 'evaluate'}: choose another share, or give more images")
+    alone = [printable(classes[target], 40) for target in np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 1)]
+    rest = f"; of a class with a single image none can be held out: {', '.join(alone[:5])}{', ...' if alone[5:] else ''}" \
+        if alone and args.val_split < 1 else ""
+    return chosen, (f"{len(classes)} classes, {int((~held_out).sum())} images to train on, {int(held_out.sum())} held out "
+                    f"(--val-split {args.val_split:g}, --seed {args.seed}){rest}")
 
 
 def build_dataset(is_train: bool, args: Namespace,
@@ -282,6 +346,9 @@ def build_dataset(is_train: bool, args: Namespace,
     Raises UserError for data that is missing, incomplete or contradicts the flags.
     """
     data_set = _data_set(args)
+    if of_timm(data_set):
+        from timm_datasets import build
+        return build(is_train, args, data_set, class_names)
     if data_set == "DIGITS":
         split = _digits(is_train)
     elif data_set in CIFARS:
@@ -291,19 +358,19 @@ def build_dataset(is_train: bool, args: Namespace,
     else:
         split = _folders(is_train, args, data_set, class_names)
     if class_names:
-        split = _as_in_checkpoint(split, args, class_names)
+        split = as_in_checkpoint(split, args, class_names)
     return ImageSet(split, is_train, args), len(split.classes)
 
 
 def _data_set(args: Namespace) -> str:
     data_set = args.data_set or guess_data_set(args.data_path) or "IMNET"
-    if args.download and data_set not in CIFARS:
-        raise UserError(f"--download cannot fetch --data-set {data_set}, only {' and '.join(CIFARS)}: "
+    if args.download and data_set not in CIFARS and not data_set.startswith("torch/"):
+        raise UserError(f"--download cannot fetch --data-set {data_set}, only {', '.join(CIFARS)} and torch/NAME: "
                         "fetch it yourself and name its folder with --data-path")
     return data_set
 
 
-def _as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> Split:
+def as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> Split:
     if not args.eval:
         if split.classes != list(class_names):
             raise UserError(f"the {len(split.classes)} classes under --data-path are not the checkpoint's "
@@ -315,10 +382,10 @@ def _as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> 
             raise UserError(f"the class {name!r} under --data-path is not one of the checkpoint's "
                             f"{len(class_names)} classes: remove it or evaluate another checkpoint")
     to_checkpoint = np.array([place[name] for name in split.classes])
-    return Split(split.images, to_checkpoint[split.targets], list(class_names))
+    return Split(split.images, to_checkpoint[split.targets], list(class_names), split.note)
 
 
-def _root(args: Namespace) -> str:
+def data_root(args: Namespace) -> str:
     if not args.data_path:
         raise UserError("--data-path is not given: name the folder of the data set, "
                         "or try --data-set DIGITS, which needs none")
@@ -357,7 +424,7 @@ def _digits_file() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's digits, float64 [1797, 8, 8], and their classes, int64 [1797]; read from its file where it is,
     since to import scikit-learn takes longer than all else that happens before the first step but PyTorch."""
     found = find_spec("sklearn")
-    file = found and os.path.join(os.path.dirname(found.origin), "datasets", "data", "digits.csv.gz")
+    file = found and os.path.join(os.path.dirname(found.origin or ""), "datasets", "data", "digits.csv.gz")
     if file and os.path.isfile(file):
         table = np.loadtxt(file, delimiter=",")
         return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
@@ -394,7 +461,7 @@ def _digits_of(is_train: bool, targets: np.ndarray, held_out: int = 360) -> np.n
 
 
 def _cifar(is_train: bool, args: Namespace, cifar: type[CIFAR10]) -> Split:
-    root = _root(args)
+    root = data_root(args)
     try:
         # Checks the MD5 of every file before it unpickles one, so a foreign pickle never runs.
         data = cifar(root, train=is_train, download=args.download)
@@ -410,7 +477,7 @@ def _cifar(is_train: bool, args: Namespace, cifar: type[CIFAR10]) -> Split:
 def _inat(is_train: bool, args: Namespace, year: int) -> Split:
     """iNaturalist as DeiT reads it: classes numbered in the order in which the training annotations
     name them, files at <folder>/<category id>/<name> or where the JSON says."""
-    root = _root(args)
+    root = data_root(args)
     half = f"{'train' if is_train else 'val'}{year}.json"
     content = {}
     for name in {"categories.json", f"train{year}.json", half}:
@@ -441,8 +508,10 @@ def _inat(is_train: bool, args: Namespace, year: int) -> Split:
 
 def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> Split:
     """train/<class>/... and val/<class>/..., any depth below the class; Tiny ImageNet's val/images too."""
-    root = _root(args)
+    root = data_root(args)
     train, val = os.path.join(root, "train"), os.path.join(root, "val")
+    if data_set == "FOLDER" and (args.eval or args.val_split) and _is_single(root):
+        return _single_folder(is_train, args, root)
     for folder in [val] if args.eval else [train, val]:
         if not os.path.isdir(folder):
             raise UserError(f"--data-path {args.data_path} has no {os.path.basename(folder)}/ folder: "
@@ -487,6 +556,31 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
                  np.array([target for _, target in samples], dtype=np.int64), classes)
 
 
+# A folder of these is no folder of classes.
+_PARTS = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}
+
+
+def _single_folder(is_train: bool, args: Namespace, root: str) -> Split:
+    """<class>/..., any depth below the class: one half of it by --val-split. Without that all of it, to evaluate."""
+    classes = _single_classes(root)
+    if parts := [name for name in classes if name.lower() in _PARTS]:
+        raise UserError(f"--data-path {args.data_path} has the folders {', '.join(parts)} where classes are expected: name the "
+                        "two parts train/ and val/, or leave the class folders alone in it")
+    place = {name: index for index, name in enumerate(classes)}
+    samples = make_dataset(root, place, IMG_EXTENSIONS, allow_empty=True)
+    targets = np.array([target for _, target in samples], dtype=np.int64)
+    empty = np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 0)
+    if len(empty):
+        raise UserError(f"the class folder {classes[empty[0]]} under --data-path {args.data_path} holds no image: fill it or "
+                        "remove it")
+    names = [os.path.relpath(path, root).replace(os.sep, "/") for path, _ in samples]
+    note, chosen = f"it has no val/ folder, so all {len(names)} images are evaluated", np.ones(len(names), dtype=bool)
+    if args.val_split:
+        chosen, note = one_half(is_train, args, names, targets, classes)
+    return Split(FileImages([path for (path, _), mine in zip(samples, chosen) if mine]), targets[chosen], classes,
+                 f"--data-path {args.data_path}: {note}")
+
+
 def _tiny_annotations(path: str) -> dict[str, str]:
     """Tiny ImageNet's val_annotations.txt: image name -> class; the columns after these are boxes."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
@@ -504,9 +598,9 @@ class Loaders:
     train yields (images float32 [B, 3, S, S], targets int64 [B]), the last incomplete batch dropped;
     val the same, every image once (over all ranks with --dist-eval), target -1 for an unreadable one.
     """
-    train: DataLoader | None
-    val: DataLoader
-    train_sampler: RASampler | None
+    train: Any              # DataLoader of an ImageSet
+    val: Any                # likewise
+    train_sampler: Any      # RASampler
     data_set: str
     nb_classes: int
     class_names: list[str]
@@ -700,10 +794,12 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
                "pin_memory": args.pin_mem and process.device.type == "cuda"}
 
     train = sampler = None
+    stream_note = ""
     if not args.eval:
         data, _ = build_dataset(True, args, class_names)
-        sampler = RASampler(data, process.world_size, process.rank,
-                            num_repeats=3 if args.repeated_aug else 1, seed=args.seed)
+        stream_note = data.note if data.is_stream else ""
+        repeats = 3 if args.repeated_aug and not data.is_stream else 1
+        sampler = RASampler(data, process.world_size, process.rank, num_repeats=repeats, seed=args.seed)
         if len(sampler) < args.batch_size:
             raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples "
                             f"that each of {process.world_size} processes draws per epoch: lower --batch-size")
@@ -711,6 +807,11 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
                            generator=torch.Generator(), **options)
 
     data, nb_classes = build_dataset(False, args, class_names)
+    _check_unused(args, data_set, nb_classes, data.note)
+    if data.note:
+        say(data.note)
+    if stream_note:
+        say(stream_note, file=sys.stderr)
     if args.dist_eval:
         shard = range(process.rank, len(data), process.world_size)
     else:
@@ -720,6 +821,18 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
     val = DataLoader(data, max(1, int(1.5 * args.batch_size)), sampler=shard,
                      generator=torch.Generator(), **options)
     return Loaders(train, val, sampler, data_set, nb_classes, data.classes, args.max_unreadable, process.device)
+
+
+def _check_unused(args: Namespace, data_set: str, nb_classes: int, note: str) -> None:
+    """Raises UserError for flags that say something about other data than these."""
+    if args.num_classes not in (None, nb_classes):
+        raise UserError(f"--num-classes {args.num_classes} contradicts the data, which has {nb_classes} classes: leave it out")
+    if args.val_split and not args.eval and "--val-split" not in note:
+        raise UserError(f"--val-split {args.val_split:g}: --data-set {data_set} has validation images of its own: leave it out")
+    for flag in ("data_split", "input_key", "target_key"):
+        if getattr(args, flag) is not None and not of_timm(data_set):
+            raise UserError(f"--{flag.replace('_', '-')} is for the data sets of timm's (torch/, hfds/, hfids/, wds/), not for "
+                            f"--data-set {data_set}: leave it out")
 
 
 def _download_once(args: Namespace, process: Process) -> Namespace:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losses import loss_of
+from losses import Criterion, loss_of
 from utils import seed_everything
 
 
@@ -26,7 +26,7 @@ class KeptBatches:
         return [batch for batch in self.batches if step // self.accumulate == batch[0] // self.accumulate]
 
 
-def replay(model: nn.Module, criterion: nn.Module, batches: list[tuple[int, Tensor, Tensor]], context,
+def replay(model: nn.Module, criterion: Criterion, batches: list[tuple[int, Tensor, Tensor]], context,
            scale: float, key: tuple[int, int, int], file: Path | None) -> str:
     """Forward and backward of an update's batches once more, with the same random numbers; returns a sentence on what became
     infinite or nan first.
@@ -53,7 +53,7 @@ def replay(model: nn.Module, criterion: nn.Module, batches: list[tuple[int, Tens
                                                                                            if file else "")
 
 
-def _first_not_finite(model: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor, context,
+def _first_not_finite(model: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor, context,
                       scale: float) -> str:
     first: list[str] = []
 

@@ -20,7 +20,7 @@ from utils import UserError, say
 try:
     import fcntl
 except ImportError:         # Windows: there a partial file of a killed process stays
-    fcntl = None
+    fcntl = None        # type: ignore[assignment]
 
 STALL_S, STALL_BYTES = 60.0, 2 ** 16        # a download that brings less in that time is given up
 

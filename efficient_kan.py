@@ -11,8 +11,10 @@ order + 1 knots.
 """
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -65,8 +67,8 @@ class _EdgeLinear(torch.autograd.Function):
         x, weight, knots = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad[:2]
         dy, w = dy.to(ctx.dtype), weight.to(ctx.dtype)
-        dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros_like(weight, dtype=_math_dtype(weight.dtype)) if need_w else None
+        dx: Any = torch.empty_like(x) if need_x else None
+        dw: Any = torch.zeros_like(weight, dtype=_math_dtype(weight.dtype)) if need_w else None
         for rows in _chunks(x, knots):
             if need_w:
                 dw += dy[rows].t() @ _edge_inputs(x[rows], knots, ctx.order).flatten(1).to(ctx.dtype)
@@ -107,7 +109,7 @@ def _distances(x: Tensor, knots: Tensor, order: int) -> tuple[Tensor, Tensor]:
 
 def _sum_of_powers(distance: Tensor, order: int, power: int) -> Tensor:
     """The sum in `_edge_inputs` with this power: B_k for the order, -dB_k/d|s| for one less."""
-    total = None
+    total: Any = None
     for j in range((order + 2) // 2):
         term = ((order + 1) / 2 - j - distance).clamp_(min=0)
         term = term.pow(power) if power else term.sign_()
@@ -141,6 +143,7 @@ class EfficientKANLayer(nn.Module):
     The basis is computed in at least float32, the matrix product in autocast's dtype where autocast is on. Only
     the ends of the buffer `grid` count: its knots are uniform.
     """
+    grid: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, grid_min: float = -1.0, grid_max: float = 1.0,
                  num_grids: int = 8, spline_order: int = 3, scale_base: float = 1.0, scale_noise: float = 0.1,
@@ -213,12 +216,11 @@ class EfficientKAN(nn.Module):
                  device=None, dtype=None, *, hdim: int | None = None, **kan):
         super().__init__()
         hidden = hdim or hidden_features or in_features
-        drops = (drop, drop) if isinstance(drop, (int, float)) else tuple(drop)
         dd = {"device": device, "dtype": dtype}
-        self.layers = nn.ModuleList([
+        self.layers: Any = nn.ModuleList([
             EfficientKANLayer(in_features, hidden, **kan, **dd),
             EfficientKANLayer(hidden, out_features or in_features, **kan, **dd)])
-        self.drops = nn.ModuleList([nn.Dropout(p) for p in drops])
+        self.drops = nn.ModuleList([nn.Dropout(p) for p in to_2tuple(drop)])
 
     def init_weights(self) -> None:
         """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""

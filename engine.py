@@ -27,7 +27,7 @@ import peers
 from checkpoints import plain
 from datasets import batches
 from debug_nan import KeptBatches, replay
-from losses import loss_of
+from losses import Criterion, loss_of
 from utils import Process, TrainingFailed, UserError, seed_everything
 
 AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,8 +153,8 @@ def distributed(model: nn.Module, process: Process) -> nn.Module:
     # grids are buffers too: to send them before each forward pass would make every process wait there for nothing
     known = signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"       # the older name
-    return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None,
-                                   **{name: has_running_statistics(model)})
+    options: dict[str, Any] = {name: has_running_statistics(model)}
+    return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None, **options)
 
 
 # ---------------------------------------------------------------- what the processes agree on
@@ -262,7 +262,7 @@ class Updater:
             skip = self._report(step, norm, wishes)
         if self.late:
             self._settle(1)
-            state.optimizer.found_inf = skip
+            state.optimizer.found_inf = skip        # type: ignore[attr-defined]  # what fused optimizers look for
         done = self.late or not self._read().skip
         if done:
             if self.clip_grad is not None:
@@ -312,7 +312,7 @@ class Updater:
         self._settle(0)
 
 
-def replay_non_finite(error: NonFinite, state: TrainState, criterion: nn.Module, kept: KeptBatches, process: Process,
+def replay_non_finite(error: NonFinite, state: TrainState, criterion: Criterion, kept: KeptBatches, process: Process,
                       amp_dtype: torch.dtype, seed: int, folder: str) -> str:
     """The batches once more, and a sentence on the layer; batch and weights go into `folder`."""
     file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
@@ -341,7 +341,7 @@ def _non_finite(report: Report, epoch: int, process: Process) -> str:
 
 
 # ---------------------------------------------------------------- training
-def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loader: DataLoader, process: Process, *,
+def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loader: DataLoader, process: Process, *,
                     epochs: int, seed: int = 0, amp_dtype: torch.dtype = torch.float32, accumulate: int = 1,
                     clip_grad: float | None = None, mixup: Callable | None = None, train_mode: bool = True,
                     print_freq: int = 10, ideal_rate: float | None = None,
@@ -396,7 +396,7 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: nn.Module, loa
         group = min(steps, step // accumulate * accumulate + accumulate) - max(first, step // accumulate * accumulate)
         if keep_batches is not None:
             keep_batches.note(step, images, targets)
-        with nullcontext() if update or not hasattr(net, "no_sync") else net.no_sync():
+        with nullcontext() if update else getattr(net, "no_sync", nullcontext)():
             with autocast(device, amp_dtype):
                 loss = loss_of(net, criterion, images, targets)
             peers.mark(f"the backward pass of {where}")
@@ -442,7 +442,8 @@ def steps_left(loader: DataLoader, position: int, process: Process) -> int:
     """Batches of each process from a position of the epoch's order on."""
     if not position:
         return len(loader)
-    return max(0, len(loader.sampler) * process.world_size - position) // process.world_size // loader.batch_size
+    sampler: Any = loader.sampler
+    return max(0, len(sampler) * process.world_size - position) // process.world_size // (loader.batch_size or 1)
 
 
 def _all_finite(model: nn.Module) -> bool:
@@ -485,12 +486,15 @@ def tqdm_safe_print(text: str, process: Process) -> None:
 # ---------------------------------------------------------------- evaluation
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtype: torch.dtype = torch.float32,
-             shared: bool = False, title: str = "test", wishes: Callable[[], Wishes] = Wishes) -> dict[str, float]:
+             shared: bool = False, title: str = "test", wishes: Callable[[], Wishes] = Wishes,
+             see: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> dict[str, float]:
     """{"loss", "acc1", "acc5", "images", "unreadable"}: mean cross-entropy, percents, counts.
 
     Every readable image counts once: unreadable ones come with target -1 and are left out. With `shared` each
     process has a part of the images and the sums are added up.
 
+    see: called for each batch with its images and outputs, the targets, all of the B' that are readable, and bool [B] which
+        of the loader's these are.
     Raises StopRequested, on all processes at once, where a signal was wished for."""
     model.eval()
     device = process.device
@@ -518,6 +522,8 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
         with autocast(device, amp_dtype):
             outputs = model(images) if len(images) else images.new_zeros(0, 1)
         evaluator.update(outputs, targets)
+        if see is not None:
+            see(images, outputs, targets, readable)
         peers.mark(f"a batch of the evaluation ({title})")
         agree()
     for _ in range(rounds - len(loader)):       # other processes have a batch more
@@ -536,6 +542,7 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
 
 def ema_model(state: TrainState, device: torch.device) -> nn.Module:
     """The averaged model where it can be evaluated: itself, or a copy on `device` if it is kept elsewhere."""
+    assert state.ema is not None
     module = state.ema.module
     if next(module.parameters()).device == device:
         return module

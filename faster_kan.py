@@ -11,9 +11,11 @@ the B-splines of Kolmogorov-Arnold networks (Liu et al., arXiv:2404.19756). Para
 released Vision-KAN checkpoints: `layers.N.layernorm`, `layers.N.rbf.grid`, `layers.N.spline_linear.weight`.
 """
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,6 +93,8 @@ class StaticNorm(nn.Module):
 
 class RSWAFGrid(nn.Module):
     """Grid points g [G] and width h of the basis, trainable or not."""
+    grid: Tensor
+    h: float | Tensor
 
     def __init__(self, grid_min: float, grid_max: float, num_grids: int, h: float,
                  train_grid: bool = False, train_h: bool = False, device=None, dtype=None):
@@ -153,8 +157,7 @@ class FasterKANLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         for module in self.children():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            getattr(module, "reset_parameters", lambda: None)()
         self._init_spline()
 
     def _init_spline(self) -> None:
@@ -208,13 +211,17 @@ class FasterKAN(nn.Module):
                  second_norm: str = "layer", init_as_mlp: bool = False, **kan):
         super().__init__()
         hidden = hdim or hidden_features or in_features
-        drops = (drop, drop) if isinstance(drop, (int, float)) else tuple(drop)
         kan |= {"bias": kan_bias, "device": device, "dtype": dtype}
-        self.layers = nn.ModuleList([
+        self.layers: Any = nn.ModuleList([
             FasterKANLayer(in_features, hidden, init_as="identity" if init_as_mlp else None, **kan),
             FasterKANLayer(hidden, out_features or in_features, norm=second_norm,
                            init_as="gelu" if init_as_mlp else None, **kan)])
-        self.drops = nn.ModuleList([nn.Dropout(p) for p in drops])
+        self.drops = nn.ModuleList([nn.Dropout(p) for p in to_2tuple(drop)])
+
+    @property
+    def fc2(self) -> SplineLinear:
+        """The last linear map, under the name by which some of timm's models scale it down with the depth of the block."""
+        return self.layers[-1].spline_linear
 
     def init_weights(self) -> None:
         """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""

@@ -10,9 +10,10 @@ MLP, and an MLP's weights are its weights: `fc1` and `fc2` are named as in `timm
 
 Legend for shapes: T tokens (all leading dimensions flattened), I channels, G grid points.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from kernels import BASES, MAX_HALF_RANGE, rswaf_activation, rswaf_activation_reference
@@ -29,6 +30,8 @@ class GroupActivation(nn.Module):
         trainable_base: learn s (one per group, 1 at the start), else it is 1.
     Raises: ValueError if the groups do not divide the channels, or for an impossible grid or base.
     """
+
+    grid: Tensor
 
     def __init__(self, channels: int, *, groups: int = 8, base: str = "gelu", grid_min: float = -3.0,
                  grid_max: float = 3.0, num_grids: int = 8, h: float | None = None, trainable_base: bool = False,
@@ -86,6 +89,15 @@ class GroupActivation(nn.Module):
                 f"points on [{self.points[0]:g}, {self.points[-1]:g}], h={self.h:.3g}")
 
 
+def _base_of(act_layer: Callable[[], nn.Module]) -> str:
+    """The key of `BASES` whose function the activation is; ValueError where it is none of them."""
+    activation, u = act_layer(), torch.linspace(-4, 4, 65, device="cpu")
+    for base, function in BASES.items():
+        if torch.allclose(activation(u.clone()), function(u), rtol=0, atol=1e-6):       # it may work in place
+            return base
+    raise ValueError(f"the activation {activation} is not one of {', '.join(BASES)}: choose one of them with base=")
+
+
 class GroupKAN(nn.Module):
     """The group KAN in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
 
@@ -93,26 +105,29 @@ class GroupKAN(nn.Module):
         in_features, hidden_features, out_features: widths; hidden and out default to in_features.
         hdim: the hidden width where it must differ from `hidden_features`, which timm always passes as
             mlp_ratio * dim.
-        base: base function of phi2, a key of `BASES`; takes the place of timm's `act_layer`.
+        base: base function of phi2, a key of `BASES`; None: the one that `act_layer` is, GELU without any.
         input_phi: False leaves out phi1.
-        drop: dropout after phi2 and after W2, one rate or a pair.
-        act_layer, norm_layer: accepted because timm passes them; phi2 is the activation.
+        bias: of W1 and W2, one choice or a pair. drop: dropout after phi2 and after W2, one rate or a pair.
+        norm_layer: accepted because timm passes it; an MLP's has no place here.
         phi: keywords of `GroupActivation`.
+    Raises: ValueError as `GroupActivation`, and for an `act_layer` that is none of `BASES`.
     """
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
-                 act_layer=None, norm_layer=None, bias: bool = True, drop: float | Sequence[float] = 0.0,
-                 device=None, dtype=None, *, hdim: int | None = None, base: str = "gelu", input_phi: bool = True,
-                 **phi):
+                 act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True,
+                 drop: float | Sequence[float] = 0.0, device=None, dtype=None, *, hdim: int | None = None,
+                 base: str | None = None, input_phi: bool = True, **phi):
         super().__init__()
         hidden = hdim or hidden_features or in_features
-        drops = (drop, drop) if isinstance(drop, (int, float)) else tuple(drop)
+        if base is None:
+            base = "gelu" if act_layer is None else _base_of(act_layer)
+        biases, drops = to_2tuple(bias), to_2tuple(drop)
         dd = {"device": device, "dtype": dtype}
         self.phi1 = GroupActivation(in_features, base="identity", **phi, **dd) if input_phi else nn.Identity()
-        self.fc1 = nn.Linear(in_features, hidden, bias=bias, **dd)
+        self.fc1 = nn.Linear(in_features, hidden, bias=biases[0], **dd)
         self.phi2 = GroupActivation(hidden, base=base, **phi, **dd)
         self.drop1 = nn.Dropout(drops[0])
-        self.fc2 = nn.Linear(hidden, out_features or in_features, bias=bias, **dd)
+        self.fc2 = nn.Linear(hidden, out_features or in_features, bias=biases[1], **dd)
         self.drop2 = nn.Dropout(drops[1])
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class ClassLoss(nn.Module):
-    """A loss of logits [B, K] and targets."""
+class Criterion(nn.Module):
+    """Called as criterion(images, outputs, targets)."""
     copies = 1      # how often the model sees each image of a batch
+
+
+class ClassLoss(Criterion):
+    """A loss of logits [B, K] and targets."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
@@ -24,7 +28,7 @@ class ClassLoss(nn.Module):
         return self.loss(outputs, targets)
 
 
-class DistillationLoss(nn.Module):
+class DistillationLoss(Criterion):
     """(1 - alpha) * loss on the class token + alpha * loss of the distillation token against a teacher
     (arXiv:2012.12877, section 4).
 
@@ -35,9 +39,8 @@ class DistillationLoss(nn.Module):
         base: loss of logits [B, K] and targets. teacher: gives logits [B, K], is never trained.
         kind: "soft" or "hard" (cross-entropy with the teacher's first choice).
     """
-    copies = 1
 
-    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float):
+    def __init__(self, base: nn.Module, teacher: Callable, kind: str, alpha: float, tau: float):
         super().__init__()
         self.base, self.teacher, self.kind, self.alpha, self.tau = base, teacher, kind, alpha, tau
 
@@ -54,7 +57,7 @@ class DistillationLoss(nn.Module):
         return (1 - self.alpha) * self.base(by_class, targets) + self.alpha * distillation
 
 
-class CosubLoss(nn.Module):
+class CosubLoss(Criterion):
     """Co-training of two submodels (arXiv:2212.04884): the model sees each image twice, its stochastic depth
     picks two submodels, and each learns from the targets and from the other's probabilities.
 
@@ -94,17 +97,18 @@ def build_base_loss(args: Namespace, num_classes: int, mixup_active: bool) -> nn
 
 
 def build_criterion(args: Namespace, num_classes: int, mixup_active: bool,
-                    teacher: Callable | None = None) -> nn.Module:
+                    teacher: Callable | None = None) -> Criterion:
     """The criterion that the flags ask for; `teacher` where --distillation-type is soft or hard."""
     if args.cosub:
         return CosubLoss(num_classes, args.smoothing, positive_threshold(args, num_classes) if args.bce_loss else None)
     base = build_base_loss(args, num_classes, mixup_active)
     if args.distillation_type != "none":
+        assert teacher is not None
         return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
     return ClassLoss(base)
 
 
-def loss_of(net: nn.Module, criterion: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+def loss_of(net: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor) -> Tensor:
     """The criterion's loss of a batch, scalar. It sees logits in float32: one tensor, or the class and distillation tokens'
     pair."""
     outputs = net(images if criterion.copies == 1 else torch.cat([images] * criterion.copies))

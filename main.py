@@ -79,7 +79,7 @@ def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.M
                         process: Process, amp_dtype: torch.dtype) -> int:
     """Evaluate `model` and `model_ema` of a checkpoint, or a model just made from --finetune."""
     keys = [key for key in ("model", "model_ema") if start.purpose == "eval" and start.checkpoint.get(key)]
-    lines = []
+    lines: list[str] = []
     for key in keys or ["model"]:
         if start.purpose == "eval":
             models_kan.load_exactly(model, weights_of(start.checkpoint, start.path, key),
@@ -98,7 +98,8 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
           loaders: Loaders, process: Process, amp_dtype: torch.dtype) -> int:
     args = config.args
     with utils.stop_together(process):
-        folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes)
+        folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes, args.track or (),
+                           args.track_project)
         if folder.holds_another_run(start.path if start.purpose == "resume" else ""):
             raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or "
                             "choose another folder")
@@ -187,6 +188,10 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                         "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,
                         "epoch_seconds": trained["seconds"],
                         **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
+            if args.log_kan and process.is_main and state.epoch % args.log_kan == 0:
+                from understand import log_functions  # matplotlib is slow to import
+                peers.mark(f"the functions learned in epoch {epoch}")
+                log_functions(model, starting.validation_images(loaders), folder, epoch)
             save(also)
         folder.close()
         averaged = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""

@@ -93,8 +93,10 @@ def _mlp(size: Size) -> Callable:
     return Mlp
 
 
-FEED_FORWARDS = {"KAN": _kan, "GKAN": _gkan, "EKAN": _ekan, "ViT": _mlp}
+FEED_FORWARDS: dict[str, Callable] = {"KAN": _kan, "GKAN": _gkan, "EKAN": _ekan, "ViT": _mlp}
 _OPTIONS = {function: list(signature(function).parameters)[1:] for function in FEED_FORWARDS.values()}
+# What the feed-forwards' learned functions are in.
+FunctionLayer = GroupActivation | FasterKANLayer | EfficientKANLayer
 # Every option that some feed-forward has, each a flag of the same name.
 KAN_OPTIONS = tuple(dict.fromkeys(option for options in _OPTIONS.values() for option in options))
 
@@ -115,7 +117,7 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
         num_heads=size.num_heads, mlp_layer=_mlp_layer(name, size, feed_forward, options, kwargs.get("depth", size.depth)))
     if size.deit3:
         settings.update(no_embed_class=True, init_values=1e-6)
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         VisionTransformerDistilled if size.distilled else VisionTransformer, name, pretrained,
         pretrained_filter_fn=filter_state_dict, feature_cfg=dict(out_indices=3, feature_cls="getter"),
         **{**settings, **kwargs})
@@ -136,8 +138,8 @@ def _mlp_layer(name: str, size: Size, feed_forward: Callable, options: dict[str,
     return lambda **kwargs: next(layers)(**kwargs)
 
 
-default_cfgs = {}
-_TWINS = {}         # name -> size name, of every model registered here
+default_cfgs: dict[str, dict[str, Any]] = {}
+_TWINS: dict[str, str] = {}         # name -> size name, of every model registered here
 
 
 def _register(size_name: str, size: Size, suffix: str, feed_forward: Callable) -> None:
@@ -212,7 +214,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_flops(model: nn.Module) -> Flops:
+def count_flops(model: Any) -> Flops:
     """FLOPs of one forward pass of one image at the model's own image size, for the models of this project.
 
     Matrix products: the patch embedding, every linear map, and the two products of attention. Elementwise: 5
@@ -252,8 +254,9 @@ TWINS_MAY_DIFFER = {"parameters": 0.02, "matmul FLOPs": 0.05}
 
 def twin_mismatch(a: nn.Module, b: nn.Module) -> str | None:
     """A sentence where two models that are compared differ by more than `TWINS_MAY_DIFFER`, else None."""
-    return cost_mismatch(*({"parameters": count_parameters(model), "matmul FLOPs": count_flops(model).matmul}
-                           for model in (a, b)))
+    costs: list[dict[str, float]] = [{"parameters": count_parameters(model), "matmul FLOPs": count_flops(model).matmul}
+                                     for model in (a, b)]
+    return cost_mismatch(*costs)
 
 
 def cost_mismatch(a: dict[str, float], b: dict[str, float]) -> str | None:
@@ -290,7 +293,7 @@ def rename_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """timm's hook for loading weights into a model of this project."""
-    return checkpoint_filter_fn(rename_keys(state), model)
+    return checkpoint_filter_fn(rename_keys(state), model)      # type: ignore[arg-type]  # VisionTransformer's kin
 
 
 def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
@@ -431,7 +434,7 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def _adapt_pos_embed(state: dict[str, Tensor], model: nn.Module) -> None:
+def _adapt_pos_embed(state: dict[str, Tensor], model: Any) -> None:
     """Bring `pos_embed` to the model's grid and prefix tokens, in place.
 
     Positions of the class and distillation tokens are kept. A DeiT-III model has none: there the class token's

@@ -30,7 +30,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -46,6 +46,7 @@ from kernels import BASES, rswaf_basis
 from models_kan import ModelSpec, split_name
 from utils import UserError
 
+Model = Any             # a timm ViT of this project or a feed-forward of one, whose parts nn.Module's types do not know
 KINDS = ("hidden", "groups", "points", "edges")
 FLOOR = 0.05            # what a token weighs beside its gradient: one that the loss does not feel now it may feel later
 RIDGE = 1e-3            # of the mean of E[f^2]
@@ -57,7 +58,7 @@ SAMPLE = 4096           # tokens that functions are fitted on
 class Half:
     """A linear map and the functions before it: x [T, I] -> [T, O], as sum_ip W[o, i, p] f[t, i, p] + b[o]."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: Any):
         self.linear = linear
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Half:
 
 
 class GroupHalf(Half):
-    def __init__(self, phi: nn.Module, linear: nn.Module):
+    def __init__(self, phi: nn.Module, linear: nn.Linear):
         super().__init__(linear)
         self.phi = phi
 
@@ -98,7 +99,7 @@ class GroupHalf(Half):
 class EdgeHalf(Half):
     def __init__(self, layer: FasterKANLayer):
         super().__init__(layer.spline_linear)
-        self.layer = layer
+        self.layer: Any = layer
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.layer(x)
@@ -122,13 +123,13 @@ class EdgeHalf(Half):
             self.bias.copy_(bias)
 
 
-def edge_features(layer: FasterKANLayer, u: Tensor) -> Tensor:
+def edge_features(layer: Any, u: Tensor) -> Tensor:
     """Basis values of normalised inputs u [T, I], with silu(u) where the layer has a base branch: [T, I, P]."""
     basis = rswaf_basis(u, layer.rbf.grid, layer.rbf.h)
     return basis if layer.base_linear is None else torch.cat([basis, F.silu(u)[..., None]], -1)
 
 
-def halves(mlp: nn.Module) -> tuple[Half, Half]:
+def halves(mlp: Model) -> tuple[Half, Half]:
     if isinstance(mlp, GroupKAN):
         return GroupHalf(mlp.phi1, mlp.fc1), GroupHalf(mlp.phi2, mlp.fc2)
     return EdgeHalf(mlp.layers[0]), EdgeHalf(mlp.layers[1])
@@ -169,7 +170,7 @@ class _Moments:
         return (self.ff - (torch.outer(self.f, self.f) / self.total if centred else 0)) / self.total
 
 
-def calibrate(model: nn.Module, batches: Iterator[Tensor], seed: int = 0) -> Calibration:
+def calibrate(model: Model, batches: Iterator[Tensor], seed: int = 0) -> Calibration:
     """What `model`, in evaluation mode, does on images [B, 3, S, S]: see `Calibration`."""
     blocks = list(model.blocks)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
@@ -178,7 +179,8 @@ def calibrate(model: nn.Module, batches: Iterator[Tensor], seed: int = 0) -> Cal
              for number, block in enumerate(blocks)]
     hooks.append(blocks[0].register_forward_pre_hook(lambda _, args: found.inputs.append(args[0].detach())))
     generator = torch.Generator().manual_seed(seed)
-    moments, fisher, tokens = [_Moments() for _ in blocks], [0.0] * len(blocks), 0
+    moments, tokens = [_Moments() for _ in blocks], 0
+    fisher: list[Any] = [0.0] * len(blocks)
     try:
         for images in batches:
             logits = model(images.requires_grad_())
@@ -247,7 +249,7 @@ def removal_order(covariance: Tensor, weight: Tensor, fisher: Tensor, groups: in
     return order
 
 
-def rank_hidden(model: nn.Module, calibration: Calibration, groups: int) -> list[Removal]:
+def rank_hidden(model: Model, calibration: Calibration, groups: int) -> list[Removal]:
     """Hidden units of all blocks, those first without which the loss rises least; one unit of each group stays."""
     removals = []
     for number, block in enumerate(model.blocks):
@@ -260,7 +262,7 @@ def rank_hidden(model: nn.Module, calibration: Calibration, groups: int) -> list
 
 def edge_deviations(half: Half, inputs: Sequence[Tensor]) -> Tensor:
     """Standard deviation of every edge function phi_oi over what arrives, x [T, I] in parts: [O, I]."""
-    total, first, second = 0, 0.0, 0.0
+    total, first, second = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x in inputs:
         f = double(half.features(x))
         total, first = total + len(f), first + f.sum(0)
@@ -272,7 +274,7 @@ def edge_deviations(half: Half, inputs: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def rank_edges(model: nn.Module, calibration: Calibration) -> list[Removal]:
+def rank_edges(model: Model, calibration: Calibration) -> list[Removal]:
     """Hidden units of all blocks, those first whose edges are weak: the smaller of the strongest edge that comes in and the
     strongest that goes out, each relative to its layer's (Liu et al., arXiv:2404.19756, section 2.5: a unit stays that has
     a strong edge on both sides)."""
@@ -289,7 +291,8 @@ def rank_edges(model: nn.Module, calibration: Calibration) -> list[Removal]:
 
 def by_chance(removals: list[Removal], seed: int) -> list[Removal]:
     """The same number of units in a random order: what a ranking has to beat."""
-    random, groups = np.random.default_rng(seed), {}
+    random = np.random.default_rng(seed)
+    groups: dict[int, list[list[int]]] = {}
     for removal in removals:
         groups.setdefault(removal.block, []).append(removal.units)
     shuffled = []
@@ -300,7 +303,7 @@ def by_chance(removals: list[Removal], seed: int) -> list[Removal]:
 
 
 @torch.no_grad()
-def feed_forward_inputs(model: nn.Module, inputs: list[Tensor]) -> Iterator[list[Tensor]]:
+def feed_forward_inputs(model: Model, inputs: list[Tensor]) -> Iterator[list[Tensor]]:
     """What enters each block's feed-forward, [T, D] in parts of `CHUNK` tokens, from what enters the first block. The
     feed-forward may be changed before the next one is asked for, which sees what it gives then."""
     for block in model.blocks:
@@ -321,18 +324,18 @@ def refit(half: Half, inputs: Sequence[Tensor], targets: Sequence[Tensor], weigh
     sums = _Moments()
     for x, target, weight in zip(inputs, targets, weights):
         sums.add(half.features(x).flatten(1), weight, target - half(x))
-    biased = half.bias is not None
-    gram = sums.covariance(biased)
+    bias = half.bias
+    gram = sums.covariance(bias is not None)
     gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    moment = (sums.rf - (torch.outer(sums.r, sums.f) / sums.total if biased else 0)) / sums.total
+    moment = (sums.rf - (torch.outer(sums.r, sums.f) / sums.total if bias is not None else 0)) / sums.total
     change = torch.linalg.solve(gram, moment, left=False)       # [O, IP]
     weight = double(half.weight) + change.unflatten(1, half.weight.shape[1:])
-    half.set(weight, double(half.bias) + (sums.r - change @ sums.f) / sums.total if biased else None)
+    half.set(weight, None if bias is None else double(bias) + (sums.r - change @ sums.f) / sums.total)
 
 
 def channel_moments(new: Tensor, old: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """E[w f' f'^T] [I, Q, Q] and E[w f' f^T] [I, Q, P] of each channel, for features f' [T, I, Q], f [T, I, P], weights [T]."""
-    own, cross = 0.0, 0.0
+    own, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for f, g, w in zip(new.split(512), old.split(512), weights.split(512)):         # bounds the memory
         weighted, f, g = double(f * w[:, None, None]), double(f), double(g)
         own, cross = own + torch.einsum("tiq,tir->iqr", weighted, f), cross + torch.einsum("tiq,tip->iqp", weighted, g)
@@ -433,7 +436,7 @@ def fit_edges(new: EdgeHalf, old: EdgeHalf, x: Tensor, weights: Tensor) -> None:
     gram, cross = channel_moments(features, old.features(x), weights)
     change = torch.linalg.solve(ridged(gram), cross)                # [I, Q, P]
     weight = torch.einsum("oip,iqp->oiq", double(old.weight), change)
-    if new.bias is None:
+    if old.bias is None:
         new.set(weight, None)
     else:
         new.set(weight[..., :-1], double(old.bias) + weight[..., -1].sum(1))
@@ -443,7 +446,7 @@ def fit_edges(new: EdgeHalf, old: EdgeHalf, x: Tensor, weights: Tensor) -> None:
 class Plan(ABC):
     """Ways of making a model smaller: level 0 is the model as it is, each further one has fewer parameters."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, calibration: Calibration):
+    def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         self.model, self.given, self.calibration = model, spec, calibration
 
     @abstractmethod
@@ -455,12 +458,12 @@ class Plan(ABC):
         """The smaller model's arguments."""
 
     @abstractmethod
-    def fill(self, level: int, number: int, old: nn.Module, new: nn.Module, inputs: list[Tensor],
+    def fill(self, level: int, number: int, old: Model, new: Model, inputs: list[Tensor],
              weights: list[Tensor]) -> None:
         """Give the feed-forward of block `number` its values; inputs x [T, D] and weights [T] of tokens in parts."""
 
     @abstractmethod
-    def prunable(self, model: nn.Module) -> int:
+    def prunable(self, model: Model) -> int:
         """Parameters of which a budget is a share."""
 
     def size(self, level: int) -> int:
@@ -469,13 +472,13 @@ class Plan(ABC):
             return self.prunable(timm.create_model(spec.name, **spec.kwargs))
 
     @torch.no_grad()
-    def build(self, level: int) -> tuple[nn.Module, ModelSpec]:
+    def build(self, level: int) -> tuple[Model, ModelSpec]:
         """The smaller model, in evaluation mode on the device of the model."""
         spec = self.spec(level)
         if level == 0:
             return self.model, spec
         device = next(self.model.parameters()).device
-        model = timm.create_model(spec.name, **spec.kwargs).to(device).eval().requires_grad_(False)
+        model: Model = timm.create_model(spec.name, **spec.kwargs).to(device).eval().requires_grad_(False)
         model.load_state_dict({key: value for key, value in self.model.state_dict().items() if ".mlp." not in key}, strict=False)
         for block, given in zip(model.blocks, self.model.blocks):
             block.norm2.eps = given.norm2.eps
@@ -488,7 +491,7 @@ class Plan(ABC):
 class Hidden(Plan):
     """Fewer hidden units: each level has one `Removal` more than the one before."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, calibration: Calibration, removals: list[Removal]):
+    def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration, removals: list[Removal]):
         super().__init__(model, spec, calibration)
         self.removals = removals
 
@@ -508,10 +511,10 @@ class Hidden(Plan):
         widths = [len(units) for units in self.kept(level)]
         return ModelSpec(self.given.name, {**self.given.kwargs, "hdim_kan": models_kan.one_or_each(widths)})
 
-    def prunable(self, model: nn.Module) -> int:
+    def prunable(self, model: Model) -> int:
         return sum(models_kan.count_parameters(block.mlp) for block in model.blocks)
 
-    def fill(self, level: int, number: int, old: nn.Module, new: nn.Module, inputs: list[Tensor],
+    def fill(self, level: int, number: int, old: Model, new: Model, inputs: list[Tensor],
              weights: list[Tensor]) -> None:
         units = torch.tensor(self.kept(level)[number], device=inputs[0].device)
         (before, _), (first, second) = halves(old), halves(new)
@@ -544,7 +547,7 @@ def fit_norm(new: nn.LayerNorm, old: nn.LayerNorm, inputs: list[Tensor], weights
 class Functions(Plan):
     """Fewer groups or fewer grid points, their functions fitted where inputs arrive, and the linear maps after that."""
 
-    def fill(self, level: int, number: int, old: nn.Module, new: nn.Module, inputs: list[Tensor],
+    def fill(self, level: int, number: int, old: Model, new: Model, inputs: list[Tensor],
              weights: list[Tensor]) -> None:
         between, out = [halves(old)[0](x) for x in inputs], [old(x) for x in inputs]
         first, second = halves(new)
@@ -559,10 +562,10 @@ class Functions(Plan):
             new.fc2.weight.copy_(old.fc2.weight[:, order])
             between = [z[:, order] for z in between]
         else:
-            for now, before, arriving in zip((first, second), halves(old), (inputs, between)):
-                now.layer.layernorm.load_state_dict(before.layer.layernorm.state_dict())
-                place_grid(now.layer.rbf, before.layer.rbf)
-                fit_edges(now, before, *sample(arriving, weights))
+            for now, before, arriving in zip(new.layers, old.layers, (inputs, between)):
+                now.layernorm.load_state_dict(before.layernorm.state_dict())
+                place_grid(now.rbf, before.rbf)
+                fit_edges(EdgeHalf(now), EdgeHalf(before), *sample(arriving, weights))
         if not isinstance(new, GroupKAN) or isinstance(new.phi1, GroupActivation):
             refit(first, inputs, between, weights)
         refit(second, [first(x) for x in inputs], out, weights)
@@ -572,7 +575,7 @@ class Groups(Functions):
     """Fewer groups of a group KAN: those whose functions are alike become one. Channels of the residual stream stay where
     they are, so that neighbours come together before the first map; hidden units are sorted anew."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, calibration: Calibration):
+    def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         super().__init__(model, spec, calibration)
         phis = [phi for block in model.blocks for phi in (block.mlp.phi1, block.mlp.phi2) if isinstance(phi, GroupActivation)]
         most = max(len(phi.coefficients) for phi in phis)
@@ -586,18 +589,19 @@ class Groups(Functions):
         return self.given if level == 0 else ModelSpec(
             self.given.name, {**self.given.kwargs, "kan_groups": self.counts[level]})
 
-    def prunable(self, model: nn.Module) -> int:
+    def prunable(self, model: Model) -> int:
         return coefficients_of(model)
 
 
 class Points(Functions):
     """Fewer grid points over the same range, h growing with their spacing."""
 
-    def __init__(self, model: nn.Module, spec: ModelSpec, calibration: Calibration):
+    def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         super().__init__(model, spec, calibration)
         mlp = model.blocks[0].mlp
-        self.points, self.h = (len(mlp.phi2.points), mlp.phi2.h) if isinstance(mlp, GroupKAN) else (
-            mlp.layers[0].rbf.num_grids, mlp.layers[0].rbf.initial_h)
+        of_groups = isinstance(mlp, GroupKAN)
+        self.points: int = len(mlp.phi2.points) if of_groups else mlp.layers[0].rbf.num_grids
+        self.h: float = mlp.phi2.h if of_groups else mlp.layers[0].rbf.initial_h
 
     def __len__(self) -> int:
         return self.points - 1
@@ -611,11 +615,11 @@ class Points(Functions):
             kwargs["kan_h"] = self.h * (self.points - 1) / (points - 1)     # else it is the spacing anyhow
         return ModelSpec(self.given.name, kwargs)
 
-    def prunable(self, model: nn.Module) -> int:
+    def prunable(self, model: Model) -> int:
         return coefficients_of(model)
 
 
-def coefficients_of(model: nn.Module) -> int:
+def coefficients_of(model: Model) -> int:
     """Numbers that say what the learned functions are."""
     found = [parameter for module in model.modules() for parameter in (
         [module.coefficients, module.scale] if isinstance(module, GroupActivation)
@@ -629,7 +633,7 @@ def place_grid(new: RSWAFGrid, old: RSWAFGrid) -> None:
     if isinstance(new.grid, nn.Parameter):
         places = np.linspace(0, len(old.grid) - 1, len(new.grid))
         new.grid.copy_(torch.from_numpy(np.interp(places, np.arange(len(old.grid)), old.grid.double().cpu().numpy())))
-    if isinstance(new.h, nn.Parameter):
+    if isinstance(new.h, nn.Parameter) and isinstance(old.h, Tensor):
         new.h.copy_(old.h * (len(old.grid) - 1) / (len(new.grid) - 1))
 
 
@@ -646,7 +650,7 @@ def check(spec: ModelSpec, what: str) -> None:
                         f" or {'groups' if suffix == 'GKAN' else 'edges'}")
 
 
-def make_plan(model: nn.Module, spec: ModelSpec, what: str, calibration: Calibration) -> Plan:
+def make_plan(model: Model, spec: ModelSpec, what: str, calibration: Calibration) -> Plan:
     """The plan that removes what matters least. what: one of `KINDS`. Raises UserError as `check` does."""
     check(spec, what)
     if what == "groups":

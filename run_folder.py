@@ -12,7 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,13 @@ import torch
 import yaml
 
 import peers
+import tracking
 from checkpoints import CHECKPOINT, save_checkpoint, saved_checkpoints
 from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, say
 
 if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
     from engine import TrainState
 
 
@@ -35,7 +39,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
     packages = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {"python": platform.python_version(), **packages, "platform": platform.platform(),
-            "cuda": torch.version.cuda if torch.cuda.is_available() else "none"}
+            "cuda": torch.version.cuda or "none" if torch.cuda.is_available() else "none"}
 
 
 def git_commit() -> str:
@@ -58,19 +62,24 @@ class RunFolder:
     `status.json` says how the run stands, since torchrun hides its exit code: {"state": "running" | "finished" |
     "preempted" | "failed", "epoch", "step", "reason", "exit_code", "processes", "host", "pid", "time"}.
 
-    keep: checkpoints, besides the best ones. save_minutes: between checkpoints within an epoch, 0: none."""
+    keep: checkpoints, besides the best ones. save_minutes: between checkpoints within an epoch, 0: none. track: those of
+    `tracking.TRACKERS` that are told, too, under the project `track_project`."""
 
     RETRY_S = 60    # after a checkpoint could not be written
 
-    def __init__(self, folder: str, process: Process, keep: int = 2, save_minutes: float = 0):
+    def __init__(self, folder: str, process: Process, keep: int = 2, save_minutes: float = 0, track: Sequence[str] = (),
+                 track_project: str = ""):
         self.folder_name, self.keep, self.save_minutes = folder, keep, save_minutes
         self.saved_at = time.monotonic()
         self.folder = Path(folder).expanduser() if folder and process.is_main else None
         self.process = process
         self.failed = ""
-        self.board = None
+        self.board: SummaryWriter | None = None
         self.unwritten = ""     # lines of log.txt that had no room yet
+        self.track, self.track_project = track, track_project
+        self.trackers: list[tracking.Tracker] = []
         if self.folder:
+            tracking.check(track)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=self.folder):
@@ -89,10 +98,13 @@ class RunFolder:
         """Record flags, command and versions; take back the log lines of epochs that will be done again."""
         if not self.folder:
             return
-        launch = {"command": shlex.join([Path(sys.executable).name, "main.py", *argv]), "started":
-                  datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
-                  "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
-                  "device": str(self.process.device), "versions": versions()}
+        goes_on = bool(epoch or step)
+        launch: dict[str, Any] = {
+            "run_id": goes_on and _run_id(self.folder) or uuid.uuid4().hex,
+            "command": shlex.join([Path(sys.executable).name, "main.py", *argv]),
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
+            "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
+            "device": str(self.process.device), "versions": versions()}
         with self._tolerant("args.yaml, run.yaml and log.txt"):
             for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
                 leftover.unlink(missing_ok=True)
@@ -105,28 +117,46 @@ class RunFolder:
                 kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]
                 _write_whole(log, "".join(line + "\n" for line in kept))
             _write_whole(self.folder / "args.yaml", args_yaml)
-            with open(self.folder / "run.yaml", "a" if epoch or step else "w") as file:
+            with open(self.folder / "run.yaml", "a" if goes_on else "w") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
+        if self.track:
+            about = tracking.About(launch["run_id"], self.folder.resolve().name, self.track_project, self.folder,
+                                   yaml.safe_load(args_yaml), launch)
+            self.trackers = [tracking.Tracker(name, about) for name in dict.fromkeys(self.track)]
 
     def log(self, record: dict[str, Any]) -> None:
-        """One line of log.txt, and its numbers as TensorBoard scalars at the record's epoch."""
+        """One line of log.txt, and its numbers as TensorBoard scalars and to the trackers at the record's epoch."""
         if not self.folder:
             return
+        numbers = {re.sub(r"^(train|test|ema_test)_", r"\1/", key): value for key, value in record.items()
+                   if key != "epoch" and isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(record["epoch"], numbers)
         self.unwritten += json.dumps(record) + "\n"
         with self._tolerant("log.txt"):
             _append_whole(self.folder / "log.txt", self.unwritten)
             self.unwritten = ""
         if self.unwritten:
             return
+
+        def scalars(board: "SummaryWriter") -> None:
+            for key, value in numbers.items():
+                board.add_scalar(key, value, record["epoch"])
+
+        self.events(record["epoch"], scalars)
+
+    def events(self, epoch: int, write: Callable[["SummaryWriter"], None]) -> None:
+        """Let `write` add to the TensorBoard events, at this epoch."""
+        if not self.folder:
+            return
         with self._tolerant("the TensorBoard events"):
-            board, self.board = self.board or self._open_board(record["epoch"]), None     # a writer that failed is dead
-            for key, value in record.items():
-                if key != "epoch" and isinstance(value, (int, float)):
-                    board.add_scalar(re.sub(r"^(train|test|ema_test)_", r"\1/", key), value, record["epoch"])
+            board, self.board = self.board or self._open_board(epoch), None     # a writer that failed is dead
+            write(board)
             board.flush()
             self.board = board
 
-    def _open_board(self, epoch: int):
+    def _open_board(self, epoch: int) -> "SummaryWriter":
+        assert self.folder is not None
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         def hook(failure: threading.ExceptHookArgs) -> None:
@@ -176,6 +206,11 @@ class RunFolder:
     def telling(self, state: "TrainState") -> Iterator[None]:
         """status.json follows the training inside, however it ends. A collective that failed because a process is gone is
         raised as TrainingFailed that names it."""
+        def end(how: str, reason: str, exit_code: int) -> None:
+            self.status(how, state.epoch, state.step, reason, exit_code)
+            for tracker in self.trackers:
+                tracker.finish(how, exit_code)
+
         def failed(reason: str) -> None:
             self.status("failed", state.epoch, state.step, reason, EXIT_FAILED)
 
@@ -184,17 +219,16 @@ class RunFolder:
             self.status("running", state.epoch, state.step)
             yield
         except (UserError, TrainingFailed, Preempted) as error:
-            how = "preempted" if isinstance(error, Preempted) else "failed"
-            self.status(how, state.epoch, state.step, str(error), error.exit_code)
+            end("preempted" if isinstance(error, Preempted) else "failed", str(error), error.exit_code)
             raise
         except Exception as error:
             lost = peers.lost(error)
-            failed(str(lost or error) or type(error).__name__)
+            end("failed", str(lost or error) or type(error).__name__, EXIT_FAILED)
             if lost is None:
                 raise
             raise lost from error
         else:
-            self.status("finished", state.epoch, state.step, exit_code=0)
+            end("finished", "", 0)
 
     def stopped_by(self, signal: str, state: "TrainState") -> str:
         """What a run that a signal stops leaves behind, in a sentence."""
@@ -221,6 +255,14 @@ class RunFolder:
         else:
             if what == CHECKPOINT:
                 self.failed = ""
+
+
+def _run_id(folder: Path) -> str:
+    """What the earlier launches of the run in a folder are known by, or ''."""
+    try:
+        return yaml.safe_load((folder / "run.yaml").read_text())[-1]["run_id"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, IndexError):
+        return ""
 
 
 def _epoch_of(line: str) -> float:

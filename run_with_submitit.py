@@ -31,7 +31,7 @@ from utils import EXIT_PREEMPTED, UserError
 try:
     import submitit
 except ImportError:
-    submitit = None
+    submitit = None     # type: ignore[assignment]
 
 WAIT_FOR_FIRST_TASK_S = 300
 

@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 class SampleKey(NamedTuple):
     """One draw of the training order. (seed, epoch, position) seeds its augmentation, so the result
     depends neither on the worker that makes it nor on how many workers or processes there are."""
-    index: int      # of the image in the data set
+    index: int      # type: ignore[assignment]  # of the image in the data set; a tuple has a method of the name
     seed: int
     epoch: int
     position: int   # in the epoch's order over all processes

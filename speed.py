@@ -63,7 +63,7 @@ class StepProfiler:
         self.step = 0
         self.first = self.wait + settle + 1
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
-        self.profile = profile(activities=activities, on_trace_ready=self._write, acc_events=True,
+        self.profile: profile | None = profile(activities=activities, on_trace_ready=self._write, acc_events=True,
                                schedule=schedule(wait=self.wait, warmup=settle, active=self.active, repeat=1))
         self.profile.start()
 

@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -28,13 +29,13 @@ import models_kan
 import vetting
 from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
 from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
-from datasets import Loaders, guess_data_set
+from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, needs_splitting
 from downloads import fetch
 from engine import TrainState
 from group_kan import GroupActivation
-from models_kan import KAN_OPTIONS, ModelSpec
+from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
-from samplers import RASampler
+from samplers import RASampler, SampleKey
 from utils import Process, UserError, say, world_size_of_launch
 
 
@@ -82,6 +83,7 @@ def _good(path: str, checkpoint: dict[str, Any], config: Config, of_a_run: bool 
     check_entries(checkpoint, path, complete=of_a_run)
     vetting.check_flags(checkpoint, path)
     start = Start("eval" if config.args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
+    assert start.spec is not None
     model = vetting.check_weights(start.spec, checkpoint, path)
     if checkpoint.get("model_ema"):
         vetting.check_weights(start.spec, checkpoint, path, "model_ema")
@@ -103,7 +105,8 @@ def _check_state(model: nn.Module, start: Start, config: Config) -> None:
     vetting.check_optimizer(optimizer, start.checkpoint.get("optimizer"))
     vetting.check_scaler(start.checkpoint.get("scaler"), start.path)
     if args.sched == "plateau":
-        scheduler, stored = build_scheduler(args, optimizer, 1), start.checkpoint.get("lr_scheduler") or {}
+        scheduler: Any = build_scheduler(args, optimizer, 1)
+        stored = start.checkpoint.get("lr_scheduler") or {}
         own = {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": [1.0] * len(optimizer.param_groups)}
         if not own.keys() <= stored.keys() or not all(vetting.same_kind(own[key], stored[key]) for key in own):
             raise UserError(f"checkpoint {start.path}: its 'lr_scheduler' is not that of --sched plateau, which it was trained "
@@ -177,6 +180,8 @@ def settle(config: Config, start: Start, process: Process) -> Config:
     config = resolve(config, stored, purpose=start.purpose)
     if found:
         config = _with(config, data_set=found, source="data folder")
+    if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
+        config = _with(config, val_split=VAL_SPLIT, source="data folder")       # where it is evaluated it comes from here
     config = with_own_input_size(config)
     if "num_workers" not in config.given:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -224,6 +229,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
     if not timm.is_model(spec.name.split(".")[0]):
         raise UserError(f"--model {spec.name} is unknown: --list-models prints this project's models, "
                         "timm.list_models() all others")
+    model: Any
     kwargs = {**_options_with_effect(spec, config), "drop_path_rate": args.drop_path}
     if args.drop:       # DeiT's --drop: after the position embedding, in projections and feed-forwards
         kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
@@ -250,6 +256,8 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             where, value = config.given.get(key), getattr(args, key)
             if where == "command line" or (where and value != get_args_parser().get_default(key)):
                 raise _no_effect(key, spec.name, like="kan_groups")
+    if args.log_kan and not args.eval and not any(isinstance(module, FunctionLayer) for module in model.modules()):
+        raise _no_effect("log_kan", spec.name, like="kan_grid_points")
     embed = getattr(model, "patch_embed", None)
     if isinstance(embed, PatchEmbed) and any(args.input_size % side for side in embed.patch_size):
         side = embed.patch_size[0]
@@ -308,15 +316,23 @@ def load_start(model: nn.Module, spec: ModelSpec, start: Start, loaders: Loaders
 
 def _calibration_batch(loaders: Loaders, seed: int, size: int = 64) -> torch.Tensor:
     """Training images (with --eval: validation images), the same on every process."""
-    if loaders.train:
-        data = loaders.train.dataset
-        keys = list(islice(RASampler(data, num_repeats=1, seed=seed), size))
-    else:
-        data = loaders.val.dataset
-        keys = list(range(0, len(data), max(1, len(data) // size)))[:size]
+    if not loaders.train:
+        return validation_images(loaders, size)
+    data: Any = loaders.train.dataset
+    return _readable(data, list(islice(RASampler(data, num_repeats=1, seed=seed), size)))
+
+
+def validation_images(loaders: Loaders, size: int = 64) -> torch.Tensor:
+    """[B, 3, S, S]: so many readable validation images, if there are, spread evenly over their order. Uses no random number
+    and no loader process. Raises UserError where none can be read."""
+    data: Any = loaders.val.dataset
+    return _readable(data, range(0, len(data), max(1, len(data) // size))[:size])
+
+
+def _readable(data: ImageSet, keys: Sequence[SampleKey | int]) -> torch.Tensor:
     readable = [image for image, target in map(data.__getitem__, keys) if target >= 0]
     if not readable:
-        raise UserError("no image to calibrate the conversion with can be read: check the data folder")
+        raise UserError("no image to calibrate with can be read: check the data folder")
     return torch.stack(readable)
 
 
@@ -417,8 +433,8 @@ def build_state(args: Namespace, model: nn.Module, lr: float, updates_per_epoch:
                 amp_dtype: torch.dtype) -> TrainState:
     """Optimizer, schedule, loss scaler (float16 only) and moving average for a model that is on its device."""
     optimizer = build_optimizer(args, model, lr)
-    ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None) \
-        if args.model_ema else None
+    keep_on: Any = "cpu" if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, args.model_ema_decay, device=keep_on) if args.model_ema else None
     return TrainState(model, optimizer, build_scheduler(args, optimizer, updates_per_epoch),
                       torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), ema,
                       epoch=args.start_epoch)

@@ -1,14 +1,16 @@
 """A trained model out of a checkpoint, ready to be used, and images to use it on: what the tools begin with."""
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from timm.data import ImageNetInfo
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -31,13 +33,15 @@ _STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses
 class Trained:
     """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
     effective flags; `args.input_size` and `args.eval_crop_ratio` say how images are prepared. class_names: one for each
-    output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer."""
+    output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer. weights: the key
+    in `WEIGHTS` of those that the model has."""
     model: nn.Module
     spec: ModelSpec
     config: Config
     class_names: list[str]
     path: str
     about: dict[str, Any]
+    weights: str = "model"
 
     @property
     def args(self) -> Namespace:
@@ -46,6 +50,14 @@ class Trained:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How an image is prepared, as `timm.data.create_transform` takes it: the same tensor as here. At 32 px and below that is
+        so for an image that has the size already; a larger one is resized to it whole, where here it is cropped."""
+        size = self.args.input_size
+        return {"input_size": (3, size, size), "crop_pct": self.args.eval_crop_ratio if size > 32 else 1.0,
+                "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
     def loaders(self) -> Loaders:
         """The validation images that --data-path and --data-set among the flags name, as `main.py --eval` has them.
@@ -57,6 +69,9 @@ class Trained:
     def training_images(self) -> ImageSet:
         """The training images that --data-path and --data-set name, prepared as those of an evaluation are."""
         data, _ = build_dataset(True, self.args, self.about.get("class_names"))
+        if data.is_stream:
+            raise UserError(f"--data-set {self.args.data_set} is a stream, from which no images can be chosen: give the "
+                            "same images as a folder or as another data set that is read by number")
         return ImageSet(Split(data.images, data.targets, data.classes), False, self.args)
 
 
@@ -73,16 +88,19 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
         raise UserError(f"checkpoint {start.path} holds no {weights}: leave out --weights {weights}")
     state = weights_of(start.checkpoint, start.path, weights)
     spec = start.spec
+    assert spec is not None
     if "num_classes" not in spec.kwargs:        # another model of timm's
         spec = ModelSpec(spec.name, {**spec.kwargs, "num_classes": vetting.check_weights(
             spec, start.checkpoint, start.path).num_classes})
+    model: Any
     model, spec = starting.build_model(spec, config)
     models_kan.load_exactly(model, state, f"{weights} in checkpoint {start.path}")
     chosen = utils.choose_device(device)
-    starting.choose_backend(config, spec, chosen)
+    with redirect_stdout(sys.stderr):       # a tool's standard output is its result
+        starting.choose_backend(config, spec, chosen)
     model = model.to(chosen).eval().requires_grad_(False)
     about = {key: value for key, value in start.checkpoint.items() if key not in _STATE and not isinstance(value, Tensor)}
-    return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about)
+    return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about, weights)
 
 
 def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:

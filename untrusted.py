@@ -163,8 +163,10 @@ def _play(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
         del stack[first:]
         return items
 
+    value: Any
     for opcode, value, place in pickletools.genops(file):
         name = opcode.name
+        assert place is not None        # a file tells where it is
         if place - start > MOST_PICKLED:
             raise ValueError("it holds too much beside tensors")
         if name in _LITERALS:

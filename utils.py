@@ -19,6 +19,16 @@ class UserError(Exception):
     exit_code = EXIT_BAD_INPUT
 
 
+class UnreadableData(UserError):
+    """So many images in a row cannot be read that going on makes no sense, or a stream is not what it is said to be."""
+
+    # Not in datasets.py, where it is raised: loader processes send it by its module's name, which may have come to mean Hugging
+    # Face's package.
+    def __init__(self, text: str):
+        # A DataLoader raises a worker's exception again with the whole traceback as its text.
+        super().__init__(text.strip().rsplit(f"{type(self).__name__}: ", 1)[-1])
+
+
 class TrainingFailed(Exception):
     """The run cannot go on; its text is one sentence that says why and what was kept."""
     exit_code = EXIT_FAILED
@@ -98,7 +108,7 @@ def stop_together(process: Process) -> Iterator[None]:
     except UserError as e:
         error = str(e)
     if process.world_size > 1:
-        errors = [None] * process.world_size
+        errors: list[str | None] = [None] * process.world_size
         dist.all_gather_object(errors, error)
         error = next(filter(None, errors), None)
     if error:

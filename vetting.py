@@ -91,7 +91,8 @@ def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key
     Raises UserError that names the first that does not; what: the file and key, for the sentence."""
     state, what = weights_of(checkpoint, path, key), what or f"{key} in checkpoint {path}"
     if not spec.kwargs:         # another model of timm's, whose description is its name: its class count is in the head
-        heads = get_pretrained_cfg(spec.name).classifier or ()
+        cfg = get_pretrained_cfg(spec.name)
+        heads = cfg and cfg.classifier or ()
         sizes = [state[f"{head}.weight"].shape[0] for head in ([heads] if isinstance(heads, str) else heads)
                  if f"{head}.weight" in state and state[f"{head}.weight"].ndim]
         spec = ModelSpec(spec.name, {"num_classes": sizes[0]}) if sizes else spec

@@ -59,7 +59,7 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
         return "chunked"
     if _is_for_triton(name, device):
         return "triton" if num_points <= MAX_POINTS else "chunked"
-    if device == "cpu" and points is not None and native.supports(points, h) \
+    if device == "cpu" and points is not None and h is not None and native.supports(points, h) \
             and native.library(len(points), base) is not None:
         return "native"
     return "chunked"

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +49,17 @@ def library(points: int, base: str | None = None) -> ctypes.CDLL | None:
     """The kernels for grids of so many points: the activation's with a base function, without one the basis's."""
     command = compiler()
     if command is None:
-        return _without("no C++ compiler (g++ or clang++) was found")
+        _without("no C++ compiler (g++ or clang++) was found")
+        return None
     try:
         found = _load(command, points, base)
     except (OSError, subprocess.SubprocessError) as error:
-        return _without(f"{command} could not build them ({str(error).strip().splitlines()[-1][:200]})")
-    pointer, integer, long, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    constants, matrix = [pointer, real, real], [long, long]
+        _without(f"{command} could not build them ({str(error).strip().splitlines()[-1][:200]})")
+        return None
+    pointer: Any = ctypes.c_void_p      # lists of these hold several types
+    integer, long, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    constants: list[Any] = [pointer, real, real]
+    matrix: list[Any] = [long, long]
     if base is None:
         found.rswaf_basis.argtypes = [pointer, integer, pointer, integer, *matrix, *constants]
         found.rswaf_basis_grad.argtypes = [pointer, integer, pointer, integer, pointer, *matrix, *constants]
@@ -113,6 +118,7 @@ def _compiled(command: str, points: int, base: str | None) -> Path:
         except subprocess.CalledProcessError as failed:
             error = failed
     else:
+        assert error is not None
         raise OSError(error.stderr.strip() or str(error))
     os.replace(shared, file)                        # whole or not at all, whoever else builds it now
     objects.unlink()
@@ -146,7 +152,15 @@ def supports(points: tuple[float, ...], h: float) -> bool:
 @functools.lru_cache(maxsize=256)
 def _grid(points: tuple[float, ...], h: float) -> tuple[ctypes.Array, float, float]:
     constants = pair_constants(points, h)
+    assert constants is not None        # `supports` has said so
     return (ctypes.c_float * len(constants))(*constants), (points[0] + points[-1]) / 2, 2 / h
+
+
+def _found(points: int, base: str | None = None) -> ctypes.CDLL:
+    """`library`, where it is there: `backend.resolve` has seen to that."""
+    found = library(points, base)
+    assert found is not None
+    return found
 
 
 def _half(tensor: Tensor) -> int:
@@ -158,7 +172,7 @@ def activation(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tu
     """v [T, C] in u's dtype from contiguous u [T, C] (`DTYPES`), coefficients [groups, G], scale [groups] float32."""
     v = torch.empty_like(u)
     if u.numel():
-        library(len(points), base).rswaf_activation(
+        _found(len(points), base).rswaf_activation(
             u.data_ptr(), v.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(), _address(scale), len(coefficients),
             *_grid(points, h))
     return v
@@ -170,7 +184,7 @@ def activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor |
     du, dc = torch.empty_like(u), torch.zeros(coefficients.shape, dtype=torch.float64)
     dscale = None if scale is None else torch.zeros(len(coefficients), dtype=torch.float64)
     if u.numel():
-        library(len(points), base).rswaf_activation_grad(
+        _found(len(points), base).rswaf_activation_grad(
             dv.data_ptr(), u.data_ptr(), du.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(), _address(scale),
             len(coefficients), *_grid(points, h), dc.data_ptr(), _address(dscale))
     return du, dc.float(), None if dscale is None else dscale.float()
@@ -179,14 +193,14 @@ def activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor |
 def basis(u: Tensor, points: tuple[float, ...], h: float, out: Tensor) -> None:
     """out [T, I, G] = B_k(u) from contiguous u [T, I]; both of `DTYPES`."""
     if u.numel():
-        library(len(points)).rswaf_basis(u.data_ptr(), _half(u), out.data_ptr(), _half(out), *u.shape, *_grid(points, h))
+        _found(len(points)).rswaf_basis(u.data_ptr(), _half(u), out.data_ptr(), _half(out), *u.shape, *_grid(points, h))
 
 
 def basis_grad(values: Tensor, u: Tensor, points: tuple[float, ...], h: float, out: Tensor) -> None:
     """out [T, I] = sum_k values_k dB_k/du, values [T, I, G] being the gradient of the basis; then values = the basis."""
     if u.numel():
-        library(len(points)).rswaf_basis_grad(values.data_ptr(), _half(values), u.data_ptr(), _half(u), out.data_ptr(),
-                                              *u.shape, *_grid(points, h))
+        _found(len(points)).rswaf_basis_grad(values.data_ptr(), _half(values), u.data_ptr(), _half(u), out.data_ptr(),
+                                             *u.shape, *_grid(points, h))
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -7,6 +7,7 @@ Saved for the backward pass: u and the parameters. It computes the basis again a
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,9 @@ def _activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor 
                      h: float, base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor]:
     flat, c, s, points, how = _prepare(u, coefficients, scale, points, h, base, backend_name)
     dv = dv.to(flat.dtype).reshape(flat.shape).contiguous()
+    du: Any
+    dc: Any
+    ds: Tensor | None
     if how == "native":
         du, dc, ds = native.activation_grad(dv, flat, c, s, points, h, base)
     elif how == "triton":
@@ -95,11 +99,11 @@ def _activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor 
     else:
         du, dc, ds = _chunked_grad(dv, flat, c, s, points, h, base)
     return (du.to(u.dtype).view(u.shape), dc.to(coefficients.dtype),
-            u.new_empty(0) if scale is None else ds.to(scale.dtype))
+            u.new_empty(0) if scale is None or ds is None else ds.to(scale.dtype))
 
 
 def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
-             backend_name: str):
+             backend_name: str) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, ...], str]:
     """u [T, I] as the path takes it, parameters in the dtype of the maths, points, and the path."""
     points = tuple(points)
     how = backend.resolve(backend_name, u, len(points), points, h, base)

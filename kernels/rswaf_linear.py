@@ -8,6 +8,7 @@ Legend for shapes: T tokens (all leading dimensions flattened), I inputs, O outp
 """
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +98,9 @@ def _linear_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: 
         else:
             du, dw, dgrid, dh = _chunked_grad(dy, flat, weight, grid, h, single_exp, dtype,
                                               (need_u, need_weight, need_grid, need_h), points if how == "native" else None)
-    return tuple(u.new_empty(0) if gradient is None else gradient.to(like.dtype).view(like.shape)
-                 for gradient, like in ((du, u), (dw, weight), (dgrid, grid), (dh, h_tensor)))
+    du, dw, dgrid, dh = (u.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype).view(like.shape)
+                         for gradient, like in ((du, u), (dw, weight), (dgrid, grid), (dh, h_tensor)))
+    return du, dw, dgrid, dh
 
 
 def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: torch.dtype,
@@ -108,7 +110,7 @@ def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: t
     if single_exp and u.device.type == "cpu" and not isinstance(h, Tensor) and grid.numel() <= native.MAX_POINTS \
             and u.dtype in native.DTYPES and dtype in native.DTYPES:
         points = tuple(grid.tolist())
-    return backend.resolve(backend_name, u, grid.numel(), points, h if points else None), points
+    return backend.resolve(backend_name, u, grid.numel(), points, float(h) if points else None), points
 
 
 @_linear.register_fake
@@ -159,7 +161,7 @@ def _chunked(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_
     for rows in _chunks(u, n_grid):
         if points is not None:
             basis = torch.empty(len(u[rows]), n_grid * n_in, dtype=dtype)
-            native.basis(u[rows], points, h, basis)
+            native.basis(u[rows], points, float(h), basis)
         else:
             basis = _Basis(u[rows], grid, h, single_exp).values.flatten(1).to(dtype)
         torch.mm(basis, w, out=y[rows])
@@ -170,20 +172,23 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
                   dtype: torch.dtype, needs: tuple[bool, ...], points: tuple[float, ...] | None
                   ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     need_u, need_w, need_grid, need_h = needs
+    du: Any
+    dgrid: Any
+    dh: Any         # each None where it is not needed
     n_out, n_in, n_grid = len(weight), u.shape[1], grid.numel()
     w = weight.to(dtype) if points is not None else _columns_by_point(weight, n_grid, dtype)            # [O, G*I]
     du = torch.empty_like(u) if need_u else None
     dw = None
     dgrid = torch.zeros_like(grid) if need_grid else None
-    dh = torch.zeros_like(h) if need_h else None
+    dh = torch.zeros_like(h) if isinstance(h, Tensor) and need_h else None
     for rows in _chunks(u, n_grid):
         if points is not None:
             if need_u:                                                  # one pass: dL/dB out, B in, and du
                 values = dy[rows] @ w
-                native.basis_grad(values, u[rows], points, h, du[rows])
+                native.basis_grad(values, u[rows], points, float(h), du[rows])
             else:
                 values = torch.empty(len(u[rows]), n_grid * n_in, dtype=dtype)
-                native.basis(u[rows], points, h, values)
+                native.basis(u[rows], points, float(h), values)
             if need_w:
                 dw = _add_product(dw, dy[rows].t(), values, weight)
             continue
@@ -200,7 +205,7 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
                 if need_grid:
                     dgrid -= slope.sum((0, 2)).to(grid.dtype)
                 if need_h:
-                    dh -= (slope * basis.distance()).sum().to(h.dtype)
+                    dh -= (slope * basis.distance()).sum().to(dh.dtype)
             else:
                 du[rows] = basis.pull_back(dbasis)
     if need_w:

@@ -402,6 +402,7 @@ def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, 
         raise ValueError(f"dv must be of u's shape {list(u.shape)} and floating, got {list(dv.shape)} {dv.dtype}")
     du = _empty(*u.shape, dtype=u.dtype, device=u.device) if need_u else None
     sums = g + (scale is not None)
+    total: Tensor | None
     if u.numel() == 0:
         total = torch.zeros(groups, sums, dtype=torch.float32, device=u.device)
     else:
@@ -413,8 +414,8 @@ def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, 
                 backward_kernel[grid](dv=dv, u=u, du=du if need_u else u, partial=partial if need_c else table,
                                       steps=steps, **arguments, **constexprs, NEED_U=need_u, NEED_C=need_c, **tile,
                                       APPROX=device.approx, num_warps=tile["WARPS"], num_stages=1)
-        total = partial.view(grid[1], sums, groups, -1).sum((0, 3)).t() if need_c else None     # [groups, sums]
-    if not need_c:
+        total = None if partial is None else partial.view(grid[1], sums, groups, -1).sum((0, 3)).t()    # [groups, sums]
+    if total is None or not need_c:
         return du, None, None
     return du, total[:, :g].contiguous(), total[:, g].contiguous() if scale is not None else None
 

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -101,7 +102,7 @@ TARGETS = {
 
 @functools.lru_cache
 def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)       # its type lacks the last one used here
     if torch.version.hip is not None:
         return Device("hip", 0, properties.shared_memory_per_block, properties.multi_processor_count,
                       properties.gcnArchName.split(":")[0])

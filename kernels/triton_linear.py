@@ -19,6 +19,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -335,7 +336,8 @@ def choose(op: str, device: Device, kind: str, tokens: int, inputs: int, outputs
     """The candidate with the least work on the busiest processor, the first of equals; and in how many parts to split
     the tokens of `backward_weight` (1 elsewhere)."""
     padded = _padded_points(points)
-    best, best_cost = None, None
+    best: Any = None
+    best_cost = None
     for tile in [forced[op]] if op in forced else tiles(op, device, kind):
         if op == "forward":
             blocks = _cdiv(tokens, tile.m) * _cdiv(outputs, tile.n)
@@ -524,7 +526,7 @@ def _case(op: str, tile: Tile, device: Device, kind: str, dtype: str, u: str, po
     constexprs = {"G": points, "GP": padded, "SINGLE_EXP": single_exp, "APPROX": device.approx,
                   "PRECISION": _precision(op, kind, device)}
     tensors = {"dy_p": f"*{dtype}", "u_p": f"*{u}", "w_p": f"*{dtype}", "table": "*fp32"}
-    sizes = ("T", "I", "IP", "O", "OP")
+    sizes: tuple[str, ...] = ("T", "I", "IP", "O", "OP")
     if op == "forward":
         fn, out = forward_kernel, {"y_p": f"*{dtype}"}
         constexprs |= {"BM": tile.m, "BN": tile.n // tile.parts, "PARTS": tile.parts, "BI": tile.k // padded,

@@ -158,9 +158,9 @@ def _of_type(action: Action) -> st.SearchStrategy:
     """Values that the flag might take, good and bad ones, as Python's own types."""
     if action.nargs == 0:
         return st.booleans()
-    if action.choices:
-        return st.sampled_from([*action.choices, *(str(choice).swapcase() for choice in action.choices)])
     one = {int: INTEGERS, float: REALS}.get(action.type, TEXTS)
+    if action.choices:
+        one = st.sampled_from([*action.choices, *(str(choice).swapcase() for choice in action.choices)])
     return st.lists(one, max_size=3) if action.nargs in ("+", 2) else one
 
 
@@ -169,7 +169,8 @@ def _within(dest: str, action: Action) -> st.SearchStrategy:
     if action.nargs == 0:
         return st.booleans()
     if action.choices:
-        return st.sampled_from(list(action.choices))
+        one = st.sampled_from(list(action.choices))
+        return st.lists(one, min_size=1, max_size=2) if action.nargs == "+" else one
     if dest in config._NAMES:
         return st.sampled_from(config._NAMES[dest])
     one = {int: st.integers(0, 64), float: st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1.0]))}.get(
@@ -365,7 +366,13 @@ def _odd_values() -> dict[str, list]:
         "teacher_model": ["nothing", "test_vit"], "teacher_path": ["nowhere.pth", ""],
         "finetune": ["nowhere.pth", "~nobody_here/x", "x" * 5000, "/dev/null", "http://[::1", "é\udcff", "a/" * 3000, "file:///x"],
         "resume": ["auto", "nowhere.pth", "~nobody_here/x", "/dev/null", "x" * 5000, "http://[::1", "é\udcff", "file:///x"],
-        "data_set": [name for name in FLAGS["data_set"].choices if name != "DIGITS"], "inat_category": ["kingdom"],
+        # Hugging Face's would ask the hub
+        "data_set": [name for name in FLAGS["data_set"].choices if name != "DIGITS" and not name.startswith("hf")]
+        + ["torch/image_folder", "torch/cifar10"],
+        "inat_category": ["kingdom"], "val_split": [tiny, 0.5, 1], "num_classes": [1, 3, 10 ** 6],
+        "data_split": [("train", "val"), ("train", ""), ("a.tar|0", "a.tar|5"),
+                       ("a.tar|9", "pipe:touch x.tar|9"), ("x" * 5000,) * 2],
+        "input_key": ["png", ""], "target_key": ["cls", "label,x"],
         "data_path": ["", "nowhere", "~nobody_here", "x" * 5000, "/dev/null", "é\udcff"],
         "output_dir": ["/dev/null", "/proc/nothing", "~nobody_here/x", "x" * 5000, "é\udcff", "a/" * 3000],
         "eval_crop_ratio": [0.1, 0.875, 1], "device": ["cpu", "cpu:0", "cpu:1", "cuda", "cuda:9", "mps", "meta", "auto"],
@@ -374,7 +381,7 @@ def _odd_values() -> dict[str, list]:
         "save_interval_steps": [0, 1, 10 ** 9], "save_interval_minutes": [0, tiny, large], "dist_timeout": [tiny, 1, large],
         "max_unreadable": [0, tiny, 1]}
     for dest, action in FLAGS.items():
-        if dest not in values and dest not in ("download", "compile", "profile", "kan_backend"):
+        if dest not in values and dest not in ("download", "compile", "profile", "kan_backend", "track"):
             values[dest] = list(action.choices) if action.choices and action.nargs != 0 else [True, False]
     return values
 

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from e2e import differences
-from helpers import epochs, sentence
+from helpers import epochs, forked, sentence
 from safetensors.torch import save_file
 
 import checkpoints
@@ -26,8 +27,10 @@ from checkpoints import (
     load_file,
     plain,
     save_checkpoint,
+    save_safetensors,
     saved_checkpoints,
     weights_of,
+    whole,
 )
 from utils import UserError
 
@@ -266,6 +269,49 @@ def test_a_failure_at_any_moment_leaves_the_earlier_files_whole(tmp_path, monkey
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     save_checkpoint({"epoch": 3}, tmp_path)         # and with space again it goes on
     assert epochs(tmp_path) == {CHECKPOINT: 3, PREVIOUS: 1, "best_checkpoint.pth": 1}
+
+
+def test_safetensors_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "deep" / "w.safetensors"
+    save_safetensors({"w": W.t()}, {"epoch": 3, "class_names": ["a"]}, target)
+    assert load_file(target)["epoch"] == 3 and torch.equal(load_file(target)["model"]["w"], W.t())
+    before = target.read_bytes()
+
+    def full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        return sentence(save_safetensors, {"w": torch.zeros(10 ** 4)}, {}, target)
+
+    assert "w.safetensors cannot be written" in forked(full_disk)
+    assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_file_or_folder_takes_its_place_when_all_went_well(folder, tmp_path):
+    def write(place, content):
+        if folder:
+            place.mkdir()
+        (place / "a" if folder else place).write_text(content)
+
+    target = tmp_path / "target"
+    with pytest.raises(KeyError), whole(target) as place:
+        write(place, "half")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with whole(target) as place:
+        write(place, "all")
+        assert not target.exists() and place.name == "target"
+    assert (target / "a" if folder else target).read_text() == "all" and list(tmp_path.iterdir()) == [target]
+
+    def again():
+        with whole(target) as place:
+            write(place, "new")
+
+    if folder:
+        assert "a folder that is not empty is in the way" in sentence(again)
+    else:
+        again()
+    assert (target / "a" if folder else target).read_text() == ("all" if folder else "new")
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_plain():

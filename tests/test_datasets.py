@@ -34,9 +34,9 @@ from torchvision import datasets as torchvision_datasets
 import datasets
 from augment import build_transform
 from config import get_args_parser
-from datasets import FileImages, UnreadableData, batches, build_dataset, build_loaders, guess_data_set, load_image
+from datasets import FileImages, batches, build_dataset, build_loaders, guess_data_set, load_image
 from samplers import RASampler, SampleKey
-from utils import Process, UserError
+from utils import Process, UnreadableData, UserError
 
 CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_datasets.CIFAR10}
 
@@ -188,6 +188,105 @@ def test_a_missing_data_path_is_named(tmp_path, data_set):
                         (tmp_path / "empty", "empty is an empty folder")]:
         with pytest.raises(UserError, match=words):
             build_loaders(make_args(path, data_set=data_set), Process())
+
+
+# ---------------------------------------------------------------- one folder of class folders
+def write_single(root, counts):
+    """counts: dict class -> number of images, in the class folder or below it."""
+    for c, (name, count) in enumerate(counts.items()):
+        (root / name / "deep").mkdir(parents=True)
+        for i in range(count):
+            write_image(root / name / ("deep" if i % 2 else "") / f"{i}.jpg", seed=100 * c + i)
+    return root
+
+
+def halves(root, **changes):
+    """Names of the images to train on and of those held out, with the class folder before them."""
+    loaders = build_loaders(make_args(root, **{"val_split": 0.2, **changes}), Process())
+    return [{os.path.relpath(data.images.name(i), root) for i in range(len(data))}
+            for data in (loaders.train.dataset, loaders.val.dataset)]
+
+
+@pytest.fixture
+def single(tmp_path):
+    return write_single(tmp_path / "photos", {"cat": 20, "dog": 7, "owl": 3})
+
+
+def test_a_single_folder_is_split_by_class(single, capsys):
+    assert guess_data_set(str(single)) == "FOLDER"
+    (single / ".thumbnails").mkdir()
+    train, val = halves(single)
+    assert not train & val and len(train | val) == 30
+    assert [sum(name.startswith(c) for name in val) for c in ("cat", "dog", "owl")] == [4, 1, 1]      # owl: 0.6, but one at least
+    said = capsys.readouterr().out
+    assert f"{single}: 3 classes, 24 images to train on, 6 held out (--val-split 0.2, --seed 0)" in said
+    assert halves(single) == [train, val] and halves(single, seed=1)[1] != val
+    assert len(halves(single, val_split=0.5)[1]) == 10 + 4 + 2
+
+
+def test_a_new_photo_moves_one_other_at_most(single):
+    before = halves(single)[1]
+    for i in range(20, 40):
+        write_image(single / "cat" / f"{i}.jpg", seed=i)
+        after = halves(single)[1]
+        assert len((before - after) - {f"cat/{i}.jpg"}) <= 1 and len((after - before) - {f"cat/{i}.jpg"}) <= 1
+        before = after
+    os.rename(single, single.parent / "elsewhere")      # where it is does not matter
+    assert halves(single.parent / "elsewhere")[1] == before
+
+
+def test_the_hash_is_as_written():
+    """Independently: of each class the share with the smallest BLAKE2b of 'SEED/NAME'."""
+    names, targets = [f"c{i % 2}/{i}.jpg" for i in range(40)], np.arange(40) % 2
+    order = sorted(names, key=lambda name: hashlib.blake2b(f"7/{name}".encode(), digest_size=8).hexdigest())
+    expected = {name for c in "01" for name in [name for name in order if name.startswith(f"c{c}")][:6]}
+    held_out = datasets.hold_out(names, targets, 0.3, 7)
+    assert {name for name, chosen in zip(names, held_out) if chosen} == expected
+
+
+def test_near_empty_classes(tmp_path, capsys):
+    root = write_single(tmp_path / "photos", {"cat": 8, "dog": 2, "emu": 1, "owl": 1})
+    train, val = halves(root)
+    assert {"emu/0.jpg", "owl/0.jpg"} <= train and sum(name.startswith("dog") for name in val) == 1
+    assert "of a class with a single image none can be held out: emu, owl" in capsys.readouterr().out
+    (root / "yak").mkdir()
+    with pytest.raises(UserError, match="class folder yak .* holds no image"):
+        halves(root)
+
+
+def test_a_single_folder_is_evaluated_whole_unless_the_run_held_out_a_part(single):
+    def evaluated(**changes):
+        return len(build_loaders(make_args(single, eval=True, **changes), Process(), ["cat", "dog", "emu", "owl"]).val.dataset)
+
+    assert (evaluated(), evaluated(val_split=0.2), evaluated(val_split=1.0)) == (30, 6, 30)
+    with pytest.raises(UserError, match="leaves none to train on"):
+        halves(single, val_split=1.0)
+
+
+def test_what_is_no_single_folder(single, tmp_path):
+    with pytest.raises(UserError, match="no train/ folder"):        # main asks for it, see start.settle
+        build_loaders(make_args(single, data_set="FOLDER"), Process())
+    os.rename(single / "cat", single / "Training")
+    os.rename(single / "dog", single / "test")
+    with pytest.raises(UserError, match="has the folders Training, test where classes are expected: name the two parts train/"):
+        halves(single)
+    whole = write_folder(tmp_path / "whole", {"a": 4, "b": 4}, {"a": 1})
+    with pytest.raises(UserError, match="--val-split 0.3: --data-set FOLDER has validation images of its own"):
+        halves(whole, val_split=0.3)
+    for name in ("a", "b"):
+        (tmp_path / "text" / name).mkdir(parents=True)
+        (tmp_path / "text" / name / "notes.txt").touch()
+    assert guess_data_set(str(tmp_path / "text")) is None
+    write_image(tmp_path / "parent/imagenet/0.jpg")     # one folder is no classes
+    assert guess_data_set(str(tmp_path / "parent")) is None
+
+
+@pytest.mark.parametrize("changes, words", [({"num_classes": 5}, "--num-classes 5 contradicts the data, which has 3"),
+                                            ({"data_split": ["a", "b"]}, "--data-split is for .* not for --data-set FOLDER"),
+                                            ({"input_key": "jpg"}, "--input-key is for"), ({"target_key": "x"}, "--target-key")])
+def test_flags_for_other_data(folder, changes, words):
+    with pytest.raises(UserError, match=words):
+        build_loaders(make_args(folder, **changes), Process())
 
 
 # ---------------------------------------------------------------- the checkpoint's classes

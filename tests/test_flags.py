@@ -4,8 +4,10 @@
 `EFFECTS` has a row for each flag: what to look at, the command line with the flag, and the one without it. Most
 look at what `main` hands to the first epoch, which is caught there; the others train, evaluate or start processes.
 """
+import io
 import json
 import shutil
+import tarfile
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -17,6 +19,7 @@ import timm
 import torch
 import torchvision
 from e2e import NANO, QUICK, ROOT, differences, free_port, run, write_digits
+from helpers import scalars
 from PIL import Image
 from torch import nn
 
@@ -46,6 +49,7 @@ def files(tmp_path_factory):
               "data64": write_digits(folder / "data64", size=64), "inat": write_inat(folder / "inat"),
               "teacher": folder / "teacher.pth", "other_teacher": folder / "other.pth", "weights": folder / "weights.pth"}
     places["recipe"].write_text("lr: 0.25\n")
+    places["single"], places["wds"] = write_digits(folder / "split", val=0) / "train", write_wds(folder / "wds")
     places["same"] = write_digits(folder / "same")
     pictures = sorted(places["same"].rglob("*.png"))
     for path in pictures[1:]:
@@ -77,6 +81,29 @@ def write_inat(folder: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (32, 32), (i, i, i)).save(path)
     return folder
+
+
+def write_wds(folder: Path) -> Path:
+    """Two shards of 16 records with two images (under png and other.png) and two classes (cls and other.cls)."""
+    folder.mkdir()
+    for half in ("train", "val"):
+        with tarfile.open(folder / f"{half}.tar", "w") as tar:
+            for i in range(16):
+                for key, content in (("png", picture(i)), ("other.png", picture(16 * i)), ("cls", b"%d" % (i % 3)),
+                                     ("other.cls", b"%d" % (i % 2))):
+                    member = tarfile.TarInfo(f"{i}.{key}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def picture(grey: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (32, 32), grey).save(file, "PNG")
+    return file.getvalue()
+
+
+WDS = "--data-set wds/x --data-path {wds} --num-classes 3 --data-split train.tar|16"
 
 
 # ---------------------------------------------------------------- what main hands to the first epoch
@@ -265,6 +292,12 @@ def files_written(line):
     return folder.exists() and sorted(path.name for path in folder.iterdir() if path.suffix == ".pth")
 
 
+def tags_written(line):
+    """What TensorBoard has to show of a run of an epoch."""
+    assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], *words(line)) == 0
+    return sorted(scalars(Path(words(line)[-1])))
+
+
 CAPTURE = None
 
 
@@ -317,6 +350,17 @@ def fetching(line):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torchvision.datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
         return printed(f"--data-set CIFAR10 --data-path {{folder}}/absent --device cpu {line}")
+
+
+def tracked(line):
+    """Names of the experiments that an MLflow store holds after a run."""
+    mlflow = pytest.importorskip("mlflow")
+    folder = Path(tempfile.mkdtemp(dir=PLACES["folder"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", (folder / "store").as_uri())
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], "--output_dir", folder / "run", *words(line)) == 0
+        return sorted(experiment.name for experiment in mlflow.MlflowClient().search_experiments())
 
 
 # ---------------------------------------------------------------- the table
@@ -421,6 +465,12 @@ EFFECTS = {
     "data_path": (data_of, "--data-path {small}", ""),
     "data_set": (data_of, "--data-set DIGITS", ""),
     "inat_category": (data_of, "--data-path {inat} --inat-category kingdom", "--data-path {inat}"),
+    "val_split": (data_of, "--data-path {single} --val-split 0.5", "--data-path {single}"),
+    "data_split": (data_of, *(f"--data-set torch/image_folder --data-path {{data}} --data-split {half} val"
+                              for half in ("val", "train"))),
+    "input_key": (images_of, f"{WDS} val.tar|16 {STILL} --input-key other.png", f"{WDS} val.tar|16 {STILL}"),
+    "target_key": (batches, f"{WDS} val.tar|16 {STILL} --target-key other.cls", f"{WDS} val.tar|16 {STILL}"),
+    "num_classes": (data_of, f"{WDS} val.tar|16 --num-classes 5", f"{WDS} val.tar|16"),
     "download": (fetching, "--download", ""),
     "eval_crop_ratio": (evaluated, "--eval-crop-ratio 0.5", ""),
     "strict_data": (with_a_broken_image, "--strict-data", ""),
@@ -436,6 +486,7 @@ EFFECTS = {
     "eval": (lambda line: printed(f"{EVALUATION.removeprefix('--eval')} {line}"), "--eval", ""),
     "print_freq": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 1", line]))[1].count("img/s"),
                    "--print-freq 1", ""),
+    "log_kan": (tags_written, "--log-kan 1 --output_dir {folder}/kan", "--output_dir {folder}/no_kan"),
     "compile": (lambda line: caught(line).model._compiled_call_impl is None, "--compile", ""),
     "profile": (lambda line: printed(" ".join([*QUICK, f"--data-path {{data}} --epochs 1 {line}"])), "--profile", ""),
     "save_interval_steps": (saves, "--save-interval-steps 1 --output_dir {folder}/steps", "--output_dir {folder}/no_steps"),
@@ -444,6 +495,8 @@ EFFECTS = {
     "keep": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 3", line])) and sorted(
         path.name for path in Path(words(line)[-1]).glob("checkpoint*")), "--keep 3 --output_dir {folder}/three",
         "--output_dir {folder}/two"),
+    "track": (tracked, "--track mlflow", ""),
+    "track_project": (tracked, "--track mlflow --track-project other", "--track mlflow"),
     "debug_nan": (lambda line: caught(line).options.keep_batches is None, "--debug-nan --output_dir {folder}/nan", ""),
     "deterministic": (deterministic, "--deterministic", ""),
     # several processes

@@ -1,6 +1,5 @@
 """tools/prune.py: what goes matters least, what is left computes what it should, and the files are ordinary checkpoints."""
 import csv
-import shlex
 from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
@@ -415,18 +414,3 @@ def test_a_strangers_widths_are_refused_in_a_sentence(widths, group, digits, tmp
     torch.save({**content, "args": {**content["args"], "hdim_kan": widths}}, tmp_path / "flags.pth")
     if widths in ([8, 8, 8], [8, 8, 8, 10 ** 9], [8, 8, 8, 0]):     # other lists are ignored, with a note
         assert "hdim_kan" in e2e.sentence(capsys, "--finetune", tmp_path / "flags.pth", "--data-path", digits, *HERE)
-
-
-def test_the_commands_of_the_documentation(group, digits, tmp_path, monkeypatch):
-    text = (ROOT / "docs/prune.md").read_text()
-    commands = [line for block in text.split("```")[1::2] for line in block.strip().splitlines()]
-    assert len(commands) == 7
-    monkeypatch.chdir(tmp_path)
-    for line in commands:
-        python, script, *words = [{"CHECKPOINT": str(group), "DIR": str(digits)}.get(word, word) for word in shlex.split(line)]
-        assert python == "python"
-        if script == "tools/prune.py":
-            assert prune.main([*words, "--images", "16", *HERE]) == 0
-        else:
-            assert run(*words, *HERE, *(["--epochs", 1, "--warmup-epochs", 0] if "--finetune" in words else [])) == 0
-    assert names(tmp_path) == ["chance.csv", "chance.png", "curve.csv", "curve.png", "runs", "small.pth"]

@@ -13,8 +13,6 @@ from PIL import Image
 
 import models_kan  # noqa: F401  (registers the models)
 from checkpoints import load_file
-from faster_kan import FasterKANLayer
-from group_kan import GroupKAN
 from tools import plot_run, quickstart
 from utils import UserError
 
@@ -32,7 +30,8 @@ def write_log(folder: Path, *top1: float) -> Path:
 def save(folder: Path, suffix: str, **kwargs) -> None:
     name = f"vit_nano_patch8_32_{suffix}"
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=10, **kwargs)
+    kwargs = {"num_classes": 10, **kwargs}
+    model = timm.create_model(name, **kwargs)
     torch.save({"model": model.state_dict(), "model_args": {"name": name, "kwargs": kwargs}}, folder / "checkpoint.pth")
 
 
@@ -67,73 +66,6 @@ def test_runs_of_one_name_stay_apart(tmp_path):
     assert plot_run.names_of(folders[1:]) == ["run", "other"]
 
 
-@pytest.mark.parametrize("train_h", [False, True])
-def test_edge_functions_add_up_to_the_layer(train_h):
-    torch.manual_seed(0)
-    layer = FasterKANLayer(3, 2, h=0.5, train_h=train_h)
-    state = {f"it.{key}": value for key, value in layer.state_dict().items()}
-    u = torch.linspace(-3, 3, 50)
-    edges = plot_run.edge_functions(state, "it", 0.5, u, count=6)
-    with torch.no_grad():
-        layer.layernorm = torch.nn.Identity()
-        for output in range(2):
-            total = sum(edges[f"{i} → {output}"] for i in range(3))
-            torch.testing.assert_close(total, layer(u[:, None].expand(-1, 3))[:, output])
-
-
-def test_the_strongest_edges_come_first():
-    torch.manual_seed(0)
-    layer = FasterKANLayer(6, 4)
-    with torch.no_grad():
-        layer.spline_linear.weight[2, 3 * 8:4 * 8] *= 50
-        layer.spline_linear.weight[1, :8] *= 20
-    state = {f"it.{key}": value for key, value in layer.state_dict().items()}
-    assert list(plot_run.edge_functions(state, "it", 0.33, torch.linspace(-3, 3, 50), count=2)) == ["3 → 2", "0 → 1"]
-
-
-def group_kan(**kwargs) -> GroupKAN:
-    """A feed-forward of 12 channels whose functions are no longer their bases."""
-    torch.manual_seed(0)
-    kan = GroupKAN(12, 24, groups=4, **kwargs)
-    with torch.no_grad():
-        for name, parameter in kan.named_parameters():
-            if ".coefficients" in name or ".scale" in name:
-                parameter.normal_()
-    return kan
-
-
-@pytest.mark.parametrize("kwargs", [{}, dict(h=0.5, base="silu"), dict(trainable_base=True, num_grids=5, grid_min=-1.0)], ids=str)
-def test_group_functions_are_the_activations(kwargs):
-    kan = group_kan(**kwargs)
-    state, base = {f"it.{key}": value for key, value in kan.state_dict().items()}, kwargs.get("base", "gelu")
-    assert plot_run.activations(state) == ["it.phi1", "it.phi2"] and not plot_run.kan_layers(state)
-    u = torch.linspace(-4, 4, 50)
-    with torch.no_grad():
-        for phi in (kan.phi1, kan.phi2):
-            name = "it.phi1" if phi is kan.phi1 else "it.phi2"
-            functions = plot_run.group_functions(state, name, kwargs.get("h"), base, u)
-            assert list(functions) == ["base", "0", "1", "2", "3"]
-            torch.testing.assert_close(functions["base"], u if phi is kan.phi1 else plot_run.BASES[base](u))
-            each = phi(u[:, None].expand(-1, phi.channels))
-            for group in range(4):
-                torch.testing.assert_close(functions[str(group)], each[:, group * phi.channels // 4])
-
-
-def test_the_groups_that_left_the_base_are_drawn():
-    kan = GroupKAN(24, groups=12)
-    with torch.no_grad():
-        kan.phi2.coefficients[2:10, 0] = torch.arange(8.0) + 1
-    axes = Figure().subplots()
-    plot_run.draw_groups(axes, {f"it.{key}": value for key, value in kan.state_dict().items()}, "it.phi2", None, "gelu")
-    drawn = axes.lines[:9]
-    assert [line.get_label() for line in drawn] == [*map(str, range(2, 10)), "base"]
-    u = torch.tensor(drawn[-1].get_xdata())
-    torch.testing.assert_close(torch.tensor(drawn[-1].get_ydata()), torch.nn.functional.gelu(u))
-    bump = torch.tensor(drawn[0].get_ydata()) - torch.nn.functional.gelu(u)
-    assert (float(u[0]), float(u[-1]), float(u[bump.argmax()])) == (-4, 4, pytest.approx(-3, abs=0.03))
-    assert "8 of 12" in axes.get_title() and len(axes.lines) == 9 + 8       # and a line for each grid point
-
-
 def test_curves_are_those_of_the_logs():
     axes = Figure().subplots()
     logs = {"a": [{"epoch": 0, "x": 5, "t": 1}, {"epoch": 1, "x": 6, "t": 2}], "b": [{"epoch": 0, "x": 7, "t": 3}]}
@@ -157,36 +89,27 @@ def test_picture_with_and_without_a_kan(tmp_path, capsys):
     assert min(colours(tmp_path / "curves.png"), colours(kan / "curves.png")) > 50      # not a blank page
 
 
-@pytest.mark.parametrize("kwargs, rows", [({}, 3), (dict(kan_input_phi=False, kan_groups=16, kan_base="relu"), 3),
-                                          (dict(depth=1), 2)], ids=str)
-def test_picture_of_a_group_kan(tmp_path, kwargs, rows, monkeypatch):
+@pytest.mark.parametrize("suffix, kwargs, rows", [
+    ("GKAN", {}, 3), ("GKAN", dict(kan_input_phi=False, kan_groups=16, kan_base="relu"), 3), ("GKAN", dict(depth=1), 2),
+    ("KAN", dict(kan_h=0.7), 3), ("EKAN", dict(depth=1), 2)], ids=str)
+def test_picture_of_learned_functions(tmp_path, suffix, kwargs, rows, monkeypatch):
+    """Of the model in the file, so that grid, width and base are its own; the first layers and the last."""
     seen = []
-    real = plot_run.draw_groups
-    monkeypatch.setattr(plot_run, "draw_groups", lambda *args: seen.append(args[2:]) or real(*args))
-    save(write_log(tmp_path / "group", 10.0, 20.0), "GKAN", **kwargs)
+    real = plot_run.draw_functions
+    monkeypatch.setattr(plot_run, "draw_functions", lambda *args: seen.append(args[1:]) or real(*args))
     save(write_log(tmp_path / "mlp", 10.0, 20.0), "ViT")
-    assert plot_run.main([str(tmp_path / "group"), str(tmp_path / "mlp")]) == 0
-    with Image.open(tmp_path / "group/curves.png") as picture:
+    save(write_log(tmp_path / "kan", 10.0, 20.0), suffix, **kwargs)
+    assert plot_run.main([str(tmp_path / "mlp"), str(tmp_path / "kan")]) == 0
+    with Image.open(tmp_path / "mlp/curves.png") as picture:
         assert picture.size == (1210, pytest.approx(396 * rows, abs=2))
-    assert colours(tmp_path / "group/curves.png") > 50
-    blocks, base = kwargs.get("depth", 4), kwargs.get("kan_base", "gelu")
-    phis = ["phi2"] if "kan_input_phi" in kwargs else ["phi1", "phi2"]
-    names = [f"blocks.{i}.mlp.{phi}" for i in range(blocks) for phi in phis]
-    assert seen == [(name, None, base) for name in (names if len(names) <= 4 else names[:2] + names[-2:])]
-
-
-def test_the_width_of_bumps_that_the_picture_assumes(tmp_path, monkeypatch):
-    """It is the model's: its option's, or the default of its feed-forward."""
-    seen = []
-    for name in ("draw_edges", "draw_groups"):
-        monkeypatch.setattr(plot_run, name, lambda axes, state, layer, h, base=None: seen.append(h))
-    monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
-    folder = write_log(tmp_path, 10.0)
-    for suffix, kwargs in (("KAN", {}), ("KAN", dict(kan_h=0.7)), ("KAN", dict(kan_basis="covering")),
-                           ("GKAN", {}), ("GKAN", dict(kan_h=0.9))):
-        save(folder, suffix, **kwargs)
-        assert plot_run.main([str(folder)]) == 0
-    assert seen == [h for h in (0.33, 0.7, None, None, 0.9) for _ in range(4)]
+    assert colours(tmp_path / "mlp/curves.png") > 50
+    parts = ["layers.0", "layers.1"] if suffix != "GKAN" else ["phi2"] if "kan_input_phi" in kwargs else ["phi1", "phi2"]
+    names = [f"blocks.{i}.mlp.{part}" for i in range(kwargs.get("depth", 4)) for part in parts]
+    assert [name for name, _ in seen] == (names if len(names) <= 4 else names[:2] + names[-2:])
+    if "kan_h" in kwargs:
+        assert {layer.rbf.h for _, layer in seen} == {0.7}
+    if "kan_base" in kwargs:
+        assert {layer.base for _, layer in seen} == {"relu"}
 
 
 def test_plot_run_tells_what_is_missing(tmp_path, capsys):

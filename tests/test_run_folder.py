@@ -12,7 +12,7 @@ import yaml
 from helpers import epochs, forked, names, scalars, sentence
 
 from checkpoints import CHECKPOINT, PREVIOUS, load_file, save_checkpoint
-from run_folder import RunFolder
+from run_folder import RunFolder, _run_id
 from utils import Process
 
 
@@ -55,6 +55,21 @@ def test_a_resumed_run_writes_each_epoch_once(tmp_path):
     assert scalars(tmp_path)["train/loss"] == [(0, 0.0), (1, 1.0), (2, 2.5), (3, 3.5)]
     launches = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert [launch["first_epoch"] for launch in launches] == [0, 2]
+
+
+def test_a_run_is_known_by_the_same_id_however_often_it_is_resumed(tmp_path):
+    def ids():
+        return [launch.get("run_id") for launch in yaml.safe_load((tmp_path / "run.yaml").read_text())]
+
+    written(tmp_path, 0, 1)
+    written(tmp_path, 1, 2)
+    first, second = ids()
+    assert first == second and len(first) == 32
+    written(tmp_path, 0, 1)             # begun again: another run
+    assert ids()[0] != first
+    for damage in ("[{}]", "- a: [", ""):       # by an earlier version, or cut off
+        (tmp_path / "run.yaml").write_text(damage)
+        assert _run_id(tmp_path) == ""
 
 
 def test_a_folder_in_the_place_of_a_checkpoint_makes_room(tmp_path, capsys):

@@ -9,10 +9,7 @@ computes what the MLP did; a full-edge KAN is fitted to it on images of --calibr
 (--input-size, --kan-...). The target loads with `main.py --eval --resume`, `--resume` or `--finetune`.
 """
 import argparse
-import json
-import os
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from itertools import islice
@@ -22,7 +19,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -31,11 +27,10 @@ import models_kan
 import peers
 import start as starting
 from augment import build_transform
-from checkpoints import checkpoint_args, plain, weights_of
+from checkpoints import checkpoint_args, plain, save_safetensors, weights_of
 from config import parse_args, validate
-from datasets import UnreadableData, load_image
-from untrusted import SAFETENSORS_KEY
-from utils import UserError, say
+from datasets import load_image
+from utils import UnreadableData, UserError, say
 
 EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
 AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
@@ -81,20 +76,6 @@ def compare(source: nn.Module, model: nn.Module, images: Tensor, exact: bool) ->
     return 1
 
 
-def write(model: nn.Module, target: Path, about: dict) -> None:
-    """The weights as .safetensors with `about` in its metadata, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(suffix=".safetensors", dir=target.parent)
-    os.close(handle)
-    try:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary,
-                  metadata={"format": "pt", SAFETENSORS_KEY: json.dumps(about)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
@@ -128,7 +109,7 @@ def run(argv: list[str]) -> int:
     about = {"model_args": plain({"name": spec.name, "kwargs": spec.kwargs}), "args": {}}
     if checkpoint.get("class_names"):
         about["class_names"] = checkpoint["class_names"]
-    write(model, own.target, about)
+    save_safetensors(model.state_dict(), about, own.target)
     say(f"{own.target}: {spec.name}, {models_kan.count_parameters(model):,} parameters")
     if not own.check:
         return 0

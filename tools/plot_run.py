@@ -7,21 +7,14 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import torch
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import load_file
-from faster_kan import rswaf_basis
-from group_kan import BASES
+from checkpoints import CHECKPOINT, whole
+from trained import load_trained
+from understand import draw_functions, function_layers, png
 from utils import UserError
-
-EDGES = 6       # of each layer that is shown
-GROUPS = 8      # likewise
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -63,114 +56,27 @@ def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str, da
             axes.plot([r["epoch"] + 1 for r in records], [r[dashed] for r in records], "--", color=line.get_color(),
                       label=f"{name} (training)")
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)     # type: ignore[call-arg]  # of matplotlib's stubs
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend()
 
 
-def kan_layers(state: dict[str, torch.Tensor]) -> list[str]:
-    """Key prefixes of a checkpoint's KAN layers, in the order of the blocks; empty for an MLP."""
-    return _with_ending(state, ".spline_linear.weight")
-
-
-def activations(state: dict[str, torch.Tensor]) -> list[str]:
-    """Key prefixes of a checkpoint's learned activations, in the order of the blocks; empty for any but a group KAN."""
-    return _with_ending(state, ".coefficients")
-
-
-def _with_ending(state: dict[str, torch.Tensor], ending: str) -> list[str]:
-    return [key.removesuffix(ending) for key in state if key.endswith(ending)]
-
-
-def _width(grid: torch.Tensor, h: float | None) -> float:
-    """The width of a bump; None: the grid's spacing."""
-    return float(grid[-1] - grid[0]) / (len(grid) - 1) if h is None else h
-
-
-def edge_functions(state: dict[str, torch.Tensor], layer: str, h: float | None, u: torch.Tensor,
-                   count: int = EDGES) -> dict[str, torch.Tensor]:
-    """The strongest edges of a layer, {"input -> output": phi(u)}, each of u's shape [N].
-
-    phi_oi(u) = sum_k W[o, i*G + k] B_k(u), exact from the weights; strength is its deviation over `u`."""
-    grid = state[f"{layer}.rbf.grid"]
-    weight = state[f"{layer}.spline_linear.weight"].unflatten(1, (-1, len(grid)))       # [O, I, G]
-    basis = rswaf_basis(u, grid, state.get(f"{layer}.rbf.h", _width(grid, h)))                        # [N, G]
-    centred = basis - basis.mean(0)
-    strength = torch.einsum("oig,gh,oih->oi", weight, centred.T @ centred / len(u), weight)
-    chosen = strength.flatten().topk(min(count, strength.numel())).indices
-    edges = [divmod(int(index), weight.shape[1]) for index in chosen]
-    return {f"{i} → {o}": basis @ weight[o, i] for o, i in edges}
-
-
-def group_functions(state: dict[str, torch.Tensor], phi: str, h: float | None, base: str,
-                    u: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The base function under "base" and each group's, {"0": phi(u)}, each of u's shape [N], exact from the weights.
-
-    h None: the spacing of the grid, as in the model. The functions on the block's input, phi1, have base u itself."""
-    grid = state[f"{phi}.grid"]
-    basis = rswaf_basis(u, grid, _width(grid, h))       # [N, G]
-    y = BASES["identity" if phi.endswith(".phi1") else base](u)
-    scale = state.get(f"{phi}.scale", torch.ones(len(state[f"{phi}.coefficients"])))
-    return {"base": y} | {str(group): s * y + basis @ c for group, (s, c) in enumerate(
-        zip(scale, state[f"{phi}.coefficients"]))}
-
-
-def draw_groups(axes: Axes, state: dict[str, torch.Tensor], phi: str, h: float | None, base: str) -> None:
-    """The base dashed, above it up to `GROUPS` groups' functions, those that differ most from it."""
-    grid = state[f"{phi}.grid"]
-    u = torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
-    functions = group_functions(state, phi, h, base, u)
-    start = functions.pop("base")
-    furthest = sorted(functions, key=lambda group: -float((functions[group] - start).square().mean()))[:GROUPS]
-    for group in sorted(furthest, key=int):
-        axes.plot(u, functions[group], label=group, linewidth=1.2)
-    axes.plot(u, start, "--", color="black", linewidth=1.2, label="base")
-    for point in grid.tolist():
-        axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
-    shown = "" if len(functions) <= GROUPS else f", {GROUPS} of {len(functions)}, those furthest from the base"
-    axes.set_title(f"{phi}: the groups' functions{shown}", fontsize=9)
-    axes.set_xlabel("input u (lines: grid points)")
-    axes.set_ylabel("learned activation φ(u)")
-    axes.legend(fontsize=7, title="group", title_fontsize=7, ncols=2)
-
-
-def draw_edges(axes: Axes, state: dict[str, torch.Tensor], layer: str, h: float | None) -> None:
-    grid = state[f"{layer}.rbf.grid"]
-    u = torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
-    for label, phi in edge_functions(state, layer, h, u).items():
-        axes.plot(u, phi, label=label, linewidth=1.2)
-    for point in grid.tolist():
-        axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
-    axes.set_title(f"{layer}: strongest edges", fontsize=9)
-    axes.set_xlabel("normalised input u (lines: grid points)")
-    axes.set_ylabel("edge function φ(u)")
-    axes.legend(fontsize=7, title="input → output", title_fontsize=7)
-
-
 def plot_runs(folders: list[Path], picture: Path) -> Path:
     """Draw loss and top-1 of all runs over the epochs, below them functions of the first KAN among them."""
     logs = {name: read_log(folder) for name, folder in zip(names_of(folders), folders)}
-    checkpoints = [load_file(folder / "checkpoint.pth") for folder in folders if (folder / "checkpoint.pth").is_file()]
-    kan = next((c for c in checkpoints if kan_layers(c["model"]) or activations(c["model"])), None)
-    layers = (kan_layers(kan["model"]) or activations(kan["model"])) if kan else []
+    models = (load_trained(str(folder / CHECKPOINT), device="cpu").model for folder in folders
+              if (folder / CHECKPOINT).is_file())
+    layers = list(next(filter(None, map(function_layers, models)), {}).items())
     shown = layers if len(layers) <= 4 else [*layers[:2], *layers[-2:]]
     rows = 1 + -(-len(shown) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 3.6 * rows), squeeze=False, layout="constrained")
-    draw_curve(axes[0, 0], logs, "test_loss", "loss", dashed="train_loss")
-    draw_curve(axes[0, 1], logs, "test_acc1", "top-1 (%)")
-    if kan:
-        state, options = kan["model"], (kan.get("model_args") or {"kwargs": {}})["kwargs"]
-        for axis, layer in zip(axes[1:].flat, shown):
-            if activations(state):
-                draw_groups(axis, state, layer, options.get("kan_h"), options.get("kan_base", "gelu"))
-            else:       # the original's width, unless an option says otherwise
-                spacing = options.get("kan_basis") == "covering"
-                draw_edges(axis, state, layer, options.get("kan_h", None if spacing else 0.33))
-        for axis in list(axes[1:].flat)[len(shown):]:
-            axis.remove()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
+    figure = Figure((11, 3.6 * rows), layout="constrained")
+    for place, (key, label, dashed) in enumerate([("test_loss", "loss", "train_loss"), ("test_acc1", "top-1 (%)", None)], 1):
+        draw_curve(figure.add_subplot(rows, 2, place), logs, key, label, dashed)
+    for place, (name, layer) in enumerate(shown, 3):
+        draw_functions(figure.add_subplot(rows, 2, place), name, layer)
+    with whole(picture) as file:
+        file.write_bytes(png(figure, dpi=110))
     return picture
 
 

@@ -11,9 +11,7 @@ it, a picture. Further flags are main.py's (--data-path, --data-set, --seed, --k
 import argparse
 import csv
 import math
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +28,11 @@ sys.path.insert(0, str(ROOT))
 import models_kan
 import peers
 import pruning
-from checkpoints import checkpoint_args, plain, save_file
+from checkpoints import checkpoint_args, plain, save_pth, save_safetensors, whole
 from datasets import Loaders, batches
 from engine import choose_amp_dtype, evaluate
 from models_kan import KAN_OPTIONS, ModelSpec
 from run_folder import versions
-from tools.convert import write
 from trained import Trained, add_model_arguments, load_trained
 from utils import Process, UserError, say
 
@@ -63,7 +60,8 @@ def calibration_loaders(trained: Trained, count: int) -> tuple[DataLoader, DataL
     if not count:
         raise UserError(f"there are {len(data)} training images, too few to calibrate with: check --data-path")
     order = np.random.default_rng(args.seed).permutation(len(data)).tolist()
-    return tuple(DataLoader(Subset(data, some), args.batch_size) for some in (order[:count], order[count:2 * count]))
+    first, second = (DataLoader(Subset(data, some), args.batch_size) for some in (order[:count], order[count:2 * count]))
+    return first, second
 
 
 def make_plan(trained: Trained, what: str, loader: DataLoader, random: bool) -> pruning.Plan:
@@ -73,7 +71,7 @@ def make_plan(trained: Trained, what: str, loader: DataLoader, random: bool) -> 
     if not calibration.inputs:
         raise UserError("no image to calibrate with can be read: check the data folder")
     plan = pruning.make_plan(trained.model, trained.spec, what, calibration)
-    if random:
+    if random and isinstance(plan, pruning.Hidden):
         plan = pruning.Hidden(trained.model, trained.spec, calibration, pruning.by_chance(plan.removals, trained.args.seed))
     return plan
 
@@ -86,7 +84,7 @@ def accuracy(trained: Trained, model: nn.Module, loader: DataLoader, title: str)
 def measure(trained: Trained, plan: pruning.Plan, model: nn.Module, loader: DataLoader) -> Measured:
     result, left = accuracy(trained, model, loader, "validation"), plan.prunable(model)
     return Measured(left / plan.prunable(trained.model), left, models_kan.count_parameters(model),
-                    models_kan.count_flops(model).matmul, result["acc1"], result["acc5"], result["loss"], result["images"])
+                    models_kan.count_flops(model).matmul, result["acc1"], result["acc5"], result["loss"], int(result["images"]))
 
 
 def level_within(plan: pruning.Plan, share: float) -> int:
@@ -123,10 +121,6 @@ def what_changed(before: ModelSpec, after: ModelSpec) -> str:
     return ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in changed.items())
 
 
-def cannot_write(target: Path, error: OSError) -> UserError:
-    return UserError(f"TARGET {target} cannot be written ({error.strerror or error}): check the folder and its space")
-
-
 def save(model: nn.Module, spec: ModelSpec, trained: Trained, loaders: Loaders, target: Path) -> None:
     """The checkpoint, .pth or .safetensors, whole or not at all."""
     options = {key: spec.kwargs[key] for key in KAN_OPTIONS if key in spec.kwargs}
@@ -134,13 +128,10 @@ def save(model: nn.Module, spec: ModelSpec, trained: Trained, loaders: Loaders, 
         "model_args": plain({"name": spec.name, "kwargs": spec.kwargs}), "class_names": loaders.class_names,
         "args": plain({**checkpoint_args(trained.about), "model": spec.name, "input_size": trained.args.input_size, **options,
                        "data_set": loaders.data_set, "nb_classes": loaders.nb_classes}), "versions": versions()}
-    try:
-        if target.suffix == ".safetensors":
-            write(model, target, about)
-        else:
-            save_file({"model": dict(model.state_dict()), **about}, target)
-    except OSError as error:
-        raise cannot_write(target, error) from error
+    if target.suffix == ".safetensors":
+        save_safetensors(model.state_dict(), about, target)
+    else:
+        save_pth({"model": dict(model.state_dict()), **about}, target)
 
 
 # ---------------------------------------------------------------- the curve
@@ -152,25 +143,19 @@ def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Pa
     axes.axhline(rows[0].acc1, linestyle="--", color="black", linewidth=0.8, label="the model as it is")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.secondary_xaxis("top", functions=(lambda x: x / rows[0].pruned, lambda x: x * rows[0].pruned)).set_xlabel("share")
+    axes.secondary_xaxis("top", functions=(lambda x: np.divide(x, rows[0].pruned), lambda x: np.multiply(x, rows[0].pruned))
+                         ).set_xlabel("share")
     axes.set_xlabel(COUNTED[what])
     axes.set_ylabel(f"top-1 (%) on {rows[0].images:,} images")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            with open(Path(folder, "table"), "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([Measured._fields, *(
-                    [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)])
-            figure.savefig(Path(folder, "picture"), dpi=110, format="png")
-            os.replace(Path(folder, "table"), target)
-            os.replace(Path(folder, "picture"), picture)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    finally:
-        plt.close(figure)
+    with whole(target) as place, open(place, "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([Measured._fields, *(
+            [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)])
+    with whole(picture) as place:
+        figure.savefig(place, dpi=110, format="png")
+    plt.close(figure)
     return picture
 
 

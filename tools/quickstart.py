@@ -48,7 +48,7 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                    env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"})
-        for line in process.stdout:
+        for line in process.stdout or ():
             print(f"{name} | {line}", end="", flush=True)
         if process.wait():
             failures.append(process.returncode)

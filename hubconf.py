@@ -1,0 +1,41 @@
+"""Entry points of `torch.hub`: every registered model, and one for checkpoints.
+
+    torch.hub.load(PATH_OF_THIS_CODE, "deit_tiny_patch16_224_GKAN", source="local", num_classes=10)
+    torch.hub.load(PATH_OF_THIS_CODE, "checkpoint", FILE_OR_URL, source="local")
+"""
+from functools import partial as _partial
+from typing import Any as _Any
+
+import timm as _timm
+from torch import nn as _nn
+
+import models_kan as _models_kan
+
+# torch.hub asks for these before an entry point is called
+dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "yaml", "safetensors", "tqdm"]
+
+
+def _entry(name: str) -> _partial:
+    entry = _partial(_timm.create_model, name)
+    entry.__doc__ = getattr(_models_kan, name).__doc__
+    return entry
+
+
+globals().update({name: _entry(name) for name in _models_kan.registered_models()})
+
+
+def checkpoint(location: str, weights: str = "model", device: str = "cpu") -> _nn.Module:
+    """The trained model of a checkpoint of this project, of the original Vision-KAN or of DeiT: a file or a URL. None of its
+    code is run.
+
+    Args:
+        weights: "model", the trained ones, or "model_ema", their moving average. device: as --device of main.py.
+    Returns: the model in evaluation mode. Its `pretrained_cfg` says how images are prepared
+        (`timm.data.resolve_model_data_config(model)`) and names the classes, "label_names".
+    Raises: utils.UserError, in a sentence, for anything that is no such checkpoint.
+    """
+    from trained import load_trained
+    trained = load_trained(location, weights=weights, device=device)
+    model: _Any = trained.model
+    model.pretrained_cfg = {**model.pretrained_cfg, **trained.data_config, "label_names": trained.class_names}
+    return model.requires_grad_(True)

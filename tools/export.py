@@ -1,0 +1,348 @@
+"""Write a checkpoint's model for use elsewhere, and check that what was written computes the same.
+
+    python tools/export.py CHECKPOINT TARGET.safetensors    weights and description: main.py, timm.create_model
+    python tools/export.py CHECKPOINT FOLDER                timm's layout with a model card: timm.create_model, the Hub
+    python tools/export.py CHECKPOINT TARGET.pt2            a program for PyTorch (torch.export)
+    python tools/export.py CHECKPOINT TARGET.onnx           a program for onnxruntime and others
+
+Programs take any number of normalised images, float32 [B, 3, S, S], and give logits [B, classes]; they are of PyTorch's own
+operations and ONNX's alone. TARGET is written whole, or not at all where the check fails (exit code 1). --check adds images
+to it. Further flags are main.py's: with --data-path DIR the model is evaluated, and the model card says so.
+"""
+import argparse
+import importlib.util
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import timm
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+import models_kan
+import peers
+from checkpoints import checkpoint_args, plain, save_safetensors, whole
+from config import SCOPE, get_args_parser
+from engine import evaluate
+from run_folder import versions
+from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
+from untrusted import SAFETENSORS_KEY
+from utils import Process, TrainingFailed, UserError, say
+
+Logits = Callable[[Tensor], Tensor]
+
+# Of a program's logits, largest difference relative to the largest logit. Rounding in another order moves them about as far as
+# PyTorch's own float32 lies from its float64, which depends on the model: so many times that is allowed, within limits.
+CLOSE, OWN_ERRORS, FAR = 1e-4, 10, 0.5
+NOISE_BATCHES = (1, 2, 5)       # sizes of the batches that are always compared
+ONNX_BYTES = 2 ** 31            # of one file (protobuf)
+
+
+# ---------------------------------------------------------------- what is said beside the weights
+def about(trained: Trained) -> dict[str, Any]:
+    """Of a checkpoint what is worth telling elsewhere, as plain values: architecture, classes, results, the flags that make the
+    training, versions. No flag that names a place on this machine."""
+    flags = {key: value for key, value in checkpoint_args(trained.about).items() if SCOPE.get(key, "place") != "place"}
+    said = {key: trained.about[key] for key in ("class_names", "epoch", "max_accuracy", "max_accuracy_ema", "versions")
+            if trained.about.get(key) is not None}
+    return plain({"model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}, "args": flags, **said})
+
+
+def bare_model(trained: Trained) -> nn.Module:
+    """The model from its description and weights alone, on the CPU: without the training's dropout, which timm would note."""
+    model = timm.create_model(trained.spec.name, **trained.spec.kwargs)
+    model.load_state_dict(trained.model.state_dict())
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- formats
+def write_safetensors(trained: Trained, target: Path) -> None:
+    save_safetensors(trained.model.state_dict(), about(trained), target)
+
+
+def read_safetensors(path: Path, trained: Trained) -> Logits:
+    with quiet():
+        return load_trained(str(path), device=str(trained.device)).model
+
+
+def write_folder(trained: Trained, target: Path, measured: dict[str, float] | None = None) -> None:
+    """timm's layout, `config.json` and `model.safetensors`, and a model card, `README.md`.
+
+    measured: what `engine.evaluate` says of the model."""
+    model = bare_model(trained)
+    names = trained.about.get("class_names")
+    with whole(target) as temporary:
+        save_for_hf(model, str(temporary), safe_serialization=True, data_config=trained.data_config,
+                    model_config={"label_names": names} if names else None)
+        save_safetensors(model.state_dict(), about(trained), temporary / "model.safetensors")     # now with its description
+        (temporary / "README.md").write_text(model_card(trained, measured), encoding="utf-8")
+
+
+def read_folder(path: Path, trained: Trained) -> Logits:
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval().to(trained.device)
+
+
+def write_pt2(trained: Trained, target: Path) -> None:
+    with whole(target) as temporary, quiet():
+        torch.export.save(exported(trained), temporary, extra_files={f"{SAFETENSORS_KEY}.json": described(trained)})
+
+
+def read_pt2(path: Path, trained: Trained) -> Logits:
+    return torch.export.load(path).module()
+
+
+def write_onnx(trained: Trained, target: Path) -> None:
+    nbytes = sum(value.nbytes for value in trained.model.state_dict().values())
+    if nbytes >= ONNX_BYTES:
+        raise UserError(f"an ONNX file holds less than 2 GiB, and the model has {nbytes / 2 ** 30:.1f}: write a .pt2 or a "
+                        ".safetensors file")
+    with whole(target) as temporary, quiet():
+        program: Any = torch.onnx.export(exported(trained), input_names=["images"], output_names=["logits"], dynamo=True,
+                                    verbose=False)
+        program.model.metadata_props[SAFETENSORS_KEY] = described(trained)
+        program.save(str(temporary), external_data=False)
+
+
+def read_onnx(path: Path, trained: Trained) -> Logits:
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
+
+
+def exported(trained: Trained) -> torch.export.ExportedProgram:
+    """The model's graph for any batch size, of PyTorch's own operations."""
+    size = trained.args.input_size
+    images = torch.zeros(2, 3, size, size, device=trained.device)
+    return torch.export.export(trained.model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def described(trained: Trained) -> str:
+    """JSON for a program's metadata: `about`, and how an image is prepared."""
+    return json.dumps({**about(trained), "data_config": trained.data_config})
+
+
+class Format(NamedTuple):
+    """write: (trained, target). read: (path, trained) -> images to logits. exact: to the last bit. packages: it needs these."""
+    write: Callable[..., None]
+    read: Callable[[Path, Trained], Logits]
+    exact: bool
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {".safetensors": Format(write_safetensors, read_safetensors, exact=True),
+           "": Format(write_folder, read_folder, exact=True),
+           ".pt2": Format(write_pt2, read_pt2, exact=False),
+           ".onnx": Format(write_onnx, read_onnx, exact=False, packages=("onnx", "onnxscript", "onnxruntime"))}
+
+
+def format_of(target: Path) -> Format:
+    """By the ending of TARGET. Raises UserError for an unknown one, and where packages are missing."""
+    chosen = FORMATS.get(target.suffix)
+    if chosen is None:
+        raise UserError(f"TARGET {target}: {target.suffix} is no format to export to: let it end in "
+                        f"{', '.join(filter(None, FORMATS))}, or in none for a folder of timm's layout")
+    missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{target.suffix} files are written and checked with packages that are not installed: "
+                        f"pip install {' '.join(missing)}")
+    return chosen
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters and loaders tell on the way."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+# ---------------------------------------------------------------- the check
+class Difference(NamedTuple):
+    """Of logits, the largest, relative to the largest logit. own: of PyTorch's float32 from its float64."""
+    images: int
+    error: float
+    own: float
+
+    def fits(self, exact: bool) -> bool:
+        return self.error == 0 if exact else self.error <= min(FAR, max(CLOSE, OWN_ERRORS * self.own))
+
+
+@torch.inference_mode()
+def compare(model: nn.Module, other: Logits, batches: Iterable[Tensor], exact: bool = False) -> Difference:
+    """What `model` and `other` say of the same images, batch by batch. exact: `own` is not asked for."""
+    device = next(model.parameters()).device
+    double = None if exact or device.type == "mps" else deepcopy(model).double()
+    images, error, own = 0, 0.0, 0.0
+    for batch in batches:
+        batch = batch.to(device)
+        expected, got = model(batch), other(batch).to(device)
+        if got.shape != expected.shape or not got.isfinite().all():
+            return Difference(images + len(batch), float("inf"), own)
+        largest = expected.abs().max().clamp_min(1e-30)
+        error = max(error, ((got - expected).abs().max() / largest).item())
+        if double is not None:
+            own = max(own, ((double(batch.double()) - expected).abs().max() / largest).item())
+        images += len(batch)
+    return Difference(images, error, own)
+
+
+def check_batches(trained: Trained, files: list[Path]) -> Iterator[Tensor]:
+    """Noise in batches of several sizes, then the images of `files`."""
+    size, generator = trained.args.input_size, torch.Generator().manual_seed(0)
+    for count in NOISE_BATCHES:
+        yield torch.randn(count, 3, size, size, generator=generator)
+    pictures = Pictures(files, trained.args, batch_size=16)
+    for images, _ in pictures:
+        yield images
+    if files and len(pictures.unreadable) == len(files):
+        raise UserError(f"none of the {len(files)} images of --check can be read: name others")
+
+
+def export(trained: Trained, target: Path, check: list[Path] | None = None, **options) -> Difference:
+    """Write the model to `target` in the format of its ending, once what was written has passed the check.
+
+    check: image files, besides noise. options: of the format's writer.
+    Raises: UserError where that is not possible, TrainingFailed where the check fails: then nothing is left."""
+    chosen = format_of(target)
+    with whole(target) as temporary:
+        chosen.write(trained, temporary, **options)
+        found = compare(trained.model, chosen.read(temporary, trained), check_batches(trained, check or []), chosen.exact)
+        if not found.fits(chosen.exact):
+            raise TrainingFailed(f"{target} was not written: its logits of {found.images} images are off the checkpoint's by "
+                                 f"{found.error:.1e} of the largest logit, PyTorch's float32 is off float64 by {found.own:.1e}")
+    return found
+
+
+# ---------------------------------------------------------------- the model card
+_FEED_FORWARD = {"GKAN": "group KAN (an MLP whose activations are learned functions, shared by groups of channels)",
+                 "KAN": "FasterKAN (a learned function on every edge)", "ViT": "MLP",
+                 "EKAN": "efficient-KAN (SiLU and a B-spline on every edge)"}
+PLACE = "USER/NAME"         # of the model on the Hub, until it is pushed
+
+
+def model_card(trained: Trained, measured: dict[str, float] | None = None) -> str:
+    """The `README.md` of a model on the Hub: results, model, recipe, data, versions, licence, use."""
+    said = about(trained)
+    flags, names = said["args"], said.get("class_names") or []
+    name, suffix = trained.spec.name, models_kan.split_name(trained.spec.name)[1]
+    data = _one_word(str(flags.get("data_set") or "unknown"))
+    default = get_args_parser().get_default
+    recipe = {key: value for key, value in flags.items() if SCOPE[key] != "model" and value != plain(default(key))}
+    started = checkpoint_args(trained.about).get("finetune")
+
+    held = {"model": "trained weights", "model_ema": "moving average"}
+    results, evaluated = [], None
+    if measured:
+        results.append(f"| {held[trained.weights]}, evaluated at export, {measured['images']:.0f} images "
+                       f"| {measured['acc1']:.2f} | {measured['acc5']:.2f} |")
+        evaluated = [EvalResult(task_type="image-classification", dataset_type=data.lower(), dataset_name=data,
+                                metric_type="accuracy", metric_name=f"top-{k}", metric_value=round(measured[f"acc{k}"], 2))
+                     for k in (1, 5)]
+    results += [f"| {held[weights]}, best epoch of the run | {said[key]:.2f} | |" for weights, key in (
+        ("model", "max_accuracy"), ("model_ema", "max_accuracy_ema")) if said.get(key)]
+    header = ModelCardData(license="apache-2.0", library_name="timm", pipeline_tag="image-classification", model_name=name,
+                           tags=["image-classification", "timm", "kolmogorov-arnold-network", "vision-kan"],
+                           eval_results=evaluated)
+    parts = [f"---\n{header.to_yaml()}\n---", f"# {name}"]
+    if suffix:
+        flops = models_kan.count_flops(trained.model)
+        parts.append(f"A vision transformer with the feed-forward {_FEED_FORWARD[suffix]}. "
+                     f"{models_kan.count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
+                     f"FLOPs an image of {trained.args.input_size} px.")
+    parts += ["## Results", "\n".join(["| weights | top-1 | top-5 |", "|---|---|---|", *results]) if results else
+              "The checkpoint tells none.",
+              "## Model", f"It holds the {held[trained.weights]}.",
+              _block("yaml", _yaml({"name": name, **said["model_args"]["kwargs"]})),
+              "## Data", f"`{data}`, {trained.model.num_classes} classes{_few(names)}.",
+              "## Recipe", _recipe(recipe, said, started),
+              "## Versions", _block("yaml", _yaml({**said.get("versions", {}), "exported with": versions()})),
+              "## Licence", "Apache-2.0.",
+              "## Use", _USE.format(place=PLACE)]
+    return "\n\n".join(parts) + "\n"
+
+
+_USE = """With the code of Vision-KAN on the path (its `models_kan` registers the architectures):
+
+```python
+import timm
+import models_kan
+
+model = timm.create_model("hf-hub:{place}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```
+
+or, from its folder, `python main.py --eval --resume model.safetensors --data-path DIR`."""
+
+
+def _recipe(recipe: dict[str, Any], said: dict[str, Any], started: Any) -> str:
+    if not said["args"]:
+        return "The checkpoint tells none."
+    lines = [f"{said['epoch'] + 1} epochs done. Flags of `main.py` that are not the defaults:" if "epoch" in said else
+             "Flags of `main.py` that are not the defaults:", _block("yaml", _yaml(recipe))]
+    return "\n\n".join(lines + ([f"Fine-tuned from `{_one_word(Path(str(started)).name)}`."] if started else []))
+
+
+def _few(names: list[str], most: int = 20) -> str:
+    shown = ", ".join(f"`{_one_word(name)}`" for name in names[:most])
+    return f": {shown}{', …' if len(names) > most else ''}" if shown else ""
+
+
+def _one_word(text: str) -> str:
+    return text.replace("`", "'").replace("\n", " ")
+
+
+def _yaml(content: dict[str, Any]) -> str:
+    return yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _block(language: str, text: str) -> str:
+    return f"```{language}\n{text.replace('```', chr(39) * 3).rstrip()}\n```"
+
+
+# ---------------------------------------------------------------- the command
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.set_defaults(device="cpu")       # a program keeps the device that it was exported on
+    parser.add_argument("target", type=Path, metavar="TARGET", help="the ending is the format")
+    parser.add_argument("--check", nargs="+", metavar="IMAGE|FOLDER", help="images whose logits are compared, besides noise")
+    own, flags = parser.parse_known_args(argv)
+    chosen = format_of(own.target)          # before anything takes time
+    files = image_files(own.check) if own.check else []
+    trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
+    options = {}
+    if trained.args.data_path and chosen.write is write_folder:
+        options["measured"] = evaluate(trained.model, trained.loaders().val, Process(device=trained.device))
+    found = export(trained, own.target, files, **options)
+    same = "equal bit by bit" if chosen.exact else \
+        f"equal up to {found.error:.1e} of the largest logit (PyTorch's float32 from its float64: {found.own:.1e})"
+    say(f"{own.target}: {trained.spec.name}, {models_kan.count_parameters(trained.model):,} parameters; logits of {found.images} "
+        f"images in batches of several sizes are {same}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""What a checkpoint has learned and looks at: a report (HTML, complete in one file) and pictures.
+
+    python tools/inspect_kan.py CHECKPOINT [IMAGE|FOLDER ...] [--data-path DIR] [--compare OTHER] [--output FOLDER]
+
+Learned functions over the histogram of what really arrives at them, the share of inputs off the grid, the distance of each
+function from its base; attention maps and rollout; a table of the blocks. What arrives is measured on validation images of
+--data-path, or else on the images given; attention is shown on the images given, or else on some of the validation images.
+"""
+import base64
+import html
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import torch
+from matplotlib.figure import Figure
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+import models_kan
+import peers
+import understand
+from checkpoints import whole
+from config import Parser
+from start import validation_images
+from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
+from understand import Collected, Measured
+from utils import UserError, say
+
+SAMPLES = 256       # images that what arrives is measured on
+SHOWN = 6           # images whose attention is shown
+
+
+@dataclass
+class Findings:
+    """What the report tells of one checkpoint. attention: a picture of each image, or a sentence why there is none."""
+    trained: Trained
+    collected: Collected
+    measured: dict[str, Measured]
+    functions: Figure | None
+    attention: list[Figure] = field(default_factory=list)
+    without_attention: str = ""
+
+
+# ---------------------------------------------------------------- what there is to see
+def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequence[str]) -> Findings:
+    """Measure one checkpoint on images that are prepared as it takes them."""
+    layers = understand.chosen_layers(trained.model, names)
+    loaders = trained.loaders() if trained.args.data_path else None
+    images, indices = _read(trained, files := _spread(files, SHOWN if loaders else samples))
+    titles = [files[index].name for index in indices.tolist()]
+    calibration = validation_images(loaders, samples) if loaders else images
+    collected = understand.collect_inputs(trained.model, calibration.split(32) if len(calibration) else ())
+    measured = {name: understand.measure(layer, collected.inputs[name]) for name, layer in layers.items()
+                if name in collected.inputs}
+    found = Findings(trained, collected, measured,
+                     understand.functions_figure(layers, collected.inputs) if layers else None)
+    shown = _spread(list(zip(images, titles)), SHOWN)
+    if loaders and not files:
+        data: Any = loaders.val.dataset
+        items = [(index, *data[index]) for index in _spread(range(len(data)), SHOWN)]
+        shown = [(image, f"{Path(data.images.name(index)).name}: {trained.class_names[target]}")
+                 for index, image, target in items if target >= 0]
+    if not shown:
+        found.without_attention = "no image was given to look at: name some, or give --data-path"
+    try:
+        found.attention = [_attention(trained, image, title) for image, title in shown]
+    except UserError as error:
+        found.without_attention = str(error)
+    return found
+
+
+def _spread(items: Sequence, count: int) -> Sequence:
+    """So many of them at most, evenly over their order."""
+    return items[::max(1, len(items) // count)][:count]
+
+
+def _read(trained: Trained, files: Sequence[Path]) -> tuple[Tensor, Tensor]:
+    size = trained.args.input_size
+    if not files:
+        return torch.zeros(0, 3, size, size), torch.zeros(0, dtype=torch.int64)
+    read = list(Pictures(files, Namespace(**{**vars(trained.args), "num_workers": 0})))
+    if not read:
+        raise UserError(f"none of the {len(files)} images can be read: name others")
+    images, indices = zip(*read)
+    return torch.cat(images), torch.cat(indices)
+
+
+def _attention(trained: Trained, image: Tensor, title: str) -> Figure:
+    if trained.class_names:
+        with torch.inference_mode():
+            share, number = trained.model(image[None].to(trained.device)).softmax(-1)[0].max(-1)
+        title += f"\n→ {trained.class_names[number].partition(',')[0]} ({share:.0%})"
+    title = "".join(c if c.isprintable() or c == "\n" else "?" for c in title)       # a file's name may be anything
+    deviation, mean = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_STD, IMAGENET_DEFAULT_MEAN))
+    return understand.draw_attention(image * deviation + mean, understand.attention_panels(trained.model, image), title)
+
+
+def share_limits(a: Figure, b: Figure) -> None:
+    """The same height for the panels of the same layer, so that two pictures can be compared by eye."""
+    ours, theirs = ({axes.get_label(): axes for axes in figure.axes if axes.get_label()} for figure in (a, b))
+    for name in ours.keys() & theirs.keys():
+        limits = [axes.get_ylim() for axes in (ours[name], theirs[name])]
+        for axes in (ours[name], theirs[name]):
+            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+# ---------------------------------------------------------------- tables
+def about(found: Findings) -> list[list[str]]:
+    trained = found.trained
+    options = ", ".join(f"{key} {value}" for key, value in trained.spec.kwargs.items())
+    rows = [["checkpoint", trained.path], ["model", trained.spec.name], ["options", options or "none"],
+            ["parameters", f"{models_kan.count_parameters(trained.model):,}"]]
+    epoch, best = trained.about.get("epoch"), trained.about.get("max_accuracy")
+    if type(epoch) is int:
+        rows.append(["epochs done", str(epoch + 1)])
+    if isinstance(best, float):
+        rows.append(["best top-1", f"{best:.2f}"])
+    images = f"{found.collected.images} images" if found.collected.images else \
+        "no images: functions are drawn without what arrives (name images, or give --data-path)"
+    return [*rows, ["measured on", images]]
+
+
+def blocks_table(found: Findings) -> list[list[str]]:
+    outputs = found.collected.outputs
+    blocks = [name.removesuffix(".mlp") for name in outputs if name.endswith(".mlp")]
+    return [["block", "attention", "feed-forward", "leaves the block"],
+            *([name, *(f"{outputs[name + part]:.3g}" for part in (".attn", ".mlp", ""))] for name in blocks)] if blocks else []
+
+
+def layers_table(found: Findings) -> list[list[str]]:
+    rows = [["layer", "functions", "grid", "inputs", "smallest, largest", "off the grid", "distance", "furthest", "gain", "dead"]]
+    for name, layer in found.measured.items():
+        distances = ["–" if value is None else f"{value:.3g}" for value in (layer.distance, layer.furthest)]
+        rows.append([name, f"{layer.functions:,}", f"{layer.points} on [{layer.low:.3g}, {layer.high:.3g}]",
+                     f"{layer.mean:.2f} ± {layer.std:.2f}", f"{layer.smallest:.2f}, {layer.largest:.2f}", f"{layer.off_grid:.1%}",
+                     *distances, f"{layer.gain.min():.2g} to {layer.gain.max():.2g}",
+                     f"{layer.dead} of {len(layer.gain)} {layer.units}"])
+    return rows if found.measured else []
+
+
+# ---------------------------------------------------------------- the page
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; background: #fff }
+body.two { max-width: 2300px } .two td, .two th { padding: .2em .4em; font-size: 12px }
+.pair { display: flex; gap: 2em } .pair > div { flex: 1; min-width: 0; overflow-x: auto }
+table { border-collapse: collapse; margin: .5em 0; font-size: 13px; font-variant-numeric: tabular-nums }
+td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left; white-space: nowrap } th { background: #eef }
+.facts td { white-space: normal; overflow-wrap: anywhere; vertical-align: top }
+img { max-width: 100%; display: block; margin: .5em 0 } h2 { border-bottom: 1px solid #ccc; margin-top: 2em }
+.warning { background: #fff3cd; padding: .5em 1em } .note { color: #555; max-width: 60em }
+"""
+NOTES = {
+    "Blocks":
+        "Root mean square of what the attention and the feed-forward of each block add (before any layer scale), and of what "
+        "leaves the block.",
+    "Layers of learned functions":
+        "Inputs: mean and deviation. Off the grid: the share of them that lie beyond the first or last grid point, where what "
+        "is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a full-edge KAN: of the "
+        "spline beside its base branch, where it has one), the mean over the functions, and the furthest. Gain: deviation of "
+        "what a group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what arrives; dead: "
+        f"below {understand.DEAD_GAIN:g}.",
+    "Learned functions":
+        "Group KAN: each group's function over its base (dashed). Full-edge KAN: the edges whose functions vary most under what "
+        "arrives, exact from the weights. Grey lines: grid points; blue: how what arrives is spread.",
+    "Attention":
+        "Rollout (arXiv:2005.00928): the product over the blocks of (attention + identity)/2, averaged over heads. Then the "
+        "class token's attention in each block, averaged over heads, and in each head of the last block. Each panel goes "
+        "from its smallest share of a patch (dark) to its largest (bright); both are above it."}
+
+
+def _table(rows: list[list[str]], head: bool = True) -> str:
+    def line(row: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>\n"
+
+    start = "<table>" if head else '<table class="facts">'
+    return start + "".join(line(row, "th" if head and not number else "td") for number, row in enumerate(rows)) + "</table>"
+
+
+def _picture(content: bytes, words: str) -> str:
+    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+
+
+def page(columns: Sequence[Findings], pictures: Sequence[dict[str, bytes]]) -> str:
+    """The report on one checkpoint, or on two side by side. pictures: of each, by file name."""
+    def row(title: str, parts: Sequence[str]) -> str:
+        inside = "".join(f"<div>{part}</div>" for part in parts)
+        note = f'<p class="note">{html.escape(NOTES[title])}</p>' if title in NOTES else ""
+        return f'<h2>{html.escape(title)}</h2>\n{note}<div class="pair">{inside}</div>\n'
+
+    def table_or(rows: list[list[str]], otherwise: str) -> str:
+        return _table(rows) if rows else f"<p>{html.escape(otherwise)}</p>"
+
+    def facts(found: Findings) -> str:
+        warning = understand.off_grid_warning(found.measured)
+        return _table(about(found), head=False) + (f'<p class="warning">{html.escape(warning)}</p>' if warning else "")
+
+    def functions(found: Findings, drawn: dict[str, bytes]) -> str:
+        if found.functions is None:
+            return f"<p>{html.escape(found.trained.spec.name)} has no learned functions.</p>"
+        return "".join(_picture(drawn[name], name) for name in drawn if "functions" in name)
+
+    def attention(found: Findings, drawn: dict[str, bytes]) -> str:
+        return "".join(_picture(drawn[name], name) for name in drawn if "attention" in name) or \
+            f"<p>{html.escape(found.without_attention)}</p>"
+
+    no_images = "not measured: no images were given"
+    title = "What the model has learned"
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}: '
+            f"{html.escape(columns[0].trained.path)}</title>\n<style>{STYLE}</style></head>\n"
+            f'<body{" class=two" if len(columns) > 1 else ""}>\n<h1>{html.escape(title)}</h1>\n'
+            + row("Checkpoint" if len(columns) == 1 else "Checkpoints", [facts(found) for found in columns])
+            + row("Blocks", [table_or(blocks_table(found), no_images if not found.collected.images else "no transformer blocks")
+                             for found in columns])
+            + row("Layers of learned functions", [table_or(
+                layers_table(found), "no learned functions" if found.functions is None else no_images) for found in columns])
+            + row("Learned functions", [functions(*each) for each in zip(columns, pictures)])
+            + row("Attention", [attention(*each) for each in zip(columns, pictures)]) + "</body></html>\n")
+
+
+def write(columns: Sequence[Findings], folder: Path) -> Path:
+    """The pictures and report.html into the folder, in place of files of these names."""
+    pictures = []
+    for prefix, found in zip(("", "other_"), columns):
+        figures = ({f"{prefix}functions.png": found.functions} if found.functions else {}) | {
+            f"{prefix}attention_{number}.png": figure for number, figure in enumerate(found.attention, 1)}
+        pictures.append({name: understand.png(figure, dpi=90) for name, figure in figures.items()})
+    for name, content in (item for drawn in pictures for item in drawn.items()):
+        with whole(folder / name) as file:
+            file.write_bytes(content)
+    report = folder / "report.html"
+    with whole(report) as file:
+        file.write_text(page(columns, pictures), encoding="utf-8", errors="replace")
+    return report
+
+
+# ---------------------------------------------------------------- the command
+def default_output(checkpoint: str) -> Path:
+    """checkpoint_inspect beside checkpoint.pth, for a URL in the current folder."""
+    path = Path(Path(urlparse(checkpoint).path).name if "://" in checkpoint else checkpoint).expanduser()
+    return path.with_name(f"{path.stem}_inspect")
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser("inspect_kan.py", description=__doc__.splitlines()[0])
+    add_model_arguments(parser)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="images or folders of them, to look at")
+    parser.add_argument("--data-path", metavar="DIR", help="data set whose validation images are let through")
+    parser.add_argument("--data-set", metavar="NAME", help="as main.py's, where the folder can't tell")
+    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="images to let through at most")
+    parser.add_argument("--layer", action="append", metavar="NAME",
+                        help="show only this layer or block, such as blocks.3 or blocks.3.mlp.phi2; may be repeated")
+    parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint, shown beside the first")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: CHECKPOINT's name with _inspect at its end")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples} must be at least 1")
+    flags = [word for flag in ("data_path", "data_set") if getattr(args, flag) for word in (f"--{flag}", getattr(args, flag))]
+    columns = []
+    for place in filter(None, (args.checkpoint, args.compare)):
+        trained = load_trained(place, weights=args.weights, device=args.device, flags=flags)
+        columns.append(inspect(trained, image_files(args.images), args.samples, args.layer or ()))
+    figures = [found.functions for found in columns if found.functions]
+    if len(figures) == 2:
+        share_limits(*figures)
+    report = write(columns, args.output or default_output(args.checkpoint))
+    for found in columns:
+        if warning := understand.off_grid_warning(found.measured):
+            say(f"warning: {found.trained.path}: {warning}", file=sys.stderr)
+    say(report)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What a trained model sees in images: its first choices, with names and probabilities.
+
+    python tools/predict.py CHECKPOINT IMAGE|FOLDER [IMAGE|FOLDER ...] [--top 5] [--format table|json|csv] [--output FILE]
+
+CHECKPOINT is one of ours, of the original Vision-KAN or DeiT, a file or a URL. Further flags are main.py's (--eval-crop-ratio,
+--num_workers, ...) and come last. Images that cannot be read are named and left out; where none can, the exit code is 2.
+"""
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+import peers
+from checkpoints import whole
+from config import Parser
+from datasets import printable
+from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
+from utils import UserError
+
+FORMATS = ("table", "json", "csv")
+
+
+class Prediction(NamedTuple):
+    """file: the image. classes: indices, the most probable first. probabilities: theirs, by softmax."""
+    file: Path
+    classes: list[int]
+    probabilities: list[float]
+
+
+@torch.inference_mode()
+def predict(trained: Trained, pictures: Pictures, top: int = 5) -> Iterator[Prediction]:
+    """The `top` first choices (all where there are fewer classes) for each image that can be read, in their order."""
+    for images, indices in pictures:
+        probabilities = trained.model(images.to(trained.device)).float().softmax(1)
+        best = probabilities.topk(min(top, probabilities.shape[1]))
+        for index, classes, values in zip(indices.tolist(), best.indices.tolist(), best.values.tolist()):
+            yield Prediction(pictures.files[index], classes, values)
+
+
+# ---------------------------------------------------------------- formats
+def _shown(file: Path) -> str:
+    """Its name in characters that any file can hold."""
+    return str(file).encode(errors="backslashreplace").decode()
+
+
+def write_table(predictions: Iterator[Prediction], names: list[str], pictures: Pictures, out: TextIO) -> None:
+    first = min(60, max(5, *(len(printable(_shown(file))) for file in pictures.files)))
+    second = min(40, max(5, *map(len, names)))
+    out.write(f"{'image':{first}}  {'class':{second}}  probability\n")
+    for file, classes, probabilities in predictions:
+        left = printable(_shown(file), first)
+        for number, probability in zip(classes, probabilities):
+            name = names[number] if len(names[number]) <= second else names[number][:second - 3] + "..."
+            out.write(f"{left:{first}}  {printable(name):{second}}  {probability:>11.2%}\n")
+            left = ""
+        out.flush()
+
+
+def write_json(predictions: Iterator[Prediction], names: list[str], pictures: Pictures, out: TextIO) -> None:
+    images = [{"file": _shown(file), "predictions": [{"class": number, "name": names[number], "probability": probability}
+                                                     for number, probability in zip(classes, probabilities)]}
+              for file, classes, probabilities in predictions]
+    json.dump({"images": images, "unreadable": [_shown(file) for file in pictures.unreadable]}, out, indent=1)
+    out.write("\n")
+
+
+def write_csv(predictions: Iterator[Prediction], names: list[str], pictures: Pictures, out: TextIO) -> None:
+    rows = csv.writer(out, lineterminator="\n")
+    rows.writerow(["file", "rank", "class", "name", "probability"])
+    for file, classes, probabilities in predictions:
+        for rank, (number, probability) in enumerate(zip(classes, probabilities), 1):
+            rows.writerow([_shown(file), rank, number, names[number], f"{probability:.6f}"])
+
+
+WRITERS: dict[str, Callable[[Iterator[Prediction], list[str], Pictures, TextIO], None]] = {
+    "table": write_table, "json": write_json, "csv": write_csv}
+
+
+# ---------------------------------------------------------------- command
+def run(argv: list[str]) -> int:
+    parser = Parser("predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("places", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="folders with all that is below them")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="choices of each image (default: 5)")
+    parser.add_argument("--format", choices=FORMATS, help="default: what the name of --output ends in, else table")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    own, flags = parser.parse_known_args(argv)
+    for flag, value in (("--top", own.top), ("--batch-size", own.batch_size)):
+        if value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+    ending = own.output.suffix[1:].lower() if own.output else ""
+    kind = own.format or (ending if ending in FORMATS else "table")
+    files = image_files(own.places)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(whole(own.output)) if own.output else None     # before the work, which may be long
+        with redirect_stdout(sys.stderr):       # on stdout are the predictions alone
+            trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
+        pictures = Pictures(files, trained.args, own.batch_size)
+        out = stack.enter_context(open(temporary, "w", encoding="utf-8", newline="")) if temporary else sys.stdout
+        WRITERS[kind](predict(trained, pictures, own.top), trained.class_names, pictures, out)
+        if len(pictures.unreadable) == len(files):
+            raise UserError(f"none of the {len(files)} images can be read (see above): name others")
+    if pictures.unreadable:
+        print(f"{len(pictures.unreadable)} of the {len(files)} images cannot be read and are left out (see above)",
+              file=sys.stderr)
+    if own.output:
+        print(f"{own.output}: {len(files) - len(pictures.unreadable)} images", file=sys.stderr)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

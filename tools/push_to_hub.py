@@ -1,0 +1,67 @@
+"""Put a folder that `tools/export.py CHECKPOINT FOLDER` has written on the Hugging Face Hub, in one commit.
+
+    python tools/push_to_hub.py FOLDER USER/NAME [--private]
+
+Read its README.md, the model card, before: results, data and licence are what others will see. It needs `hf auth login`, or
+HF_TOKEN. Afterwards `timm.create_model("hf-hub:USER/NAME", pretrained=True)` loads the model where `models_kan` is imported.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+import peers
+from checkpoints import one_line
+from utils import UserError, say
+
+FILES = ("config.json", "model.safetensors", "README.md")
+PLACE = "USER/NAME"     # what a model card calls the model until it has a place
+
+
+def push(folder: Path, repo: str, private: bool = False) -> str:
+    """Upload the folder's files to the model `repo` ("USER/NAME"), made where there is none; returns the address of the commit.
+
+    Raises: UserError for another folder, without a login, for a name that is none or another's, and without a connection."""
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} has no {' and no '.join(missing)}: write it with tools/export.py CHECKPOINT FOLDER")
+    if get_token() is None:
+        raise UserError("nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    try:
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id       # with the owner, where it was left out
+        files: list[tuple[str, str | bytes]] = [(name, str(folder / name)) for name in FILES if name != "README.md"]
+        files.append(("README.md", card.replace(PLACE, repo).encode()))
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
+        return api.create_commit(repo, operations, commit_message=f"Add {folder.resolve().name}").commit_url
+    except HFValidationError as error:
+        raise UserError(f"{repo} is no name of a model on the Hub ({one_line(error)}): give {PLACE}") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the Hub refuses {repo} ({one_line(error)}): check the name, and that the token of `hf auth login` or "
+                        "HF_TOKEN may write there") from error
+    except Exception as error:      # the Hub's client raises many kinds
+        raise UserError(f"the Hub cannot be reached ({one_line(error)}): nothing was pushed, check the connection and "
+                        "HF_HUB_OFFLINE") from error
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("repo", metavar=PLACE)
+    parser.add_argument("--private", action="store_true", help="where the model is made anew: seen by its owners only")
+    own = parser.parse_args(argv)
+    say(push(own.folder, own.repo, own.private))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

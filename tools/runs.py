@@ -1,0 +1,250 @@
+"""Several runs side by side: a table of their results and of the flags in which they differ, and their curves as a PNG.
+
+    python tools/runs.py FOLDER [FOLDER ...] [--sort KEY] [--csv FILE] [--output PICTURE]
+
+A FOLDER is the --output_dir of a run, or one that has such folders in it, at any depth. Runs that are not finished, or have
+failed, are shown too.
+"""
+import argparse
+import csv
+import io
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import peers
+from checkpoints import whole
+from config import SCOPE, load_recipe
+from run_folder import STATUS
+from tools.plot_run import draw_curve, names_of, read_log
+from utils import UserError, say
+
+LOG, FLAGS = "log.txt", "args.yaml"
+DIFFERENT = {dest for dest, scope in SCOPE.items() if scope != "place"} | {"finetune", "teacher_path", "compile", "kan_backend"}
+SAME_COLOURS = 10       # of matplotlib's cycle
+
+
+@dataclass(frozen=True)
+class Run:
+    """folder, and what is in it: records of log.txt, status.json, flags (dest -> value); each empty where there is none."""
+    folder: Path
+    records: list[dict[str, Any]]
+    status: dict[str, Any]
+    flags: dict[str, Any]
+
+    def best(self, key: str) -> float | None:
+        return max((record[key] for record in self.records if isinstance(record.get(key), (int, float))), default=None)
+
+    def last(self, key: str) -> Any:
+        return self.records[-1].get(key) if self.records else None
+
+    @property
+    def epochs(self) -> int:
+        return self.records[-1]["epoch"] + 1 if self.records else 0
+
+    @property
+    def state(self) -> str:
+        """status.json's state. A run of this machine that says "running" and whose process is gone was killed."""
+        state = str(self.status.get("state", "unknown"))
+        if state == "running" and self.status.get("host") == socket.gethostname() and not _alive(self.status.get("pid")):
+            return "killed"
+        return state
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of the training, over all epochs."""
+        known = [record for record in self.records if record.get("img_per_s") and record.get("epoch_seconds")]
+        seconds = sum(record["epoch_seconds"] for record in known)
+        return sum(record["img_per_s"] * record["epoch_seconds"] for record in known) / seconds if seconds else None
+
+    @property
+    def hours(self) -> float | None:
+        """Of the training, evaluations left out."""
+        known = [record["epoch_seconds"] for record in self.records if "epoch_seconds" in record]
+        return sum(known) / 3600 if known else None
+
+
+def _alive(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError, ValueError, TypeError):
+        return False
+    except PermissionError:     # of another user
+        pass
+    return True
+
+
+@dataclass(frozen=True)
+class Column:
+    """text: of the value. falling: whether --sort begins with the largest."""
+    title: str
+    value: Callable[[Run], Any]
+    text: Callable[[Any], str] = str
+    falling: bool = False
+
+
+COLUMNS = {
+    "model": Column("model", lambda run: run.flags.get("model")),
+    "parameters": Column("parameters", lambda run: run.last("n_parameters"), "{:,}".format),
+    "epochs": Column("epochs", lambda run: run.epochs, falling=True),
+    "top1": Column("best top-1", lambda run: run.best("test_acc1"), "{:.2f}".format, falling=True),
+    "ema_top1": Column("EMA", lambda run: run.best("ema_test_acc1"), "{:.2f}".format, falling=True),
+    "train_loss": Column("train loss", lambda run: run.last("train_loss"), "{:.4f}".format),
+    "test_loss": Column("test loss", lambda run: run.last("test_loss"), "{:.4f}".format),
+    "img_per_s": Column("img/s", lambda run: run.images_per_second, "{:,.0f}".format, falling=True),
+    "hours": Column("hours", lambda run: run.hours, "{:.2f}".format),
+    "status": Column("status", lambda run: run.state),
+}
+
+
+# ---------------------------------------------------------------- reading
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+    """The folders that hold a log or a status of a run, at and below the given ones, by name. UserError where one has none."""
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is no folder: name the --output_dir of runs, or a folder of such")
+        inside = sorted({path.parent for name in (LOG, STATUS) for path in folder.rglob(name)})
+        if not inside:
+            raise UserError(f"{folder} holds no run (no {LOG} and no {STATUS}, at any depth): check the path")
+        found += inside
+    return list({folder.resolve(): folder for folder in found}.values())
+
+
+def read_run(folder: Path) -> Run:
+    """What a run's folder says; a part that cannot be read is told on stderr and left out."""
+    records: list[dict[str, Any]] = []
+    status: Any = {}
+    flags: dict[str, Any] = {}
+    if (folder / LOG).is_file() and (folder / LOG).stat().st_size:
+        try:
+            records = read_log(folder)
+        except UserError as error:
+            say(f"warning: {error}", file=sys.stderr)
+    if (folder / STATUS).is_file():
+        try:
+            status = json.loads((folder / STATUS).read_text())
+        except (OSError, ValueError) as error:
+            say(f"warning: {folder / STATUS} cannot be read ({error})", file=sys.stderr)
+    if (folder / FLAGS).is_file():
+        try:
+            flags = load_recipe(str(folder / FLAGS))
+        except UserError as error:
+            say(f"warning: the flags of {folder} cannot be told: {str(error).removeprefix('--config ')}", file=sys.stderr)
+    return Run(folder, records, status if isinstance(status, dict) else {}, flags)
+
+
+def differing_flags(runs: Sequence[Run]) -> list[str]:
+    """Flags about model, data and training whose values are not the same in all runs that tell theirs; `COLUMNS` aside."""
+    known = [run.flags for run in runs if run.flags]
+    return [dest for dest in SCOPE if dest in DIFFERENT and dest not in COLUMNS
+            and len({json.dumps(flags.get(dest)) for flags in known}) > 1]
+
+
+def sort_runs(runs: Sequence[Run], names: dict[Path, str], key: str) -> list[Run]:
+    """By a column, the best or the first name first; runs without a value last."""
+    if key == "name":
+        return sorted(runs, key=lambda run: names[run.folder])
+    column = COLUMNS[key]
+    known = [run for run in runs if column.value(run) is not None]
+    return [*sorted(known, key=column.value, reverse=column.falling), *(run for run in runs if column.value(run) is None)]
+
+
+# ---------------------------------------------------------------- writing
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " ".join(map(_words, value)) if isinstance(value, list) else "-" if value in (None, "") else str(value)
+
+
+def table(runs: Sequence[Run], names: dict[Path, str]) -> str:
+    """A line for each run; below, why those that failed did."""
+    different = differing_flags(runs)
+    lines = [["run", *(column.title for column in COLUMNS.values()), "flags that differ"]]
+    for run in runs:
+        values = [column.value(run) for column in COLUMNS.values()]
+        cells = ["-" if value is None else column.text(value) for value, column in zip(values, COLUMNS.values())]
+        if "epochs" in run.flags:
+            cells[list(COLUMNS).index("epochs")] += f"/{run.flags['epochs']}"
+        flags = ", ".join(f"{dest} {_words(run.flags.get(dest))}" for dest in different) if run.flags else "-"
+        lines.append([names[run.folder], *cells, flags])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    left = {0, 1, len(COLUMNS), len(COLUMNS) + 1}
+    text = ["  ".join(cell.ljust(width) if place in left else cell.rjust(width)
+                      for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    reasons = [f"{names[run.folder]}: {run.state}: {run.status['reason']}" for run in runs if run.status.get("reason")]
+    return "\n".join([*text, *reasons])
+
+
+def sheet(runs: Sequence[Run], names: dict[Path, str]) -> str:
+    """The table as CSV, whole numbers, with a column for each flag that differs."""
+    different, out = differing_flags(runs), io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["run", *COLUMNS, "reason", *different])
+    for run in runs:
+        writer.writerow([names[run.folder], *(column.value(run) for column in COLUMNS.values()), run.status.get("reason", ""),
+                         *(_words(run.flags[dest]) if dest in run.flags else "" for dest in different)])
+    return out.getvalue()
+
+
+def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
+    """Loss and top-1 over the epochs of all runs that have finished one."""
+    keys = ("train_loss", "test_loss", "test_acc1")
+    logs = {names[run.folder]: complete for run in runs
+            if (complete := [record for record in run.records if all(isinstance(record.get(key), (int, float)) for key in keys)])}
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    for axis, key, label, dashed in ((axes[0], "test_loss", "loss (dashed: training)", "train_loss"),
+                                     (axes[1], "test_acc1", "top-1 (%)", None)):
+        if len(logs) > SAME_COLOURS:
+            axis.set_prop_cycle(color=plt.get_cmap("turbo")([n / (len(logs) - 1) for n in range(len(logs))]))
+        draw_curve(axis, logs, key, label, dashed)
+        if axis.get_legend():
+            axis.get_legend().remove()
+    handles, labels = axes[1].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4), fontsize=8)
+    with whole(picture) as file:
+        figure.savefig(file, dpi=110, format="png")
+    plt.close(figure)
+
+
+def run(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, or folders of runs")
+    parser.add_argument("--sort", default="name", choices=["name", *COLUMNS], metavar="KEY",
+                        help=f"order of the lines: name (default), {', '.join(COLUMNS)}; the best first")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the table, with a column for each flag that differs")
+    parser.add_argument("--output", type=Path, metavar="PICTURE", help="the curves (default: runs.png in the first FOLDER)")
+    own = parser.parse_args(argv)
+    runs = [read_run(folder) for folder in find_runs(own.folders)]
+    names = dict(zip((run.folder for run in runs), names_of([run.folder for run in runs])))
+    runs = sort_runs(runs, names, own.sort)
+    say(table(runs, names))
+    picture = own.output or own.folders[0] / "runs.png"
+    if own.csv:
+        with whole(own.csv) as file:
+            file.write_text(sheet(runs, names), encoding="utf-8")
+        say(own.csv)
+    plot(runs, names, picture)
+    say(picture)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
