@@ -20,7 +20,7 @@ quickstart: venv
 	$(PY) tools/quickstart.py
 
 test: venv
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: venv
 	$(PY) -m pytest -m slow --timeout 3600
