@@ -10,6 +10,7 @@ from scipy import stats
 
 import models_kan
 from benchmarks import accuracy
+from kernels import native
 from samplers import RASampler
 
 
@@ -144,6 +145,8 @@ def small(monkeypatch):
     monkeypatch.setitem(accuracy.RECIPE, "batch_size", 12)
     monkeypatch.setitem(accuracy.RECIPE, "warmup_steps", 1)
     monkeypatch.setattr(accuracy.shutil, "which", lambda name: None)
+    yield
+    native.library.cache_clear()        # it has found no compiler either
 
 
 def run(setting: str, variant: str, folder, seed: int = 0) -> dict:
