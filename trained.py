@@ -59,6 +59,11 @@ class Trained:
         return {"input_size": (3, size, size), "crop_pct": self.args.eval_crop_ratio if size > 32 else 1.0,
                 "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
 
+    @property
+    def has_data(self) -> bool:
+        """Whether the flags, or the checkpoint's own, name a data set whose images are at hand."""
+        return bool(self.args.data_path) or self.args.data_set.startswith(("DIGITS", "hfds/", "hfids/"))
+
     def loaders(self) -> Loaders:
         """The validation images that --data-path and --data-set among the flags name, as `main.py --eval` has them.
         Raises UserError as that does, also where the classes are others."""

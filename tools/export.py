@@ -257,8 +257,9 @@ def model_card(trained: Trained, measured: dict[str, float] | None = None) -> st
         evaluated = [EvalResult(task_type="image-classification", dataset_type=data.lower(), dataset_name=data,
                                 metric_type="accuracy", metric_name=f"top-{k}", metric_value=round(measured[f"acc{k}"], 2))
                      for k in (1, 5)]
-    results += [f"| {held[weights]}, best epoch of the run | {said[key]:.2f} | |" for weights, key in (
-        ("model", "max_accuracy"), ("model_ema", "max_accuracy_ema")) if said.get(key)]
+    # the checkpoint does not say whether it is the best one
+    results += [f"| {held[weights]}, best of the run's epochs (these weights may be another's) | {said[key]:.2f} | |"
+                for weights, key in (("model", "max_accuracy"), ("model_ema", "max_accuracy_ema")) if said.get(key)]
     header = ModelCardData(license="apache-2.0", library_name="timm", pipeline_tag="image-classification", model_name=name,
                            tags=["image-classification", "timm", "kolmogorov-arnold-network", "vision-kan"],
                            eval_results=evaluated)

@@ -52,7 +52,7 @@ class Findings:
 def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequence[str]) -> Findings:
     """Measure one checkpoint on images that are prepared as it takes them."""
     layers = understand.chosen_layers(trained.model, names)
-    loaders = trained.loaders() if trained.args.data_path else None
+    loaders = trained.loaders() if trained.has_data else None
     images, indices = _read(trained, files := _spread(files, SHOWN if loaders else samples))
     titles = [files[index].name for index in indices.tolist()]
     calibration = validation_images(loaders, samples) if loaders else images

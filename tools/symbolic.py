@@ -605,7 +605,7 @@ def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable
         files = image_files([folder])
         pictures = Pictures(files[::-(-len(files) // limit)], trained.args)
         return (images for images, _ in pictures), -(-len(pictures) // 64)
-    if not trained.args.data_path and trained.args.data_set != "DIGITS":
+    if not trained.has_data:
         return None, 0
     data: Any = trained.loaders().val.dataset
     some = Subset(data, range(0, len(data), -(-len(data) // limit)))
@@ -639,7 +639,7 @@ def run(argv: list[str]) -> int:
     if own.replace and not any(isinstance(module, GroupActivation) for module in trained.model.modules()):
         raise UserError(f"--replace puts formulas in the place of a group KAN's functions, and {trained.path} holds "
                         f"{trained.spec.name}: leave it out")
-    if own.replace and not trained.args.data_path and trained.args.data_set != "DIGITS":
+    if own.replace and not trained.has_data:
         raise UserError("--replace evaluates the model before and after: name its data with --data-path DIR")
     images, rounds = _images(trained, own.images, own.limit)
     say("weighted by the inputs that arrive" if images else "no images: all of the grid counts alike (see --images)")
