@@ -433,7 +433,7 @@ def draw_attention(image: Tensor, panels: Mapping[str, Tensor], title: str = "",
     """The image [3, S, S] (0 to 1), then each panel over it, from its smallest share (dark) to its largest (bright), which its
     title has."""
     rows = -(-(len(panels) + 1) // columns)
-    figure = Figure((1.45 * columns, 1.9 * rows), layout="constrained")
+    figure = Figure((1.45 * columns, 2.15 * rows), layout="constrained")
     picture = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
     height, width = picture.shape[:2]
     for place, (name, values) in enumerate([(title, None), *panels.items()], 1):

@@ -96,7 +96,8 @@ def test_the_model_card(trained_run, tmp_path):
     assert (header["license"], header["library_name"]) == ("apache-2.0", "timm")
     assert header["model-index"][0]["results"][0]["metrics"][0] == {"type": "accuracy", "value": 61.23, "name": "top-1"}
     best = load_file(file)["max_accuracy"]
-    for words in (f"# {NANO}_GKAN", "24 images | 61.23 | 99.00 |", f"best of the run's epochs (these weights may be another's) | {best:.2f} |",
+    for words in (f"# {NANO}_GKAN", "24 images | 61.23 | 99.00 |",
+                  f"best of the run's epochs (these weights may be another's) | {best:.2f} |",
                   "kan_groups: 4", "lr: 0.01", "warmup_epochs: 0", "1 epochs done", f"torch: {torch.__version__.split('+')[0]}",
                   "Apache-2.0", 'timm.create_model("hf-hub:USER/NAME", pretrained=True)', "`deit_tiny.pth`", "`a'b # c`"):
         assert words in body, words
