@@ -30,7 +30,9 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
     Raises UserError that names those which did not come within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     try:
-        store = _store(url, rank, world_size, timeout)
+        # torchrun's own store lives on when it starts all processes again, and with it what those before have left
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", _store(url, rank, world_size, timeout))
         store.set(f"here/{rank}", socket.gethostname())
     except TimeoutError as error:
         raise UserError(f"process 0 of {world_size}, which keeps the address {error}, did not come within --dist-timeout "

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from e2e import free_port
 
 import peers
-from utils import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Preempted, UserError
+from utils import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TrainingFailed, UserError
 
 
 def child(program, rank: int, world: int, url: str, folder: Path, timeout: float) -> None:
@@ -174,3 +174,25 @@ def test_exit_codes(error, code, text, capsys):
         raise error
 
     assert peers.exit_code(program) == code and capsys.readouterr().err == text
+
+
+def test_processes_that_torchrun_starts_again_know_nothing_of_those_before(tmp_path, monkeypatch):
+    """Its store lives on: where the first ones could be reached must not be taken for where the new ones can."""
+    port = free_port()
+    server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for name, value in (("USE_AGENT_STORE", "True"), ("RESTART_COUNT", "0")):
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+
+    def fail(process, folder: Path) -> int:
+        raise TrainingFailed(f"process {process.rank} has had enough")
+
+    codes, errors, _ = together(fail, tmp_path, url="env://")
+    assert codes == {0: EXIT_FAILED, 1: EXIT_FAILED}, errors
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    init = peers.init_process
+    monkeypatch.setattr(peers, "init_process", lambda *given: time.sleep(int(os.environ["RANK"])) or init(*given))
+    codes, errors, _ = together(rounds, tmp_path, url="env://")
+    assert codes == {0: 0, 1: 0} and not any("stopped" in text for text in errors.values()), errors
+    del server

@@ -190,13 +190,17 @@ def test_without_headers_one_sentence(monkeypatch, tmp_path):
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_by_inductor(name):
-    model, plain = small(name), small(name)
+    """As near to float64's gradients as plain PyTorch is: how near that is depends on the model and the machine."""
+    model, plain, exact = small(name), small(name), small(name).double()
     compile_model(model, CPU)
     images, targets = batches(1)[0]
-    for each in (model, plain):
-        F.cross_entropy(each(images), targets).backward()
-    for a, b in zip(model.parameters(), plain.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+    for each in (model, plain, exact):
+        F.cross_entropy(each(images.to(next(each.parameters()).dtype)), targets).backward()
+
+    def error(net) -> float:
+        return max((a.grad.double() - b.grad).abs().max().item() for a, b in zip(net.parameters(), exact.parameters()))
+
+    assert error(plain) < 5e-3 and error(model) < 3 * error(plain)
 
 
 # ---------------------------------------------------------------- profiler
