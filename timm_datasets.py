@@ -131,8 +131,6 @@ def _torch(is_train: bool, args: Namespace, name: str) -> Split:
     return Split(FileImages([paths[index] for index in chosen]), targets[chosen], classes, note)
 
 
-
-
 # ---------------------------------------------------------------- hfds/
 class RecordImages:
     """Images of a Hugging Face data set, whose tables stay on the disk: records `chosen`."""

@@ -138,13 +138,15 @@ def image_files(places: Sequence[str | Path]) -> list[Path]:
 
 class Pictures:
     """Image files as the model takes them, in batches of (images float32 [B, 3, S, S], indices into `files` int64 [B]).
-    One that cannot be read is left out, and named on stderr unless `quiet`; `unreadable` tells those met so far."""
+    One that cannot be read is left out, and named on stderr; `unreadable` tells those met so far.
 
-    def __init__(self, files: Sequence[Path], args: Namespace, batch_size: int = 64, quiet: bool = False):
+    workers: loader processes; by default as many as --num_workers and the files allow."""
+
+    def __init__(self, files: Sequence[Path], args: Namespace, batch_size: int = 64, workers: int | None = None):
         self.files = list(files)
         self.data = ImageSet(Split(FileImages(list(map(str, files))), np.arange(len(files)), []), False, args)
-        self.data.quiet = quiet
-        workers = min(args.num_workers, len(files) // batch_size)
+        if workers is None:
+            workers = min(args.num_workers, len(files) // batch_size)
         self.loader = DataLoader(self.data, batch_size, num_workers=workers, generator=torch.Generator())
 
     def __len__(self) -> int:
@@ -166,4 +168,3 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         "original Vision-KAN or DeiT; a file or a URL")
     parser.add_argument("--weights", choices=WEIGHTS, default="model", help="the trained ones or their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-

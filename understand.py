@@ -16,8 +16,8 @@ T tokens.
 import io
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +71,13 @@ def group_functions(phi: GroupActivation, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def edge_basis(layer: EdgeLayer, u: Tensor) -> Tensor:
-    """[N, K]: the basis functions of an edge at u [N], the base branch's silu(u) last where the layer has one."""
+    """[..., K]: the basis functions of an edge at u [...], the base branch's silu(u) last where the layer has one."""
     with torch.no_grad():
         if isinstance(layer, EfficientKANLayer):
-            return torch.cat([bspline_basis(u, layer.grid.to(u), layer.spline_order), F.silu(u)[:, None]], 1)
+            return torch.cat([bspline_basis(u, layer.grid.to(u), layer.spline_order), F.silu(u).unsqueeze(-1)], -1)
         h = layer.rbf.h.to(u) if isinstance(layer.rbf.h, Tensor) else layer.rbf.h
         basis = rswaf_basis(u, layer.rbf.grid.to(u), h)
-        return basis if layer.base_linear is None else torch.cat([basis, F.silu(u)[:, None]], 1)
+        return basis if layer.base_linear is None else torch.cat([basis, F.silu(u).unsqueeze(-1)], -1)
 
 
 def edge_weights(layer: EdgeLayer) -> Tensor:
@@ -138,6 +138,19 @@ class Inputs:
         return 1 - float(self.shares()[0, inside].sum())
 
 
+@contextmanager
+def watching(layers: Mapping[str, FunctionLayer], see: Callable[[str, FunctionLayer, Tensor], None]) -> Iterator[None]:
+    """Inside, see(name, layer, u) is called with what arrives at a layer's functions, u [..., I], whenever the model computes."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if isinstance(layer, FasterKANLayer):       # its functions see what its norm makes of the layer's input
+                hook = layer.layernorm.register_forward_hook(lambda _, x, u, name=name, layer=layer: see(name, layer, u))
+            else:
+                hook = layer.register_forward_pre_hook(lambda layer, x, name=name: see(name, layer, x[0]))
+            stack.callback(hook.remove)
+        yield
+
+
 @dataclass
 class Collected:
     """inputs: of each layer with learned functions, by its name. outputs: name -> root mean square, of each block and of its
@@ -170,12 +183,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
         model.eval()
-        for name, layer in function_layers(model).items():
-            if isinstance(layer, FasterKANLayer):       # its functions see what its norm makes of the layer's input
-                hook = layer.layernorm.register_forward_hook(lambda _, x, u, name=name, layer=layer: counted(name, layer, u))
-            else:
-                hook = layer.register_forward_pre_hook(lambda layer, x, name=name: counted(name, layer, x[0]))
-            stack.callback(hook.remove)
+        stack.enter_context(watching(function_layers(model), counted))
         for name, module in model.named_modules():
             if _is_block(module):
                 for part, child in (("", module), (".attn", module.attn), (".mlp", module.mlp)):

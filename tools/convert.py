@@ -11,8 +11,7 @@ computes what the MLP did; a full-edge KAN is fitted to it on images of --calibr
 import argparse
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,17 +19,15 @@ sys.path.insert(0, str(ROOT))
 import timm
 import torch
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import conversion
 import models_kan
 import peers
 import start as starting
-from augment import build_transform
 from checkpoints import checkpoint_args, plain, save_safetensors, weights_of
 from config import parse_args, validate
-from datasets import load_image
-from utils import UnreadableData, UserError, say
+from trained import Pictures, image_files
+from utils import UserError, say
 
 EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
 AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
@@ -38,26 +35,12 @@ AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
 
 def images_in(folder: Path, args: Namespace, limit: int | None = None) -> Tensor:
     """[B, 3, S, S]: images of a folder and its subfolders, spread evenly over them, as main.py evaluates them."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise UserError(f"{folder} holds no images: name a folder with some")
-    transform = build_transform(False, args)
-    step = max(1, len(files) // limit) if limit else 1
-    return torch.stack(list(islice(_readable(files[::step], transform), limit)))
-
-
-def _readable(files: list[Path], transform) -> Iterator[Tensor]:
-    found = False
-    for file in files:
-        try:
-            image = transform(load_image(str(file)))
-        except (OSError, UnreadableData, ValueError) as error:
-            say(f"warning: {file} cannot be read and is left out ({error})", file=sys.stderr)
-            continue
-        found = True
-        yield image
-    if not found:
-        raise UserError(f"none of the {len(files)} images beside {files[0]} can be read")
+    files = image_files([folder])
+    pictures = Pictures(files[::max(1, len(files) // limit) if limit else 1], args, workers=0)
+    images = list(islice(chain.from_iterable(batch for batch, _ in pictures), limit))
+    if not images:
+        raise UserError(f"none of the {len(pictures)} images beside {pictures.files[0]} can be read")
+    return torch.stack(images)
 
 
 def compare(source: nn.Module, model: nn.Module, images: Tensor, exact: bool) -> int:

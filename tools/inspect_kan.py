@@ -9,7 +9,6 @@ function from its base; attention maps and rollout; a table of the blocks. What 
 import base64
 import html
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +84,7 @@ def _read(trained: Trained, files: Sequence[Path]) -> tuple[Tensor, Tensor]:
     size = trained.args.input_size
     if not files:
         return torch.zeros(0, 3, size, size), torch.zeros(0, dtype=torch.int64)
-    read = list(Pictures(files, Namespace(**{**vars(trained.args), "num_workers": 0})))
+    read = list(Pictures(files, trained.args, workers=0))
     if not read:
         raise UserError(f"none of the {len(files)} images can be read: name others")
     images, indices = zip(*read)

@@ -40,12 +40,12 @@ import peers
 from checkpoints import plain, save_safetensors, whole
 from config import SCOPE
 from datasets import batches
-from efficient_kan import EfficientKANLayer, bspline_basis
 from engine import evaluate, summary
-from faster_kan import FasterKANLayer
 from group_kan import GroupActivation
 from kernels import rswaf_activation_reference, rswaf_basis
+from models_kan import FunctionLayer
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
+from understand import EdgeLayer, edge_basis, edge_weights, function_layers, grid_of, watching
 from utils import Process, UserError, say
 
 UNEXPLAINED = 1e-6      # of the variance: to explain more than all but this is worth nothing
@@ -350,48 +350,20 @@ class Inputs:
         return torch.cat([quantiles, least + torch.linspace(0, 1, even) * (most - least)], 1).double(), weight.double()
 
 
-def _evenly(low: float, high: float, functions: int) -> tuple[Tensor, Tensor]:
+def _evenly(layer: FunctionLayer, functions: int) -> tuple[Tensor, Tensor]:
     """The same without inputs: all of the grid counts alike."""
-    u = torch.linspace(low, high, POINTS, dtype=torch.float64)
+    grid = grid_of(layer)
+    u = torch.linspace(float(grid[0]), float(grid[-1]), POINTS, dtype=torch.float64)
     return u.expand(functions, -1), torch.full((POINTS,), 1 / POINTS, dtype=torch.float64)
-
-
-EdgeLayer = FasterKANLayer | EfficientKANLayer
-
-
-def _edge_range(layer: EdgeLayer) -> tuple[float, float]:
-    if isinstance(layer, EfficientKANLayer):
-        return layer.grid_min, layer.grid_max
-    return float(layer.rbf.grid[0]), float(layer.rbf.grid[-1])
-
-
-def _edge_basis(layer: EdgeLayer, u: Tensor) -> Tensor:
-    """The functions [..., K] whose sums the edges are, at u [...]."""
-    if isinstance(layer, EfficientKANLayer):
-        return torch.cat([F.silu(u)[..., None], bspline_basis(u, layer.get_buffer("grid").to(u), layer.spline_order)], -1)
-    basis = rswaf_basis(u, layer.rbf.grid.to(u), layer.rbf.h.to(u) if isinstance(layer.rbf.h, Tensor) else layer.rbf.h)
-    return basis if layer.base_linear is None else torch.cat([basis, F.silu(u)[..., None]], -1)
-
-
-def _edge_weights(layer: EdgeLayer) -> Tensor:
-    """[outputs, inputs, K], on the CPU."""
-    if isinstance(layer, EfficientKANLayer):
-        weights = [layer.base_weight[..., None], layer.spline_weight * layer.spline_scaler[..., None]]
-    else:
-        weights = [layer.spline_linear.weight.unflatten(1, (layer.in_features, -1))]
-        weights += [] if layer.base_linear is None else [layer.base_linear.weight[..., None]]
-    return torch.cat(weights, -1).cpu()
 
 
 def _strongest(layer: EdgeLayer, inputs: Inputs | None, count: int) -> list[tuple[int, int]]:
     """(input, output) of the edges that deviate most under what arrives, the strongest first."""
-    weights = _edge_weights(layer)
+    weights = edge_weights(layer)
     if inputs is None:
-        basis = _edge_basis(layer, _evenly(*_edge_range(layer), 1)[0].float().to(weights)).expand(weights.shape[1], -1, -1)
-        parts: Iterable[Tensor] = [basis]
+        parts: Iterable[Tensor] = [edge_basis(layer, _evenly(layer, 1)[0]).expand(weights.shape[1], -1, -1)]
     else:
-        values = torch.cat(inputs.samples, 1)
-        parts = (_edge_basis(layer.cpu(), part) for part in values.split(64))
+        parts = (edge_basis(layer, part.double()) for part in torch.cat(inputs.samples, 1).split(64))
     gram = torch.cat([torch.einsum("ink,inl->ikl", part - part.mean(1, True), part - part.mean(1, True)) / part.shape[1]
                       for part in parts])
     variance = torch.einsum("oik,ikl,oil->oi", weights, gram, weights)
@@ -399,27 +371,14 @@ def _strongest(layer: EdgeLayer, inputs: Inputs | None, count: int) -> list[tupl
     return [(index % variance.shape[1], index // variance.shape[1]) for index in chosen]
 
 
-def _inputs(trained: Trained, images: Iterable[Tensor], rounds: int,
-            modules: Mapping[str, GroupActivation | EdgeLayer]) -> dict[str, Inputs]:
-    """What arrives at the modules while the model looks at the images."""
-    generator, found, hooks = torch.Generator().manual_seed(0), {}, []
-    for name, module in modules.items():
-        if isinstance(module, GroupActivation):
-            found[name] = Inputs(len(module.coefficients), rounds, generator)
-        else:
-            found[name] = Inputs(module.in_features, rounds, generator)
-        if isinstance(module, FasterKANLayer):      # its functions are of the normalised input
-            hooks.append(module.layernorm.register_forward_hook(
-                lambda module, args, output, inputs=found[name]: inputs.add(output)))
-        else:
-            hooks.append(module.register_forward_pre_hook(lambda module, args, inputs=found[name]: inputs.add(args[0])))
-    try:
-        with torch.inference_mode():
-            for batch in images:
-                trained.model(batch.to(trained.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _inputs(trained: Trained, images: Iterable[Tensor], rounds: int, layers: Mapping[str, FunctionLayer]) -> dict[str, Inputs]:
+    """What arrives at the layers' functions while the model looks at the images."""
+    generator = torch.Generator().manual_seed(0)
+    found = {name: Inputs(len(layer.coefficients) if isinstance(layer, GroupActivation) else layer.in_features, rounds, generator)
+             for name, layer in layers.items()}
+    with watching(layers, lambda name, _, u: found[name].add(u)), torch.inference_mode():
+        for batch in images:
+            trained.model(batch.to(trained.device))
     return found
 
 
@@ -432,8 +391,7 @@ def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, roun
             batches. edges: of each layer. parsimony: of `fit_symbolic`.
     Raises: UserError for a model without learned functions, and without any image.
     """
-    modules = {name: module for name, module in trained.model.named_modules()
-               if isinstance(module, (GroupActivation, FasterKANLayer, EfficientKANLayer))}
+    modules = function_layers(trained.model)
     if not modules:
         raise UserError(f"{trained.path} holds no KAN ({trained.spec.name}): there are no learned functions to find formulas of")
     inputs = _inputs(trained, images, rounds, modules) if images is not None else {}
@@ -442,19 +400,18 @@ def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, roun
     found = []
     for name, module in modules.items():
         if isinstance(module, GroupActivation):
-            low, high, count = module.points[0], module.points[-1], len(module.coefficients)
-            which: list[int] = list(range(count))
+            which: list[int] = list(range(len(module.coefficients)))
             labels = [str(group) for group in which]
         else:
-            (low, high), chosen = _edge_range(module), _strongest(module, inputs.get(name), edges)
+            chosen = _strongest(module, inputs.get(name), edges)
             which, labels = [i for i, _ in chosen], [f"{i} -> {o}" for i, o in chosen]
-        u, weight = inputs[name].points(which) if name in inputs else _evenly(low, high, len(which))
+        u, weight = inputs[name].points(which) if name in inputs else _evenly(module, len(which))
         if isinstance(module, GroupActivation):
             scale = None if module.scale is None else module.scale.cpu().double()
             y = rswaf_activation_reference(u.T, module.coefficients.cpu().double(), module.points, module.h, module.base, scale).T
         else:
-            weights = _edge_weights(module).double()
-            y = torch.stack([_edge_basis(module, u[n]) @ weights[o, i] for n, (i, o) in enumerate(chosen)])
+            weights = edge_weights(module)
+            y = torch.stack([edge_basis(module, u[n]) @ weights[o, i] for n, (i, o) in enumerate(chosen)])
         found += [Learned(name, label, u[n], weight, y[n], fit_symbolic(u[n], y[n], weight, parsimony=parsimony))
                   for n, label in enumerate(labels)]
     return found
