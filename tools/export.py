@@ -67,7 +67,7 @@ def bare_model(trained: Trained) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- formats
+# ---------------------------------------------------------------- formats: `export` lets them write beside the target
 def write_safetensors(trained: Trained, target: Path) -> None:
     save_safetensors(trained.model.state_dict(), about(trained), target)
 
@@ -83,11 +83,10 @@ def write_folder(trained: Trained, target: Path, measured: dict[str, float] | No
     measured: what `engine.evaluate` says of the model."""
     model = bare_model(trained)
     names = trained.about.get("class_names")
-    with whole(target) as temporary:
-        save_for_hf(model, str(temporary), safe_serialization=True, data_config=trained.data_config,
-                    model_config={"label_names": names} if names else None)
-        save_safetensors(model.state_dict(), about(trained), temporary / "model.safetensors")     # now with its description
-        (temporary / "README.md").write_text(model_card(trained, measured), encoding="utf-8")
+    save_for_hf(model, str(target), safe_serialization=True, data_config=trained.data_config,
+                model_config={"label_names": names} if names else None)
+    save_safetensors(model.state_dict(), about(trained), target / "model.safetensors")        # now with its description
+    (target / "README.md").write_text(model_card(trained, measured), encoding="utf-8")
 
 
 def read_folder(path: Path, trained: Trained) -> Logits:
@@ -95,8 +94,8 @@ def read_folder(path: Path, trained: Trained) -> Logits:
 
 
 def write_pt2(trained: Trained, target: Path) -> None:
-    with whole(target) as temporary, quiet():
-        torch.export.save(exported(trained), temporary, extra_files={f"{SAFETENSORS_KEY}.json": described(trained)})
+    with quiet():
+        torch.export.save(exported(trained), target, extra_files={f"{SAFETENSORS_KEY}.json": described(trained)})
 
 
 def read_pt2(path: Path, trained: Trained) -> Logits:
@@ -108,11 +107,11 @@ def write_onnx(trained: Trained, target: Path) -> None:
     if nbytes >= ONNX_BYTES:
         raise UserError(f"an ONNX file holds less than 2 GiB, and the model has {nbytes / 2 ** 30:.1f}: write a .pt2 or a "
                         ".safetensors file")
-    with whole(target) as temporary, quiet():
+    with quiet():
         program: Any = torch.onnx.export(exported(trained), input_names=["images"], output_names=["logits"], dynamo=True,
                                     verbose=False)
         program.model.metadata_props[SAFETENSORS_KEY] = described(trained)
-        program.save(str(temporary), external_data=False)
+        program.save(str(target), external_data=False)
 
 
 def read_onnx(path: Path, trained: Trained) -> Logits:
