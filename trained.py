@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -160,6 +161,20 @@ class Pictures:
     @property
     def unreadable(self) -> list[Path]:
         return [self.files[index] for index in self.data.unreadable.nonzero().flatten().tolist()]
+
+
+def as_seen(image: Tensor) -> Tensor:
+    """[3, S, S], 0 to 1, to be shown: an image as the model takes it, its normalisation undone."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (image * std + mean).clamp(0, 1)
+
+
+def beside(checkpoint: str, ending: str) -> Path:
+    """Where a tool writes that is not told: the checkpoint's name with this ending in place of its suffix, beside it; of a URL
+    here."""
+    url = urlparse(checkpoint)
+    path = Path(Path(url.path).name) if url.scheme in ("http", "https", "file") else Path(checkpoint).expanduser()
+    return path.with_name(f"{path.stem}{ending}")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

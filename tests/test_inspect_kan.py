@@ -14,7 +14,7 @@ from test_trained import RELEASED
 
 import understand
 from tools import inspect_kan
-from trained import load_trained
+from trained import beside, load_trained
 
 ONE = ("--layer", "blocks.0")       # few panels are drawn quickly
 
@@ -138,7 +138,7 @@ def test_without_any_image(places, tmp_path, monkeypatch):
     page = Page(tmp_path / "c_inspect/report.html")
     assert [picture["alt"] for picture in page.pictures] == ["functions.png"]
     assert page.text.count("no images were given") == 2 and "no image was given to look at" in page.text
-    assert inspect_kan.default_output("https://a.b/c/deit.pth?x=1") == Path("deit_inspect")
+    assert beside("https://a.b/c/deit.pth?x=1", "_inspect") == Path("deit_inspect")
 
 
 def test_before_and_after(places, tmp_path, monkeypatch):

@@ -15,18 +15,15 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlparse
 
 import matplotlib
 
 matplotlib.use("Agg")
 import numpy as np
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,7 +33,7 @@ from config import Parser
 from datasets import Images, ImageSet, printable
 from engine import evaluate, summary
 from run_folder import versions
-from trained import Trained, add_model_arguments, load_trained
+from trained import Trained, add_model_arguments, as_seen, beside, load_trained
 from utils import Process
 
 BINS = 15           # of the calibration error, as Guo et al. have it
@@ -191,11 +188,10 @@ def draw_mistakes(mistakes: list[Mistake], names: list[str]) -> Figure:
     columns = 6
     rows = max(1, -(-len(mistakes) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.75 * rows), squeeze=False, layout="constrained")
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     for cell in axes.flat:
         cell.axis("off")
     for cell, mistake in zip(axes.flat, mistakes):
-        cell.imshow((mistake.image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+        cell.imshow(as_seen(mistake.image).permute(1, 2, 0).numpy())
         cell.set_title(f"taken for {_short(names[mistake.predicted])}, {mistake.confidence:.0%}\n"
                        f"is {_short(names[mistake.target])}", fontsize=8)
     figure.suptitle(f"the {len(mistakes)} most confident mistakes" if mistakes
@@ -243,10 +239,7 @@ def describe(report: dict[str, Any]) -> str:
 
 
 def default_output(checkpoint: str, weights: str) -> Path:
-    """Beside the checkpoint; of a URL here."""
-    url = urlparse(checkpoint)
-    place = Path(Path(url.path).name) if url.scheme in ("http", "https", "file") else Path(checkpoint).expanduser()
-    return place.with_name(f"{place.stem}_evaluation{'_ema' if weights == 'model_ema' else ''}")
+    return beside(checkpoint, f"_evaluation{'_ema' if weights == 'model_ema' else ''}")
 
 
 def run(argv: list[str]) -> int:

@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import torch
 from matplotlib.figure import Figure
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 import models_kan
@@ -28,7 +26,7 @@ import understand
 from checkpoints import whole
 from config import Parser
 from start import validation_images
-from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
+from trained import Pictures, Trained, add_model_arguments, as_seen, beside, image_files, load_trained
 from understand import Collected, Measured
 from utils import UserError, say
 
@@ -97,8 +95,7 @@ def _attention(trained: Trained, image: Tensor, title: str) -> Figure:
             share, number = trained.model(image[None].to(trained.device)).softmax(-1)[0].max(-1)
         title += f"\n→ {trained.class_names[number].partition(',')[0]} ({share:.0%})"
     title = "".join(c if c.isprintable() or c == "\n" else "?" for c in title)       # a file's name may be anything
-    deviation, mean = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_STD, IMAGENET_DEFAULT_MEAN))
-    return understand.draw_attention(image * deviation + mean, understand.attention_panels(trained.model, image), title)
+    return understand.draw_attention(as_seen(image), understand.attention_panels(trained.model, image), title)
 
 
 def share_limits(a: Figure, b: Figure) -> None:
@@ -240,12 +237,6 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------- the command
-def default_output(checkpoint: str) -> Path:
-    """checkpoint_inspect beside checkpoint.pth, for a URL in the current folder."""
-    path = Path(Path(urlparse(checkpoint).path).name if "://" in checkpoint else checkpoint).expanduser()
-    return path.with_name(f"{path.stem}_inspect")
-
-
 def run(argv: list[str]) -> int:
     parser = Parser("inspect_kan.py", description=__doc__.splitlines()[0])
     add_model_arguments(parser)
@@ -268,7 +259,7 @@ def run(argv: list[str]) -> int:
     figures = [found.functions for found in columns if found.functions]
     if len(figures) == 2:
         share_limits(*figures)
-    report = write(columns, args.output or default_output(args.checkpoint))
+    report = write(columns, args.output or beside(args.checkpoint, "_inspect"))
     for found in columns:
         if warning := understand.off_grid_warning(found.measured):
             say(f"warning: {found.trained.path}: {warning}", file=sys.stderr)
