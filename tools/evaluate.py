@@ -177,7 +177,7 @@ def draw_reliability(calibration: dict[str, Any]) -> Figure:
     axes.plot([0, 1], [0, 1], "--", color="gray", label="perfect calibration")
     axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy",
              title=f"expected calibration error {calibration['ece']:.2%}, {BINS} bins")
-    axes.legend(loc="upper left")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     below.bar(left, 100 * images / images.sum(), 1 / BINS, align="edge", edgecolor="white", color="tab:gray")
     below.set(xlabel="confidence", ylabel="% of images")
     return figure
