@@ -120,7 +120,7 @@ _ENTRIES = {
     "model_ema": (lambda v: v is None or isinstance(v, Mapping), "weights", False),
     "scaler": (lambda v: v is None or isinstance(v, Mapping), "a mapping", False),
     "class_names": (lambda v: v is None or isinstance(v, list) and all(map(_name, v)), "names", False),
-    **dict.fromkeys(("step", "position", "skipped"), (_count, "a count", False)),
+    **dict.fromkeys(("step", "position", "skipped", "epochs_without_best"), (_count, "a count", False)),
     **dict.fromkeys(("max_accuracy", "max_accuracy_ema", "seconds"), (_number, "a number", False)),
     "losses": (lambda v: isinstance(v, list) and all(map(_number, v)), "a list of numbers", False),
     "unreadable": (lambda v: isinstance(v, list) and all(map(_count, v)), "a list of counts", False),

@@ -50,7 +50,7 @@ _SCOPES = {
              "kan_trainable_grid kan_trainable_h kan_basis kan_base_branch kan_second_norm",
     "data": "data_set inat_category data_split val_split input_key target_key num_classes input_size eval_crop_ratio",
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
-             "model_ema model_ema_decay model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
+             "patience model_ema model_ema_decay model_ema_warmup model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
              "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa "
              "hflip crop_padding "
@@ -65,8 +65,8 @@ _SCOPES = {
 }
 SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split()}
 # How a resumed run may differ from the one that wrote the checkpoint: length, batch, memory and arithmetic.
-# The first three change the run on purpose; the others are what a different machine or a NaN asks for.
-MAY_CHANGE_ON_RESUME = {"epochs", "batch_size", "grad_accum",
+# The first four change the run on purpose; the others are what a different machine or a NaN asks for.
+MAY_CHANGE_ON_RESUME = {"epochs", "patience", "batch_size", "grad_accum",
                         "amp_dtype", "grad_checkpointing", "model_ema_force_cpu"}
 # To evaluate on other images or with another crop is an ordinary wish; the input size is in the weights.
 MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "data_split", "val_split", "input_key", "target_key", "eval_crop_ratio"}
@@ -171,6 +171,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--list-models", action="store_true", help="print the model names and stop")
     add("--batch-size", default=64, type=int, help="images per process and step")
     add("--epochs", default=300, type=int, help="length of the training, exactly")
+    add("--patience", default=0, type=int, metavar="N",
+        help="end the training after N epochs in a row without a new best top-1, of the model or its moving average; 0: never")
     add("--grad-accum", default=1, type=int, help="steps whose gradients are summed before an update")
     add("--bce-loss", action=on_off, default=False, help="binary cross-entropy on every class")
     add("--unscale-lr", action=on_off, default=False,
@@ -209,6 +211,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add = parser.add_argument_group("moving average of the weights").add_argument
     add("--model-ema", action=on_off, default=True, help="keep (and evaluate) a moving average")
     add("--model-ema-decay", type=float, default=0.99996, metavar="D", help="share kept at each step")
+    add("--model-ema-warmup", action=on_off, default=False,
+        help="keep less at first, 1 - n^(-2/3) at the n-th update, up to --model-ema-decay: for short runs")
     add("--model-ema-force-cpu", action=on_off, default=False, help="keep it in the CPU's memory")
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -423,7 +427,7 @@ _BELOW_1 = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
 # dest -> (test of one number, what the number must be); None, where it is the default, needs no test
 _RANGES = {
     **dict.fromkeys(("batch_size", "grad_accum", "hdim_kan", "print_freq", "world_size"), _at_least(1)),
-    **dict.fromkeys(("start_epoch", "warmup_epochs", "cooldown_epochs", "patience_epochs", "log_kan"),
+    **dict.fromkeys(("start_epoch", "patience", "warmup_epochs", "cooldown_epochs", "patience_epochs", "log_kan"),
                     _between(0, _MOST_EPOCHS)),
     **dict.fromkeys(("weight_decay", "kan_groups", "kan_lr_mult", "kan_weight_decay", "warmup_lr", "min_lr",
                      "color_jitter", "crop_padding", "mixup", "cutmix", "save_interval_steps", "save_interval_minutes"),

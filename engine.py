@@ -68,6 +68,7 @@ class TrainState:
     skipped: int = 0                # updates in a row that float16's loss scaling has skipped
     max_accuracy: float = 0.0       # best top-1 in percent, raw model
     max_accuracy_ema: float = 0.0
+    epochs_without_best: int = 0    # in a row that neither of the two has risen
 
     def state_dict(self) -> dict[str, Any]:
         """DeiT's keys and ours; `epoch` is the last finished one as in DeiT's files."""
@@ -75,6 +76,7 @@ class TrainState:
                 "lr_scheduler": plain(_state_of(self.scheduler)), "scaler": plain(self.scaler.state_dict()),
                 "model_ema": dict(self.ema.module.state_dict()) if self.ema else None,
                 "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema,
+                "epochs_without_best": self.epochs_without_best,
                 **{key: getattr(self, key) for key in PROGRESS}}
 
     def next_epoch(self) -> None:
@@ -106,7 +108,15 @@ class TrainState:
         if "ema_test" in results and results["ema_test"]["acc1"] > self.max_accuracy_ema:
             self.max_accuracy_ema = results["ema_test"]["acc1"]
             also.append("best_ema_checkpoint.pth")
+        self.epochs_without_best = 0 if also else self.epochs_without_best + 1
         return tuple(also)
+
+    def patience_is_over(self, patience: int, process: Process) -> bool:
+        """--patience: whether there was no new best for so many epochs; 0: never. Alike on all processes, as process 0 has
+        counted."""
+        if not patience:
+            return False
+        return _of_all(torch.tensor(float(self.epochs_without_best), device=process.device), process)[0] >= patience
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError if the optimizer's state is of another model or optimizer."""
@@ -126,6 +136,7 @@ class TrainState:
             setattr(self, key, checkpoint.get(key, getattr(self, key)))
         self.max_accuracy = checkpoint.get("max_accuracy", 0.0)
         self.max_accuracy_ema = checkpoint.get("max_accuracy_ema", 0.0)
+        self.epochs_without_best = checkpoint.get("epochs_without_best", 0)
         if isinstance(self.scheduler, PlateauLRScheduler):
             # the only schedule with a memory; all others are functions of the epoch, so that --epochs and the
             # batch size may change
@@ -240,6 +251,7 @@ class Updater:
         self.exchange = Exchange(process)
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
         self.signal, self.save = 0, False       # what was asked for by any process in the reports read so far
+        self.number_of: Callable[[int], int] = lambda step: step + 1    # of the run's updates, for the average's warm-up
         self._new_group()
 
     def _new_group(self) -> None:
@@ -271,7 +283,7 @@ class Updater:
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
         if done and not self.late:
-            self._average()
+            self._average(step)
 
     def _report(self, step: int, norm: Tensor, wishes: Wishes) -> Tensor:
         """Agree on what this update is; returns 1. where nothing may change by it, a scalar on the device."""
@@ -298,14 +310,17 @@ class Updater:
                                  "any scale; the last checkpoint is untouched, use --amp-dtype bfloat16 or float32")
         return report
 
-    def _average(self) -> None:
-        if self.state.ema is not None:
-            self.state.ema.update(self.state.model)
+    def _average(self, step: int) -> None:
+        """step: the last batch of the update whose weights these are."""
+        ema = self.state.ema
+        if ema is not None:     # without a warm-up timm's first update, told its number, would copy the weights
+            ema.update(self.state.model, self.number_of(step) if ema.use_warmup else None)
 
     def _settle(self, behind: int) -> None:
         while len(self.exchange.begun) > behind:
-            if not self._read().skip:
-                self._average()
+            report = self._read()
+            if not report.skip:
+                self._average(int(report.step))
 
     def flush(self) -> None:
         """Wait for the last update: afterwards the state is whole. Raises TrainingFailed."""
@@ -372,6 +387,7 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loa
     second_order = getattr(state.optimizer, "is_second_order", False)
     loss_sum = torch.tensor(state.losses[process.rank] if state.losses else 0., device=device)
     updater = Updater(state, process, clip_grad)
+    updater.number_of = lambda step: epoch * updates_per_epoch + step // accumulate + 1
     saved, images_seen, start, before = first, 0, time.perf_counter(), state.seconds
     mean = None
 
@@ -407,7 +423,7 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loa
         if update:
             peers.mark(f"the update of {where}")
             updater.update(step, wishes())
-            state.scheduler.step_update(epoch * updates_per_epoch + step // accumulate + 1)
+            state.scheduler.step_update(updater.number_of(step))
             state.step = step + 1
             due = bool(save_every) and state.step // save_every > saved // save_every
             if updater.signal or updater.save or (due and step + 1 < steps):

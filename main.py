@@ -16,6 +16,7 @@ from debug_nan import KeptBatches
 from engine import (
     NonFinite,
     StopRequested,
+    TrainState,
     Wishes,
     choose_amp_dtype,
     distributed,
@@ -121,6 +122,10 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         say(f"the run has finished its {args.epochs} epochs: nothing left to do (raise --epochs to train on)")
         folder.finished(state.epoch)
         return 0
+    if state.patience_is_over(args.patience, process):
+        say(f"the run has ended early, {stopped_early(state)}: nothing left to do (raise --patience to train on)")
+        folder.finished(state.epoch, stopped_early(state))
+        return 0
     if changed := state.fit_launch(args.batch_size, process):
         say(f"warning: {changed}", file=sys.stderr)
     net = distributed(model, process)
@@ -186,6 +191,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
             folder.log({"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"],
                         **{f"{name}_{key}": value for name, result in results.items() for key, value in result.items()},
                         "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,
+                        **({"epochs_without_best": state.epochs_without_best} if args.patience else {}),
                         "epoch_seconds": trained["seconds"],
                         **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
             if args.log_kan and process.is_main and state.epoch % args.log_kan == 0:
@@ -193,6 +199,10 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                 peers.mark(f"the functions learned in epoch {epoch}")
                 log_functions(model, starting.validation_images(loaders), folder, epoch)
             save(also)
+            if state.epoch < args.epochs and state.patience_is_over(args.patience, process):
+                folder.ended_by = stopped_early(state)
+                say(f"the run ends early: {folder.ended_by}")
+                break
         folder.close()
         averaged = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""
         say(f"best top-1: model {state.max_accuracy:.2f}{averaged}")
@@ -200,6 +210,10 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
             raise UserError(f"{folder.failed}: the files there are from before; free some space and start again with "
                             "--resume auto")
     return 0
+
+
+def stopped_early(state: TrainState) -> str:
+    return f"no new best top-1 in {state.epochs_without_best} epochs (--patience)"
 
 
 if __name__ == "__main__":

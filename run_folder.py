@@ -76,6 +76,7 @@ class RunFolder:
         self.failed = ""
         self.board: SummaryWriter | None = None
         self.unwritten = ""     # lines of log.txt that had no room yet
+        self.ended_by = ""      # why a run that finishes ends before its last epoch
         self.track, self.track_project = track, track_project
         self.trackers: list[tracking.Tracker] = []
         if self.folder:
@@ -193,14 +194,14 @@ class RunFolder:
         with self._tolerant(STATUS):
             _write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
 
-    def finished(self, epoch: int) -> None:
+    def finished(self, epoch: int, reason: str = "") -> None:
         """Let status.json say so, where a kill came between the last checkpoint and this."""
         try:
             told = json.loads((self.folder / STATUS).read_text())["state"] if self.folder else "finished"
         except (OSError, ValueError, KeyError, TypeError):
             told = ""
         if told != "finished":
-            self.status("finished", epoch, 0, exit_code=0)
+            self.status("finished", epoch, 0, reason, exit_code=0)
 
     @contextmanager
     def telling(self, state: "TrainState") -> Iterator[None]:
@@ -228,7 +229,7 @@ class RunFolder:
                 raise
             raise lost from error
         else:
-            end("finished", "", 0)
+            end("finished", self.ended_by, 0)
 
     def stopped_by(self, signal: str, state: "TrainState") -> str:
         """What a run that a signal stops leaves behind, in a sentence."""

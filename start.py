@@ -434,7 +434,7 @@ def build_state(args: Namespace, model: nn.Module, lr: float, updates_per_epoch:
     """Optimizer, schedule, loss scaler (float16 only) and moving average for a model that is on its device."""
     optimizer = build_optimizer(args, model, lr)
     keep_on: Any = "cpu" if args.model_ema_force_cpu else None
-    ema = ModelEmaV3(model, args.model_ema_decay, device=keep_on) if args.model_ema else None
+    ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=keep_on) if args.model_ema else None
     return TrainState(model, optimizer, build_scheduler(args, optimizer, updates_per_epoch),
                       torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), ema,
                       epoch=args.start_epoch)

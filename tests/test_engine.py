@@ -189,6 +189,26 @@ def test_moving_average():
     torch.testing.assert_close(weights(accumulated.ema.module), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_warm_up_of_the_moving_average(late, monkeypatch):
+    """As timm's: of the n-th update 1 - n^(-2/3) is kept, at most the decay; a resume goes on counting."""
+    monkeypatch.setattr(engine, "can_read_late", lambda state, device: late)
+    argv = ("--opt", "adamw", "--model-ema", "--model-ema-decay", 0.75, "--model-ema-warmup")
+    data, average = batches(6), None
+    state, reference = state_of(nano(), *argv, lr=1e-2), state_of(nano(), "--opt", "adamw", lr=1e-2)
+    for number in range(1, 13):
+        epoch_of(reference, data[(number - 1) % 6:][:1])
+        keep = min(0.75, 1 - number ** (-2 / 3))
+        average = weights(reference.model) if number == 1 else keep * average + (1 - keep) * weights(reference.model)
+        if number in (6, 12):
+            epoch_of(state, data)
+            torch.testing.assert_close(weights(state.ema.module), average, atol=1e-6, rtol=1e-5)
+            state.next_epoch()
+            resumed = state_of(nano(), *argv, lr=1e-2)
+            resumed.load_state_dict(through_a_file(state))
+            state = resumed
+
+
 def test_train_mode_off_trains_without_dropout_and_drop_path():
     data = batches(2)
     random = {"drop_path_rate": 0.9, "proj_drop_rate": 0.5, "depth": 2}
@@ -702,6 +722,18 @@ def test_best_accuracies():
     resumed = state_of(nano(), "--model-ema")
     resumed.load_state_dict(through_a_file(state))
     assert resumed.note_best({"test": {"acc1": 50.5}, "ema_test": {"acc1": 20.0}}) == ()
+
+
+def test_patience_counts_epochs_in_which_neither_model_nor_average_is_better():
+    state = state_of(nano(), "--model-ema")
+
+    def over(test, ema, patience=2):
+        state.note_best({"test": {"acc1": test}, "ema_test": {"acc1": ema}})
+        return state.patience_is_over(patience, Process())
+
+    assert not any([over(50, 20), over(49, 20), over(49, 21), over(50, 21)])     # equal is not better
+    state.load_state_dict(through_a_file(state))
+    assert over(50, 21) and over(50, 21, 3) and not over(50, 21, 5) and not over(50, 21, 0) and not over(50.5, 21, 1)
 
 
 def test_average_where_it_is_evaluated():

@@ -37,6 +37,7 @@ STUDENT = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_ka
 # Nothing random in an image, so that what a flag adds to it stands out.
 STILL = "--aa none --reprob 0 --hflip 0 --color-jitter 0 --crop-padding 0"
 EVALUATION = "--eval --resume {run}/checkpoint.pth --data-path {data} --device cpu --num_workers 0"
+UNMOVED = "--epochs 3 --keep 9 --lr 1e-30 --min-lr 0 --no-model-ema"
 PLATEAU = "--sched plateau --unscale-lr --lr 1 --min-lr 0 --decay-rate 0.5 --epochs 9 --patience-epochs 1"
 
 
@@ -221,7 +222,7 @@ def trainable(line):
 
 def average(line):
     ema = caught(line).state.ema
-    return ema and (ema.decay, ema.device)
+    return ema and (ema.decay, ema.device, ema.use_warmup)
 
 
 def initial_weights(line):
@@ -397,7 +398,10 @@ EFFECTS = {
     # moving average
     "model_ema": (average, "--no-model-ema", ""),
     "model_ema_decay": (average, "--model-ema-decay 0.5", ""),
+    "model_ema_warmup": (average, "--model-ema-warmup", ""),
     "model_ema_force_cpu": (average, "--model-ema-force-cpu", ""),
+    "patience": (files_written, f"{UNMOVED} --patience 1 --output_dir {{folder}}/patient",
+                 f"{UNMOVED} --output_dir {{folder}}/impatient"),
     # optimizer
     "opt": (optimizer, "--opt sgd", ""),
     "opt_eps": (optimizer, "--opt-eps 1e-3", ""),

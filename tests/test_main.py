@@ -36,6 +36,7 @@ from e2e import (
     sentence,
     write_digits,
 )
+from helpers import scalars
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -512,6 +513,40 @@ def test_a_finished_run_has_nothing_left_to_do(copied, data, capsys):
     assert run(*three_epochs(data, copied), "--resume", "auto") == 0
     assert "has finished its 3 epochs" in capsys.readouterr().out
     assert contents(copied) == before
+
+
+def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path, capsys):
+    """With weights that do not move, the first epoch stays the best. A stop in between changes nothing."""
+    still = (*QUICK, "--lr", "1e-30", "--warmup-lr", 0, "--min-lr", 0, "--weight-decay", 0, "--unscale-lr", "--data-path", data,
+             "--epochs", 9, "--patience", 3)
+    assert run(*still, "--output_dir", tmp_path / "whole") == 0
+    out = capsys.readouterr().out
+    assert "the run ends early: no new best top-1 in 3 epochs (--patience)\nbest top-1: model " in out
+    records = log(tmp_path / "whole")
+    assert [(record["epoch"], record["epochs_without_best"]) for record in records] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert dict(scalars(tmp_path / "whole"))["epochs_without_best"] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    told = json.loads((tmp_path / "whole/status.json").read_text())
+    assert (told["state"], told["exit_code"], told["epoch"]) == ("finished", 0, 4) and "--patience" in told["reason"]
+
+    real = program.train_one_epoch
+
+    def cut(net, state, *args, **kwargs):
+        if state.epoch == 2:
+            raise Cut
+        return real(net, state, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(program, "train_one_epoch", cut)
+        run(*still, "--output_dir", tmp_path / "parts")
+    for _ in range(2):
+        assert run(*still, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
+        same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "the run has ended early, no new best top-1 in 3 epochs" in capsys.readouterr().out
+    (tmp_path / "parts/status.json").unlink()
+    assert run(*still, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
+    assert "--patience" in json.loads((tmp_path / "parts/status.json").read_text())["reason"]
+    assert run(*still, "--output_dir", tmp_path / "parts", "--resume", "auto", "--patience", 4) == 0
+    assert [record["epoch"] for record in log(tmp_path / "parts")] == [0, 1, 2, 3, 4]
 
 
 def test_epochs_may_grow(copied, data):

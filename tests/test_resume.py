@@ -28,7 +28,7 @@ WAYS = [
     "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum", pytest.param("--opt lookahead_adamw", marks=slow),
     pytest.param("--opt lamb --layer-decay 0.7", marks=slow), pytest.param("--model resnet10t --model-ema-force-cpu", marks=slow),
     "--model vit_nano_patch8_32_GKAN --kan-groups 0 --grad-checkpointing",
-    "--kan-trainable-grid --kan-trainable-h --no-model-ema",
+    "--kan-trainable-grid --kan-trainable-h --no-model-ema", "--model-ema-warmup --patience 5 --grad-accum 2",
     pytest.param("--no-train-mode --attn-only", marks=slow), pytest.param("--compile", marks=slow),
 ]
 
