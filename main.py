@@ -130,9 +130,8 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         say(f"warning: {changed}", file=sys.stderr)
     net = distributed(model, process)
 
-    if args.warmup_epochs >= args.epochs and args.sched != "plateau":
-        say(f"warning: the {args.warmup_epochs} epochs of --warmup-epochs fill all {args.epochs} of --epochs, so --lr "
-            "is never reached", file=sys.stderr)
+    for warning in starting.schedule_warnings(args, lr):
+        say(f"warning: {warning}", file=sys.stderr)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     flops = models_kan.count_flops(model) if models_kan.split_name(spec.name)[0] else None
     cost = f", {flops.matmul / 1e6:,.1f} M matmul and {flops.elementwise / 1e6:,.2f} M elementwise FLOPs" if flops else ""

@@ -245,16 +245,15 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             key = unknown.group(1)
             if key in ("pos_drop_rate", "proj_drop_rate"):      # no transformer: its one rate is the head's
                 kwargs["drop_rate"] = args.drop
-            elif key != "img_size" and flags.get(key) in config.given:
+            elif key != "img_size" and _asked_for(flags.get(key, ""), config):
                 raise _no_effect(flags[key], spec.name) from error
             del kwargs[key]
         except (ValueError, AssertionError) as error:
             raise UserError(f"--model {spec.name} cannot be built ({str(error).splitlines()[0]}): check --model, "
                             f"--input-size {args.input_size} and the KAN options") from error
     if not args.eval and not any(isinstance(module, GroupActivation) for module in model.modules()):
-        for key in ("kan_lr_mult", "kan_weight_decay"):     # a run's args.yaml as a recipe has their defaults too
-            where, value = config.given.get(key), getattr(args, key)
-            if where == "command line" or (where and value != get_args_parser().get_default(key)):
+        for key in ("kan_lr_mult", "kan_weight_decay"):
+            if _asked_for(key, config):
                 raise _no_effect(key, spec.name, like="kan_groups")
     if args.log_kan and not args.eval and not any(isinstance(module, FunctionLayer) for module in model.modules()):
         raise _no_effect("log_kan", spec.name, like="kan_grid_points")
@@ -287,6 +286,13 @@ def _options_with_effect(spec: ModelSpec, config: Config) -> dict[str, Any]:
         if key in without and key in config.given and getattr(config.args, key) is not None:
             raise _no_effect(key, spec.name)
     return {key: value for key, value in spec.kwargs.items() if key not in without}
+
+
+def _asked_for(dest: str, config: Config) -> bool:
+    """Whether the user wants something by a flag: on the command line, or in a recipe another value than the default, which
+    stands in every run's args.yaml."""
+    where = config.given.get(dest)
+    return where == "command line" or where is not None and getattr(config.args, dest) != get_args_parser().get_default(dest)
 
 
 def _no_effect(dest: str, name: str, like: str | None = None) -> UserError:
@@ -358,11 +364,29 @@ def scaled_lr(args: Namespace, world_size: int) -> float:
     return args.lr if args.unscale_lr else args.lr * args.batch_size * world_size * args.grad_accum / 512
 
 
+def schedule_warnings(args: Namespace, lr: float) -> list[str]:
+    """What is odd about the learning rate's way through the run, a sentence each. lr: of `scaled_lr`."""
+    found = []
+    if args.warmup_epochs >= args.epochs and args.sched != "plateau":
+        found.append(f"the {args.warmup_epochs} epochs of --warmup-epochs fill all {args.epochs} of --epochs, so --lr "
+                     "is never reached")
+    scaled = "" if lr == args.lr else f" (--lr {args.lr:g} scaled to the images of an update)"
+    remedy = "raise --lr or --batch-size, or add --unscale-lr" if scaled else "raise --lr"
+    if args.min_lr > lr and args.sched in ("cosine", "tanh", "poly", "plateau"):       # timm's others know no lowest rate
+        outcome = "is never lowered" if args.sched == "plateau" else "rises through the run instead of falling"
+        found.append(f"--min-lr {args.min_lr:g} lies above the learning rate {lr:.3g}{scaled}, which {outcome}: lower --min-lr, "
+                     f"{remedy}")
+    if args.warmup_lr > lr and args.warmup_epochs > 0:
+        found.append(f"--warmup-lr {args.warmup_lr:g} lies above the learning rate {lr:.3g}{scaled}, so the warm-up goes down "
+                     f"to it: lower --warmup-lr, {remedy}")
+    return found
+
+
 def choose_backend(config: Config, spec: ModelSpec, device: torch.device) -> None:
     """Let --kan-backend compute the model's KAN layers, and say what that is. Raises UserError where it cannot."""
     name = config.args.kan_backend
     if models_kan.split_name(spec.name)[1] not in ("KAN", "GKAN"):
-        if "kan_backend" in config.given:
+        if _asked_for("kan_backend", config):
             raise _no_effect("kan_backend", spec.name)
         return
     try:

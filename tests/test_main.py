@@ -339,6 +339,18 @@ def test_a_group_kan_starts_from_its_twins_weights(data, tmp_path, watched, caps
     assert not changed(own, before) and all(before[key].abs().max() == 0 for key in before if "coefficients" in key)
 
 
+@pytest.mark.parametrize("model", ["vit_nano_patch8_32_ViT", "dla46x_c"])     # the latter has no stochastic depth
+def test_a_runs_args_yaml_runs_again(model, data, tmp_path):
+    """To the same result, and goes on with the run that wrote it."""
+    flags = (*QUICK, "--model", model, "--input-size", 32, "--data-path", data, "--epochs", 1)
+    assert run(*flags, "--output_dir", tmp_path / "one") == 0
+    recipe = ("--config", tmp_path / "one" / "args.yaml")
+    assert run(*recipe, "--output_dir", tmp_path / "two") == 0
+    assert not differences(checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"])
+    assert run(*recipe, "--resume", "auto", "--epochs", 2) == 0 and len(log(tmp_path / "one")) == 2
+    assert run(*recipe, "--eval", "--resume", tmp_path / "one" / "checkpoint.pth") == 0
+
+
 @pytest.mark.parametrize("flags", ["--kan-lr-mult 5", "--kan-weight-decay 0.1", "--kan-groups 4", "--kan-base silu"])
 @pytest.mark.parametrize("model", [NANO, "vit_nano_patch8_32_ViT"])
 def test_a_flag_of_learned_activations_for_a_model_without_them(flags, model, data, capsys):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import conversion
 import models_kan
 import start
-from config import get_args_parser, parse_args, validate
+from config import dump_yaml, get_args_parser, parse_args, validate
+from utils import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -135,6 +137,19 @@ def test_the_model_is_built(path):
     assert bool(computed) == ("not measured" in cost)
     if computed:
         assert computed.group(1) == f"{models_kan.count_flops(model).matmul / 2e9:.2f}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_args_yaml_of_a_run_is_a_recipe_of_the_same_run(path, tmp_path):
+    """What a run by the recipe writes is taken by --config, means the same, and contradicts nothing of the model."""
+    written = start.settle(parse_args(["--config", str(path)]), start.Start(), Process())
+    (tmp_path / "args.yaml").write_text(dump_yaml(written.args))
+    again = start.settle(parse_args(["--config", str(tmp_path / "args.yaml")]), start.Start(), Process())
+    validate(again.args)
+    assert {**vars(again.args), "config": ""} == {**vars(written.args), "config": ""}
+    spec = start.model_spec(again, start.Start(), CLASSES[again.args.data_set])
+    _, kept = start.build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), again)
+    start.choose_backend(again, kept, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", sorted(FOR_GPUS))

@@ -2,6 +2,7 @@
 import hashlib
 import math
 import os
+import re
 import threading
 import time
 from argparse import Namespace
@@ -897,3 +898,35 @@ def test_description_is_plain_and_leads_back_to_the_model():
     again = timm.create_model(said["model_args"]["name"], **said["model_args"]["kwargs"])
     models_kan.load_exactly(again, model.state_dict(), "it")
     assert isinstance(again, VisionTransformer)
+
+
+# ---------------------------------------------------------------- warnings about the schedule
+@pytest.mark.parametrize(("argv", "said"), [
+    ([], []), (["--batch-size", 4], ["--min-lr 1e-05 .* 3.91e-06 .*rises"]), (["--batch-size", 11], []),
+    (["--batch-size", 4, "--unscale-lr"], []), (["--batch-size", 4, "--grad-accum", 3], []),
+    (["--min-lr", 1e-2, "--unscale-lr"], ["--min-lr 0.01 lies above the learning rate 0.0005, which rises"]),
+    *((["--batch-size", 4, "--sched", name], ["--min-lr .*rises"]) for name in ("tanh", "poly")),
+    (["--batch-size", 4, "--sched", "plateau"], ["--min-lr .*is never lowered"]),
+    *((["--batch-size", 4, "--sched", name], []) for name in ("step", "multistep")),
+    (["--warmup-lr", 1e-3], ["--warmup-lr 0.001 .*goes down"]), (["--warmup-lr", 1e-3, "--warmup-epochs", 0], []),
+    (["--epochs", 5], ["--warmup-epochs fill all 5 of --epochs"]), (["--epochs", 5, "--sched", "plateau"], [])], ids=str)
+def test_a_schedule_that_goes_the_wrong_way_is_told(argv, said):
+    """And the rate does what the warning says."""
+    args = flags(*argv)
+    lr = scaled_lr(args, 1)
+    warnings = start.schedule_warnings(args, lr)
+    assert len(warnings) == len(said) and all(re.search(*both) for both in zip(said, warnings))
+    optimizer = build_optimizer(args, nano(), lr)
+    scheduler, rates = build_scheduler(args, optimizer, 1), []
+    for epoch in range(args.epochs):
+        if args.sched == "plateau":
+            rates.append(lr_of(optimizer))
+            scheduler.step(epoch + 1, 50.0)
+        else:
+            scheduler.step(epoch)
+            rates.append(lr_of(optimizer))
+    if args.warmup_epochs < args.epochs:
+        after = rates[args.warmup_epochs:]
+        assert ("rises" in str(warnings)) == (after[-1] > after[0])
+        assert ("never lowered" in str(warnings)) == (after[-1] == after[0])
+        assert ("goes down" in str(warnings)) == (rates[0] > after[0])
