@@ -14,7 +14,6 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -26,12 +25,12 @@ import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from augment import build_transform, to_rgb
+from folders import class_folders, find_labelled, formats, has_images, images_in
 from interruption import STOPPING
 from samplers import RASampler, SampleKey
-from utils import Process, UnreadableData, UserError, say
+from utils import Process, UnreadableData, UserError, printable, say
 
 CIFARS = {"CIFAR": CIFAR100, "CIFAR10": CIFAR10}
 FOLDER_CLASSES = {"IMNET": 1000, "TinyIMNET": 200, "FOLDER": None}
@@ -98,13 +97,6 @@ class Split(NamedTuple):
     note: str = ""        # how it was made, for the reader of the log
 
 
-@cache
-def _formats() -> list[str]:
-    """What a file may hold under any name. PIL knows some forty formats: for PostScript it would start Ghostscript."""
-    Image.init()
-    return [name for name in ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "AVIF") if name in Image.OPEN]
-
-
 def _open_file(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))     # a named pipe would be waited for
 
@@ -122,7 +114,7 @@ def decode_image(file: BinaryIO, enough: int = 0) -> Image.Image:
     """`load_image` of an open file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata and the like: what matters raises
-        with Image.open(file, formats=_formats()) as image:
+        with Image.open(file, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if enough:
@@ -156,12 +148,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels"
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
-
-
-def printable(name: str, most: int = 100_000) -> str:
-    """A file's name, or its end, on one line, in characters that any stream can write."""
-    name = name if name.isprintable() else repr(name)[1:-1]
-    return name if len(name) <= most else f"...{name[3 - most:]}"
 
 
 class ImageSet(Dataset):
@@ -281,22 +267,17 @@ def guess_data_set(data_path: str | None) -> str | None:
             return name
     if has("wnids.txt", "val/val_annotations.txt"):
         return "TinyIMNET"
-    if _class_folders(os.path.join(root, "train")) or _class_folders(os.path.join(root, "val")) or _is_single(root):
+    if class_folders(os.path.join(root, "train")) or class_folders(os.path.join(root, "val")) or _is_single(root):
         return "FOLDER"
     return None
 
 
 def _is_single(root: str) -> bool:
     """Whether a folder has class folders with images, two at least, and no train/ and val/."""
-    classes = _single_classes(root)
+    classes = class_folders(root)
     if len(classes) < 2 or any(os.path.exists(os.path.join(root, half)) for half in ("train", "val")):
         return False
-    walks = (os.walk(os.path.join(root, name)) for name in classes)
-    return any(file.lower().endswith(IMG_EXTENSIONS) for walk in walks for _, _, files in walk for file in files)
-
-
-def _single_classes(root: str) -> list[str]:
-    return [name for name in _class_folders(root) if not name.startswith(".")]      # .thumbnails and the like
+    return has_images(root, classes)
 
 
 def needs_splitting(args: Namespace) -> bool:
@@ -402,13 +383,6 @@ def data_root(args: Namespace) -> str:
     return root
 
 
-def _class_folders(folder: str) -> list[str]:
-    try:
-        return find_classes(folder)[0]
-    except OSError:
-        return []
-
-
 def _digits(is_train: bool) -> Split:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 with values 0 .. 16, enlarged once to 32 x 32.
     360 of them (20%, the same share of every digit, whatever --seed) are for validation."""
@@ -512,10 +486,9 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
     train, val = os.path.join(root, "train"), os.path.join(root, "val")
     if data_set == "FOLDER" and (args.eval or args.val_split) and _is_single(root):
         return _single_folder(is_train, args, root)
-    for folder in [val] if args.eval else [train, val]:
-        if not os.path.isdir(folder):
-            raise UserError(f"--data-path {args.data_path} has no {os.path.basename(folder)}/ folder: "
-                            "it needs train/ and val/ with one folder per class (--eval needs val/ only)")
+    for half in ["val"] if args.eval else ["train", "val"]:
+        if not os.path.isdir(os.path.join(root, half)):
+            raise UserError(f"--data-path {args.data_path} {_why_no_half(root, half)}")
     annotations = os.path.join(val, "val_annotations.txt")
     pictures = os.path.join(val, "images")
     flat_val = (data_set == "TinyIMNET" and os.path.isfile(annotations)
@@ -523,12 +496,13 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
     flat = _tiny_annotations(annotations) if flat_val else {}
 
     by_name = args.eval and class_names is not None  # then the checkpoint says what the classes are
-    val_classes = sorted(set(flat.values())) if flat_val else _class_folders(val)
-    classes = [] if by_name else _class_folders(train)
+    val_classes = sorted(set(flat.values())) if flat_val else class_folders(val)
+    classes = [] if by_name else class_folders(train)
     classes = classes or val_classes
     if not classes:
-        raise UserError(f"--data-path {args.data_path} has no class folder in "
-                        f"{'val' if args.eval else 'train'}/: it needs one folder per class")
+        half = "val" if args.eval else "train"
+        raise UserError(f"--data-path {args.data_path} has no class folder in {half}/: "
+                        + (_no_classes(root, half) or "it needs one folder per class"))
     expected = FOLDER_CLASSES[data_set]
     if expected and len(classes) != expected and not by_name:
         raise UserError(f"--data-set {data_set} has {expected} classes but --data-path {args.data_path} has "
@@ -543,7 +517,7 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
     if flat_val and not is_train:
         samples = [(os.path.join(pictures, name), place[wnid]) for name, wnid in flat.items()]
     else:
-        samples = make_dataset(train if is_train else val, place, IMG_EXTENSIONS, allow_empty=True)
+        samples = find_labelled(train if is_train else val, classes)
     if is_train:
         filled = {target for _, target in samples}
         for name, target in place.items():
@@ -551,23 +525,57 @@ def _folders(is_train: bool, args: Namespace, data_set: str, class_names: list[s
                 raise UserError(f"the class folder {os.path.join('train', name)} under --data-path "
                                 f"{args.data_path} holds no image: fill it or remove it")
     if not samples:
-        raise UserError(f"{half}/ under --data-path {args.data_path} holds no image: check the folder")
+        why = _no_classes(root, half)
+        raise UserError(f"{half}/ under --data-path {args.data_path} holds no image "
+                        + (f"in a class folder: {why}" if why else "of a format that is read: check the folder"))
     return Split(FileImages([path for path, _ in samples]),
                  np.array([target for _, target in samples], dtype=np.int64), classes)
 
 
-# A folder of these is no folder of classes.
-_PARTS = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}
+# What the two halves are called elsewhere. A folder of these is no folder of classes.
+_HALVES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test", "testing")}
+_PARTS = {name for names in _HALVES.values() for name in names}
+
+
+def _no_classes(root: str, half: str) -> str:
+    """Why a half without images in class folders is as it is, and what helps, or ''."""
+    count = len(images_in(os.path.join(root, half)))
+    return f"images lie directly in it ({count}), put each into the folder of its class, {half}/CLASS/" if count else ""
+
+
+def _why_no_half(root: str, half: str) -> str:
+    """How a folder that should have train/ and val/ is, and what helps."""
+    folders = class_folders(root)
+    flat = len(images_in(root))
+    if other := next((name for name in folders if name.lower() in _HALVES[half]), None):
+        return f"has no {half}/ folder but {other}/: rename it to {half}/"
+    if half == "val" and "train" in folders:
+        return ("has no val/ folder: make one with a folder per class, or give its train/ as the --data-path, and a part of "
+                "that is held out (--val-split)")
+    if "train" in folders or "val" in folders:
+        return f"has no {half}/ folder: it needs train/ and val/ with one folder per class (--eval needs val/ only)"
+    if flat and not has_images(root, folders):
+        return (f"has images directly in it ({flat}) and none in class folders: put each into a folder that has the name of its "
+                "class, for two classes or more")
+    if len(folders) == 1 and guess_data_set(inside := os.path.join(root, folders[0])):
+        return f"is not the folder of the data set, which is in it: give --data-path {inside}"
+    if len(folders) == 1 and has_images(root, folders):
+        return (f"has a single class folder ({printable(folders[0], 60)}): to tell classes apart it takes two or more, one "
+                "folder for each")
+    if folders and not has_images(root, folders):
+        return (f"has no {half}/ folder, and the folders that it has hold no image of a format that is read: it needs train/ and "
+                "val/ with one folder per class, or class folders alone")
+    return (f"has no {half}/ folder: it needs train/ and val/ with one folder per class (--eval needs val/ only), or --data-set "
+            "FOLDER for class folders alone")
 
 
 def _single_folder(is_train: bool, args: Namespace, root: str) -> Split:
     """<class>/..., any depth below the class: one half of it by --val-split. Without that all of it, to evaluate."""
-    classes = _single_classes(root)
+    classes = class_folders(root)
     if parts := [name for name in classes if name.lower() in _PARTS]:
         raise UserError(f"--data-path {args.data_path} has the folders {', '.join(parts)} where classes are expected: name the "
                         "two parts train/ and val/, or leave the class folders alone in it")
-    place = {name: index for index, name in enumerate(classes)}
-    samples = make_dataset(root, place, IMG_EXTENSIONS, allow_empty=True)
+    samples = find_labelled(root, classes)
     targets = np.array([target for _, target in samples], dtype=np.int64)
     empty = np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 0)
     if len(empty):

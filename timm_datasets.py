@@ -23,7 +23,6 @@ import torch.distributed as dist
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import get_worker_info
-from torchvision.datasets import ImageFolder
 
 from checkpoints import one_line
 from datasets import (
@@ -39,6 +38,7 @@ from datasets import (
     one_half,
     seeded,
 )
+from folders import class_folders, find_labelled, is_hidden, visible
 from samplers import SampleKey
 from utils import UnreadableData, UserError
 
@@ -108,11 +108,19 @@ def _torch(is_train: bool, args: Namespace, name: str) -> Split:
     """torchvision's data sets that timm knows. Their pickles are checked against an MD5 or read as tensors only."""
     root = os.path.abspath(data_root(args))
 
+    own = name in ("folder", "image_folder")        # where a part is timm says, what of it is read `folders`
+
     def opened(part: str) -> Any:
-        options = {} if name in ("folder", "image_folder") else {"download": args.download}
+        options: dict[str, Any] = {"is_valid_file": lambda _: False, "allow_empty": True} if own else {"download": args.download}
         return _opened(args, lambda: create_dataset(f"torch/{name}", root, part, trust_remote_code=False, **options))
 
     data = opened(_part(args, is_train) or ("train" if is_train else "validation"))
+    if own:
+        data.classes = class_folders(data.root)
+        data.samples = find_labelled(data.root, data.classes)
+        if empty := set(range(len(data.classes))) - {target for _, target in data.samples}:
+            raise UserError(f"the class folder {os.path.join(data.root, data.classes[min(empty)])} holds no image: fill it or "
+                            "remove it")
     samples = getattr(data, "samples", None) or getattr(data, "imgs", None)
     if samples is None and hasattr(data, "all_categories"):     # iNaturalist
         samples = [(os.path.join(data.root, data.all_categories[c], file), c) for c, file in data.index]
@@ -123,8 +131,9 @@ def _torch(is_train: bool, args: Namespace, name: str) -> Split:
         pixels = pixels if pixels.ndim == 4 else np.repeat(pixels[..., None], 3, axis=3)
         targets = np.asarray(data.targets, dtype=np.int64).reshape(len(pixels), -1)[:, 0]
         return Split(ArrayImages(pixels), targets, classes)
+    samples = samples if own else visible(root, samples)
     paths, targets = [path for path, _ in samples], np.array([target for _, target in samples], dtype=np.int64)
-    if type(data) is not ImageFolder or data.root != root:
+    if not own or data.root != root:
         return Split(FileImages(paths), targets, classes)
     # timm takes the whole folder where it has no such part
     chosen, note = _held_out(is_train, args, [os.path.relpath(path, root) for path in paths], targets, classes)
@@ -243,6 +252,10 @@ class Record(NamedTuple):
     target: int
 
 
+def _is_data(member: str) -> bool:
+    return not any(map(is_hidden, member.split("/")[1 if member.startswith("./") else 0:]))
+
+
 class WebDataset:
     """Tar files of a WebDataset: local ones, since the library would hand other addresses to a shell."""
 
@@ -266,7 +279,8 @@ class WebDataset:
             random.Random(seed).shuffle(files)
         by_file = len(files) >= parts
         samples = iter(webdataset.DataPipeline(webdataset.SimpleShardList(files[part::parts] if by_file else files),
-                                               webdataset.tarfile_to_samples(handler=webdataset.reraise_exception)))
+                                               webdataset.tarfile_to_samples(handler=webdataset.reraise_exception,
+                                                                             select_files=_is_data)))
         if not by_file:
             samples = islice(samples, part, None, parts)
         if seed is not None:

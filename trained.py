@@ -14,7 +14,6 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import models_kan
 import start as starting
@@ -23,6 +22,7 @@ import vetting
 from checkpoints import weights_of
 from config import Config, parse_args
 from datasets import FileImages, ImageSet, Loaders, Split, batches, build_dataset, build_loaders
+from folders import find_images
 from models_kan import ModelSpec
 from utils import Process, UserError
 
@@ -121,12 +121,12 @@ def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:
 
 # ---------------------------------------------------------------- images
 def image_files(places: Sequence[str | Path]) -> list[Path]:
-    """The files among `places`, and all images in and below the folders among them, by name. Raises UserError for a place
-    that does not exist, and for a folder without images."""
+    """The files among `places`, and all images in and below the folders among them (`folders.find_images`), by name. Raises
+    UserError for a place that does not exist, and for a folder without images."""
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
-            inside = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+            inside = sorted(map(Path, find_images(str(place))))
             if not inside:
                 raise UserError(f"{place} holds no images: name a folder with some, or files")
             found += inside

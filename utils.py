@@ -59,6 +59,12 @@ def say(*words, **kwargs) -> None:
         print(*words, **{"flush": True, **kwargs})
 
 
+def printable(name: str, most: int = 100_000) -> str:
+    """A file's name, or its end, on one line, in characters that any stream can write."""
+    name = name if name.isprintable() else repr(name)[1:-1]
+    return name if len(name) <= most else f"...{name[3 - most:]}"
+
+
 def world_size_of_launch() -> int:
     """Processes that torchrun (or a launcher that sets the same variables) has started."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1

@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers
 from checkpoints import whole
 from config import Parser
-from datasets import Images, ImageSet, printable
+from datasets import Images, ImageSet
 from engine import evaluate, summary
 from run_folder import versions
 from trained import Trained, add_model_arguments, as_seen, beside, load_trained
-from utils import Process
+from utils import Process, printable
 
 BINS = 15           # of the calibration error, as Guo et al. have it
 MISTAKES = 24       # on the contact sheet

@@ -20,9 +20,8 @@ import torch
 import peers
 from checkpoints import whole
 from config import Parser
-from datasets import printable
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
-from utils import UserError
+from utils import UserError, printable
 
 FORMATS = ("table", "json", "csv")
 
