@@ -33,7 +33,8 @@ def files_of(data):
 def litter(root: Path) -> None:
     """What notebooks, file managers and macOS leave, each an image that would be read."""
     for place in ("train/.ipynb_checkpoints/0-checkpoint.jpg", "train/cat/.ipynb_checkpoints/0-checkpoint.jpg",
-                  "train/dog/._0.jpg", "train/__MACOSX/cat/._0.jpg", "train/cat/deep/__MACOSX/1.jpg", "val/cat/.thumbnails/0.jpg", "val/.x/0.jpg"):
+                  "train/dog/._0.jpg", "train/__MACOSX/cat/._0.jpg", "train/cat/deep/__MACOSX/1.jpg",
+                  "val/cat/.thumbnails/0.jpg", "val/.x/0.jpg"):
         write_image(root / place)
 
 
@@ -114,8 +115,8 @@ def test_files_that_are_not_taken_are_counted(data, capfd):
     write_image(data / "train/stray.jpg")
     assert len(build_dataset(True, make_args(data))[0]) == 6
     assert capfd.readouterr().err == (
-        f"left out in {data}/train: 4 files of no format that is read here (2 .heic, 1 .txt, 1 without an ending); 1 image beside "
-        "the class folders (stray.jpg)\n")
+        f"left out in {data}/train: 4 files of no format that is read here (2 .heic, 1 .txt, 1 without an ending); 1 image "
+        "beside the class folders (stray.jpg)\n")
     for number in range(7):
         (data / f"val/cat/{number}.kind{number}").touch()
     build_dataset(False, make_args(data))
