@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels import exporting
+
 # Values of the basis that exist at once: about 1 MiB on a CPU, which stays in its L2 cache; on a GPU only a
 # bound on memory.
 CHUNK_VALUES = {"cpu": 2 ** 18}
@@ -178,7 +180,7 @@ class EfficientKANLayer(nn.Module):
         weight.copy_((noise - 0.5) * (self.scale_noise / intervals) @ fit.t().to(weight.device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():       # an exported graph is of PyTorch's own operations, any batch size
+        if exporting():
             return self.reference_forward(x)
         spline = self.spline_weight * self.spline_scaler.unsqueeze(-1)                              # [O, I, G]
         weight = torch.cat([self.base_weight.unsqueeze(1), spline.transpose(1, 2)], 1).flatten(1)   # [O, (1 + G)*I]

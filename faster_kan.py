@@ -19,7 +19,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels import MAX_HALF_RANGE, rswaf_basis, rswaf_linear, rswaf_linear_reference
+from kernels import MAX_HALF_RANGE, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
 
 
 # ---------------------------------------------------------------- modules
@@ -166,7 +166,7 @@ class FasterKANLayer(nn.Module):
             self.spline_linear.init_as_mlp(coefficients)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():       # an exported graph is of PyTorch's own operations, any batch size
+        if exporting():
             return self.reference_forward(x)
         u = self.layernorm(x)
         y = rswaf_linear(u, self.spline_linear.weight, self.rbf.grid, self.rbf.h, self.rbf.single_exp)

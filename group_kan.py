@@ -16,7 +16,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from kernels import BASES, MAX_HALF_RANGE, rswaf_activation, rswaf_activation_reference
+from kernels import BASES, MAX_HALF_RANGE, exporting, rswaf_activation, rswaf_activation_reference
 
 
 # ---------------------------------------------------------------- modules
@@ -67,7 +67,7 @@ class GroupActivation(nn.Module):
             nn.init.ones_(self.scale)
 
     def forward(self, u: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():       # an exported graph is of PyTorch's own operations, any batch size
+        if exporting():
             return self.reference_forward(u)
         return rswaf_activation(u, self.coefficients, self.points, self.h, self.base, self.scale)
 

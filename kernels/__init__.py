@@ -2,10 +2,10 @@
 
 Nothing here knows of models. `use` chooses what computes them, see `kernels.backend`.
 """
-from kernels.backend import BACKENDS, chosen, describe, use
+from kernels.backend import BACKENDS, chosen, describe, exporting, use
 from kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
 from kernels.rswaf_activation import rswaf_activation, rswaf_activation_reference
 from kernels.rswaf_linear import rswaf_linear, rswaf_linear_reference
 
-__all__ = ["BACKENDS", "BASES", "MAX_HALF_RANGE", "chosen", "describe", "rswaf_activation", "rswaf_activation_reference",
-           "rswaf_basis", "rswaf_linear", "rswaf_linear_reference", "use"]
+__all__ = ["BACKENDS", "BASES", "MAX_HALF_RANGE", "chosen", "describe", "exporting", "rswaf_activation",
+           "rswaf_activation_reference", "rswaf_basis", "rswaf_linear", "rswaf_linear_reference", "use"]

@@ -8,6 +8,7 @@ compile    the reference through torch.compile
 """
 import functools
 import importlib.util
+import sys
 
 import torch
 
@@ -63,6 +64,21 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
             and native.library(len(points), base) is not None:
         return "native"
     return "chunked"
+
+
+def exporting() -> bool:
+    """Whether torch.export is at work, strict or not: its graph is to be of PyTorch's own operations, for any batch size.
+
+    Not `torch.compiler.is_exporting()`: before torch 2.12 Dynamo takes it for True under torch.compile too. The flag behind
+    it tells them apart, but for a strict export before torch 2.9, in which Dynamo's own state does."""
+    if torch.compiler._is_exporting_flag:
+        return True
+    tracer = sys.modules.get("torch._dynamo.symbolic_convert")
+    return tracer is not None and getattr(getattr(tracer.tls, "current_tx", None), "export", False)
+
+
+# Dynamo calls it while it traces, and puts the answer into the graph.
+exporting._dynamo_marked_constant = True        # type: ignore[attr-defined]
 
 
 def describe(device: str) -> str:

@@ -9,10 +9,15 @@ import pytest
 import timm
 import torch
 from e2e import ROOT
+from functorch.compile import make_boxed_func
 from paths import error
+from torch._dynamo.backends.common import aot_autograd
 
 import kernels
 import models_kan  # noqa: F401  registers the models with timm
+from efficient_kan import EfficientKAN
+from faster_kan import FasterKAN
+from group_kan import GroupKAN
 from kernels import backend, basis, native, rswaf_activation, rswaf_basis
 
 POINTS = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist())
@@ -191,6 +196,29 @@ def test_a_model_is_the_same_on_every_path(name):
     kernels.use("auto")
     for path in ("reference", "compile"):
         assert all(error(a, b) < 1e-4 for a, b in zip(results["auto"], results[path], strict=True))
+
+
+# ---------------------------------------------------------------- what traces
+def ops_in(graph) -> list[str]:
+    """The ops of ours among a graph's calls."""
+    return [str(node.target).split(".")[1] for node in graph.nodes if str(node.target).startswith("vision_kan.")]
+
+
+@pytest.mark.parametrize("make, op", [(GroupKAN, "rswaf_activation"), (FasterKAN, "rswaf_linear"), (EfficientKAN, None)])
+def test_a_compiled_layer_runs_the_ops_and_an_exported_one_plain_pytorch(make, op):
+    layer, x, compiled = make(16), torch.randn(4, 16, requires_grad=True), []
+
+    def record(module, example):
+        compiled.append(ops_in(module.graph))
+        return make_boxed_func(module.forward)
+
+    torch.compile(layer, backend=aot_autograd(fw_compiler=record), fullgraph=True)(x).sum().backward()
+    assert compiled == ([[op] * 2, [f"{op}_grad"] * 2] if op else [[], []])         # forward, backward
+    for strict in (False, True):
+        program = torch.export.export(layer, (x.detach(),), strict=strict, dynamic_shapes=({0: torch.export.Dim("n")},))
+        assert ops_in(program.graph) == [] and len(program.graph.nodes) > 20
+        other = torch.randn(7, 16)
+        assert error(program.module()(other), layer(other)) < 1e-5
 
 
 # ---------------------------------------------------------------- Triton, in its interpreter
