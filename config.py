@@ -20,6 +20,7 @@ import yaml
 from timm.optim import list_optimizers
 
 from kernels import BACKENDS, BASES
+from speed import COMPILE_MODES
 from tracking import TRACKERS
 from utils import UserError
 
@@ -59,7 +60,7 @@ _SCOPES = {
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
     "place": "track track_project "
              "config list_models data_path download output_dir device finetune resume start_epoch eval compile profile "
-             "kan_backend "
+             "kan_backend cuda_graph "
              "dist_eval num_workers pin_mem distributed world_size dist_url dist_timeout print_freq log_kan teacher_path "
              "save_interval_steps save_interval_minutes keep debug_nan deterministic strict_data max_unreadable",
 }
@@ -91,6 +92,25 @@ class Config:
 
 
 # ---------------------------------------------------------------- parser
+class SwitchOrMode(argparse.Action):
+    """`--X [MODE]` and `--no-X`: the mode, the first of the choices without one, None where it is off. In a recipe also true or
+    false, as a switch has them."""
+
+    def __init__(self, option_strings, dest, choices, **kwargs):
+        options = [*option_strings, *("--no-" + option.removeprefix("--") for option in option_strings)]
+        super().__init__(options, dest, nargs="?", choices=choices, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        off = (option_string or "").startswith("--no-")
+        if off and values is not None:
+            parser.error(f"{option_string} takes no value: leave out {values}")
+        setattr(namespace, self.dest, self.mode(values or not off))
+
+    def mode(self, value: str | bool) -> str | None:
+        """The mode that the value of a recipe means."""
+        return value if isinstance(value, str) else next(iter(self.choices or ())) if value else None
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """Shows defaults that say something (not None, "" or off)."""
 
@@ -337,7 +357,12 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--print-freq", default=10, type=int, metavar="N", help="batches between log lines")
     add("--log-kan", default=0, type=int, metavar="N",
         help="every N epochs the learned functions, what arrives at them and the dead ones to TensorBoard; 0: off")
-    add("--compile", action=on_off, default=False, help="torch.compile the model: minutes at the start, then faster steps")
+    add("--compile", action=SwitchOrMode, choices=list(COMPILE_MODES), metavar="MODE",
+        help=f"torch.compile the model: minutes at the start, then faster steps; MODE is torch's, {', '.join(COMPILE_MODES)}, "
+             "the first where none is named")
+    add("--cuda-graph", default="auto", choices=["auto", "on", "off"],
+        help="replay recorded training steps on a GPU, without the host's cost of each kernel: wherever that can be done (auto), "
+             "always or else refuse to train (on), never (off)")
     add("--profile", action=on_off, default=False,
         help="write a trace of a few training steps to profile/ in --output_dir and print what takes the time")
 
@@ -695,6 +720,8 @@ def _typed(action: argparse.Action, value):
 
 
 def _typed_one(action: argparse.Action, value):
+    if isinstance(action, SwitchOrMode) and isinstance(value, bool):
+        return action.mode(value)
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, not {_describe(value)}")

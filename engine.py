@@ -4,7 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -168,6 +168,37 @@ def distributed(model: nn.Module, process: Process) -> nn.Module:
     return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None, **options)
 
 
+class MovingAverage(ModelEmaV3):
+    """timm's average, bit for bit, over lists of tensors that are made once: to walk through a model's state costs more time
+    than the average itself.
+
+    The model's and the average's tensors must stay the same ones, as `load_state_dict` and optimizers leave them."""
+
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        self.made_for = 0       # id of the model
+        self.pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        if not self.foreach:        # it is kept on another device
+            super().apply_update_(model, decay)
+            return
+        if self.made_for != id(model):
+            self.made_for = id(model)
+            self.pairs = ([], [], [], [])
+            for average, value in zip(self.module.state_dict().values(), model.state_dict().values()):
+                first = 0 if average.is_floating_point() else 2
+                self.pairs[first].append(average)
+                self.pairs[first + 1].append(value)
+        averages, values, own_counts, counts = self.pairs
+        if all(a.dtype == b.dtype == torch.float32 for a, b in zip(averages, values)):
+            torch._foreach_lerp_(averages, values, 1. - decay)
+        else:
+            self._foreach_lerp_(averages, values, 1. - decay)
+        if counts:
+            torch._foreach_copy_(own_counts, counts)
+
+
 # ---------------------------------------------------------------- what the processes agree on
 @dataclass(frozen=True)
 class Wishes:
@@ -204,13 +235,13 @@ class Exchange:
 
     def begin(self, numbers: Tensor) -> None:
         """Start to bring `numbers` (float32 [n], on the device) to the host."""
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        host.copy_(numbers, non_blocking=True)      # numbers may be overwritten before they are read
         event = None
         if numbers.is_cuda:
-            host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            numbers = host.copy_(numbers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self.begun.append((numbers, event))
+        self.begun.append((host, event))
 
     def read(self) -> list[float]:
         """The numbers begun first and not yet read."""
@@ -236,66 +267,96 @@ class NonFinite(TrainingFailed):
 
 
 class Updater:
-    """Makes the updates of optimizer and moving average, and none where the loss on any process or the gradient is not
-    finite.
+    """Computes the gradients of batches, and makes the updates of optimizer and moving average from them: none where the loss
+    on any process or the gradient is not finite.
 
     Whether it is, is known on the device at once and on the host one update later (`late`), so that a GPU is not waited
     for. With `late` the optimizer must take `found_inf`, as PyTorch's fused ones do, and the average follows one update
-    behind, which is the same where the forward pass changes no buffers.
+    behind, which is the same where the forward pass changes no buffers. It then reads its learning rates on the device too,
+    in float32. What the device needs and what it answers is in tensors that stay the same, as CUDA graphs want it (captured.py).
+
+    Args:
+        net: state.model, wrapped for several processes where there are some. criterion: as in `train_one_epoch`.
     """
     MAX_SKIPS = 20      # by float16's loss scaling in a row: it halves at each, from 65,536 to 1/16
 
-    def __init__(self, state: TrainState, process: Process, clip_grad: float | None = None, late: bool | None = None):
-        self.state, self.process, self.clip_grad = state, process, clip_grad
+    def __init__(self, net: nn.Module, state: TrainState, criterion: Criterion, process: Process, *,
+                 amp_dtype: torch.dtype = torch.float32, clip_grad: float | None = None, late: bool | None = None):
+        self.net, self.state, self.criterion, self.process = net, state, criterion, process
+        self.amp_dtype, self.clip_grad = amp_dtype, clip_grad
         self.late = can_read_late(state, process.device) if late is None else late
         self.exchange = Exchange(process)
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        # on the device: what is the matter with the group's losses (see Report), the largest, and what `_send` sends
+        self.trouble, self.loss = torch.zeros((), device=process.device), torch.zeros((), device=process.device)
+        self.sent = torch.zeros(5 + len(state.optimizer.param_groups), device=process.device)
+        self.begin()
+
+    def begin(self) -> None:
+        """An epoch begins."""
         self.signal, self.save = 0, False       # what was asked for by any process in the reports read so far
         self.number_of: Callable[[int], int] = lambda step: step + 1    # of the run's updates, for the average's warm-up
         self._new_group()
 
     def _new_group(self) -> None:
-        self.trouble = torch.zeros((), device=self.process.device)
-        self.loss = torch.zeros((), device=self.process.device)
+        self.trouble.zero_()
+        self.loss.zero_()
 
-    @torch.no_grad()
-    def note_loss(self, loss: Tensor) -> None:
-        """A batch's loss, scalar; several between updates where gradients are accumulated."""
-        loss = loss.detach().float()
-        self.trouble = torch.maximum(self.trouble, loss.isinf() + 2. * loss.isnan())
-        self.loss = torch.maximum(self.loss, loss.nan_to_num(0.))
+    def add_gradients(self, images: Tensor, targets: Tensor, group: int, where: str = "") -> Tensor:
+        """Forward and backward pass of one of the `group` batches of an update; returns its loss, a scalar without gradient."""
+        with autocast(self.process.device, self.amp_dtype):
+            loss = loss_of(self.net, self.criterion, images, targets)
+        peers.mark(f"the backward pass of {where}")
+        self.state.scaler.scale(loss / group).backward(create_graph=getattr(self.state.optimizer, "is_second_order", False))
+        loss = loss.detach()
+        value = loss.float()
+        self.trouble.copy_(torch.maximum(self.trouble, value.isinf() + 2. * value.isnan()))
+        self.loss.copy_(torch.maximum(self.loss, value.nan_to_num(0.)))
+        return loss
 
     def update(self, step: int, wishes: Wishes) -> None:
         """Apply the gradients that the batches up to `step` left. Raises TrainingFailed, on all processes at once."""
-        state = self.state
-        state.scaler.unscale_(state.optimizer)
-        with torch.no_grad():
-            norm = nn.utils.get_total_norm([p.grad.detach() for p in self.parameters if p.grad is not None]).float()
-            skip = self._report(step, norm, wishes)
+        self._send(step, wishes)
+        report, norm, skip = self._measure()
+        self.exchange.begin(report)
         if self.late:
             self._settle(1)
-            state.optimizer.found_inf = skip        # type: ignore[attr-defined]  # what fused optimizers look for
         done = self.late or not self._read().skip
         if done:
-            if self.clip_grad is not None:
-                nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-            state.optimizer.step()
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+            self._apply(norm, skip)
+        self.state.scaler.update()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self._new_group()
         if done and not self.late:
             self._average(step)
 
-    def _report(self, step: int, norm: Tensor, wishes: Wishes) -> Tensor:
-        """Agree on what this update is; returns 1. where nothing may change by it, a scalar on the device."""
-        asked = torch.tensor([self.process.rank + 1, wishes.signal, wishes.save], dtype=torch.float32,
-                             pin_memory=norm.is_cuda)
-        where, signal, save = asked.to(norm.device, non_blocking=norm.is_cuda)
+    def _send(self, step: int, wishes: Wishes) -> None:
+        """The host's numbers of this update to the device."""
+        optimizer = self.state.optimizer
+        numbers = [self.process.rank + 1, wishes.signal, wishes.save, step, lr_of(optimizer),
+                   *(group["lr"] for group in optimizer.param_groups)]
+        self.sent.copy_(torch.tensor(numbers, dtype=torch.float32, pin_memory=self.sent.is_cuda), non_blocking=True)
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Unscale the gradients and agree on what this update is: the numbers of its Report, the gradient's norm, and 1. where
+        nothing may change by it."""
+        self.state.scaler.unscale_(self.state.optimizer)
+        norm = nn.utils.get_total_norm([p.grad.detach() for p in self.parameters if p.grad is not None]).float()
+        where, signal, save = self.sent[:3]
         agreed = self.exchange.largest(torch.stack([self.trouble, where * (self.trouble > 0), signal, save, self.loss]))
         skip = ((agreed[0] > 0) | ~norm.isfinite()).float()
-        own = [torch.full_like(norm, number) for number in (step, lr_of(self.state.optimizer))]
-        self.exchange.begin(torch.cat([agreed, torch.stack([skip, norm, *own])]))
-        self._new_group()
-        return skip
+        return torch.cat([agreed, torch.stack([skip, norm]), self.sent[3:5]]), norm, skip
+
+    def _apply(self, norm: Tensor, skip: Tensor) -> None:
+        """Clip the gradients and make the optimizer's step; late: none where skip is 1."""
+        optimizer = self.state.optimizer
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        if self.late:
+            optimizer.found_inf = skip      # type: ignore[attr-defined]  # what fused optimizers look for
+        with _reading(optimizer, self.sent[5:]) if self.late else nullcontext():
+            optimizer.step()
 
     def _read(self) -> Report:
         report = Report(*self.exchange.read())
@@ -338,6 +399,20 @@ def replay_non_finite(error: NonFinite, state: TrainState, criterion: Criterion,
         return f"--debug-nan: {file} could not be written or the batch not be replayed ({str(error).splitlines()[0]})"
 
 
+@contextmanager
+def _reading(optimizer: torch.optim.Optimizer, rates: Tensor) -> Iterator[None]:
+    """While entered, the optimizer reads its groups' learning rates from `rates` on the device, and may be captured."""
+    before: list[dict[str, Any]] = [{key: group[key] for key in ("lr", "capturable") if key in group}
+                                    for group in optimizer.param_groups]
+    for group, old, rate in zip(optimizer.param_groups, before, rates):
+        group.update({**old, "capturable": True, "lr": rate} if "capturable" in old else {"lr": rate})
+    try:
+        yield
+    finally:
+        for group, old in zip(optimizer.param_groups, before):      # floats for the schedules, which write them anew
+            group.update(old)
+
+
 def can_read_late(state: TrainState, device: torch.device) -> bool:
     """Whether an update can be left undone on the device without the host's knowing: elsewhere each update is waited for,
     which on a CPU costs nothing."""
@@ -362,7 +437,7 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loa
                     print_freq: int = 10, ideal_rate: float | None = None,
                     after_step: Callable[[], None] | None = None, wishes: Callable[[], Wishes] = Wishes,
                     save: Callable[[], None] | None = None, save_every: int = 0,
-                    keep_batches: KeptBatches | None = None) -> dict[str, float]:
+                    keep_batches: KeptBatches | None = None, updater: Updater | None = None) -> dict[str, float]:
     """One pass over `loader`, or the rest of it from state.step on; returns {"loss", "lr", "seconds", "img_per_s"} of all
     processes together, and "mfu" with `ideal_rate`.
 
@@ -377,6 +452,7 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loa
         save: called within the epoch where a checkpoint is wished for, and after every `save_every` batches: `state` is
             then what a resume needs, on all processes.
         keep_batches: takes what the last updates were made from, for a replay.
+        updater: of these very objects, for all epochs; None: a new `Updater`.
     Raises: StopRequested where a signal was wished for; TrainingFailed where loss, gradient or weights are not finite.
         Both on all processes at once, `state` whole.
     """
@@ -384,9 +460,9 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loa
     device, epoch, first = process.device, state.epoch, state.step
     steps = first + steps_left(loader, state.position, process)
     updates_per_epoch = math.ceil(len(loader) / accumulate)
-    second_order = getattr(state.optimizer, "is_second_order", False)
     loss_sum = torch.tensor(state.losses[process.rank] if state.losses else 0., device=device)
-    updater = Updater(state, process, clip_grad)
+    updater = updater or Updater(net, state, criterion, process, amp_dtype=amp_dtype, clip_grad=clip_grad)
+    updater.begin()
     updater.number_of = lambda step: epoch * updates_per_epoch + step // accumulate + 1
     saved, images_seen, start, before = first, 0, time.perf_counter(), state.seconds
     mean = None
@@ -413,12 +489,7 @@ def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loa
         if keep_batches is not None:
             keep_batches.note(step, images, targets)
         with nullcontext() if update else getattr(net, "no_sync", nullcontext)():
-            with autocast(device, amp_dtype):
-                loss = loss_of(net, criterion, images, targets)
-            peers.mark(f"the backward pass of {where}")
-            state.scaler.scale(loss / group).backward(create_graph=second_order)
-        loss_sum += loss.detach()
-        updater.note_loss(loss)
+            loss_sum += updater.add_gradients(images, targets, group, where)
         images_seen += len(images)
         if update:
             peers.mark(f"the update of {where}")

@@ -3,6 +3,7 @@ import sys
 
 import torch
 
+import captured
 import models_kan
 import peers
 import speed
@@ -68,7 +69,7 @@ def run(argv: list[str]) -> int:
         starting.choose_backend(config, spec, process.device)
         table = starting.load_start(model, spec, start, loaders, args.seed)
         if args.compile:
-            speed.compile_model(model, process.device)
+            speed.compile_model(model, process.device, mode=args.compile)
     if table:
         say(f"weights from {start.path}:\n{table}")
     if args.eval:
@@ -129,6 +130,8 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
     if changed := state.fit_launch(args.batch_size, process):
         say(f"warning: {changed}", file=sys.stderr)
     net = distributed(model, process)
+    with utils.stop_together(process):
+        updater = captured.build_updater(args, net, state, criterion, process, amp_dtype)
 
     for warning in starting.schedule_warnings(args, lr):
         say(f"warning: {warning}", file=sys.stderr)
@@ -166,7 +169,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                     net, state, criterion, loaders.train, process, epochs=args.epochs, seed=args.seed, amp_dtype=amp_dtype,
                     accumulate=args.grad_accum, clip_grad=args.clip_grad, mixup=mixup, train_mode=args.train_mode,
                     print_freq=args.print_freq, ideal_rate=ideal_rate, after_step=profiler, wishes=wishes, save=save,
-                    save_every=args.save_interval_steps, keep_batches=kept)
+                    save_every=args.save_interval_steps, keep_batches=kept, updater=updater)
                 results = {"test": evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=args.dist_eval,
                                             wishes=wishes)}
                 say(summary("model", results["test"]))

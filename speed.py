@@ -13,8 +13,11 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from utils import Process, UserError, say
 
-
 # ---------------------------------------------------------------- torch.compile
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")      # torch's, the first its own
+OWN_GRAPHS = ("reduce-overhead", "max-autotune")            # these capture CUDA graphs
+
+
 def compile_model(model: nn.Module, device: torch.device, **options) -> None:
     """Let `model` run through torch.compile from its next call on; options are torch.compile's.
 

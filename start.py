@@ -20,7 +20,6 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
-from timm.utils import ModelEmaV3
 from torch import nn
 
 import conversion
@@ -31,7 +30,7 @@ from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_
 from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
 from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, needs_splitting
 from downloads import fetch
-from engine import TrainState
+from engine import MovingAverage, TrainState
 from group_kan import GroupActivation
 from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
@@ -458,7 +457,7 @@ def build_state(args: Namespace, model: nn.Module, lr: float, updates_per_epoch:
     """Optimizer, schedule, loss scaler (float16 only) and moving average for a model that is on its device."""
     optimizer = build_optimizer(args, model, lr)
     keep_on: Any = "cpu" if args.model_ema_force_cpu else None
-    ema = ModelEmaV3(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=keep_on) if args.model_ema else None
+    ema = MovingAverage(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=keep_on) if args.model_ema else None
     return TrainState(model, optimizer, build_scheduler(args, optimizer, updates_per_epoch),
                       torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), ema,
                       epoch=args.start_epoch)

@@ -1,21 +1,26 @@
-"""One command for a machine with a GPU: are the ops right there, how fast are they, and how fast do models train.
+"""One command for a machine with a GPU: how fast do models train there, how fast are the ops, and are they right.
 
-    python benchmarks/gpu.py                            # within 8 minutes; table, and benchmarks/results/gpu.csv
+    python benchmarks/gpu.py                            # within 5 minutes; a table, and benchmarks/results/gpu.csv and .md
+    python benchmarks/gpu.py --part models --seconds 90 # one part, or less of it: what matters most comes first
     python benchmarks/gpu.py --quick                    # small sizes, a minute
     python benchmarks/gpu.py --device cpu --quick       # the same code on a CPU
 
-1. Every op, forward and every gradient, against float64 on the device, in float32, bfloat16 and float16. An error
-   beyond the bound makes the exit status 1.
-2. Every op's time, forward and forward + backward, bfloat16, against its reference in eager mode and through
-   torch.compile; the full-edge layer also against a compiled basis that is written to memory for cuBLAS, and against an
-   MLP of equal FLOPs; the activation also against GELU. Calls are captured in a CUDA graph where they can be, so that
-   Python's overhead is not in the time; what fits in the L2 cache may stay there, as it does behind a matrix product.
-3. A training step (bfloat16 autocast, AdamW) of the KANs and their MLP twin, eager and through torch.compile.
+models  A training step (bfloat16 autocast, fused AdamW, stochastic depth) as main.py makes it, of the KANs and their MLP twin:
+        eager; captured as CUDA graphs (--cuda-graph); through torch.compile, eager and captured. Beside the time of a step the
+        time of its kernels alone, from the profiler: what is above that is the host's doing. Not in it: the images' way to
+        the device, mixup, and the moving average without --ema.
+ops     Every op's time, forward and forward + backward, bfloat16, against its reference in eager mode and through
+        torch.compile; the full-edge layer also against a compiled basis that is written to memory for cuBLAS, and against an
+        MLP of equal FLOPs; the activation also against GELU. Calls are captured in a CUDA graph where they can be, so that
+        Python's overhead is not in the time; what fits in the L2 cache may stay there, as it does behind a matrix product.
+checks  Every op, forward and every gradient, against float64 on the device, in float32, bfloat16 and float16. An error
+        beyond the bound makes the exit status 1.
 
 Times are medians of n repetitions in which all variants take turns; spread is the interquartile range in percent of
 the median. TFLOP/s and GB/s count what the op must do, not what a variant does. The peak of
 products is the card's nominal one (`speed.PEAK_TFLOPS`), for another card a matrix product's as measured at the start; the
-peak of memory is that of a copy.
+peak of memory is that of a copy. Each row is written as soon as it is known; what fails is a row that says so. Timings are good
+only while nothing else uses the GPU.
 """
 import argparse
 import csv
@@ -24,27 +29,41 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import timm
 import torch
-from torch import Tensor, nn
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import kernels
 import models_kan
+from captured import CapturedUpdater, CudaGraphs
+from config import parse_args
+from engine import Updater, Wishes
+from losses import ClassLoss
 from models_kan import count_flops
 from speed import peak_flops
+from start import build_state
+from utils import Process, seed_everything
 
 FIELDS = ("part", "name", "variant", "width", "dtype", "phase", "ms", "spread_percent", "n", "how", "ratio", "tflops",
-          "tflops_percent", "gbps", "gbps_percent", "images_per_s", "mfu_percent", "memory_mib", "batch", "error", "bound",
+          "tflops_percent", "gbps", "gbps_percent", "images_per_s", "mfu_percent", "kernels_ms",
+          "over_kernels", "flashkat_images_per_s", "memory_mib", "batch", "error", "bound",
           "problem", "card", "driver", "torch", "triton", "cuda", "peak_tflops", "peak_gbps", "peaks")
 GRID, H, G, GROUPS = (-3.0, 3.0), 6 / 7, 8, 8
 POINTS = tuple(torch.linspace(*GRID, G, dtype=torch.float64).tolist())
 TOKENS = 25_216                     # 128 images of 197 tokens
+# Images/s that FlashKAT (arXiv:2505.13813) publishes for one H200: of its ViT twin and of itself, a group KAN
+FLASHKAT = {("deit_tiny_patch16_224", "ViT"): 8955, ("deit_tiny_patch16_224", "GKAN"): 6318,
+            ("deit_small_patch16_224", "ViT"): 5312, ("deit_small_patch16_224", "GKAN"): 3742,
+            ("deit_base_patch16_224", "ViT"): 2457, ("deit_base_patch16_224", "GKAN"): 1802}
 # Largest error, relative to the largest value of the result.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -52,9 +71,9 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 class Bench:
     """The device, sizes, the deadline, and the rows found so far."""
 
-    def __init__(self, device: str, quick: bool, minutes: float):
-        self.device, self.quick, self.cuda = device, quick, device == "cuda"
-        self.end = time.monotonic() + 60 * minutes
+    def __init__(self, device: str, quick: bool, seconds: float, output: Path | None = None, ema: bool = False):
+        self.device, self.quick, self.cuda, self.output, self.ema = device, quick, device == "cuda", output, ema
+        self.end = time.monotonic() + seconds
         self.n = 3 if quick else 15
         self.compile = self.cuda
         self.rows: list[dict] = []
@@ -84,6 +103,8 @@ class Bench:
                     row |= {key: amount} | ({f"{key}_percent": 100 * amount / peak} if peak else {})
         row = {key: value for key, value in row.items() if key in FIELDS}
         self.rows.append({**self.versions, **row})
+        if self.output:
+            write(self, self.output)
         text = f"{value_of(row, 'problem')}" or " ".join(
             f"{key} {_short(row[key])}" for key in FIELDS[6:] if row.get(key) not in (None, ""))
         label = " ".join(str(row[key]) for key in FIELDS[1:6] if row.get(key) not in (None, ""))
@@ -105,7 +126,7 @@ class Bench:
         samples: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.n):
             for name, (run, calls, _) in runs.items():
-                samples[name].append(self._measure(run) / calls)
+                samples[name].append(self.measure(run) / calls)
         for name, values in samples.items():
             low, median, high = statistics.quantiles(values, n=4)
             found[name] = {"ms": median, "spread_percent": 100 * (high - low) / median, "n": self.n, "how": runs[name][2]}
@@ -122,7 +143,7 @@ class Bench:
             for _ in range(3):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
-        calls = max(1, min(100, round(3 / max(self._measure(run), 1e-3))))     # about 3 ms a measurement
+        calls = max(1, min(100, round(3 / max(self.measure(run), 1e-3))))     # about 3 ms a measurement
         if graphs:
             try:
                 graph = torch.cuda.CUDAGraph()
@@ -141,7 +162,7 @@ class Bench:
                 run()
         return repeat, calls, "calls"
 
-    def _measure(self, run: Callable[[], object]) -> float:
+    def measure(self, run: Callable[[], object]) -> float:
         """Milliseconds."""
         if not self.cuda:
             start = time.perf_counter()
@@ -154,6 +175,19 @@ class Bench:
         end.synchronize()
         return start.elapsed_time(end)
 
+    def kernels_ms(self, step: Callable[[], None], n: int = 3) -> float | None:
+        """Milliseconds of a step's kernels and copies, summed, as the profiler sees them; None on a CPU."""
+        if not self.cuda:
+            return None
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            for _ in range(n):
+                step()
+            torch.cuda.synchronize()
+        total = sum(event.self_device_time_total for event in profiled.events()
+                    if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False))
+        return total / n / 1e3
+
     def free(self) -> None:
         """Memory, and compiled programs: another width is to be a program of its own, no dynamic shape."""
         torch.compiler.reset()
@@ -162,7 +196,7 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------- 1. right?
+# ---------------------------------------------------------------- right?
 def check_ops(bench: Bench) -> None:
     rows = 67 if bench.quick else 1000
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -223,7 +257,7 @@ def _compare(bench: Bench, op: str, note: str, dtype: torch.dtype, inputs: tuple
     bench.add("check", op, **row, error=errors[worst], problem=problem)
 
 
-# ---------------------------------------------------------------- 2. how fast are the ops
+# ---------------------------------------------------------------- how fast are the ops
 def with_backward(run: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(run(), leaves, dy)
 
@@ -304,74 +338,128 @@ def _time(bench: Bench, name: str, variants: dict[str, tuple[Callable[[], Tensor
                       ratio=ratio, **times)
 
 
-# ---------------------------------------------------------------- 3. how fast do models train
+# ---------------------------------------------------------------- how fast do models train
+KINDS = ("GKAN", "ViT", "KAN")
+SIZES = ("deit_tiny_patch16_224", "deit_base_patch16_224", "deit_small_patch16_224")     # those that matter most come first
+COMPILED = ((SIZES[0], ("GKAN", "ViT")), (SIZES[1], ("GKAN", "ViT")), (SIZES[0], ("KAN",)), (SIZES[1], ("KAN",)),
+            (SIZES[2], KINDS))
+
+
 def time_models(bench: Bench) -> None:
-    if bench.cuda and not bench.quick:
-        sizes, batch = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"), 128
-    else:
-        sizes, batch = ("vit_nano_patch8_32",), 8
-    for compiled in (False, True) if bench.compile else (False,):
-        for size in sizes:
-            need = (120 if compiled else 20) if not bench.quick else 0
-            if bench.late(need):
-                bench.add("step", size, phase="compiled" if compiled else "eager", problem="left out: no time left")
-                continue
-            _time_size(bench, size, batch, compiled)
-            bench.free()
-
-
-def _time_size(bench: Bench, size: str, batch: int, compiled: bool) -> None:
-    width = models_kan.SIZES[size].embed_dim
-    kinds = {"ViT": {}, "GKAN": {}, "KAN": {"hdim_kan": width // 2}}        # all of the same matrix-product FLOPs
     kernels.use("auto")
-    phase = "compiled" if compiled else "eager"
-    while True:
-        steps, memory, flops = {}, {}, {}
-        try:
-            for kind, options in kinds.items():
-                before = torch.cuda.memory_allocated() if bench.cuda else 0         # of the variants before
-                model = timm.create_model(f"{size}_{kind}", **options).to(bench.device).train()
-                flops[kind] = 3 * batch * count_flops(model).matmul
-                steps[kind] = _step(bench, torch.compile(model) if compiled else model, batch,
-                                    models_kan.SIZES[size].img_size)
-                for _ in range(2):
-                    steps[kind]()                           # the second has the optimizer's state from the start
-                    memory[kind] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if bench.cuda else None
-                    if bench.cuda:
-                        torch.cuda.reset_peak_memory_stats()
-            break
-        except torch.OutOfMemoryError:
-            steps = model = None
+    if not bench.cuda or bench.quick:
+        _time_size(bench, "vit_nano_patch8_32", KINDS, 8, compiled=False)
+        return
+    for compiled, plan in ((False, [(size, KINDS) for size in SIZES]), (True, COMPILED)):
+        need = 15.
+        for size, kinds in plan:
+            if bench.late(need * len(kinds)):
+                for kind in kinds:
+                    bench.add("step", size, variant=kind, phase="compiled" if compiled else "captured",
+                              problem="left out: no time left")
+                continue
+            start = time.monotonic()
+            _time_size(bench, size, kinds, 128, compiled)
+            need = (time.monotonic() - start) / len(kinds)
             bench.free()
-            if batch == 1:
-                bench.add("step", size, phase=phase, problem="out of memory")
-                return
-            batch //= 2
-    found = bench.times(steps, graphs=False)
-    for kind, times in found.items():
-        values = {}
-        if "ms" in times:
-            values = {"images_per_s": 1e3 * batch / times["ms"], "flops": flops[kind]}
+
+
+def _time_size(bench: Bench, size: str, kinds: tuple[str, ...], batch: int, compiled: bool) -> None:
+    """Rows of the models of a size, all of the same matrix-product FLOPs, timed in turn."""
+    width = models_kan.SIZES[size].embed_dim
+    steps: dict[tuple[str, str], Callable[[], None]] = {}
+    known: dict[tuple[str, str], dict] = {}
+    for kind in kinds:
+        try:
+            for phase, step, values in _steps(bench, size, kind, batch, compiled):
+                steps[kind, phase], known[kind, phase] = step, values
+        except Exception as error:      # out of memory, no kernel for this card, whatever it is: its row says so
+            bench.add("step", size, variant=kind, width=width, phase="compiled" if compiled else "eager", batch=batch,
+                      problem=_first_line(error))
+    found = _time_steps(bench, steps)
+    for (kind, phase), times in found.items():
+        ms, values = times.get("ms"), dict(known[kind, phase])
+        if ms:
+            flops = values["flops"]
+            values |= {"images_per_s": 1e3 * batch / ms, "flashkat_images_per_s": FLASHKAT.get((size, kind))}
             if bench.peaks[0]:
-                values["mfu_percent"] = 100 * flops[kind] / times["ms"] / 1e9 / bench.peaks[0]
-            if "ms" in found["ViT"]:
-                values["ratio"] = times["ms"] / found["ViT"]["ms"]
-        bench.add("step", size, variant=kind, width=width, dtype="bfloat16", phase=phase, batch=batch,
-                  memory_mib=memory[kind], **values, **times)
+                values["mfu_percent"] = 100 * flops / ms / 1e9 / bench.peaks[0]
+            if twin := found.get(("ViT", phase), {}).get("ms"):
+                values["ratio"] = ms / twin
+            if kernel := times.get("kernels_ms"):
+                values["over_kernels"] = ms / kernel
+        bench.add("step", size, variant=kind, width=width, dtype="bfloat16", phase=phase, batch=batch, **values, **times)
 
 
-def _step(bench: Bench, model: nn.Module, batch: int, pixels: int) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=bench.cuda)
-    images = torch.randn(batch, 3, pixels, pixels, device=bench.device)
-    labels = torch.randint(1000, (batch,), device=bench.device)
+def _steps(bench: Bench, size: str, kind: str, batch: int, compiled: bool) -> Iterator[tuple[str, Callable[[], None], dict]]:
+    """A model's training step, each way that there is: (phase, step, what is known of it before it is timed)."""
+    device = torch.device("cuda", torch.cuda.current_device()) if bench.cuda else torch.device("cpu")
+    spec = models_kan.SIZES[size]
+    options = {"hdim_kan": spec.embed_dim // 2} if kind == "KAN" else {}        # of the twin's FLOPs
+    torch.manual_seed(0)
+    before = torch.cuda.memory_allocated() if bench.cuda else 0
+    model = timm.create_model(f"{size}_{kind}", num_classes=1000, drop_path_rate=0.1, **options).to(device).train()
+    if compiled:
+        model.compile()
+    args = parse_args(["--model", f"{size}_{kind}", "--model-ema" if bench.ema else "--no-model-ema"]).args
+    state = build_state(args, model, 1e-4, 1000, device, torch.bfloat16)
+    criterion, process = ClassLoss(SoftTargetCrossEntropy()), Process(device=device)
+    images = torch.randn(batch, 3, spec.img_size, spec.img_size, device=device)
+    targets = torch.rand(batch, 1000, device=device).softmax(1)                 # as mixup makes them
+    loss_sum = torch.zeros((), device=device)
+    flops = 3 * batch * count_flops(model).matmul
 
-    def step() -> None:
-        with torch.autocast(bench.device, torch.bfloat16):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step
+    def stepping(updater: Updater) -> Callable[[], None]:
+        count = iter(range(10 ** 9))
+
+        def step() -> None:
+            number = next(count)
+            seed_everything(0, 0, number, 0)
+            loss_sum.add_(updater.add_gradients(images, targets, 1))
+            updater.update(number, Wishes())
+        return step
+
+    step = stepping(Updater(model, state, criterion, process, amp_dtype=torch.bfloat16))
+    values: dict = {"flops": flops}
+    for _ in range(2):          # the second has the optimizer's state from the start
+        if bench.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        step()
+        if bench.cuda:
+            values["memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    yield "compiled" if compiled else "eager", step, values
+    if not bench.cuda:
+        return
+    updater = CapturedUpdater(model, state, criterion, process, CudaGraphs(device), must=True, amp_dtype=torch.bfloat16)
+    step = stepping(updater)
+    for _ in range(updater.WARM_UP + 1):
+        step()
+    yield "compiled, captured" if compiled else "captured", step, {"flops": flops}
+
+
+def _time_steps(bench: Bench, steps: dict[tuple[str, str], Callable[[], None]]) -> dict[tuple[str, str], dict]:
+    """(kind, phase) -> {"ms", "spread_percent", "n", "how", "kernels_ms"}, or {"problem"}; the same steps timed in turn."""
+    found: dict[tuple[str, str], dict] = {}
+    calls, samples = {}, {}
+    for key, step in steps.items():
+        try:
+            for _ in range(2):
+                step()
+            calls[key] = max(1, round((100 if bench.cuda else 1) / max(bench.measure(step), 1e-3)))
+            samples[key] = []
+        except Exception as error:
+            found[key] = {"problem": _first_line(error)}
+    for _ in range(3 if bench.quick else 7):
+        for key in samples:
+            def several(step: Callable[[], None] = steps[key], n: int = calls[key]) -> None:
+                for _ in range(n):
+                    step()
+            samples[key].append(bench.measure(several) / calls[key])
+    for key, values in samples.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        found[key] = {"ms": median, "spread_percent": 100 * (high - low) / median, "n": len(values), "how": key[1],
+                      "kernels_ms": bench.kernels_ms(steps[key])}
+    return {key: found[key] for key in steps}
 
 
 # ---------------------------------------------------------------- report
@@ -384,22 +472,27 @@ def _short(value: object) -> str:
 
 
 def table(bench: Bench) -> str:
-    """One table of all rows, the columns that anything is in."""
-    fixed = set(bench.versions)
-    columns = [key for key in FIELDS if key not in fixed and any(value_of(row, key) != "" for row in bench.rows)]
-    cells = [columns] + [[_short(value_of(row, key)) for key in columns] for row in bench.rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
+    """A Markdown table for each part, of the columns that anything is in."""
     head = ", ".join(f"{key} {value}" for key, value in bench.versions.items() if value not in (None, ""))
-    return "\n".join([head, *("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in cells)])
+    lines = [head]
+    for part in dict.fromkeys(row["part"] for row in bench.rows):
+        rows = [row for row in bench.rows if row["part"] == part]
+        columns = [key for key in FIELDS if key not in {"part", *bench.versions}
+                   and any(value_of(row, key) != "" for row in rows)]
+        lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(_short(value_of(row, key)) for key in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
-def write_csv(bench: Bench, path: Path) -> None:
+def write(bench: Bench, path: Path) -> None:
+    """The rows so far as CSV, and as Markdown beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
                          for row in bench.rows)
+    path.with_suffix(".md").write_text(table(bench))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -426,12 +519,17 @@ def _driver() -> str:
     return done.stdout.split("\n")[0].strip()
 
 
+PARTS = {"models": time_models, "ops": time_ops, "checks": check_ops}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes, three repetitions")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.csv")
-    parser.add_argument("--minutes", type=float, default=8.0, help="what does not fit is left out, and said so")
+    parser.add_argument("--seconds", type=float, default=300.0, help="what does not fit is left out, and said so")
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--ema", action="store_true", help="steps with the moving average, as main.py's default is")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch finds no GPU here: run this on a machine with one, or try the code with --device cpu --quick.",
@@ -439,11 +537,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if args.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False       # the checks in float32 are of float32
-    bench = Bench(args.device, args.quick, args.minutes)
-    for part in (check_ops, time_ops, time_models):
-        part(bench)
-        write_csv(bench, args.output)                       # what is known survives an interruption
-    print(f"\n{table(bench)}\n\n{args.output}")
+    bench = Bench(args.device, args.quick, args.seconds, args.output, args.ema)
+    for part in PARTS:
+        if part in args.part:
+            PARTS[part](bench)
+    print(f"\n{table(bench)}\n{args.output}")
     wrong = [row for row in bench.rows if row["part"] == "check" and row["problem"]]
     for row in wrong:
         print(f"WRONG: {row['name']} {row['variant']} {row['dtype']}: {row['problem']}", file=sys.stderr)

@@ -86,7 +86,7 @@ def test_deit_command_line_is_understood():
 
 def test_both_spellings_of_every_flag():
     for action in config.get_args_parser()._actions:
-        value = {None: ["1"], 0: [], "+": ["1"], 2: ["1", "2"]}[action.nargs]
+        value = {None: ["1"], 0: [], "?": [], "+": ["1"], 2: ["1", "2"]}[action.nargs]
         if action.choices:
             value = [list(action.choices)[-1]]
         if action.dest == "config":
@@ -95,6 +95,24 @@ def test_both_spellings_of_every_flag():
             assert parse_args([f"--{name}", *value]).given == {action.dest: "command line"}
             if isinstance(action, BooleanOptionalAction):
                 assert getattr(parse_args([f"--no-{name}"]).args, action.dest) is False
+
+
+def test_a_switch_with_modes(tmp_path):
+    """--compile: a switch before, and so in older recipes and checkpoints."""
+    assert parse_args([]).args.compile is None and parse_args(["--no-compile"]).args.compile is None
+    assert parse_args(["--compile"]).args.compile == parse_args(["--compile", "default"]).args.compile == "default"
+    assert parse_args(["--compile", "--epochs", "3"]).args.compile == "default"
+    assert parse_args(["--compile=reduce-overhead"]).args.compile == "reduce-overhead"
+    for written, mode in (("true", "default"), ("false", None), ("max-autotune", "max-autotune"), ("", None)):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"compile: {written}\n")
+        assert parse_args(["--config", str(recipe)]).args.compile == mode
+        recipe.write_text(dump_yaml(parse_args(["--config", str(recipe)]).args))
+        assert parse_args(["--config", str(recipe)]).args.compile == mode
+    recipe.write_text("compile: fast\n")
+    for argv in (["--compile", "fast"], ["--config", str(recipe)]):
+        assert "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs" in refusal(*argv)
+    assert "takes no value" in refusal("--no-compile", "default")
 
 
 def test_equals_sign_and_spelling():

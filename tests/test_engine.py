@@ -27,6 +27,7 @@ from checkpoints import plain
 from config import parse_args
 from datasets import ImageSet, Split, _digits, build_loaders
 from engine import (
+    MovingAverage,
     NonFinite,
     StopRequested,
     TrainState,
@@ -207,6 +208,27 @@ def test_warm_up_of_the_moving_average(late, monkeypatch):
             resumed = state_of(nano(), *argv, lr=1e-2)
             resumed.load_state_dict(through_a_file(state))
             state = resumed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_moving_average_is_timms_to_the_last_bit(dtype, device):
+    """Buffers and counts too; the decay may change from one step to the next."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2)).to(dtype)
+    options = {"device": device and torch.device(device), "use_warmup": True}
+    ours, theirs = MovingAverage(model, 0.9, **options), ModelEmaV3(model, 0.9, **options)
+    for step in range(4):
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                value.add_(torch.randn_like(value) if value.is_floating_point() else 3)
+        for average in (ours, theirs):
+            average.update(model, step)
+    assert same(dict(ours.module.state_dict()), dict(theirs.module.state_dict()))
+    assert ours.module[1].num_batches_tracked == 12
+    other = deepcopy(model)
+    other.load_state_dict({key: 0 * value for key, value in model.state_dict().items()})
+    ours.update(other)          # another model's tensors
+    assert not same(dict(ours.module.state_dict()), dict(theirs.module.state_dict()))
 
 
 def test_train_mode_off_trains_without_dropout_and_drop_path():
@@ -457,7 +479,8 @@ def test_read_late_is_the_same_run(argv, monkeypatch):
     states = []
     for late in (False, True):
         monkeypatch.setattr(engine, "can_read_late", lambda state, device, late=late: late)
-        state = state_of(nano(), *argv, "--model-ema", "--model-ema-decay", 0.5, lr=1e-3)
+        # late, the rate is read in float32, as this one is
+        state = state_of(nano(), *argv, "--model-ema", "--model-ema-decay", 0.5, lr=2.0 ** -10)
         epoch_of(state, batches(7), accumulate=2, clip_grad=0.5)
         state.seconds = 0
         states.append(plain(state.state_dict()))

@@ -492,6 +492,7 @@ EFFECTS = {
                    "--print-freq 1", ""),
     "log_kan": (tags_written, "--log-kan 1 --output_dir {folder}/kan", "--output_dir {folder}/no_kan"),
     "compile": (lambda line: caught(line).model._compiled_call_impl is None, "--compile", ""),
+    "cuda_graph": (lambda line: printed(" ".join([*QUICK, "--data-path {data} --epochs 1", line]))[0], "--cuda-graph on", ""),
     "profile": (lambda line: printed(" ".join([*QUICK, f"--data-path {{data}} --epochs 1 {line}"])), "--profile", ""),
     "save_interval_steps": (saves, "--save-interval-steps 1 --output_dir {folder}/steps", "--output_dir {folder}/no_steps"),
     "save_interval_minutes": (saves, "--save-interval-minutes 1e-9 --output_dir {folder}/minutes",

@@ -146,13 +146,13 @@ def test_compiling_changes_neither_keys_nor_copies():
 
 def test_a_compiled_run_its_checkpoint_and_its_evaluation(data, tmp_path, monkeypatch, capsys):
     original, compiled = compile_model, []
-    monkeypatch.setattr(speed, "compile_model", lambda model, device: compiled.append(1) or original(
+    monkeypatch.setattr(speed, "compile_model", lambda model, device, mode: compiled.append(mode) or original(
         model, device, backend="eager"))
     options = (*QUICK, "--epochs", 1, "--data-path", data, "--drop-path", 0)
     for name, more in (("plain", []), ("compiled", ["--compile"])):
         assert run(*options, "--output_dir", tmp_path / name, *more) == 0
     one, two = checkpoint(tmp_path / "plain"), checkpoint(tmp_path / "compiled")
-    assert compiled == [1]
+    assert compiled == ["default"]
     for key in ("model", "model_ema"):
         assert list(one[key]) == list(two[key])
         for a, b in zip(one[key].values(), two[key].values()):
@@ -163,7 +163,7 @@ def test_a_compiled_run_its_checkpoint_and_its_evaluation(data, tmp_path, monkey
         assert run("--eval", "--resume", tmp_path / "compiled/checkpoint.pth", "--data-path", data, "--device", "cpu",
                    "--num_workers", 0, *more) == 0
         lines.append(capsys.readouterr().out.splitlines()[-2:])
-    assert compiled == [1, 1] and lines[0] == lines[1]
+    assert compiled == ["default"] * 2 and lines[0] == lines[1]
 
 
 def test_without_a_compiler_one_sentence(data, monkeypatch, capsys):

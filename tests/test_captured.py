@@ -1,0 +1,334 @@
+"""Training steps as recorded graphs: to the last bit those of the eager loop. On a CPU graphs are emulated (recorded.py);
+tests/test_gpu.py has CUDA's."""
+import math
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import timm
+import torch
+from recorded import RecordedGraphs
+from timm.data import Mixup
+from torch import nn
+from torch.nn import functional as F
+
+import captured
+import engine
+import models_kan  # noqa: F401  registers the models with timm
+from captured import CapturedUpdater, CudaGraphs, reason_against
+from checkpoints import plain
+from config import parse_args
+from engine import TrainState, Updater, Wishes, evaluate, train_one_epoch
+from losses import ClassLoss, CosubLoss, Criterion, DistillationLoss, build_criterion
+from start import build_state
+from utils import Process, TrainingFailed, UserError
+
+CPU, K = torch.device("cpu"), 4
+
+
+@pytest.fixture(autouse=True)
+def late(monkeypatch):
+    monkeypatch.setattr(engine, "can_read_late", lambda state, device: True)
+
+
+def flags(*argv) -> Namespace:
+    return parse_args(["--model", "vit_nano_patch8_32_GKAN", "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates",
+                       "--model-ema-decay", "0.9", *map(str, argv)]).args
+
+
+def state_of(args: Namespace, model: nn.Module | None = None, dtype=torch.float32, device=CPU) -> TrainState:
+    torch.manual_seed(0)
+    model = model or timm.create_model(args.model, num_classes=K, depth=1, embed_dim=32, num_heads=2, drop_path_rate=0.3,
+                                       proj_drop_rate=0.1)
+    return build_state(args, model.to(device), 1e-3, 8, device, dtype)
+
+
+def batches(n: int, size: int = 4, last: int | None = None, seed: int = 0) -> list:
+    random = torch.Generator().manual_seed(seed)
+    sizes = [size] * (n - 1) + [last or size]
+    return [(torch.randn(b, 3, 32, 32, generator=random), torch.randint(K, (b,), generator=random)) for b in sizes]
+
+
+def updater_of(state: TrainState, criterion: Criterion, captured_: bool, **options) -> Updater:
+    process = Process(device=state.optimizer.param_groups[0]["params"][0].device)
+    if not captured_:
+        return Updater(state.model, state, criterion, process, **options)
+    graphs = CudaGraphs(process.device) if process.device.type == "cuda" else RecordedGraphs()
+    return CapturedUpdater(state.model, state, criterion, process, graphs, **options)
+
+
+def run(captured_: bool, argv=(), loader: Callable[[], list] | None = None,
+        criterion: Callable[[], Criterion] | None = None, mixup=None, epochs: int = 3, scaler=None, between=None,
+        amp_dtype=torch.float32, clip_grad=None, device=CPU, model=None, **options):
+    """Epochs as main.py trains them: everything that is left of them, and the updater."""
+    args = flags(*argv)
+    state = state_of(args, model and model(), amp_dtype, device)
+    state.scaler = scaler() if scaler else state.scaler
+    made = criterion() if criterion else build_criterion(args, K, mixup is not None)
+    updater = updater_of(state, made, captured_, amp_dtype=amp_dtype, clip_grad=clip_grad)
+    loader, results = (loader or (lambda: batches(9, last=3)))(), []       # mixup works in place: new ones
+    try:
+        while state.epoch < epochs:
+            trained = train_one_epoch(state.model, state, made, loader, updater.process, epochs=epochs, updater=updater,
+                                      mixup=mixup, print_freq=4, amp_dtype=amp_dtype, clip_grad=clip_grad, **options)
+            results.append((trained["loss"], trained["lr"], between(state) if between else None))
+            state.next_epoch()
+    except TrainingFailed as error:
+        results.append(str(error))
+    state.seconds = 0
+    return plain(state.state_dict()), results, updater
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert a == b or a != a and b != b, where
+
+
+def replays(updater) -> tuple[int, int]:
+    """Of batches, of updates (emulated graphs count)."""
+    return sum(graph.replays for graph, *_ in updater.batches.values()), updater.apply.replays if updater.apply else 0
+
+
+def evaluation(state: TrainState):
+    process = Process(device=next(state.model.parameters()).device)
+    return [evaluate(model, batches(2, seed=9), process) for model in (state.model, state.ema.module)]
+
+
+# ---------------------------------------------------------------- the same to the last bit
+CASES = {
+    "plain": {},
+    "mixup, accumulation, clipping": {"mixup": lambda: Mixup(0.8, 1.0, num_classes=K), "accumulate": 2, "clip_grad": 0.05,
+                                      "loader": lambda: batches(11)},
+    "groups of 3, the last smaller": {"accumulate": 3, "loader": lambda: batches(16), "clip_grad": 1.0},
+    "sgd": {"argv": ("--opt", "sgd", "--momentum", 0.9)},
+    "rates by layer, no average": {"argv": ("--layer-decay", 0.7, "--no-model-ema")},
+    "evaluation in between, the average warmed up": {"between": evaluation, "argv": ("--model-ema-warmup",)},
+    "not in training mode": {"train_mode": False},
+    "two submodels": {"criterion": lambda: CosubLoss(K, 0.1), "mixup": lambda: Mixup(0.8, 1.0, num_classes=K),
+                       "loader": lambda: batches(9)},
+    "bfloat16": {"amp_dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_captured_is_eager(name):
+    case = dict(CASES[name])
+    mixup = case.pop("mixup", lambda: None)
+    eager, wanted, _ = run(False, mixup=mixup(), **case)
+    state, got, updater = run(True, mixup=mixup(), **case)
+    assert_same(state, eager)
+    assert_same(got, wanted)
+    of_batches, of_updates = replays(updater)
+    group = case.get("accumulate", 1)
+    assert of_batches >= 14 and of_updates >= 14 // group - 2 and updater.recorder is not None
+
+
+def test_a_short_last_batch_gets_a_graph_of_its_own():
+    loader = partial(batches, 4, last=3)
+    eager, _, _ = run(False, loader=loader, epochs=5, argv=("--epochs", 5))
+    state, _, updater = run(True, loader=loader, epochs=5, argv=("--epochs", 5))
+    assert_same(state, eager)
+    assert [images.shape[0] for _, images, _, _ in updater.batches.values()] == [4, 3] and replays(updater) == (14, 14)
+
+
+class Net(nn.Module):
+    """Something with BatchNorm, without an average: its statistics are the graph's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head, self.unused = nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Linear(64, K), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(F.dropout(self.norm(self.conv(x)).flatten(1), 0.3, self.training))
+
+
+def epochs_of(state, updater, loader, criterion, epochs: int = 1) -> dict:
+    for _ in range(epochs):
+        train_one_epoch(state.model, state, criterion, loader, Process(), epochs=9, updater=updater, print_freq=100)
+        state.next_epoch()
+    state.seconds = 0
+    return plain(state.state_dict())
+
+
+def test_running_statistics_and_parameters_without_gradient():
+    ends = []
+    for captured_ in (False, True):
+        torch.manual_seed(1)
+        state, criterion = state_of(flags("--no-model-ema"), Net()), ClassLoss(nn.CrossEntropyLoss())
+        updater = updater_of(state, criterion, captured_)
+        ends.append(epochs_of(state, updater, batches(8), criterion))
+    assert_same(*ends)
+    assert ends[0]["model"]["norm.num_batches_tracked"] == 8 and replays(updater)[0] == 5
+
+
+def test_a_teacher_in_the_graph():
+    class Student(Net):
+        def forward(self, x):
+            return super().forward(x), super().forward(x)
+
+    ends = []
+    for captured_ in (False, True):
+        torch.manual_seed(1)
+        teacher = Net().eval().requires_grad_(False)
+        state = state_of(flags("--no-model-ema"), Student())
+        criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, "soft", 0.5, 2.0)
+        ends.append(epochs_of(state, updater_of(state, criterion, captured_), batches(8), criterion))
+    assert_same(*ends)
+
+
+def test_float16_and_its_scaler():
+    case = {"amp_dtype": torch.float16, "clip_grad": 1.0, "accumulate": 2, "loader": lambda: batches(24),
+            "scaler": lambda: torch.amp.GradScaler("cpu", init_scale=2.0 ** 24, growth_interval=3)}
+    eager, wanted, _ = run(False, **case)
+    state, got, updater = run(True, **case)
+    assert_same(state, eager)
+    assert_same(got, wanted)
+    assert replays(updater)[1] >= 30 and state["scaler"]["scale"] != 2.0 ** 24 and state["skipped"] >= 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [1, 7])
+def test_what_is_not_finite_is_told_alike_and_changes_nothing(step, value):
+    def loader():
+        spoiled = batches(10)
+        spoiled[step][0][0, 0, 0, 0] = value
+        return spoiled
+
+    eager, wanted, _ = run(False, loader=loader, clip_grad=1.0)
+    state, got, updater = run(True, loader=loader, clip_grad=1.0)
+    assert f"at step {step + 1} of epoch 0" in got[-1] and got == wanted
+    assert_same(state, eager)
+
+
+def test_a_resume_is_to_the_last_bit():
+    """In the middle of an epoch; the first batches after it are computed without graphs."""
+    criterion = ClassLoss(nn.CrossEntropyLoss())
+    whole = state_of(flags())
+    wanted = epochs_of(whole, updater_of(whole, criterion, True), batches(8), criterion, 2)
+
+    first = state_of(flags())
+    updater = updater_of(first, criterion, True)
+    with pytest.raises(engine.StopRequested):
+        train_one_epoch(first.model, first, criterion, batches(8), Process(), epochs=9, updater=updater,
+                        wishes=lambda: Wishes(signal=15 if first.step >= 4 else 0))
+    assert replays(updater)[1] >= 1
+    kept = plain(first.state_dict())
+    second = state_of(flags())
+    second.load_state_dict(kept)
+    rest = batches(8)[second.step:]
+    updater = updater_of(second, criterion, True)
+    train_one_epoch(second.model, second, criterion, _Rest(rest, 8), Process(), epochs=9, updater=updater)
+    second.next_epoch()
+    got = epochs_of(second, updater, batches(8), criterion)
+    assert_same(got["model"], wanted["model"])
+    assert_same(got["model_ema"], wanted["model_ema"])
+    assert_same(got["optimizer"], wanted["optimizer"])
+
+
+class _Rest(list):
+    """What is left of an epoch of n batches."""
+
+    def __init__(self, left, n):
+        super().__init__(left)
+        self.batch_size, self.sampler, self.n = 4, range(4 * n), n
+
+    def __len__(self):
+        return self.n
+
+
+# ---------------------------------------------------------------- what cannot be
+class Reading(Net):
+    """Control flow that depends on data."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if x.mean() > 0 else 1)
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_without_and_nothing_is_lost(capsys):
+    ends = []
+    for captured_ in (False, True):
+        torch.manual_seed(1)
+        state, criterion = state_of(flags("--no-model-ema"), Reading()), ClassLoss(nn.CrossEntropyLoss())
+        updater = updater_of(state, criterion, captured_, clip_grad=1.0)
+        ends.append(epochs_of(state, updater, batches(8), criterion, 2))
+    assert_same(*ends)
+    said = [line for line in capsys.readouterr().out.splitlines() if "CUDA graphs" in line]
+    assert len(said) == 1 and "off from here on" in said[0] and "reads the device" in said[0] and updater.recorder is None
+
+
+def test_an_update_that_cannot_be_recorded(capsys, monkeypatch):
+    clip = nn.utils.clip_grads_with_norm_
+
+    def not_in_a_graph(*args):
+        if torch.utils._python_dispatch._get_current_dispatch_mode():
+            raise RuntimeError("no such thing in a graph")
+        clip(*args)
+
+    monkeypatch.setattr(nn.utils, "clip_grads_with_norm_", not_in_a_graph)
+    ends = []
+    for captured_ in (False, True):
+        state, criterion = state_of(flags(), dtype=torch.float16), ClassLoss(nn.CrossEntropyLoss())
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10, growth_interval=3)
+        updater = updater_of(state, criterion, captured_, clip_grad=1.0)
+        ends.append(epochs_of(state, updater, batches(8), criterion, 2))
+    assert_same(*ends)
+    assert "no such thing in a graph" in capsys.readouterr().out and updater.recorder is None
+
+
+def test_on_refuses():
+    state, criterion = state_of(flags("--no-model-ema"), Reading()), ClassLoss(nn.CrossEntropyLoss())
+    updater = updater_of(state, criterion, True, must=True)
+    with pytest.raises(UserError, match="--cuda-graph on: a training step cannot be recorded .*; take --cuda-graph auto or off"):
+        epochs_of(state, updater, batches(8), criterion)
+
+
+def test_settings_that_change_are_recorded_anew():
+    ends = []
+    for captured_ in (False, True):
+        state, criterion = state_of(flags()), ClassLoss(nn.CrossEntropyLoss())
+        updater = updater_of(state, criterion, captured_)
+        epochs_of(state, updater, batches(8), criterion)
+        for group in state.optimizer.param_groups:
+            group["weight_decay"] *= 3
+        ends.append(epochs_of(state, updater, batches(8), criterion))
+    assert_same(*ends)
+
+
+@pytest.mark.parametrize(("argv", "reason"), [
+    ((), ""), (("--grad-checkpointing",), "--grad-checkpointing"), (("--compile",), ""),
+    (("--compile", "reduce-overhead"), "--compile reduce-overhead makes its own"),
+    (("--compile", "max-autotune-no-cudagraphs"), ""), (("--opt", "lamb"), "--opt lamb"), (("--opt", "sgd"), "")])
+def test_when_it_can_be(argv, reason, monkeypatch):
+    monkeypatch.undo()
+    args = flags(*argv)
+    found = reason_against(args, state_of(args), Process(device=torch.device("cuda:0")))
+    assert found.startswith(reason) and bool(found) == bool(reason)
+    assert "several processes" in reason_against(args, state_of(args), Process(0, 2, 0, torch.device("cuda:0")))
+    assert "CPU" in reason_against(args, state_of(args), Process())
+
+
+def test_what_a_run_is_told(capsys, monkeypatch):
+    args = flags()
+    parts = (torch.nn.Linear(1, 1), state_of(args), ClassLoss(nn.CrossEntropyLoss()), Process(), torch.float32)
+    assert type(captured.build_updater(args, *parts)) is Updater
+    assert capsys.readouterr().out == "CUDA graphs: off, there are none on a CPU\n"
+    assert type(captured.build_updater(flags("--cuda-graph", "off"), *parts)) is Updater
+    assert capsys.readouterr().out == "CUDA graphs: off\n"
+    with pytest.raises(UserError, match="--cuda-graph on: there are none on a CPU; take --cuda-graph auto or off"):
+        captured.build_updater(flags("--cuda-graph", "on"), *parts)
+    monkeypatch.setattr(captured, "reason_against", lambda *args: "")
+    monkeypatch.setattr(captured, "CudaGraphs", RecordedGraphs)
+    updater = captured.build_updater(flags("--cuda-graph", "on"), *parts)
+    assert isinstance(updater, CapturedUpdater) and updater.must
+    assert capsys.readouterr().out == "CUDA graphs: on, after 3 batches of a shape\n"
