@@ -43,7 +43,7 @@ WIDTHS = (192, 384, 768)
 # A100: assumed, clock 1.41 GHz.
 RATES = {"sm_90": (800e12, 132 * 16 * 1.755e9, 3.0e12), "sm_80": (260e12, 108 * 16 * 1.41e9, 1.5e12)}
 FIELDS = ("kernel", "target", "tile", "warps", "stages", "registers", "stack", "spills", "shared", "limit", "matrix",
-          "loop", "mma", "special", "float", "convert", "shared_access", "global_access", "barrier", "other",
+          "loop", "mma", "special", "float", "convert", "shared_access", "global_access", "narrowest", "barrier", "other",
           "seconds", "problems")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -94,7 +94,7 @@ def read_nvidia(kernel, device: Device) -> dict:
     opcodes = [re.sub(r"^@!?U?P\w+\s+", "", text).split()[0] for _, text in code]
     groups = [CLASSES.get(opcode.split(".")[0], "other") for opcode in opcodes]
     at = {address: i for i, (address, _) in enumerate(code)}
-    loops = []
+    loops: list[tuple[int, int]] = []
     for i, (address, text) in enumerate(code):
         jump = re.search(r"BRA\S*\s.*?0x([0-9a-f]+)", text)
         if jump and int(jump[1], 16) < address and int(jump[1], 16) in at:
@@ -103,19 +103,20 @@ def read_nvidia(kernel, device: Device) -> dict:
     matrix = next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "")
     return {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
             "spills": groups.count("local_access"), "matrix": matrix.split(".mma")[0] if matrix != "mma.sync" else matrix,
-            **_main_loop(groups, loops),
+            **_main_loop(groups, loops, opcodes),
             "serialised": device.family == "wgmma" and "wgmma" in matrix and _serialised(ptx, device)}
 
 
 def read_amd(kernel) -> dict:
     text = kernel.asm["amdgcn"]
     lines = [line.strip() for line in text.splitlines()]
-    groups, labels, loops = [], {}, []
+    groups, labels, loops, opcodes = [], {}, [], []
     for line in lines:
         if label := re.match(r"(\.LBB\w+):", line):
             labels[label[1]] = len(groups)
         elif re.match(r"[a-z]+_\w+", line):
             groups.append(next((group for group, pattern in AMD_CLASSES.items() if re.match(pattern, line)), "other"))
+            opcodes.append(line.split()[0])
             jump = re.match(r"s_c?branch\S*\s+(\.LBB\w+)", line)
             if jump and jump[1] in labels:
                 loops.append((labels[jump[1]], len(groups)))
@@ -123,17 +124,32 @@ def read_amd(kernel) -> dict:
               for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")}
     return {"registers": number["vgpr_count"], "stack": number["private_segment_fixed_size"],
             "spills": number["vgpr_spill_count"] + number["sgpr_spill_count"], "matrix": "mfma" if "mma" in groups else "",
-            **_main_loop(groups, loops), "serialised": False}
+            **_main_loop(groups, loops, opcodes), "serialised": False}
 
 
-def _main_loop(groups: list[str], loops: list[tuple[int, int]]) -> dict:
-    """Instruction counts of the loop with the most matrix instructions, of two alike the shorter; of everything
-    where no loop has any."""
-    best = max(loops, key=lambda span: (groups[slice(*span)].count("mma"), span[0] - span[1]), default=None)
-    if best is None or "mma" not in groups[slice(*best)]:
+def _main_loop(groups: list[str], loops: list[tuple[int, int]], opcodes: list[str]) -> dict:
+    """Instruction counts of the loop with the most matrix instructions, or where there are none the most special
+    functions, of two alike the shorter; of everything where no loop has any. And whether threads of different warps
+    meet in it, and the bytes of its narrowest access to memory."""
+    unit = "mma" if "mma" in groups else "special"
+    best = max(loops, key=lambda span: (groups[slice(*span)].count(unit), span[0] - span[1]), default=None)
+    if best is None or unit not in groups[slice(*best)]:
         best = (0, len(groups))
-    counts = Counter(groups[slice(*best)])
-    return {"loop": best[1] - best[0]} | {name: counts[name] for name in FIELDS[FIELDS.index("mma"):FIELDS.index("seconds")]}
+    inside = slice(*best)
+    counts = Counter(groups[inside])
+    widths = [_width(opcode) for opcode, group in zip(opcodes[inside], groups[inside]) if group == "global_access"]
+    return {"loop": best[1] - best[0], "narrowest": min(widths, default=0), "in_loop": best != (0, len(groups)),
+            "meets": any(re.match(r"BAR|s_barrier|LDS|STS|ds_", opcode) for opcode in opcodes[inside])
+            } | {name: counts[name] for name in FIELDS[FIELDS.index("mma"):FIELDS.index("seconds")] if name != "narrowest"}
+
+
+def _width(opcode: str) -> int:
+    """Bytes of a load or store, from NVIDIA's LDG.E.128 or AMD's global_load_dwordx4."""
+    if match := re.search(r"dwordx(\d)", opcode):
+        return 4 * int(match[1])
+    if match := re.search(r"\.(?:[US])?(8|16|64|128)(?:\.|$)", opcode):
+        return int(match[1]) // 8
+    return {"short": 2, "byte": 1}.get(next(iter(re.findall("short|byte", opcode)), ""), 4)
 
 
 def _serialised(ptx: str, device: Device) -> bool:
@@ -169,7 +185,10 @@ def check(case: AotCase, target: str) -> dict:
         (f"{row['stack']} bytes of stack", row["stack"]), (f"{row['spills']} spills", row["spills"]),
         (f"shared memory over {device.shared}", row["shared"] > device.shared),
         ("no matrix instruction", case.tensor_cores and not (row["matrix"] and row["mma"])),
-        ("serialised wgmma", found["serialised"])) if wrong]
+        ("serialised wgmma", found["serialised"]),
+        ("no loop found", case.vector and not found["in_loop"]),
+        ("a barrier or shared memory in the loop", case.vector and found["meets"]),
+        (f"accesses of {row['narrowest']} bytes in place of {case.vector}", case.vector > row["narrowest"])) if wrong]
     return row | {"problems": "; ".join(problems), "seconds": round(time.perf_counter() - start, 1)}
 
 

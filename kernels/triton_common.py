@@ -112,11 +112,52 @@ def _cuda_device(index: int) -> Device:
 
 def device_of(tensor: Tensor) -> Device:
     """The device that a tensor's kernels run on; for CPU tensors in the interpreter, one of the smallest."""
-    if tensor.device.type == "cpu" and INTERPRETED:
+    return device_at(tensor.device)
+
+
+def device_at(where: torch.device) -> Device:
+    if where.type == "cpu" and INTERPRETED:
         return TARGETS["sm_86"]
-    if tensor.device.type != "cuda":
-        raise ValueError(f"a Triton kernel needs a tensor on a GPU, got one on {tensor.device}")
-    return _cuda_device(tensor.device.index)
+    if where.type != "cuda":
+        raise ValueError(f"a Triton kernel needs a tensor on a GPU, got one on {where}")
+    return _cuda_device(where.index)
+
+
+# ---------------------------------------------------------------- launched often
+class Launch:
+    """A kernel with its grid and every argument but the tensors, which come first.
+
+    Triton's own launch examines all arguments each time, which costs the host more than a small kernel costs the GPU. The
+    kernel it compiled is called directly here, as long as what it was compiled for holds: one device and one type for
+    each tensor, which the caller sees to, and addresses that are multiples of 16, which are looked at.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], values: dict[str, object], num_warps: int,
+                 num_stages: int = 1):
+        """values: by argument's name, those of other kernels among them; grid without zeros."""
+        self.kernel, self.grid = kernel, grid
+        self.rest = tuple(values[name] for name in kernel.arg_names if name in values)
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.compiled: Callable[..., None] | None = None
+
+    def __call__(self, index: int | None, *tensors: Tensor) -> None:
+        """index: of the tensors' GPU; Triton launches on the current one."""
+        if index is None or index == torch.cuda.current_device():
+            self._run(tensors)
+        else:
+            with torch.cuda.device(index):
+                self._run(tensors)
+
+    def _run(self, tensors: tuple[Tensor, ...]) -> None:
+        addresses = 0
+        for tensor in tensors:
+            addresses |= tensor.data_ptr()
+        if self.compiled is not None and addresses % 16 == 0:
+            self.compiled(*tensors, *self.rest)
+            return
+        compiled = self.kernel[self.grid](*tensors, *self.rest, **self.options)
+        if addresses % 16 == 0 and not INTERPRETED:
+            self.compiled = compiled[self.grid]
 
 
 # ---------------------------------------------------------------- compiled ahead of time
@@ -136,6 +177,7 @@ class AotCase:
     fn: a `triton.jit` function. signature: Triton types of its runtime arguments. constexprs: the other arguments.
     divisible: the integer arguments that are multiples of 16, besides all addresses.
     has_dot: it multiplies matrices. tensor_cores: on matrix instructions (a product in full fp32 has none on NVIDIA).
+    vector: bytes of each access to memory in its main loop, which has no barrier and no shared memory; 0: no such rule.
     quick: compiled by `--quick`, one case of each op and device.
     work: (tokens, width d) -> Work of the op at d inputs and d outputs with this tile; None: no bound is printed.
     """
@@ -149,5 +191,6 @@ class AotCase:
     has_dot: bool = False
     tensor_cores: bool = False
     divisible: tuple[str, ...] = ()
+    vector: int = 0
     quick: bool = False
     work: Callable[[int, int], Work] | None = field(default=None, compare=False)

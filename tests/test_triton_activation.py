@@ -37,13 +37,13 @@ def reference(u, c, scale, points, h, base, dv):
     return v.detach(), *(torch.zeros_like(t) if t.grad is None else t.grad for t in leaves)
 
 
-def check(rows=21, channels=45, groups=5, points=UNIFORM, h=H, base="gelu", scaled=False, dtype=torch.float32,
-          spread=2.0, u=None, parts=False) -> None:
+def check(rows=21, channels=48, groups=3, points=UNIFORM, h=H, base="gelu", scaled=False, dtype=torch.float32,
+          spread=2.0, u=None, parts=False, cdtype=torch.float32) -> None:
     from kernels import triton_activation as ops
     torch.manual_seed(rows + channels)
     u = (torch.randn(rows, channels) * spread if u is None else u).to(dtype)
     dv = torch.randn(u.shape).to(dtype)
-    c = torch.randn(groups, len(points))
+    c = torch.randn(groups, len(points)).to(cdtype)
     scale = torch.randn(groups) if scaled else None
     v = ops.forward(u, c, scale, points, h, base)
     gradients = ops.backward(dv, u, c, scale, points, h, base)
@@ -94,7 +94,7 @@ def empty() -> None:
 
 def twice() -> None:
     from kernels import triton_activation as ops
-    u, dv, c, scale = torch.randn(75, 130), torch.randn(75, 130), torch.randn(2, 8), torch.randn(2)
+    u, dv, c, scale = torch.randn(75, 128), torch.randn(75, 128), torch.randn(2, 8), torch.randn(2)
     runs = [(ops.forward(u, c, scale, UNIFORM, H, "gelu"), *ops.backward(dv, u, c, scale, UNIFORM, H, "gelu"))
             for _ in range(2)]
     assert all(map(torch.equal, *runs))
@@ -149,9 +149,14 @@ CHECKS = {
     "nearly-narrow": lambda: check(h=0.301, spread=3.0),
     "one-value": lambda: check(rows=1, channels=1, groups=1),
     "one-channel": lambda: check(rows=37, channels=1, groups=1, scaled=True),
-    "group-a-channel": lambda: check(groups=45, scaled=True),
+    "odd": lambda: check(rows=37, channels=45, groups=5, scaled=True),
+    "group-a-channel": lambda: check(groups=48, scaled=True),
     "many-columns": lambda: check(rows=3, channels=200, groups=8),
-    "many-rows": lambda: check(rows=75, channels=130, groups=2, scaled=True),      # several tiles a program
+    "many-rows": lambda: check(rows=275, channels=128, groups=2, scaled=True),     # several tiles a program
+    "groups-of-24": lambda: check(rows=75, channels=192, groups=8, dtype=torch.bfloat16, scaled=True),
+    "groups-of-4": lambda: check(groups=12, dtype=torch.bfloat16),     # 8 bytes a vector
+    "groups-of-6": lambda: check(groups=8, dtype=torch.bfloat16, scaled=True),
+    "coefficients-bfloat16": lambda: check(cdtype=torch.bfloat16),
     "approximate": approximate,
     "parts": lambda: check(scaled=True, parts=True),
     "parts-not-uniform": lambda: check(rows=3, points=(-2.0, 0.5, 3.0), parts=True),
@@ -165,7 +170,7 @@ def main() -> None:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     ops._empty = filled                         # what is not written shows
-    ops.PROGRAMS_PER_PROCESSOR = 4 / 68         # of the device that stands in: as few programs as on much data
+    ops.FORWARD_PROGRAMS = ops.BACKWARD_PROGRAMS = 4 / 68       # of the device that stands in: few, as on much data
     failed = {}
     for name, run in CHECKS.items():
         try:
