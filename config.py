@@ -55,7 +55,7 @@ _SCOPES = {
              "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
              "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa "
              "hflip crop_padding "
-             "smoothing train_interpolation repeated_aug train_mode ThreeAugment src reprob remode recount "
+             "smoothing train_interpolation data_on_device repeated_aug train_mode ThreeAugment src reprob remode recount "
              "resplit mixup cutmix cutmix_minmax mixup_prob mixup_switch_prob mixup_mode teacher_model "
              "distillation_type distillation_alpha distillation_tau cosub attn_only seed",
     "place": "track track_project "
@@ -330,6 +330,9 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--strict-data", action=on_off, default=False, help="stop at the first image that cannot be read")
     add("--max-unreadable", default=0.01, type=float, metavar="SHARE",
         help="stop when more than this share of the images cannot be read")
+    add("--data-on-device", default="auto", choices=["auto", "on", "off"],
+        help="keep small images in the device's memory and augment them there; auto: on a GPU, where they fit and --aa is "
+             "none or 3a")
     add("--num_workers", default=10, type=int, metavar="N", help="loader processes per training process")
     add("--pin-mem", action=on_off, default=True, help="page-locked batches for faster copies to a GPU")
 

@@ -14,6 +14,7 @@ from checkpoints import weights_of
 from config import Config, describe_sources, dump_yaml, get_args_parser, parse_args, validate
 from datasets import Loaders, build_loaders
 from debug_nan import KeptBatches
+from device_data import on_device
 from engine import (
     NonFinite,
     StopRequested,
@@ -63,7 +64,7 @@ def run(argv: list[str]) -> int:
     say(describe_sources(config))
 
     with utils.stop_together(process):
-        loaders = build_loaders(args, process, start.class_names)
+        loaders = on_device(build_loaders(args, process, start.class_names), args, process)
         utils.seed_everything(args.seed)
         model, spec = starting.build_model(starting.model_spec(config, start, loaders.nb_classes), config)
         starting.choose_backend(config, spec, process.device)

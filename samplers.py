@@ -67,12 +67,15 @@ class RASampler(Sampler[SampleKey]):
             return self.length // 256 * 256 // self.num_replicas
         return math.ceil(self.length / self.num_replicas)
 
+    def order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """This rank's draws from the position on: indices, positions and repeats, int64."""
+        positions = np.arange(self.position + self.rank, len(self) * self.num_replicas, self.num_replicas)
+        nth, repeats = np.divmod(positions, self.num_repeats)
+        return self._permutation().numpy()[nth % self.length], positions, repeats
+
     def __iter__(self) -> Iterator[SampleKey]:
-        permutation = self._permutation().numpy()
-        for position in range(self.position + self.rank, len(self) * self.num_replicas, self.num_replicas):
-            nth, repeat = divmod(position, self.num_repeats)
-            index = int(permutation[nth % self.length])
-            yield SampleKey(index, self.seed, self.epoch, position, repeat)
+        for index, position, repeat in zip(*self.order()):
+            yield SampleKey(int(index), self.seed, self.epoch, int(position), int(repeat))
 
     def _permutation(self) -> torch.Tensor:
         """The epoch's order of the images, int64 [n], before they are repeated."""
