@@ -88,14 +88,14 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 def resampling(kind: str, start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
     """[B, out, size]: the linear maps that cut `length` [B] of `size` pixels from `start` [B] on and resize them to `out`, as
     PIL does: pixels outside the cut are not seen, and a reduction averages."""
-    start, length = start.double(), length.double()         # a nearest pixel is a matter of the last bit
+    start, length = start.double(), length.double()         # at an edge the last bit decides which pixel is seen
     ratio = (length / out)[:, None]
     centre = (torch.arange(out, device=start.device) + 0.5) * ratio                     # [B, out], in the cut
     pixel = torch.arange(size, device=start.device) - start[:, None]                    # [B, size], in the cut
     if kind == "nearest":
         return (pixel[:, None] == centre.floor()[..., None]).float()
     inside = (pixel >= 0) & (pixel < length[:, None])
-    weights = FILTERS[kind]((pixel[:, None] + 0.5 - centre[..., None]) / ratio.clamp(min=1)[..., None]) * inside[:, None]
+    weights = FILTERS[kind]((pixel[:, None] - centre[..., None] + 0.5) * (1 / ratio.clamp(min=1))[..., None]) * inside[:, None]
     return (weights / weights.sum(-1, keepdim=True)).float()
 
 
@@ -203,8 +203,9 @@ def _normals(device: torch.device, count: int = 2 ** 21) -> Tensor:
 
 def _resampled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[B, 3, H, W] by the maps [B, S, H] and [B, S, W], as PIL: columns first, rounded to whole numbers after each."""
-    x = (x @ columns.transpose(1, 2)[:, None]).round().clamp(0, 255)
-    return (rows[:, None] @ x).round().clamp(0, 255)
+    for step in (lambda x: x @ columns.transpose(1, 2)[:, None], lambda x: rows[:, None] @ x):
+        x = (step(x) + 0.5).floor().clamp(0, 255)
+    return x
 
 
 def _crop_box(u: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -477,6 +477,7 @@ EFFECTS = {
     "num_classes": (data_of, f"{WDS} val.tar|16 --num-classes 5", f"{WDS} val.tar|16"),
     "download": (fetching, "--download", ""),
     "eval_crop_ratio": (evaluated, "--eval-crop-ratio 0.5", ""),
+    "data_on_device": (images_of, "--aa none --data-on-device on", "--aa none"),
     "strict_data": (with_a_broken_image, "--strict-data", ""),
     "max_unreadable": (with_a_broken_image, "--max-unreadable 0", ""),
     "num_workers": (lambda line: caught(line).loader.num_workers, "--num_workers 2", ""),
