@@ -23,23 +23,43 @@ auto_augment.NAME_TO_OP.update(dict.fromkeys(
     [name for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")], _posterize))
 
 
+GREY_SCALE = "32-bit grey up to"      # in the `info` of an image that `to_rgb` has scaled by its values: up to what, an int
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB: an animation's first frame, alpha dropped, 16-bit grey scaled to 8.
 
-    The EXIF orientation is ignored, as torchvision's loader does and as the published DeiT figures
-    were measured.
+    32-bit grey (TIFF) does not say what white is: values 0 to 255 are taken as they are, others up to 65535 as 16 bits, and
+    those of floating point up to 1 as shares of white. Raises ValueError for any others. The EXIF orientation is ignored.
     """
-    if image.mode.startswith("I"):  # PIL would clip 16-bit values at 255
-        values = np.asarray(image)
-        # a piece at a time: the arithmetic takes 24 bytes a pixel
-        pieces = np.array_split(values.reshape(-1), max(1, values.size >> 20))
-        image = Image.fromarray(np.concatenate([_to_8_bits(piece) for piece in pieces]).reshape(values.shape))
-    return image.convert("RGB")
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.asarray(image)      # PIL would clip all at 255
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    white = 65535 if sixteen else _white(values)
+    # a piece at a time: the arithmetic takes 24 bytes a pixel
+    pieces = np.array_split(values.reshape(-1), max(1, values.size >> 20))
+    grey = Image.fromarray(np.concatenate([_to_8_bits(piece, white) for piece in pieces]).reshape(values.shape))
+    rgb = grey.convert("RGB")
+    if not sixteen:
+        rgb.info[GREY_SCALE] = white
+    return rgb
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Of 16-bit values 0 .. 65535, whatever their type."""
-    return ((values.astype(np.int64).clip(0, 65535) + 128) // 257).astype(np.uint8)
+def _white(values: np.ndarray) -> int:
+    """What 32-bit grey values can be meant to reach."""
+    low, high = values.min(), values.max()
+    for white in (1, 255, 65535)[values.dtype.kind != "f":]:
+        if 0 <= low and high <= white:
+            return white
+    raise ValueError(f"32-bit grey from {low:g} to {high:g}, not 0 to 1, 255 or 65535: convert it to 8 or 16 bits")
+
+
+def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
+    if values.dtype.kind == "f":
+        return np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+    values = values.astype(np.int64)
+    return (values if white == 255 else (values + 128) // 257).astype(np.uint8)
 
 
 # Resized by its shorter side to 256 pixels, an image of 20,000 x 1 would take 4 GB. Of an image longer than so many times its

@@ -49,7 +49,8 @@ class DataSets(list):
 _SCOPES = {
     "model": "model hdim_kan kan_groups kan_base kan_input_phi kan_trainable_base kan_grid_range kan_grid_points kan_h "
              "kan_trainable_grid kan_trainable_h kan_basis kan_base_branch kan_second_norm",
-    "data": "data_set inat_category data_split val_split input_key target_key num_classes input_size eval_crop_ratio",
+    "data": "data_set inat_category data_split val_split input_key target_key num_classes input_size eval_crop_ratio "
+            "exif_orientation",
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "patience model_ema model_ema_decay model_ema_warmup model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
@@ -70,7 +71,8 @@ SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split
 MAY_CHANGE_ON_RESUME = {"epochs", "patience", "batch_size", "grad_accum",
                         "amp_dtype", "grad_checkpointing", "model_ema_force_cpu"}
 # To evaluate on other images or with another crop is an ordinary wish; the input size is in the weights.
-MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "data_split", "val_split", "input_key", "target_key", "eval_crop_ratio"}
+MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "data_split", "val_split", "input_key", "target_key", "eval_crop_ratio",
+                      "exif_orientation"}
 _TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "train")}
 
 _ONE_SHOT = {"config", "list_models"}       # neither in a recipe nor in args.yaml
@@ -327,6 +329,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--download", action=on_off, default=False, help="fetch a data set that torchvision can fetch")
     add("--eval-crop-ratio", default=0.875, type=float, metavar="SHARE",
         help="side of the centre crop relative to the resized image")
+    add("--exif-orientation", action=on_off, help="turn photos upright as their EXIF orientation says; by default with FOLDER "
+        "alone, but for ImageNet's classes")
     add("--strict-data", action=on_off, default=False, help="stop at the first image that cannot be read")
     add("--max-unreadable", default=0.01, type=float, metavar="SHARE",
         help="stop when more than this share of the images cannot be read")

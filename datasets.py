@@ -22,11 +22,11 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from augment import build_transform, to_rgb
+from augment import GREY_SCALE, build_transform, to_rgb
 from folders import class_folders, find_labelled, formats, has_images, images_in
 from interruption import STOPPING
 from samplers import RASampler, SampleKey
@@ -46,11 +46,12 @@ TRIES = 32  # images tried in place of an unreadable one before training gives u
 
 # ---------------------------------------------------------------- images
 class Images(Protocol):
-    """Numbered images. name: for messages. load: 8-bit RGB, or an exception where it cannot be read; enough: `load_image`."""
+    """Numbered images. name: for messages. load: 8-bit RGB, or an exception where it cannot be read; enough and upright:
+    `load_image`."""
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
-    def load(self, index: int, enough: int = 0) -> Image.Image: ...
+    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image: ...
 
 
 class FileImages:
@@ -69,8 +70,8 @@ class FileImages:
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[self.ends[index]:self.ends[index + 1]])
 
-    def load(self, index: int, enough: int = 0) -> Image.Image:
-        return load_image(self.name(index), enough)
+    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
+        return load_image(self.name(index), enough, upright)
 
 
 class ArrayImages:
@@ -85,7 +86,7 @@ class ArrayImages:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def load(self, index: int, enough: int = 0) -> Image.Image:
+    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
 
@@ -101,16 +102,23 @@ def _open_file(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))     # a named pipe would be waited for
 
 
-def load_image(path: str, enough: int = 0) -> Image.Image:
+def load_image(path: str, enough: int = 0, upright: bool = False) -> Image.Image:
     """The image file as 8-bit RGB; raises what PIL raises for a file that it cannot decode.
 
     enough: a JPEG file that is larger may be decoded at 1/2, 1/4 or 1/8 of its size, its shorter side no shorter than
-    so many pixels, in a fraction of the time. 0: as it is."""
+    so many pixels, in a fraction of the time. 0: as it is.
+    upright: turned as its EXIF orientation says. PIL does that for TIFF files in any case."""
     with open(path, "rb", opener=_open_file) as file:
-        return decode_image(file, enough)
+        return decode_image(file, enough, upright)
 
 
-def decode_image(file: BinaryIO, enough: int = 0) -> Image.Image:
+# EXIF orientation -> what makes the image upright
+_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                         Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                         Image.Transpose.ROTATE_90), 2))
+
+
+def decode_image(file: BinaryIO, enough: int = 0, upright: bool = False) -> Image.Image:
     """`load_image` of an open file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata and the like: what matters raises
@@ -119,7 +127,17 @@ def decode_image(file: BinaryIO, enough: int = 0) -> Image.Image:
                 raise Image.DecompressionBombError
             if enough:
                 image.draft(None, (enough, enough))
-            return to_rgb(image)
+            rgb = to_rgb(image)
+            turn = _turn(image) if upright else None
+            return rgb if turn is None else rgb.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes a decoded image upright, if anything does. PIL's `exif_transpose` would fail where metadata make no sense."""
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))       # type: ignore[arg-type]
+    except Exception:       # damaged metadata make PIL raise nearly anything, and the image is whole
+        return None
 
 
 @contextmanager
@@ -175,13 +193,17 @@ class ImageSet(Dataset):
         self.enough = math.ceil(args.input_size / math.sqrt(SMALLEST_CROP)) if is_train else 0
         self.transform: Any = build_transform(is_train, args)
         self.spare_first = args.resplit
+        self.upright = bool(args.exif_orientation)
         self.strict = args.strict_data
         self.quiet = False  # count what is unreadable without naming it
         try:
             self.marks = torch.zeros(2, len(self.images), dtype=torch.uint8).share_memory_()
+            self.scale_told = torch.zeros(1, dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
             raise UserError(_about_machine(error) or f"no memory can be shared ({error}): {MORE_SHARED_MEMORY}") from error
         self.unreadable, self.named = self.marks
+        if dist.is_initialized() and dist.get_rank():
+            self.scale_told[0] = 1      # by the first process
 
     def __len__(self) -> int:
         return len(self.images)
@@ -204,7 +226,9 @@ class ImageSet(Dataset):
 
     def _load(self, index: int, name: bool = True) -> Image.Image | None:
         try:
-            return self.images.load(index, self.enough)
+            image = self.images.load(index, self.enough, self.upright)
+            self._tell_scale(index, image)
+            return image
         except MemoryError:
             raise
         except Exception as error:  # broken files make PIL's decoders raise nearly anything
@@ -217,6 +241,14 @@ class ImageSet(Dataset):
             if name and not self.quiet:
                 self.name_unreadable(index, _reason(error))
             return None
+
+    def _tell_scale(self, index: int, image: Image.Image) -> None:
+        white = image.info.get(GREY_SCALE)
+        if isinstance(white, int) and not self.scale_told[0]:       # a file's own text of this name is a str
+            self.scale_told[0] = 1
+            print("32-bit grey images are scaled by their values, so that the least of 1 (floating point), 255 and 65535 that "
+                  f"holds an image's is white: {printable(self.images.name(index))} is the first (0 to {white})\n", end="",
+                  file=sys.stderr, flush=True)
 
     def name_unreadable(self, index: int, reason: str) -> None:
         if not self.named[index]:
@@ -278,6 +310,14 @@ def _is_single(root: str) -> bool:
     if len(classes) < 2 or any(os.path.exists(os.path.join(root, half)) for half in ("train", "val")):
         return False
     return has_images(root, classes)
+
+
+def looks_like_imagenet(data_path: str | None) -> bool:
+    """Whether the class folders have the names of ImageNet's or parts of it, such as n01440764: whose published figures are of
+    images as they are, whatever their EXIF orientation."""
+    root = os.path.expanduser(data_path or "")
+    classes = next(filter(None, (class_folders(os.path.join(root, half)) for half in ("train", "val", ""))), [])
+    return bool(data_path) and bool(classes) and all(re.fullmatch("n[0-9]{8}", name) for name in classes)
 
 
 def needs_splitting(args: Namespace) -> bool:

@@ -28,7 +28,7 @@ import models_kan
 import vetting
 from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
 from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
-from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, needs_splitting
+from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_imagenet, needs_splitting
 from downloads import fetch
 from engine import MovingAverage, TrainState
 from group_kan import GroupActivation
@@ -181,6 +181,11 @@ def settle(config: Config, start: Start, process: Process) -> Config:
         config = _with(config, data_set=found, source="data folder")
     if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
         config = _with(config, val_split=VAL_SPLIT, source="data folder")       # where it is evaluated it comes from here
+    if "exif_orientation" not in config.sources:
+        if start.purpose in ("resume", "eval") and stored.get("data_set") == "FOLDER" and "exif_orientation" not in stored:
+            config = _with(config, exif_orientation=False, source="checkpoint")     # of a version that turned nothing
+        elif config.args.data_set == "FOLDER" and not looks_like_imagenet(config.args.data_path):
+            config = _with(config, exif_orientation=True, source="data folder")
     config = with_own_input_size(config)
     if "num_workers" not in config.given:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

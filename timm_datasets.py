@@ -153,16 +153,16 @@ class RecordImages:
     def name(self, index: int) -> str:
         return f"{self.title}, record {self.chosen[index]}"
 
-    def load(self, index: int, enough: int = 0) -> Image.Image:
-        return _decoded(self.data[int(self.chosen[index])][self.key], enough)
+    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
+        return _decoded(self.data[int(self.chosen[index])][self.key], enough, upright)
 
 
-def _decoded(image: dict[str, Any] | None, enough: int) -> Image.Image:
+def _decoded(image: dict[str, Any] | None, enough: int, upright: bool) -> Image.Image:
     """Of `datasets.Image(decode=False)`: {"bytes", "path"}."""
     if image and image.get("bytes"):
-        return decode_image(BytesIO(image["bytes"]), enough)
+        return decode_image(BytesIO(image["bytes"]), enough, upright)
     if image and image.get("path"):
-        return load_image(image["path"], enough)
+        return load_image(image["path"], enough, upright)
     raise ValueError("no image in this record")
 
 
@@ -358,10 +358,10 @@ class StreamImages:
         self.names = {index: record.name}
         return index
 
-    def load(self, index: int, enough: int = 0) -> Image.Image:
+    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
         if self.at_hand is None:
             raise ValueError("a stream is not read by number")
-        return _decoded(self.at_hand.image, enough)
+        return _decoded(self.at_hand.image, enough, upright)
 
 
 class StreamSet(ImageSet):

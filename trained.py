@@ -139,12 +139,14 @@ def image_files(places: Sequence[str | Path]) -> list[Path]:
 
 class Pictures:
     """Image files as the model takes them, in batches of (images float32 [B, 3, S, S], indices into `files` int64 [B]).
-    One that cannot be read is left out, and named on stderr; `unreadable` tells those met so far.
+    One that cannot be read is left out, and named on stderr; `unreadable` tells those met so far. They are turned upright as
+    their EXIF orientation says, unless the flags or the training's own say no.
 
     workers: loader processes; by default as many as --num_workers and the files allow."""
 
     def __init__(self, files: Sequence[Path], args: Namespace, batch_size: int = 64, workers: int | None = None):
         self.files = list(files)
+        args = Namespace(**{**vars(args), "exif_orientation": args.exif_orientation is not False})
         self.data = ImageSet(Split(FileImages(list(map(str, files))), np.arange(len(files)), []), False, args)
         if workers is None:
             workers = min(args.num_workers, len(files) // batch_size)

@@ -9,7 +9,7 @@ from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from augment import Normalise, build_transform, shorten, to_rgb
+from augment import GREY_SCALE, Normalise, build_transform, shorten, to_rgb
 from config import get_args_parser
 from utils import UserError
 
@@ -285,8 +285,35 @@ def test_16_bit_grey_is_scaled_not_clipped():
     rgb = to_rgb(Image.fromarray(values))
     assert rgb.mode == "RGB"
     assert np.asarray(rgb)[0].tolist() == [[v] * 3 for v in (0, 0, 1, 128, 255)]
-    wide = Image.fromarray(np.array([[-5, 0, 257, 32896, 70000]], dtype=np.int32))
-    assert np.asarray(to_rgb(wide))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("values, white, expected", [
+    (np.array([0, 100, 255], np.int32), 255, [0, 100, 255]), (np.array([0, 1, 1], np.int32), 255, [0, 1, 1]),
+    (np.array([0, 257, 32896, 65535], np.int32), 65535, [0, 1, 128, 255]), (np.array([0, 300], np.int32), 65535, [0, 1]),
+    (np.array([0, 0.5, 1], np.float32), 1, [0, 128, 255]), (np.array([0, 99.6, 255], np.float32), 255, [0, 100, 255]),
+    (np.array([0, 32896.5, 65535], np.float32), 65535, [0, 128, 255]), (np.zeros(3, np.float32), 1, [0, 0, 0])], ids=str)
+def test_32_bit_grey_is_scaled_by_its_values(tmp_path, values, white, expected):
+    Image.fromarray(values[None]).save(tmp_path / "x.tif")
+    with Image.open(tmp_path / "x.tif") as image:
+        assert image.mode in "IF"
+        rgb = to_rgb(image)
+    assert np.asarray(rgb)[0].tolist() == [[value] * 3 for value in expected] and rgb.info[GREY_SCALE] == white
+
+
+@pytest.mark.parametrize("values", [np.array([-5, 3], np.int32), np.array([0, 70000], np.int32), np.array([0, np.nan], np.float32),
+                                    np.array([0, np.inf], np.float32), np.array([-1, 1], np.float32)], ids=str)
+def test_32_bit_grey_of_no_known_scale_is_refused(values):
+    with pytest.raises(ValueError, match="32-bit grey from .* convert it to 8 or 16 bits"):
+        to_rgb(Image.fromarray(values[None]))
+
+
+def test_dark_16_bit_grey_stays_dark(tmp_path):
+    """Where the file says that it has 16 bits, whatever PIL's mode for it."""
+    for name in ("x.png", "x.tif", "x.pgm"):
+        Image.fromarray(np.array([[0, 257, 200]], np.uint16)).save(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            rgb = to_rgb(image)
+            assert np.asarray(rgb)[0, :, 0].tolist() == [0, 1, 1] and GREY_SCALE not in rgb.info, image.mode
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV",

@@ -714,8 +714,8 @@ def test_epochs_differ_whatever_the_number_of_workers(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_does_not_read_ahead_into_the_next_epoch(folder, tmp_path, monkeypatch, workers):
     read = tmp_path / "read"
-    monkeypatch.setattr(datasets, "load_image", lambda path, enough, real=load_image: (
-        os.write(log, f"{path}\n".encode()), real(path, enough))[1])
+    monkeypatch.setattr(datasets, "load_image", lambda path, *how, real=load_image: (
+        os.write(log, f"{path}\n".encode()), real(path, *how))[1])
     log = os.open(read, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     loaders = build_loaders(make_args(folder, num_workers=workers), Process())
     for epoch in (0, 1):
@@ -929,6 +929,65 @@ def test_odd_but_readable_images_are_read(tmp_path, capfd, flags):
         for name in ("animated.webp", "animated.png", "animated.tif", "cmyk.jpg", "turned.jpg", "gif inside.jpg"):
             difference = np.asarray(load_image(str(odd / name)), float) - np.asarray(picture(), float)
             assert np.abs(difference).mean() < 8, name      # the first frame, not turned
+
+
+def corners(image):
+    """Grey values of the four corners, in reading order."""
+    grey, (x, y) = image.convert("L"), (image.width - 2, image.height - 2)
+    return [round(grey.getpixel(place) / 60) for place in ((1, 1), (x, 1), (1, y), (x, y))]
+
+
+def write_turned(path, orientation, upright):
+    """`upright` as a camera writes it that was held so that EXIF has this orientation."""
+    turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270,
+            2: Image.Transpose.FLIP_LEFT_RIGHT, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+            7: Image.Transpose.TRANSVERSE}.get(orientation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (upright if turn is None else upright.transpose(turn)).save(path, exif=exif)
+    return path
+
+
+@pytest.fixture
+def quarters():
+    """60 x 40 pixels, a grey for each quarter."""
+    return Image.fromarray(np.kron(np.array([[0, 60], [120, 180]], np.uint8), np.ones((20, 30), np.uint8))).convert("RGB")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation(tmp_path, quarters, orientation, kind):
+    path = write_turned(tmp_path / f"x.{kind}", orientation, quarters)
+    image = load_image(str(path), upright=True)
+    assert image.size == (60, 40) and corners(image) == [0, 1, 2, 3]
+    with Image.open(path) as raw:
+        as_stored = raw.size if kind != "tif" else (60, 40)     # PIL turns TIFF files by itself
+    assert load_image(str(path)).size == as_stored
+
+
+def test_a_turned_jpeg_is_decoded_small_all_the_same(tmp_path, quarters):
+    path = write_turned(tmp_path / "x.jpg", 6, quarters.resize((2400, 1600), Image.Resampling.NEAREST))
+    image = load_image(str(path), 100, upright=True)
+    assert image.size == (300, 200) and corners(image) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xff" * 40,
+                                  b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0six\0\0\0\0\0"])
+def test_an_image_with_damaged_metadata_is_read(tmp_path, quarters, exif):
+    quarters.save(tmp_path / "x.jpg", exif=exif)
+    assert corners(load_image(str(tmp_path / "x.jpg"), upright=True)) == [0, 1, 2, 3]
+
+
+def test_32_bit_grey_is_told_once_and_refused_by_name(folder, capfd):
+    for number in range(3):
+        Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / f"train/cat/float{number}.tif")
+    Image.fromarray(np.full((40, 40), -1024, np.int32)).save(folder / "train/cat/hounsfield.tif")
+    loaders = build_loaders(make_args(folder, num_workers=1, repeated_aug=False), Process())
+    epoch_of(loaders), epoch_of(loaders)
+    told, refused = sorted(capfd.readouterr().err.splitlines())
+    assert told.startswith("32-bit grey images are scaled") and "cat/float" in told and told.endswith("is the first (0 to 1)")
+    assert "hounsfield.tif (32-bit grey from -1024 to -1024, not 0 to 1, 255 or 65535: convert it" in refused
 
 
 # ---------------------------------------------------------------- --strict-data and --max-unreadable

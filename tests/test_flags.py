@@ -52,6 +52,11 @@ def files(tmp_path_factory):
     places["recipe"].write_text("lr: 0.25\n")
     places["single"], places["wds"] = write_digits(folder / "split", val=0) / "train", write_wds(folder / "wds")
     places["same"] = write_digits(folder / "same")
+    places["turned"] = write_digits(folder / "turned")
+    for path in places["turned"].rglob("*.png"):
+        exif = Image.Exif()
+        exif[0x0112] = 6        # lying on its side
+        Image.open(path).save(path, exif=exif)
     pictures = sorted(places["same"].rglob("*.png"))
     for path in pictures[1:]:
         path.write_bytes(pictures[0].read_bytes())
@@ -478,6 +483,7 @@ EFFECTS = {
     "download": (fetching, "--download", ""),
     "eval_crop_ratio": (evaluated, "--eval-crop-ratio 0.5", ""),
     "data_on_device": (images_of, "--aa none --data-on-device on", "--aa none"),
+    "exif_orientation": (images_of, f"--data-path {{turned}} {STILL}", f"--data-path {{turned}} {STILL} --no-exif-orientation"),
     "strict_data": (with_a_broken_image, "--strict-data", ""),
     "max_unreadable": (with_a_broken_image, "--max-unreadable 0", ""),
     "num_workers": (lambda line: caught(line).loader.num_workers, "--num_workers 2", ""),

@@ -312,6 +312,28 @@ def test_data_set_is_guessed_from_the_folder(tmp_path):
                    ).args.data_set == "CIFAR"
 
 
+def test_photos_are_turned_upright_and_published_images_are_not(tmp_path):
+    (tmp_path / "photos/train/cat").mkdir(parents=True)
+    (tmp_path / "imagenet/train/n01440764").mkdir(parents=True)
+
+    def turned(*argv, purpose=None, **stored):
+        config = settled(*argv, start=Start(purpose, "", {"args": {"model": NANO, **stored}} if purpose else {}))
+        return config.args.exif_orientation, config.sources.get("exif_orientation")
+
+    photos = ("--data-path", tmp_path / "photos")
+    assert turned(*photos) == (True, "data folder") and turned(*photos, "--no-exif-orientation") == (False, "command line")
+    assert turned("--data-set", "CIFAR10") == turned("--data-path", tmp_path / "imagenet") == (None, None)
+    for purpose, flag in (("eval", "--eval"), ("resume", "--no-eval")):
+        assert turned(*photos, flag, purpose=purpose, data_set="FOLDER") == (False, "checkpoint")      # from before the flag
+        for value in (True, False):
+            assert turned(*photos, flag, purpose=purpose, data_set="FOLDER", exif_orientation=value) == (value, "checkpoint")
+        assert turned(flag, purpose=purpose, data_set="CIFAR10", exif_orientation=None) == (None, None)
+    assert turned(*photos, "--no-exif-orientation", "--eval", purpose="eval", data_set="FOLDER", exif_orientation=True)[0] is False
+    assert "contradicts" in sentence(settled, *photos, "--no-exif-orientation", start=Start("resume", "", {"args": {
+        "model": NANO, "data_set": "FOLDER", "exif_orientation": True}}))
+    assert turned(*photos, purpose="finetune", data_set="FOLDER", exif_orientation=False) == (True, "data folder")
+
+
 def test_workers_are_capped_by_the_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

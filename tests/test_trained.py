@@ -7,6 +7,7 @@ import timm
 import torch
 from e2e import NANO, QUICK, checkpoint, evaluation, run, write_digits
 from helpers import sentence
+from PIL import Image
 
 import models_kan  # noqa: F401  registers the models
 from engine import evaluate
@@ -89,3 +90,32 @@ def test_pictures(trained_run, tmp_path, capfd):
     assert str(broken) in capfd.readouterr().err
     expected = torch.cat([batch for batch, _ in trained.loaders().val])
     assert torch.equal(images, expected) and os.fspath(pictures.files[5]) == str(broken)
+
+
+def test_photos_are_turned_as_in_the_training(trained_run, tmp_path):
+    """An evaluation and the tools do as the checkpoint says; what was trained on a published data set sees photos upright."""
+    folder, data = trained_run
+    whole = sorted((data / "val/digit1").iterdir())[0]
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    upside_down = tmp_path / "val/digit1/0.png"
+    upside_down.parent.mkdir(parents=True)
+    with Image.open(whole) as image:
+        image.rotate(180).save(upside_down, exif=exif)
+
+    def seen(file, *flags):
+        """Whether upright, in an evaluation and in an image that is named."""
+        trained = load_trained(str(file), device="cpu", flags=["--data-path", str(tmp_path), *flags])
+        (expected, _), = Pictures([whole], trained.args)
+        (images, _), = Pictures([upside_down], trained.args)
+        (evaluated, _), = trained.loaders().val
+        return bool(torch.equal(evaluated, expected)), bool(torch.equal(images, expected))
+
+    content = checkpoint(folder)
+    assert content["args"]["exif_orientation"] is True and seen(folder / "checkpoint.pth") == (True, True)
+    assert seen(folder / "checkpoint.pth", "--no-exif-orientation") == (False, False)
+    for name, changes, expected in (("off", {"exif_orientation": False}, (False, False)),
+                                    ("published", {"exif_orientation": None, "data_set": "IMNET"}, (False, True))):
+        torch.save({**content, "args": {**content["args"], **changes}}, tmp_path / f"{name}.pth")
+        flags = ["--data-set", "IMNET"] if name == "published" else []
+        assert seen(tmp_path / f"{name}.pth", *flags) == expected, name
