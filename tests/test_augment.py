@@ -300,11 +300,11 @@ def test_32_bit_grey_is_scaled_by_its_values(tmp_path, values, white, expected):
     assert np.asarray(rgb)[0].tolist() == [[value] * 3 for value in expected] and rgb.info[GREY_SCALE] == white
 
 
-@pytest.mark.parametrize("values", [np.array([-5, 3], np.int32), np.array([0, 70000], np.int32), np.array([0, np.nan], np.float32),
-                                    np.array([0, np.inf], np.float32), np.array([-1, 1], np.float32)], ids=str)
-def test_32_bit_grey_of_no_known_scale_is_refused(values):
+@pytest.mark.parametrize("kind, values", [(np.int32, [-5, 3]), (np.int32, [0, 70000]), (np.float32, [0, np.nan]),
+                                          (np.float32, [0, np.inf]), (np.float32, [-1, 1])])
+def test_32_bit_grey_of_no_known_scale_is_refused(kind, values):
     with pytest.raises(ValueError, match="32-bit grey from .* convert it to 8 or 16 bits"):
-        to_rgb(Image.fromarray(values[None]))
+        to_rgb(Image.fromarray(np.array([values], kind)))
 
 
 def test_dark_16_bit_grey_stays_dark(tmp_path):

@@ -328,7 +328,7 @@ def test_photos_are_turned_upright_and_published_images_are_not(tmp_path):
         for value in (True, False):
             assert turned(*photos, flag, purpose=purpose, data_set="FOLDER", exif_orientation=value) == (value, "checkpoint")
         assert turned(flag, purpose=purpose, data_set="CIFAR10", exif_orientation=None) == (None, None)
-    assert turned(*photos, "--no-exif-orientation", "--eval", purpose="eval", data_set="FOLDER", exif_orientation=True)[0] is False
+    assert turned("--no-exif-orientation", "--eval", purpose="eval", data_set="FOLDER", exif_orientation=True)[0] is False
     assert "contradicts" in sentence(settled, *photos, "--no-exif-orientation", start=Start("resume", "", {"args": {
         "model": NANO, "data_set": "FOLDER", "exif_orientation": True}}))
     assert turned(*photos, purpose="finetune", data_set="FOLDER", exif_orientation=False) == (True, "data folder")
