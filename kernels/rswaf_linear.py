@@ -91,8 +91,7 @@ def _linear_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: 
         if how == "triton":
             from kernels import triton_linear
             w, g = weight.to(dtype).contiguous(), grid.float()
-            du = triton_linear.backward_u(dy, flat, w, g, h, single_exp) if need_u else None
-            dw = triton_linear.backward_weight(dy, flat, w, g, h, single_exp) if need_weight else None
+            du, dw = triton_linear.backward(dy, flat, w, g, h, single_exp, need_u, need_weight)
             dgrid, dh = (triton_linear.backward_grid(dy, flat, w, g, h, need_grid, need_h)
                          if need_grid or need_h else (None, None))
         else:

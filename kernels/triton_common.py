@@ -69,12 +69,13 @@ class Device:
     """What a launcher must know of a device, and what stands in for it ahead of time.
 
     capability: 10 * major + minor on NVIDIA, 0 elsewhere. shared: bytes of shared memory that one block may take.
-    processors: multiprocessors (compute units)."""
+    processors: multiprocessors (compute units). memory: bytes of its memory."""
     backend: str                # "cuda" or "hip"
     capability: int
     shared: int
     processors: int
     arch: str = ""              # AMD's name of the architecture
+    memory: int = 2 ** 33       # ahead of time it is not known, and nothing compiled depends on it
 
     @property
     def family(self) -> str:
@@ -105,9 +106,9 @@ def _cuda_device(index: int) -> Device:
     properties: Any = torch.cuda.get_device_properties(index)       # its type lacks the last one used here
     if torch.version.hip is not None:
         return Device("hip", 0, properties.shared_memory_per_block, properties.multi_processor_count,
-                      properties.gcnArchName.split(":")[0])
+                      properties.gcnArchName.split(":")[0], properties.total_memory)
     return Device("cuda", 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin,
-                  properties.multi_processor_count)
+                  properties.multi_processor_count, memory=properties.total_memory)
 
 
 def device_of(tensor: Tensor) -> Device:

@@ -11,6 +11,13 @@ all points, and one exponential serves them all. That order, zeros for the point
 outputs that fill up a tile are made once per call in a packed copy of the weight, [GP, IP, OP]; the products need no
 masks for it.
 
+Where 16-bit products are large another form is faster: the basis is written to memory once, a chunk of tokens at a time,
+and cuBLAS multiplies (`is_written` chooses). Backward
+
+    V = dy W,    du[t, i] = sum_k V[t, (i, k)] dB_k/du(u[t, i]),    dW = dy^T B
+
+one pass over V gives du and leaves B in V's place.
+
 Tiles are chosen by a count of work alone, so a call's result depends on nothing but its arguments and the device; no
 atomics. Basis, sums and derivatives are float32; what enters a product is rounded to the product's dtype.
 """
@@ -260,6 +267,42 @@ def backward_weight_kernel(dy_p, u_p, table, part_p, T, STEPS, I, O, G: tl.const
     tl.store(part, acc, mask=(o < O)[:, None] & ((k < G) & (i < I))[None, :])
 
 
+# The basis written to memory: columns in the weight's order i*G + k, so nothing is packed, and a thread has all points of
+# an input: 16 bytes at once for 8 points in 16 bits.
+@triton.jit
+def _of_inputs(u_p, n, size, table, GP: tl.constexpr, APPROX: tl.constexpr):
+    """p_k E and q_k/E [N, GP] of the inputs numbered n [N]."""
+    u = tl.load(u_p + n[:, None], mask=(n < size)[:, None], other=0.0)
+    e, inverse = _exponentials(u, table, APPROX)
+    k = tl.arange(0, GP)[None, :]
+    return tl.load(table + (HEAD + GP) + k) * e, tl.load(table + (HEAD + 2 * GP) + k) * inverse
+
+
+@triton.jit(do_not_specialize=["size"])
+def basis_kernel(u_p, table, out_p, size, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr, APPROX: tl.constexpr):
+    """u [size] -> B [size, G]. A block: N inputs."""
+    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    k = tl.arange(0, GP)[None, :]
+    pe, qe = _of_inputs(u_p, n, size, table, GP, APPROX)
+    b = fast_reciprocal(pe + qe + 0.5, APPROX)
+    tl.store(out_p + n[:, None] * G + k, b.to(out_p.dtype.element_ty), mask=(n < size)[:, None] & (k < G))
+
+
+@triton.jit(do_not_specialize=["size"])
+def pull_kernel(v_p, u_p, table, du_p, size, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr,
+                APPROX: tl.constexpr):
+    """V [size, G]: dL/dB in, B out; du [size] = sum_k dL/dB_k dB_k/du. A block: N inputs."""
+    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    k = tl.arange(0, GP)[None, :]
+    at, mask = v_p + n[:, None] * G + k, (n < size)[:, None] & (k < G)
+    v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    pe, qe = _of_inputs(u_p, n, size, table, GP, APPROX)
+    b = fast_reciprocal(pe + qe + 0.5, APPROX)
+    tl.store(at, b.to(v_p.dtype.element_ty), mask=mask)
+    slope = tl.sum(v * ((qe - pe) * (b * b)), 1)
+    tl.store(du_p + n, (slope * tl.load(table + 2)).to(du_p.dtype.element_ty), mask=n < size)
+
+
 # ---------------------------------------------------------------- tiles
 @dataclass(frozen=True)
 class Tile:
@@ -359,6 +402,74 @@ def choose(op: str, device: Device, kind: str, tokens: int, inputs: int, outputs
     return best
 
 
+# ---------------------------------------------------------------- fused, or the basis written
+# Measured on one H200, 25,216 tokens, bf16, d inputs and outputs, microseconds fused / written: forward 65 / 67 at d = 192,
+# 153 / 154 at 384, 520 / 452 at 768; with backward 226 / 208, 725 / 481, 2188 / 1343. A chunk of tokens is as large as
+# memory lets it be, for smaller ones cost more: 310 MB hold all tokens of the last. Fused stay: few outputs, where the
+# product is too small to pay for writing the basis; float32, which would write twice as much; grids that are trained.
+WRITTEN_FORWARD_OUTPUTS, WRITTEN_BACKWARD_OUTPUTS = 385, 192
+WRITTEN_BYTES = 2 ** 29         # of one chunk's basis, and no more than this share of a device's memory
+WRITTEN_SHARE = 32
+WRITTEN_INPUTS, WRITTEN_WARPS = 512, 4
+LEAST_TOKENS = 256
+
+
+def is_written(device: Device, dtype: torch.dtype, outputs: int, h: float | Tensor, single_exp: bool, backward: bool) -> bool:
+    """Whether the basis is written to memory, for sizes that are faster so."""
+    least = WRITTEN_BACKWARD_OUTPUTS if backward else WRITTEN_FORWARD_OUTPUTS
+    return _kind(dtype, device) == "half" and outputs >= least and single_exp and not isinstance(h, Tensor)
+
+
+def _row_chunks(device: Device, tokens: int, columns: int, itemsize: int) -> list[slice]:
+    limit = min(WRITTEN_BYTES, device.memory // WRITTEN_SHARE)
+    step = max(LEAST_TOKENS, limit // (columns * itemsize))
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def _written_forward(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, y: Tensor) -> Tensor:
+    device, points = device_of(u), grid.numel()
+    with _guard(u):
+        table = _table(grid, h, points)
+        for rows in _row_chunks(device, len(u), weight.shape[1], weight.element_size()):
+            part = u[rows]
+            basis = _empty(len(part), weight.shape[1], dtype=weight.dtype, device=u.device)
+            basis_kernel[(_cdiv(part.numel(), WRITTEN_INPUTS),)](
+                part, table, basis, part.numel(), G=points, GP=_padded_points(points), N=WRITTEN_INPUTS,
+                APPROX=device.approx, num_warps=WRITTEN_WARPS)
+            torch.mm(basis, weight.t(), out=y[rows])
+    return y
+
+
+def _written_backward(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor) -> tuple[Tensor, Tensor]:
+    """du [T, I] in u's dtype, dW [O, I*G] float32."""
+    device, points = device_of(u), grid.numel()
+    du = _empty(*u.shape, dtype=u.dtype, device=u.device)
+    dw: Tensor | None = None
+    with _guard(u):
+        table = _table(grid, h, points)
+        for rows in _row_chunks(device, len(u), weight.shape[1], weight.element_size()):
+            part, values = u[rows], dy[rows] @ weight
+            pull_kernel[(_cdiv(part.numel(), WRITTEN_INPUTS),)](
+                values, part, table, du[rows], part.numel(), G=points, GP=_padded_points(points), N=WRITTEN_INPUTS,
+                APPROX=device.approx, num_warps=WRITTEN_WARPS)
+            new = _product_float32(dy[rows].t(), values)
+            dw = new if dw is None else dw.add_(new)
+    return du, weight.new_zeros(weight.shape, dtype=torch.float32) if dw is None else dw
+
+
+@functools.lru_cache
+def _has_out_dtype() -> bool:
+    """torch.mm takes out_dtype since 2.8, on NVIDIA's GPUs."""
+    return torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
+
+def _product_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16-bit matrices, summed in float32, and kept in it where PyTorch can."""
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32) if _has_out_dtype() else (a @ b).float()
+
+
 # ---------------------------------------------------------------- launchers
 def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every buffer that a kernel fills; tests put NaN in."""
@@ -428,6 +539,8 @@ def forward(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_e
     y = _empty(tokens, outputs, dtype=weight.dtype, device=u.device)
     if y.numel() == 0:
         return y
+    if inputs and is_written(device, weight.dtype, outputs, h, single_exp, backward=False):
+        return _written_forward(u, weight, grid, h, y)
     tile, _ = choose("forward", device, kind, tokens, inputs, outputs, points)
     depth = tile.k // padded
     with _guard(u):
@@ -439,6 +552,17 @@ def forward(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_e
             APPROX=device.approx, PURE=tile.pure, PRECISION=_precision("forward", kind, device), num_warps=tile.warps,
             num_stages=tile.stages)
     return y
+
+
+def backward(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, need_u: bool,
+             need_weight: bool) -> tuple[Tensor | None, Tensor | None]:
+    """dy [T, O], the rest as in `forward` -> du [T, I] in u's dtype and dW [O, I*G] float32, None where not needed. The
+    same bits on every run."""
+    if need_u and need_weight and u.numel() and is_written(device_of(u), weight.dtype, len(weight), h, single_exp, backward=True):
+        _check_grid(grid)
+        return _written_backward(dy.to(weight.dtype), u, weight, grid, h)
+    return (backward_u(dy, u, weight, grid, h, single_exp) if need_u else None,
+            backward_weight(dy, u, weight, grid, h, single_exp) if need_weight else None)
 
 
 def _backward_u(op: str, dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor,
@@ -567,6 +691,15 @@ def aot_cases(device: Device) -> list[AotCase]:
     for kind, dtype in (("half", "bf16"), ("float", "fp32")):
         cases += [_case("backward_grid", tile, device, kind, dtype, "fp32", 8, False, False)
                   for tile in tiles("backward_grid", device, kind)]
+    for dtype, points in (("bf16", 8), ("fp16", 8), ("bf16", 5), ("bf16", 16)):
+        values = {"G": points, "GP": _padded_points(points), "N": WRITTEN_INPUTS, "APPROX": device.approx}
+        text = f"{WRITTEN_INPUTS} G{points} fp32-{dtype}"
+        cases.append(AotCase("rswaf_linear.basis", text, basis_kernel, {
+            "u_p": "*fp32", "table": "*fp32", "out_p": f"*{dtype}", "size": "i32"}, values, WRITTEN_WARPS, 3,
+            quick=points == 8 and dtype == "bf16"))
+        cases.append(AotCase("rswaf_linear.pull", text, pull_kernel, {
+            "v_p": f"*{dtype}", "u_p": "*fp32", "table": "*fp32", "du_p": "*fp32", "size": "i32"}, values, WRITTEN_WARPS, 3,
+            quick=points == 8 and dtype == "bf16"))
     cases.append(AotCase("rswaf_linear.pack", f"{PACK_OUTPUTS}x{PACK_COLUMNS} G8 bf16", pack_kernel, {
         "w_p": "*bf16", "grid": "*fp32", "h": "fp32", "out_p": "*bf16", "table": "*fp32", "I": "i32", "IP": "i32",
         "O": "i32", "OP": "i32"}, {"G": 8, "GP": 8, "BO": PACK_OUTPUTS, "BN": PACK_COLUMNS, "H_TENSOR": False}, 4, 3,
