@@ -1,6 +1,8 @@
 """Training steps as recorded graphs: to the last bit those of the eager loop. On a CPU graphs are emulated (recorded.py);
 tests/test_gpu.py has CUDA's."""
 import math
+import os
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -8,7 +10,9 @@ from functools import partial
 import pytest
 import timm
 import torch
+from e2e import checkpoint, differences, log, write_digits
 from recorded import RecordedGraphs
+from test_resume import at, trained
 from timm.data import Mixup
 from torch import nn
 from torch.nn import functional as F
@@ -19,10 +23,11 @@ import models_kan  # noqa: F401  registers the models with timm
 from captured import CapturedUpdater, CudaGraphs, reason_against
 from checkpoints import plain
 from config import parse_args
-from engine import TrainState, Updater, Wishes, evaluate, train_one_epoch
+from debug_nan import KeptBatches
+from engine import NonFinite, TrainState, Updater, Wishes, evaluate, replay_non_finite, train_one_epoch
 from losses import ClassLoss, CosubLoss, Criterion, DistillationLoss, build_criterion
 from start import build_state
-from utils import Process, TrainingFailed, UserError
+from utils import EXIT_PREEMPTED, Process, TrainingFailed, UserError
 
 CPU, K = torch.device("cpu"), 4
 
@@ -197,16 +202,25 @@ def test_float16_and_its_scaler():
     assert replays(updater)[1] >= 30 and state["scaler"]["scale"] != 2.0 ** 24 and state["skipped"] >= 0
 
 
+def replay_of(updater: Updater, kept: KeptBatches, step: int, folder) -> str:
+    """What --debug-nan says."""
+    return replay_non_finite(NonFinite("", step), updater.state, updater.criterion, kept, updater.process, torch.float32, 0,
+                             str(folder))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("step", [1, 7])
-def test_what_is_not_finite_is_told_alike_and_changes_nothing(step, value):
+def test_what_is_not_finite_is_told_alike_and_changes_nothing(step, value, tmp_path):
     def loader():
         spoiled = batches(10)
         spoiled[step][0][0, 0, 0, 0] = value
         return spoiled
 
-    eager, wanted, _ = run(False, loader=loader, clip_grad=1.0)
-    state, got, updater = run(True, loader=loader, clip_grad=1.0)
+    eager, wanted, updater = run(False, loader=loader, clip_grad=1.0, keep_batches=(kept := KeptBatches()))
+    replayed = [replay_of(updater, kept, step, tmp_path)]
+    state, got, updater = run(True, loader=loader, clip_grad=1.0, keep_batches=(kept := KeptBatches()))
+    replayed.append(replay_of(updater, kept, step, tmp_path))
+    assert replayed[0] == replayed[1] and "the images themselves" in replayed[0]
     assert f"at step {step + 1} of epoch 0" in got[-1] and got == wanted
     assert_same(state, eager)
 
@@ -245,6 +259,24 @@ class _Rest(list):
 
     def __len__(self):
         return self.n
+
+
+def test_stopped_and_resumed_through_main(tmp_path, monkeypatch, capsys):
+    """The real program; its graphs are emulated."""
+    data = write_digits(tmp_path / "data", train=32)         # 6 steps of 16 images
+    assert trained(data, tmp_path / "without", "--grad-accum 2 --clip-grad 0.5 --drop 0.1") == 0
+    monkeypatch.setattr(captured, "reason_against", lambda *args: "")
+    monkeypatch.setattr(captured, "CudaGraphs", RecordedGraphs)
+    way = "--grad-accum 2 --clip-grad 0.5 --drop 0.1 --cuda-graph on"
+    with monkeypatch.context() as patch:
+        at(patch, "the update of step 4 of epoch 1", lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert trained(data, tmp_path / "with", way) == EXIT_PREEMPTED
+    assert trained(data, tmp_path / "with", way, "--resume", "auto", "--save-interval-steps", 2) == 0
+    assert capsys.readouterr().out.count("CUDA graphs: on") == 2
+    a, b = (checkpoint(tmp_path / out) for out in ("without", "with"))
+    for key in ("model", "model_ema", "optimizer", "losses", "epoch", "step"):
+        assert differences(a[key], b[key]) == []
+    assert differences(log(tmp_path / "without"), log(tmp_path / "with")) == []
 
 
 # ---------------------------------------------------------------- what cannot be
