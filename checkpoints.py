@@ -1,6 +1,5 @@
 """Checkpoints: read without running their code, written whole or not at all. No models."""
 import errno
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import untrusted
-from utils import UserError
+from utils import UserError, to_json
 
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 BEST = ("best_checkpoint.pth", "best_ema_checkpoint.pth")
@@ -209,7 +208,7 @@ def save_safetensors(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]
     with whole(target) as temporary:
         try:
             save_file({key: value.contiguous() for key, value in state.items()}, temporary,
-                      metadata={"format": "pt", untrusted.SAFETENSORS_KEY: json.dumps(about)})
+                      metadata={"format": "pt", untrusted.SAFETENSORS_KEY: to_json(about)})
         except SafetensorError as error:
             raise OSError(errno.EIO, one_line(error)) from error
         os.chmod(temporary, 0o644)

@@ -24,7 +24,7 @@ import yaml
 import peers
 import tracking
 from checkpoints import CHECKPOINT, save_checkpoint, saved_checkpoints
-from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, say
+from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, say, to_json
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -115,7 +115,7 @@ class RunFolder:
                     path.rename(f"{path}.folder")
             log = self.folder / "log.txt"
             if log.exists():
-                kept = [line for line in log.read_text().splitlines() if _epoch_of(line) < epoch]
+                kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
                 _write_whole(log, "".join(line + "\n" for line in kept))
             _write_whole(self.folder / "args.yaml", args_yaml)
             with open(self.folder / "run.yaml", "a" if goes_on else "w") as file:
@@ -133,7 +133,7 @@ class RunFolder:
                    if key != "epoch" and isinstance(value, (int, float))}
         for tracker in self.trackers:
             tracker.log(record["epoch"], numbers)
-        self.unwritten += json.dumps(record) + "\n"
+        self.unwritten += to_json(record) + "\n"
         with self._tolerant("log.txt"):
             _append_whole(self.folder / "log.txt", self.unwritten)
             self.unwritten = ""
@@ -192,12 +192,12 @@ class RunFolder:
                   "processes": self.process.world_size, "host": socket.gethostname(), "pid": os.getpid(),
                   "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
         with self._tolerant(STATUS):
-            _write_whole(self.folder / STATUS, json.dumps(record, indent=1) + "\n")
+            _write_whole(self.folder / STATUS, to_json(record, indent=1) + "\n")
 
     def finished(self, epoch: int, reason: str = "") -> None:
         """Let status.json say so, where a kill came between the last checkpoint and this."""
         try:
-            told = json.loads((self.folder / STATUS).read_text())["state"] if self.folder else "finished"
+            told = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))["state"] if self.folder else "finished"
         except (OSError, ValueError, KeyError, TypeError):
             told = ""
         if told != "finished":

@@ -103,7 +103,7 @@ class Trainer:
 def _stopped_by(output_dir: Path) -> int:
     """The signal that stopped the run, as its status.json has it; 0 if it doesn't say."""
     try:
-        status = json.loads((output_dir.expanduser() / STATUS).read_text())
+        status = json.loads((output_dir.expanduser() / STATUS).read_text(encoding="utf-8"))
         return getattr(signal, status["reason"].partition(":")[0]) if status["state"] == "preempted" else 0
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return 0

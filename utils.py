@@ -1,9 +1,11 @@
 """Errors and exit codes, devices, process group, seeds. No models, no flag parsing."""
+import json
 import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +65,12 @@ def printable(name: str, most: int = 100_000) -> str:
     """A file's name, or its end, on one line, in characters that any stream can write."""
     name = name if name.isprintable() else repr(name)[1:-1]
     return name if len(name) <= most else f"...{name[3 - most:]}"
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON for a UTF-8 file. Letters stay letters; of a file's name, bytes that are not UTF-8 are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")     # which is how JSON escapes a lone surrogate, too
 
 
 def world_size_of_launch() -> int:

@@ -252,6 +252,23 @@ def test_every_number_of_classes_has_a_readable_matrix(classes, cells, labels, t
     assert max(Image.open(tmp_path / "c.png").size) < 2500
 
 
+def test_empty_bins_have_no_bar():
+    """Bars of accuracy, gap and share stand where there are images, and nothing is drawn anywhere else."""
+    tally = evaluate.Tally(2)
+    logits = torch.tensor([[0.5, 0], [0.6, 0], [9., 0]])        # confidences 0.622 and 0.646 (one bin), 0.9999
+    tally.add(torch.zeros(3, 3, 2, 2), logits, torch.tensor([0, 1, 0]), torch.ones(3, dtype=torch.bool))
+    figure = evaluate.draw_reliability(tally.calibration())
+    above, below = figure.axes
+    plt.close(figure)
+    accuracy, gap, share = *above.containers, *below.containers
+    for bars in (accuracy, gap, share):
+        assert [bar.get_x() for bar in bars] == pytest.approx([9 / 15, 14 / 15])
+    assert [bar.get_height() for bar in accuracy] == [0.5, 1]
+    assert [bar.get_height() for bar in share] == pytest.approx([200 / 3, 100 / 3])
+    assert gap[0].get_y() == 0.5 and gap[0].get_y() + gap[0].get_height() == pytest.approx((0.6225 + 0.6457) / 2, abs=1e-3)
+    assert len(above.patches) == 4 and len(above.lines) == 1
+
+
 def test_pictures_of_little(tmp_path):
     """No mistake; class without an image; names in a script that the font does not have."""
     tally = evaluate.Tally(3)

@@ -110,6 +110,16 @@ def test_the_model_card(trained_run, tmp_path):
     assert text.count("The checkpoint tells none.") == 2 and "model-index" not in text
 
 
+def test_letters_stay_letters(trained_run, tmp_path):
+    trained = load_trained(str(trained_run[0]), device="cpu")
+    trained.about["class_names"] = ["größe", "猫", "c"]
+    export.write_folder(trained, tmp_path / "folder")
+    for name in ("README.md", "config.json", "model.safetensors"):
+        assert "größe".encode() in (tmp_path / "folder" / name).read_bytes(), name
+    assert json.loads((tmp_path / "folder" / "config.json").read_bytes())["label_names"] == ["größe", "猫", "c"]
+    assert load_file(tmp_path / "folder" / "model.safetensors")["class_names"] == ["größe", "猫", "c"]
+
+
 @pytest.mark.parametrize("size, shape", [(32, (32, 32)), (64, (90, 70))])
 def test_timm_prepares_an_image_as_we_do(size, shape, trained_run):
     trained = load_trained(str(trained_run[0]), device="cpu")
@@ -183,6 +193,9 @@ def test_onnx(name, kwargs, tmp_path):
     assert {node.domain for node in model.graph.node} == {""} and not model.functions       # ONNX's own operations alone
     said = json.loads({entry.key: entry.value for entry in model.metadata_props}["vision_kan"])
     assert said["model_args"]["name"] == name and said["data_config"]["input_size"] == [3, 32, 32]
+    for value, rest in ((model.graph.input[0], [3, 32, 32]), (model.graph.output[0], [7])):
+        batch, *others = value.type.tensor_type.shape.dim
+        assert batch.dim_param == "batch" and [dim.dim_value for dim in others] == rest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth", "m.onnx"]
 
 

@@ -1,9 +1,11 @@
 """tools/predict.py, from own photos through main.py to names and probabilities."""
 import csv
+import io
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -86,7 +88,9 @@ def test_as_the_model_says(photos, fine_tuned, capsys):
     files = image_files([place])
     (images, _), = Pictures(files, trained.args)
     probabilities = trained.model(images).softmax(1)
-    found = json.loads(read(capsys, file, place, "--format", "json", "--device", "cpu", "--batch-size", 3).out)
+    text = read(capsys, file, place, "--format", "json", "--device", "cpu", "--batch-size", 3).out
+    assert '"name": "größe"' in text
+    found = json.loads(text)
     assert [image["file"] for image in found["images"]] == list(map(str, files)) and found["unreadable"] == []
     for image, expected in zip(found["images"], probabilities):
         order = expected.argsort(descending=True).tolist()
@@ -118,6 +122,18 @@ def test_unreadable_files_are_named_and_left_out(photos, fine_tuned, tmp_path, c
     err = read(capfd, file, broken, "--output", output, code=2).err
     assert "none of the 1 images can be read" in err and "Traceback" not in err
     assert output.read_bytes() == before and os.listdir(output.parent) == ["found.json"]     # nothing lost, nothing left
+
+
+def test_json_on_a_stream_of_another_encoding():
+    """Escaped there, so that it is JSON for any reader."""
+    texts = {}
+    for encoding in ("utf-8", "cp1252", "ascii"):
+        out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        predict.write_json(iter([predict.Prediction(Path("ä.png"), [0], [1.0])]), ["größe"], SimpleNamespace(unreadable=[]), out)
+        out.flush()
+        texts[encoding] = out.buffer.getvalue()
+    assert len({json.dumps(json.loads(text.decode("utf-8"))) for text in texts.values()}) == 1
+    assert "größe" in texts["utf-8"].decode() and texts["cp1252"] == texts["ascii"]
 
 
 def test_names_that_no_terminal_can_show(photos, fine_tuned, tmp_path, capfd):

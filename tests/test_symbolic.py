@@ -291,6 +291,27 @@ def test_the_strongest_edges_of_a_full_edge_kan(model, more, data, tmp_path, cap
     assert "leave it out" in capsys.readouterr().err and not (tmp_path / "t.safetensors").exists()
 
 
+def test_the_legend_hides_no_curve(tmp_path, monkeypatch):
+    """Many functions in each of two panels: each legend lies outside all of them, within the picture."""
+    u = torch.linspace(-3, 3, 60, dtype=torch.float64)
+    weight = torch.full((60,), 1 / 60, dtype=torch.float64)
+    formulas = [Formula("polynomial", (0.0, slope / 8, 0.0, 0.0), 0.0, 0.0, 0.0) for slope in range(8)]
+    found = [symbolic.Learned(f"blocks.0.mlp.{part}", str(n), u, weight, formula(u), symbolic.replace(formula, r2=1.0))
+             for part in ("phi1", "phi2") for n, formula in enumerate(formulas)]
+    figures = []
+    monkeypatch.setattr(symbolic.plt, "close", figures.append)
+    symbolic.draw(found, tmp_path / "f.png")
+    monkeypatch.undo()
+    figure, = figures
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    assert len(boxes) == 2
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert len(axes.get_legend().get_texts()) == 8 and not any(legend.overlaps(box) for box in boxes)
+        assert figure.bbox.x0 <= legend.x0 and legend.x1 <= figure.bbox.x1
+    symbolic.plt.close(figure)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
 def test_a_file_of_the_original_code(capsys):

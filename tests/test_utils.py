@@ -1,5 +1,7 @@
-"""Devices, processes, random numbers."""
+"""Devices, processes, random numbers, JSON."""
+import json
 import multiprocessing
+import os
 import random
 import time
 from pathlib import Path
@@ -101,3 +103,13 @@ def test_seed():
         assert draw() == numbers[key]
     for generator in zip(*numbers.values(), strict=True):        # Python's, numpy's, torch's
         assert len(set(generator)) == len(numbers)
+
+
+# ---------------------------------------------------------------- JSON
+@pytest.mark.parametrize("value", ["größe 猫 \"a\\b\n\u2028\"", os.fsdecode(b"\xff.png"), {"ä": [1, 2.5, None, True]}])
+def test_json_keeps_letters(value):
+    """All of it comes back from a UTF-8 file, also what UTF-8 cannot hold as it is."""
+    for indent in (None, 1):
+        text = utils.to_json(value, indent)
+        assert json.loads(text.encode("utf-8")) == value
+    assert all(letter in utils.to_json(value) for letter in ("ö猫" if "ö" in value else "ä" if "ä" in value else ""))

@@ -9,7 +9,6 @@ mistakes.png.
 import argparse
 import csv
 import heapq
-import json
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from datasets import Images, ImageSet
 from engine import evaluate, summary
 from run_folder import versions
 from trained import Trained, add_model_arguments, as_seen, beside, load_trained
-from utils import Process, printable
+from utils import Process, printable, to_json
 
 BINS = 15           # of the calibration error, as Guo et al. have it
 MISTAKES = 24       # on the contact sheet
@@ -166,12 +165,12 @@ def draw_confusion(tally: Tally, names: list[str]) -> Figure:
 
 def draw_reliability(calibration: dict[str, Any]) -> Figure:
     """Accuracy over confidence, and how many images there are of each confidence."""
-    bins = calibration["bins"]
+    bins = [b for b in calibration["bins"] if b["images"]]     # a bar of no height would be a line
     left, images = [b["from"] for b in bins], np.array([b["images"] for b in bins])
-    accuracy, confidence = ([b[key] or 0.0 for b in bins] for key in ("accuracy", "confidence"))
+    accuracy, confidence = ([b[key] for b in bins] for key in ("accuracy", "confidence"))
     figure, (axes, below) = plt.subplots(2, 1, figsize=(5.5, 6.5), height_ratios=(3, 1), sharex=True, layout="constrained")
     axes.bar(left, accuracy, 1 / BINS, align="edge", edgecolor="white", color="tab:blue", label="accuracy")
-    gaps = [c - a if n else 0 for a, c, n in zip(accuracy, confidence, images)]
+    gaps = [c - a for a, c in zip(accuracy, confidence)]
     axes.bar(left, gaps, 1 / BINS, bottom=accuracy, align="edge", color="none", edgecolor="tab:red", hatch="///",
              label="gap to the mean confidence")
     axes.plot([0, 1], [0, 1], "--", color="gray", label="perfect calibration")
@@ -263,7 +262,7 @@ def run(argv: list[str]) -> int:
             rows = csv.DictWriter(out, list(report["classes"][0]), lineterminator="\n")
             rows.writeheader()
             rows.writerows(report["classes"])
-        file.write_text(json.dumps(report, indent=1))
+        file.write_text(to_json(report, indent=1), encoding="utf-8")
     print(describe(report))
     print(f"{output}: report.json, classes.csv, confusion.png, reliability.png, mistakes.png")
     return 0

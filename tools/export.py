@@ -39,7 +39,7 @@ from engine import evaluate
 from run_folder import versions
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
 from untrusted import SAFETENSORS_KEY
-from utils import Process, TrainingFailed, UserError, say
+from utils import Process, TrainingFailed, UserError, say, to_json
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -85,6 +85,8 @@ def write_folder(trained: Trained, target: Path, measured: dict[str, float] | No
     names = trained.about.get("class_names")
     save_for_hf(model, str(target), safe_serialization=True, data_config=trained.data_config,
                 model_config={"label_names": names} if names else None)
+    config = target / "config.json"     # in which the Hub's client escapes letters
+    config.write_text(to_json(json.loads(config.read_text(encoding="utf-8")), indent=2), encoding="utf-8")
     save_safetensors(model.state_dict(), about(trained), target / "model.safetensors")        # now with its description
     (target / "README.md").write_text(model_card(trained, measured), encoding="utf-8")
 
@@ -109,7 +111,7 @@ def write_onnx(trained: Trained, target: Path) -> None:
                         ".safetensors file")
     with quiet():
         program: Any = torch.onnx.export(exported(trained), input_names=["images"], output_names=["logits"], dynamo=True,
-                                    verbose=False)
+                                         dynamic_shapes=({0: "batch"},), verbose=False)     # names the axis, no more
         program.model.metadata_props[SAFETENSORS_KEY] = described(trained)
         program.save(str(target), external_data=False)
 
@@ -131,7 +133,7 @@ def exported(trained: Trained) -> torch.export.ExportedProgram:
 
 def described(trained: Trained) -> str:
     """JSON for a program's metadata: `about`, and how an image is prepared."""
-    return json.dumps({**about(trained), "data_config": trained.data_config})
+    return to_json({**about(trained), "data_config": trained.data_config})
 
 
 class Format(NamedTuple):

@@ -6,6 +6,7 @@ CHECKPOINT is one of ours, of the original Vision-KAN or DeiT, a file or a URL. 
 --num_workers, ...) and come last. Images that cannot be read are named and left out; where none can, the exit code is 2.
 """
 import argparse
+import codecs
 import csv
 import json
 import sys
@@ -21,7 +22,7 @@ import peers
 from checkpoints import whole
 from config import Parser
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
-from utils import UserError, printable
+from utils import UserError, printable, to_json
 
 FORMATS = ("table", "json", "csv")
 
@@ -66,8 +67,9 @@ def write_json(predictions: Iterator[Prediction], names: list[str], pictures: Pi
     images = [{"file": _shown(file), "predictions": [{"class": number, "name": names[number], "probability": probability}
                                                      for number, probability in zip(classes, probabilities)]}
               for file, classes, probabilities in predictions]
-    json.dump({"images": images, "unreadable": [_shown(file) for file in pictures.unreadable]}, out, indent=1)
-    out.write("\n")
+    found = {"images": images, "unreadable": [_shown(file) for file in pictures.unreadable]}
+    unicode = not out.encoding or codecs.lookup(out.encoding).name == "utf-8"       # another terminal gets ASCII, any reads that
+    out.write((to_json(found, indent=1) if unicode else json.dumps(found, indent=1)) + "\n")
 
 
 def write_csv(predictions: Iterator[Prediction], names: list[str], pictures: Pictures, out: TextIO) -> None:

@@ -134,7 +134,7 @@ def read_run(folder: Path) -> Run:
             say(f"warning: {error}", file=sys.stderr)
     if (folder / STATUS).is_file():
         try:
-            status = json.loads((folder / STATUS).read_text())
+            status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             say(f"warning: {folder / STATUS} cannot be read ({error})", file=sys.stderr)
     if (folder / FLAGS).is_file():

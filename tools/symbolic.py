@@ -11,7 +11,6 @@ that main.py can read. Further flags are main.py's (--data-set, --batch-size, ..
 import argparse
 import csv
 import io
-import json
 import math
 import re
 import sys
@@ -46,7 +45,7 @@ from kernels import rswaf_activation_reference, rswaf_basis
 from models_kan import FunctionLayer
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
 from understand import EdgeLayer, edge_basis, edge_weights, function_layers, grid_of, watching
-from utils import Process, UserError, say
+from utils import Process, UserError, say, to_json
 
 UNEXPLAINED = 1e-6      # of the variance: to explain more than all but this is worth nothing
 DEGREE = 5              # highest of a polynomial
@@ -518,7 +517,7 @@ def draw(found: Sequence[Learned], picture: Path) -> None:
     parts = list(dict.fromkeys(each.part for each in found))
     columns = min(4, len(parts))
     lines = -(-len(parts) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.4 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.4 * lines), squeeze=False, layout="constrained")
     for axis, part in zip(axes.flat, parts):
         for each in (each for each in found if each.part == part):
             u, order = each.u.sort()
@@ -532,7 +531,9 @@ def draw(found: Sequence[Learned], picture: Path) -> None:
         axis.set_ylabel("φ(u), dashed: its formula", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=6, title="edge" if _is_edge(found) else "group", title_fontsize=6, ncols=2)
+        if (count := len(axis.get_legend_handles_labels()[1])) <= 48:     # of more the colours say nothing
+            axis.legend(fontsize=6, title="edge" if _is_edge(found) else "group", title_fontsize=6, ncols=-(-count // 16),
+                        loc="center left", bbox_to_anchor=(1, 0.5), borderaxespad=0.3)      # the curves may be anywhere
     for axis in list(axes.flat)[len(parts):]:
         axis.remove()
     figure.savefig(picture, dpi=110)
@@ -546,7 +547,7 @@ def report(found: Sequence[Learned], folder: Path) -> None:
     writer = csv.DictWriter(sheet, records[0])
     writer.writeheader()
     writer.writerows(records)
-    texts = {".txt": table(found) + "\n", ".csv": sheet.getvalue(), ".json": json.dumps(records, indent=1) + "\n",
+    texts = {".txt": table(found) + "\n", ".csv": sheet.getvalue(), ".json": to_json(records, indent=1) + "\n",
              ".tex": latex_table(found)}
     for suffix, text in texts.items():
         with whole(folder / f"formulas{suffix}") as file:
