@@ -45,6 +45,7 @@ EDGES = 6               # of a layer that are drawn
 GROUPS = 8              # likewise
 DEAD_GAIN = 0.01        # below it a group or an input is dead, see `Measured`
 MOST_OFF_GRID = 0.05    # share of a layer's inputs, above it training warns
+FAR_WIDER = 5           # grid's width over that of nine in ten inputs, above it a note (a standard normal on [-3, 3]: 1.8)
 
 
 # ---------------------------------------------------------------- the functions, exact from the weights
@@ -137,6 +138,15 @@ class Inputs:
         inside = slice(3 * self.BINS // 8, 5 * self.BINS // 8)
         return 1 - float(self.shares()[0, inside].sum())
 
+    def quantile(self, share: float) -> float:
+        """The value below which this share (0 to 1) of all inputs lies, linear within a bin; no further out than the bins."""
+        below = F.pad(self.shares()[0].cumsum(0), (1, 0))                           # [BINS + 1], at the edges
+        last = int((below < share).sum().clamp(1, self.BINS))                       # edge at which the share is reached
+        part = (share - float(below[last - 1])) / max(float(below[last] - below[last - 1]), 1e-12)
+        value = float(self.edges[last - 1]) + min(1.0, max(0.0, part)) * self.width
+        smallest, largest = self.extremes.tolist()
+        return min(max(value, smallest), largest)
+
 
 @contextmanager
 def watching(layers: Mapping[str, FunctionLayer], see: Callable[[str, FunctionLayer, Tensor], None]) -> Iterator[None]:
@@ -207,8 +217,8 @@ def _is_block(module: nn.Module) -> bool:
 class Measured:
     """What a layer's functions do with what arrives.
 
-    functions: how many. low, high, points: the grid. mean, std, smallest, largest: of the inputs. off_grid: share of them
-    beyond the grid.
+    functions: how many. low, high, points: the grid. mean, std, smallest, largest: of the inputs; p5, p95: percentiles.
+    off_grid: share of them beyond the grid.
     distance: root mean square, under the inputs of each, of function minus base (a full-edge KAN's: of the spline beside its
     base branch), the mean over the functions; furthest: the largest; None where there is no base.
     gain: of each unit, the standard deviation of what it passes on (an input of a full-edge KAN: over all its edges) relative
@@ -221,11 +231,18 @@ class Measured:
     std: float
     smallest: float
     largest: float
+    p5: float
+    p95: float
     off_grid: float
     distance: float | None
     furthest: float | None
     units: str
     gain: Tensor
+
+    @property
+    def too_wide(self) -> bool:
+        """Whether the grid is more than `FAR_WIDER` times as wide as the span of nine in ten inputs."""
+        return self.high - self.low > FAR_WIDER * (self.p95 - self.p5)
 
     @property
     def dead(self) -> int:
@@ -248,7 +265,8 @@ def measure(layer: FunctionLayer, inputs: Inputs) -> Measured:
         functions, units = deviations.numel(), "inputs"
     (mean, square), (smallest, largest) = _moments(inputs.shares(), u), inputs.extremes.tolist()
     return Measured(functions, inputs.low, inputs.high, len(grid), float(mean), math.sqrt(max(0.0, float(square - mean ** 2))),
-                    smallest, largest, inputs.off_grid, None if distance is None else float(distance.mean()),
+                    smallest, largest, inputs.quantile(0.05), inputs.quantile(0.95), inputs.off_grid,
+                    None if distance is None else float(distance.mean()),
                     None if distance is None else float(distance.max()), units, gain.nan_to_num(0.0, posinf=0.0))
 
 
@@ -290,10 +308,14 @@ def _edge_moments(layer: EdgeLayer, shares: Tensor, u: Tensor) -> tuple[Tensor, 
 
 
 # ---------------------------------------------------------------- drawn
-def drawn_range(layer: FunctionLayer) -> Tensor:
-    """[401]: the grid and one unit beyond."""
-    grid = grid_of(layer)
-    return torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
+def drawn_range(layer: FunctionLayer, inputs: Inputs | None = None) -> Tensor:
+    """[401]: where all but a thousandth of what arrives lies on either side; without `inputs` the grid and one unit beyond."""
+    if inputs is None:
+        grid = grid_of(layer)
+        return torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
+    low, high = inputs.quantile(0.001), inputs.quantile(0.999)
+    middle, half = (low + high) / 2, max((high - low) / 2, inputs.width)        # of a constant, something
+    return torch.linspace(middle - half, middle + half, 401)
 
 
 def edge_functions(layer: EdgeLayer, u: Tensor, inputs: Inputs | None = None, count: int = EDGES) -> dict[str, Tensor]:
@@ -320,7 +342,7 @@ def draw_functions(axes: Axes, name: str, layer: FunctionLayer, inputs: Inputs |
 
 def draw_groups(axes: Axes, name: str, phi: GroupActivation, inputs: Inputs | None = None) -> None:
     """The base dashed, above it up to `GROUPS` groups' functions, those that differ most from it."""
-    u = drawn_range(phi)
+    u = drawn_range(phi, inputs)
     base, values = group_functions(phi, u)
     distance = (values - base).square().mean(1).sqrt() if inputs is None else group_distances(phi, inputs)
     for group in sorted(distance.topk(min(GROUPS, len(values))).indices.tolist()):
@@ -332,7 +354,7 @@ def draw_groups(axes: Axes, name: str, phi: GroupActivation, inputs: Inputs | No
 
 def draw_edges(axes: Axes, name: str, layer: EdgeLayer, inputs: Inputs | None = None) -> None:
     """The functions on a full-edge KAN's strongest edges."""
-    u = drawn_range(layer)
+    u = drawn_range(layer, inputs)
     for label, values in edge_functions(layer, u, inputs).items():
         axes.plot(u.numpy(), values.numpy(), label=label, linewidth=1.2)
     _finish(axes, layer, inputs, f"{name}: strongest edges", "edge function φ(u)", "input → output")
@@ -341,9 +363,16 @@ def draw_edges(axes: Axes, name: str, layer: EdgeLayer, inputs: Inputs | None = 
 def _finish(axes: Axes, layer: FunctionLayer, inputs: Inputs | None, title: str, ylabel: str, legend: str) -> None:
     for point in grid_of(layer).tolist():
         axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
-    axes.set_xlim(float(drawn_range(layer)[0]), float(drawn_range(layer)[-1]))
+    axes.set_xlim(*drawn_range(layer, inputs)[[0, -1]].tolist())
+    xlabel = "input u (lines: grid points)"
     if inputs is not None:
+        p5, p95 = inputs.quantile(0.05), inputs.quantile(0.95)
         title += f"\n{inputs.off_grid:.1%} of the inputs off the grid"
+        if inputs.high - inputs.low > FAR_WIDER * (p95 - p5):
+            title += f", nine in ten within {(p95 - p5) / (inputs.high - inputs.low):.0%} of its width"
+        xlabel = "input u\nlines: grid points; blue: what arrives, dotted: its 5th and 95th percentile"
+        for percentile in (p5, p95):
+            axes.axvline(percentile, color="tab:blue", linestyle=":", linewidth=1.4)
         below = axes.twinx()
         below.stairs(inputs.shares()[0].numpy(), inputs.edges.numpy(), fill=True, color="lightsteelblue", alpha=0.6)
         below.set_ylim(0, 2.5 * float(inputs.shares()[0].max()))
@@ -351,7 +380,7 @@ def _finish(axes: Axes, layer: FunctionLayer, inputs: Inputs | None, title: str,
         axes.set_zorder(below.get_zorder() + 1)
         axes.patch.set_visible(False)
     axes.set_title(title, fontsize=9)
-    axes.set_xlabel("input u (lines: grid points" + ("; blue: what arrives)" if inputs is not None else ")"), fontsize=8)
+    axes.set_xlabel(xlabel, fontsize=7)
     axes.set_ylabel(ylabel, fontsize=8)
     axes.legend(fontsize=7, title=legend, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -497,6 +526,19 @@ def off_grid_warning(measured: Mapping[str, Measured]) -> str:
     more = others if len(far) > 1 else ""
     return (f"{worst.off_grid:.1%} of the inputs of {far[0]} fall off its grid [{worst.low:g}, {worst.high:g}]{more}: what is "
             "learned fades out there, a new run with a wider --kan-grid-range would cover them")
+
+
+def wide_grid_note(measured: Mapping[str, Measured]) -> str:
+    """A sentence on the layers whose grid is far wider than what arrives (`Measured.too_wide`), or ''."""
+    wide = sorted((name for name in measured if measured[name].too_wide),
+                  key=lambda name: (measured[name].p95 - measured[name].p5) / (measured[name].high - measured[name].low))
+    if not wide:
+        return ""
+    worst = measured[wide[0]]
+    more = f", and {len(wide) - 1} of the other {len(measured) - 1} layers have such a grid, too" if len(wide) > 1 else ""
+    return (f"nine in ten inputs of {wide[0]} lie within [{worst.p5:.2g}, {worst.p95:.2g}], its grid is "
+            f"[{worst.low:g}, {worst.high:g}]{more}: few of its {worst.points} points shape the function where "
+            "inputs arrive, a narrower --kan-grid-range (of all layers) or more --kan-grid-points would put more there")
 
 
 def _add_histogram(board: "SummaryWriter", tag: str, inputs: Inputs, found: Measured, epoch: int) -> None:

@@ -4,11 +4,14 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from e2e import QUICK, checkpoint, run, write_digits
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import TextPath
 from PIL import Image
 from test_trained import RELEASED
 
@@ -148,7 +151,8 @@ def test_before_and_after(places, tmp_path, monkeypatch):
 
     def share(a, b):
         real(a, b)
-        heights.append([{axes.get_label(): axes.get_ylim() for axes in figure.axes if axes.get_label()} for figure in (a, b)])
+        heights.append([{axes.get_label(): (axes.get_xlim(), axes.get_ylim()) for axes in figure.axes if axes.get_label()}
+                        for figure in (a, b)])
 
     monkeypatch.setattr(inspect_kan, "share_limits", share)
     before, after = places / "GKAN/checkpoint_previous.pth", places / "GKAN/checkpoint.pth"
@@ -204,6 +208,33 @@ def test_a_file_of_the_original_code(places, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- mistakes, and what strangers write
+def test_the_widest_table_fits_a_page_of_1500_pixels():
+    """The layers' table with longer words than a full-edge KAN of 12 blocks has, in the widest of the usual fonts."""
+    layer = understand.Measured(functions=2_359_296, low=-2, high=2, points=16, mean=-12.34, std=12.34, smallest=-123.45,
+                                largest=123.45, p5=-12.34, p95=12.34, off_grid=0.1234, distance=0.000123, furthest=0.000123,
+                                units="inputs", gain=torch.tensor([1.2e-05] * 3072))
+    rows = inspect_kan.layers_table(SimpleNamespace(measured={"blocks.11.mlp.layers.0": layer}))
+    assert f"-123.45, -12.34, 12.34, 123.45 {'12.3%'} 0.000123" in " ".join(rows[1]) and rows[1][-1] == "3072 of 3072 inputs"
+    size = int(re.search(r"^table \{.*font-size: (\d+)px", inspect_kan.STYLE, re.MULTILINE)[1])
+    padding = float(re.search(r"^td, th \{.*padding: \S+ ([.\d]+)em", inspect_kan.STYLE, re.MULTILINE)[1])
+    font = FontProperties(family="DejaVu Sans", size=size)
+
+    def width(words: str) -> float:
+        return TextPath((0, 0), words, prop=font).get_extents().width + 2 * padding * size + 2
+
+    head, cells = rows      # a head may break between words
+    total = sum(max(width(cell), *(width(word) for word in title.split())) for title, cell in zip(head, cells))
+    page = int(re.search(r"max-width: (\d+)px", inspect_kan.STYLE)[1])
+    assert 900 < total < page < 1500
+    assert '<div class="pair wide">' in inspect_kan.page([NOTHING, NOTHING], [{}, {}])      # two tables, one above the other
+
+
+# A model without learned functions, and no image.
+NOTHING = inspect_kan.Findings(
+    SimpleNamespace(path="a.pth", spec=SimpleNamespace(name="vit", kwargs={}), about={}, model=torch.nn.Linear(1, 1)),
+    understand.Collected({}), {}, None, [], "none")
+
+
 def test_names_are_escaped(places, tmp_path):
     content = checkpoint(places / "GKAN")
     content["class_names"] = ["<script>alert(1)</script>", "a$b_{", "ä\\frac"]

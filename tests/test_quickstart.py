@@ -10,8 +10,10 @@ import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 import models_kan  # noqa: F401  (registers the models)
+import understand
 from checkpoints import load_file
 from tools import plot_run, quickstart
 from utils import UserError
@@ -22,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def write_log(folder: Path, *top1: float) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").write_text("".join(
-        json.dumps({"epoch": number, "train_loss": 2.0 - number, "test_loss": 1.9 - number, "test_acc1": acc1}) + "\n"
-        for number, acc1 in enumerate(top1)))
+        json.dumps({"epoch": number, "train_loss": 2.0 - number, "test_loss": 1.9 - number, "test_acc1": acc1,
+                    "test_images": 360, "img_per_s": 9.0}) + "\n" for number, acc1 in enumerate(top1)))
     return folder
 
 
@@ -96,7 +98,7 @@ def test_picture_of_learned_functions(tmp_path, suffix, kwargs, rows, monkeypatc
     """Of the model in the file, so that grid, width and base are its own; the first layers and the last."""
     seen = []
     real = plot_run.draw_functions
-    monkeypatch.setattr(plot_run, "draw_functions", lambda *args: seen.append(args[1:]) or real(*args))
+    monkeypatch.setattr(plot_run, "draw_functions", lambda *args: seen.append(args[1:3]) or real(*args))
     save(write_log(tmp_path / "mlp", 10.0, 20.0), "ViT")
     save(write_log(tmp_path / "kan", 10.0, 20.0), suffix, **kwargs)
     assert plot_run.main([str(tmp_path / "mlp"), str(tmp_path / "kan")]) == 0
@@ -110,6 +112,21 @@ def test_picture_of_learned_functions(tmp_path, suffix, kwargs, rows, monkeypatc
         assert {layer.rbf.h for _, layer in seen} == {0.7}
     if "kan_base" in kwargs:
         assert {layer.base for _, layer in seen} == {"relu"}
+
+
+def test_functions_over_what_arrives(tmp_path, monkeypatch):
+    """Of the digits that the run's checkpoint names, in the middle of the picture; nowhere without them."""
+    drawn = []
+    monkeypatch.setattr(plot_run, "draw_functions", lambda axes, name, layer, inputs: drawn.append((layer, inputs)))
+    folder = write_log(tmp_path / "kan", 10.0)
+    save(folder, "GKAN", depth=1)
+    torch.save({**torch.load(folder / "checkpoint.pth"), "args": {"data_set": "DIGITS"}}, folder / "checkpoint.pth")
+    plot_run.plot_runs([folder], tmp_path / "p.png", arriving=True)
+    assert [int(inputs.counts.sum()) for _, inputs in drawn] == [64 * 17 * 96, 64 * 17 * 384]      # images, tokens, channels
+    assert all(isinstance(inputs, understand.Inputs) for _, inputs in drawn)
+    drawn.clear()
+    plot_run.plot_runs([folder], tmp_path / "p.png")
+    assert [inputs for _, inputs in drawn] == [None, None]
 
 
 def test_plot_run_tells_what_is_missing(tmp_path, capsys):
@@ -142,6 +159,69 @@ def test_table_of_one_seed_and_of_several():
     _, kan, _ = quickstart.table({"GKAN": [run, {"top1": 98.0, "seconds": 80.0, "img_per_s": 700.0}],
                                   "MLP": [run, run]}).splitlines()
     assert kan.split() == ["GKAN", "97.00", "±", "1.41", "469,290", "16.08", "1.96", "70", "600"]
+
+
+def results(kan: list[float], mlp: list[float]) -> dict[str, list[dict[str, float]]]:
+    return {name: [{"top1": top1, "images": 360} for top1 in values] for name, values in (("GKAN", kan), ("MLP", mlp))}
+
+
+def test_what_one_seed_says():
+    text = " ".join(quickstart.conclusion(results([98.0], [96.0])).split())      # however it is broken into lines
+    half = 1.96 * (100 * 98 * 2 / 360 / 100 + 100 * 96 * 4 / 360 / 100) ** 0.5      # of a difference of two shares, in points
+    assert f"+2.00 points of top-1, one seed, 360 test images (one image is 0.28 points; the choice of images alone is worth " \
+           f"± {half:.2f}, 95%)" in text
+    assert "One seed does not show which is better" in text and "docs/results.md" in text and "better on these" not in text
+
+
+@pytest.mark.parametrize("kan, mlp, verdict", [
+    ([98.0, 97.0, 99.0], [97.5, 97.5, 98.0], "no difference is shown"),
+    ([98.0, 97.0, 99.0], [96.0, 95.1, 96.9], "GKAN is better on these digits"),
+    ([96.0, 95.1, 96.9], [98.0, 97.0, 99.0], "MLP is better on these digits")])
+def test_what_several_seeds_say(kan, mlp, verdict):
+    text = " ".join(quickstart.conclusion(results(kan, mlp)).split())
+    interval = stats.ttest_rel(kan, mlp).confidence_interval(0.95)
+    assert f"[{interval.low:+.2f}, {interval.high:+.2f}] (Student's t, 3 seeds, paired, 360 test images): {verdict}." in text
+    assert "docs/results.md" in text
+
+
+class Printed:
+    """A training in the place of `subprocess.Popen`, that prints what main.py does and leaves a log."""
+
+    def __init__(self, command, **_):
+        folder = Path(command[command.index("--output_dir") + 1])
+        top1 = [50.0, 60.0, 70.0] if "GKAN" in folder.name else [40.0, 65.0, 71.0]
+        if self.code:
+            top1 = []
+        write_log(folder, *top1)
+        self.stdout = ["error: no room\n"] if not top1 else [
+            line for epoch, value in enumerate(top1) for line in (
+                *(f"epoch {epoch}/3  step {step}/9  loss 1\n" for step in range(10)),
+                f"model: top-1 {value:.2f} top-5 99.00 (360 images)\n")]
+
+    code = 0
+
+    def wait(self) -> int:
+        return self.code
+
+
+def test_a_short_line_for_each_epoch(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart.subprocess, "Popen", Printed)
+    found = quickstart.train(7, tmp_path, [])
+    assert {name: (run["top1"], run["images"]) for name, run in found.items()} == {"GKAN": (70.0, 360), "MLP": (71.0, 360)}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit("  ", 1)[0] for line in lines] == [
+        "seed 7  epoch 1/3  top-1 (%) GKAN  50.00  MLP  40.00", "seed 7  epoch 2/3  top-1 (%) GKAN  60.00  MLP  65.00",
+        "seed 7  epoch 3/3  top-1 (%) GKAN  70.00  MLP  71.00"]
+    for name in ("GKAN", "MLP"):
+        assert (tmp_path / f"{name}_seed7.txt").read_text().count("\n") == 33
+
+
+def test_why_a_training_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart.subprocess, "Popen", Printed)
+    monkeypatch.setattr(Printed, "code", 2)
+    with pytest.raises(SystemExit) as stop:
+        quickstart.train(0, tmp_path, [])
+    assert stop.value.code == 2 and "error: no room" in capsys.readouterr().err
 
 
 @pytest.mark.slow

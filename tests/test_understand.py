@@ -331,13 +331,52 @@ def test_drawn_edges_are_the_functions(name):
     inputs = filled(layer, u)
     figure = understand.functions_figure({"blocks.0": layer}, {"blocks.0": inputs})
     axes, below = figure.axes
-    expected = edge_functions(layer, understand.drawn_range(layer), inputs)
+    expected = edge_functions(layer, understand.drawn_range(layer, inputs), inputs)
     for line, (label, values) in zip(axes.lines, expected.items()):
         assert line.get_label() == label
         torch.testing.assert_close(torch.tensor(line.get_ydata()), values)
     steps, = below.patches
     torch.testing.assert_close(torch.tensor(steps.get_data().values), inputs.shares()[0])
     assert f"{inputs.off_grid:.1%} of the inputs off the grid" in axes.get_title()
+
+
+@pytest.mark.parametrize("scale, wide", [(1.0, False), (0.1, True)])
+def test_functions_are_drawn_over_what_arrives(scale, wide):
+    """Not over the grid, its 5th and 95th percentile marked, with a word where the grid is far wider."""
+    torch.manual_seed(0)
+    phi, u = activation(), torch.randn(2000, 12) * scale + 0.2
+    axes = Figure().subplots()
+    understand.draw_functions(axes, "it", phi, filled(phi, u))
+    low, p5, p95, high = u.flatten().quantile(torch.tensor([0.001, 0.05, 0.95, 0.999])).tolist()
+    bin = Inputs(12, understand.grid_of(phi)).width
+    assert axes.get_xlim() == pytest.approx((low, high), abs=bin)
+    curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
+    assert len(curves) == 5
+    assert all((line.get_xdata()[0], line.get_xdata()[-1]) == pytest.approx(axes.get_xlim()) for line in curves)
+    marks = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert marks == pytest.approx([p5, p95], abs=bin) and "5th and 95th percentile" in axes.get_xlabel()
+    assert (f"nine in ten within {(marks[1] - marks[0]) / 6:.0%} of its width" in axes.get_title()) is wide
+
+
+def test_quantiles():
+    u = torch.randn(4000, 5) * 0.7
+    inputs = filled(FasterKANLayer(5, 2), u)
+    for share in (0.001, 0.05, 0.5, 0.95, 0.999):
+        assert inputs.quantile(share) == pytest.approx(u.flatten().quantile(share).item(), abs=inputs.width)
+    inputs = filled(FasterKANLayer(5, 2), torch.full((10, 5), 0.3))       # nothing varies
+    assert inputs.quantile(0.05) == inputs.quantile(0.95) == pytest.approx(0.3)
+    inputs = filled(FasterKANLayer(5, 2), torch.tensor([[-1e6, -1, 0, 1, 1e6]]))
+    assert inputs.quantile(0.05) >= inputs.start and inputs.quantile(0.99) <= float(inputs.edges[-1])
+
+
+def test_what_the_note_on_wide_grids_says():
+    phi = activation()
+    narrow, fitting = (measure(phi, filled(phi, torch.randn(500, 12) * scale)) for scale in (0.1, 1))
+    assert narrow.too_wide and not fitting.too_wide and understand.wide_grid_note({"a": fitting}) == ""
+    assert narrow.p5 == pytest.approx(-0.164, abs=0.03) and narrow.p95 == pytest.approx(0.164, abs=0.03)
+    text = understand.wide_grid_note({"a": fitting, "b": narrow, "c": narrow})
+    assert f"inputs of b lie within [{narrow.p5:.2g}, {narrow.p95:.2g}], its grid is [-3, 3]" in text
+    assert "1 of the other 2 layers" in text and "8 points" in text and "--kan-grid-range" in text and "\n" not in text
 
 
 def test_what_a_warning_says():

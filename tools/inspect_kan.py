@@ -99,12 +99,13 @@ def _attention(trained: Trained, image: Tensor, title: str) -> Figure:
 
 
 def share_limits(a: Figure, b: Figure) -> None:
-    """The same height for the panels of the same layer, so that two pictures can be compared by eye."""
+    """The same axes for the panels of the same layer, so that two pictures can be compared by eye."""
     ours, theirs = ({axes.get_label(): axes for axes in figure.axes if axes.get_label()} for figure in (a, b))
     for name in ours.keys() & theirs.keys():
-        limits = [axes.get_ylim() for axes in (ours[name], theirs[name])]
-        for axes in (ours[name], theirs[name]):
-            axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        for which in ("x", "y"):
+            limits = [getattr(axes, f"get_{which}lim")() for axes in (ours[name], theirs[name])]
+            for axes in (ours[name], theirs[name]):
+                axes.set(**{f"{which}lim": (min(low for low, _ in limits), max(high for _, high in limits))})
 
 
 # ---------------------------------------------------------------- tables
@@ -131,11 +132,13 @@ def blocks_table(found: Findings) -> list[list[str]]:
 
 
 def layers_table(found: Findings) -> list[list[str]]:
-    rows = [["layer", "functions", "grid", "inputs", "smallest, largest", "off the grid", "distance", "furthest", "gain", "dead"]]
+    rows = [["layer", "functions", "grid", "inputs", "smallest, 5%, 95%, largest", "off the grid", "distance", "furthest", "gain",
+             "dead"]]
     for name, layer in found.measured.items():
+        spread = ", ".join(f"{value:.2f}" for value in (layer.smallest, layer.p5, layer.p95, layer.largest))
         distances = ["–" if value is None else f"{value:.3g}" for value in (layer.distance, layer.furthest)]
         rows.append([name, f"{layer.functions:,}", f"{layer.points} on [{layer.low:.3g}, {layer.high:.3g}]",
-                     f"{layer.mean:.2f} ± {layer.std:.2f}", f"{layer.smallest:.2f}, {layer.largest:.2f}", f"{layer.off_grid:.1%}",
+                     f"{layer.mean:.2f} ± {layer.std:.2f}", spread, f"{layer.off_grid:.1%}",
                      *distances, f"{layer.gain.min():.2g} to {layer.gain.max():.2g}",
                      f"{layer.dead} of {len(layer.gain)} {layer.units}"])
     return rows if found.measured else []
@@ -143,11 +146,13 @@ def layers_table(found: Findings) -> list[list[str]]:
 
 # ---------------------------------------------------------------- the page
 STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222; background: #fff }
-body.two { max-width: 2300px } .two td, .two th { padding: .2em .4em; font-size: 12px }
-.pair { display: flex; gap: 2em } .pair > div { flex: 1; min-width: 0; overflow-x: auto }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1440px; padding: 0 1em;
+  color: #222; background: #fff }
+body.two { max-width: 2300px }
+.pair { display: flex; gap: 2em } .pair > div { flex: 1; min-width: 0; overflow-x: auto } .wide { display: block }
 table { border-collapse: collapse; margin: .5em 0; font-size: 13px; font-variant-numeric: tabular-nums }
-td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left; white-space: nowrap } th { background: #eef }
+td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left; white-space: nowrap }
+th { background: #eef; white-space: normal; vertical-align: bottom }
 .facts td { white-space: normal; overflow-wrap: anywhere; vertical-align: top }
 img { max-width: 100%; display: block; margin: .5em 0 } h2 { border-bottom: 1px solid #ccc; margin-top: 2em }
 .warning { background: #fff3cd; padding: .5em 1em } .note { color: #555; max-width: 60em }
@@ -157,14 +162,15 @@ NOTES = {
         "Root mean square of what the attention and the feed-forward of each block add (before any layer scale), and of what "
         "leaves the block.",
     "Layers of learned functions":
-        "Inputs: mean and deviation. Off the grid: the share of them that lie beyond the first or last grid point, where what "
-        "is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a full-edge KAN: of the "
-        "spline beside its base branch, where it has one), the mean over the functions, and the furthest. Gain: deviation of "
-        "what a group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what arrives; dead: "
-        f"below {understand.DEAD_GAIN:g}.",
+        "Inputs: mean and deviation; 5%, 95%: percentiles. Off the grid: the share of them beyond the first or last grid point, "
+        "where what is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a "
+        "full-edge KAN: of the spline beside its base branch, where it has one), the mean over the functions, and the furthest. "
+        "Gain: deviation of what a group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what "
+        f"arrives; dead: below {understand.DEAD_GAIN:g}.",
     "Learned functions":
         "Group KAN: each group's function over its base (dashed). Full-edge KAN: the edges whose functions vary most under what "
-        "arrives, exact from the weights. Grey lines: grid points; blue: how what arrives is spread.",
+        "arrives, exact from the weights. Drawn is where all but a thousandth of the inputs on either side lie. Grey lines: grid "
+        "points; blue: how what arrives is spread; dotted: its 5th and 95th percentile.",
     "Attention":
         "Rollout (arXiv:2005.00928): the product over the blocks of (attention + identity)/2, averaged over heads. Then the "
         "class token's attention in each block, averaged over heads, and in each head of the last block. Each panel goes "
@@ -185,17 +191,19 @@ def _picture(content: bytes, words: str) -> str:
 
 def page(columns: Sequence[Findings], pictures: Sequence[dict[str, bytes]]) -> str:
     """The report on one checkpoint, or on two side by side. pictures: of each, by file name."""
-    def row(title: str, parts: Sequence[str]) -> str:
+    def row(title: str, parts: Sequence[str], layout: str = "pair") -> str:
+        """layout: "pair" is side by side, "pair wide" one above the other."""
         inside = "".join(f"<div>{part}</div>" for part in parts)
         note = f'<p class="note">{html.escape(NOTES[title])}</p>' if title in NOTES else ""
-        return f'<h2>{html.escape(title)}</h2>\n{note}<div class="pair">{inside}</div>\n'
+        return f'<h2>{html.escape(title)}</h2>\n{note}<div class="{layout}">{inside}</div>\n'
 
     def table_or(rows: list[list[str]], otherwise: str) -> str:
         return _table(rows) if rows else f"<p>{html.escape(otherwise)}</p>"
 
     def facts(found: Findings) -> str:
-        warning = understand.off_grid_warning(found.measured)
-        return _table(about(found), head=False) + (f'<p class="warning">{html.escape(warning)}</p>' if warning else "")
+        told = {"warning": understand.off_grid_warning(found.measured), "note": understand.wide_grid_note(found.measured)}
+        return _table(about(found), head=False) + "".join(f'<p class="{kind}">{html.escape(text)}</p>'
+                                                          for kind, text in told.items() if text)
 
     def functions(found: Findings, drawn: dict[str, bytes]) -> str:
         if found.functions is None:
@@ -215,7 +223,8 @@ def page(columns: Sequence[Findings], pictures: Sequence[dict[str, bytes]]) -> s
             + row("Blocks", [table_or(blocks_table(found), no_images if not found.collected.images else "no transformer blocks")
                              for found in columns])
             + row("Layers of learned functions", [table_or(
-                layers_table(found), "no learned functions" if found.functions is None else no_images) for found in columns])
+                layers_table(found), "no learned functions" if found.functions is None else no_images) for found in columns],
+                "pair wide")
             + row("Learned functions", [functions(*each) for each in zip(columns, pictures)])
             + row("Attention", [attention(*each) for each in zip(columns, pictures)]) + "</body></html>\n")
 

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints import CHECKPOINT, whole
+from start import validation_images
 from trained import load_trained
-from understand import draw_functions, function_layers, png
+from understand import collect_inputs, draw_functions, function_layers, png
 from utils import UserError
 
 
@@ -24,7 +25,7 @@ def read_log(folder: Path) -> list[dict]:
     log = folder / "log.txt"
     if not log.is_file():
         raise UserError(f"{folder} holds no log.txt: name the --output_dir of a run")
-    lines, records = log.read_text().splitlines(), []
+    lines, records = log.read_text(encoding="utf-8").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             records.append({**json.loads(line), "epoch": int(json.loads(line)["epoch"])})
@@ -62,19 +63,22 @@ def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str, da
     axes.legend()
 
 
-def plot_runs(folders: list[Path], picture: Path) -> Path:
-    """Draw loss and top-1 of all runs over the epochs, below them functions of the first KAN among them."""
+def plot_runs(folders: list[Path], picture: Path, arriving: bool = False) -> Path:
+    """Draw loss and top-1 of all runs over the epochs, below them functions of the first KAN among them.
+
+    arriving: over what arrives at them from validation images of the checkpoint's data set, which is at hand."""
     logs = {name: read_log(folder) for name, folder in zip(names_of(folders), folders)}
-    models = (load_trained(str(folder / CHECKPOINT), device="cpu").model for folder in folders
-              if (folder / CHECKPOINT).is_file())
-    layers = list(next(filter(None, map(function_layers, models)), {}).items())
+    models = (load_trained(str(folder / CHECKPOINT), device="cpu") for folder in folders if (folder / CHECKPOINT).is_file())
+    kan = next((trained for trained in models if function_layers(trained.model)), None)
+    layers = list(function_layers(kan.model).items()) if kan else []
+    inputs = collect_inputs(kan.model, [validation_images(kan.loaders())]).inputs if kan and arriving else {}
     shown = layers if len(layers) <= 4 else [*layers[:2], *layers[-2:]]
     rows = 1 + -(-len(shown) // 2)
     figure = Figure((11, 3.6 * rows), layout="constrained")
     for place, (key, label, dashed) in enumerate([("test_loss", "loss", "train_loss"), ("test_acc1", "top-1 (%)", None)], 1):
         draw_curve(figure.add_subplot(rows, 2, place), logs, key, label, dashed)
     for place, (name, layer) in enumerate(shown, 3):
-        draw_functions(figure.add_subplot(rows, 2, place), name, layer)
+        draw_functions(figure.add_subplot(rows, 2, place), name, layer, inputs.get(name))
     with whole(picture) as file:
         file.write_bytes(png(figure, dpi=110))
     return picture
