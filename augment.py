@@ -1,6 +1,7 @@
 """Image transforms: DeiT's for training and evaluation and DeiT III's 3-Augment, out of timm's parts."""
+import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -67,12 +68,12 @@ def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
 LONGEST = 20
 
 
-def shorten(image: Image.Image, choose: Callable[[int], int]) -> Image.Image:
-    """The image, or so much of its longer side that this is LONGEST times the shorter.
+def shorten(image: Image.Image, choose: Callable[[int], int], most: int = LONGEST) -> Image.Image:
+    """The image, or so much of its longer side that this is `most` times the shorter.
 
     choose: called with the number of pixels to spare, returns how many of them are left out before the part that is kept."""
     short, long = sorted(image.size)
-    keep = LONGEST * short + (long - LONGEST * short) % 2     # of the long side's parity: the two centres are the same
+    keep = most * short + (long - most * short) % 2     # of the long side's parity: the two centres are the same
     if keep >= long:
         return image
     first = choose(long - keep)
@@ -80,15 +81,15 @@ def shorten(image: Image.Image, choose: Callable[[int], int]) -> Image.Image:
 
 
 class Normalise:
-    """PIL RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std of ImageNet.
+    """PIL RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std of each channel; those of ImageNet where not given.
 
     To the last bit what torchvision's ToTensor and Normalize give, in a quarter of their time: those reorder the
     channels a byte at a time and copy once more.
     """
 
-    def __init__(self):
-        self.mean = np.array(IMAGENET_DEFAULT_MEAN, np.float32).reshape(3, 1, 1)
-        self.std = np.array(IMAGENET_DEFAULT_STD, np.float32).reshape(3, 1, 1)
+    def __init__(self, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
+        self.mean = np.array(mean, np.float32).reshape(3, 1, 1)
+        self.std = np.array(std, np.float32).reshape(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
@@ -112,18 +113,24 @@ class TrainTransform:
 
 class EvalTransform:
     """PIL RGB image -> normalised float32 [3, S, S]: resize, centre crop. At 32 px or below an image
-    that already is S x S is taken as it is."""
+    that already is S x S is taken as it is.
 
-    def __init__(self, size: int, crop_ratio: float):
+    mode: of the crop as timm has it: "center" resizes by the shorter side, "squash" both sides, "border" by the longer side and
+        fills up with the mean."""
+
+    def __init__(self, size: int, crop_ratio: float, mode: str = "center", interpolation: str = "bicubic",
+                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
         self.size = size
-        self.fit = transforms.Compose([
-            transforms.Resize(int(size / crop_ratio), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(size)])
-        self.finish = Normalise()
+        whole = create_transform(size, is_training=False, crop_pct=crop_ratio, crop_mode=mode, interpolation=interpolation,
+                                 mean=tuple(mean))
+        self.resize = transforms.Compose(whole.transforms[:-2])         # all but timm's tensor and normalisation
+        # of an image that is resized by its longer side a pixel of the shorter one must be left
+        self.most = {"center": LONGEST, "border": min(LONGEST, size), "squash": sys.maxsize}[mode]
+        self.finish = Normalise(mean, std)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         if self.size > 32 or image.size != (self.size, self.size):
-            image = self.fit(shorten(image, lambda spare: spare // 2))
+            image = self.resize(shorten(image, lambda spare: spare // 2, self.most))
         return self.finish(image)
 
 
@@ -138,12 +145,12 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
     Raises UserError for an `--aa` policy, `--remode` or `--train-interpolation` that timm does not know.
     """
     if not is_train:
-        return EvalTransform(args.input_size, args.eval_crop_ratio)
+        return EvalTransform(args.input_size, args.eval_crop_ratio, args.crop_mode, args.interpolation, args.mean, args.std)
     policy = "3a" if args.ThreeAugment else "" if args.aa in (None, "none") else args.aa
     try:
         primary, secondary, final = create_transform(
             input_size=args.input_size, is_training=True, hflip=args.hflip, color_jitter=args.color_jitter,
-            auto_augment=policy, interpolation=args.train_interpolation, separate=True,
+            auto_augment=policy, interpolation=args.train_interpolation, separate=True, mean=tuple(args.mean),
             re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
     except (AssertionError, KeyError, ValueError, IndexError) as error:  # timm's parser raises any of them
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -152,7 +159,7 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
                         "such as rand-m9-mstd0.5-inc1, augmix-m3, original or none") from error
     steps = primary.transforms + secondary.transforms + final.transforms
     erasing = steps.pop() if args.reprob > 0 else None
-    steps[-2:] = [Normalise()]      # in place of timm's tensor and normalisation
+    steps[-2:] = [Normalise(args.mean, args.std)]      # in place of timm's tensor and normalisation
     if args.src:
         steps[0] = _pad_and_crop(args, "reflect")
     elif args.input_size <= 32:

@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 
 import torch
 import yaml
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.optim import list_optimizers
 
 from kernels import BACKENDS, BASES
@@ -50,7 +51,7 @@ _SCOPES = {
     "model": "model hdim_kan kan_groups kan_base kan_input_phi kan_trainable_base kan_grid_range kan_grid_points kan_h "
              "kan_trainable_grid kan_trainable_h kan_basis kan_base_branch kan_second_norm",
     "data": "data_set inat_category data_split val_split input_key target_key num_classes input_size eval_crop_ratio "
-            "exif_orientation",
+            "exif_orientation crop_mode interpolation mean std",
     "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "patience model_ema model_ema_decay model_ema_warmup model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
@@ -70,9 +71,11 @@ SCOPE = {dest: scope for scope, dests in _SCOPES.items() for dest in dests.split
 # The first four change the run on purpose; the others are what a different machine or a NaN asks for.
 MAY_CHANGE_ON_RESUME = {"epochs", "patience", "batch_size", "grad_accum",
                         "amp_dtype", "grad_checkpointing", "model_ema_force_cpu"}
+# How an image is prepared for a model beside its size: of timm's pretrained configurations, too.
+PREPARATION = {"eval_crop_ratio", "crop_mode", "interpolation", "mean", "std"}
 # To evaluate on other images or with another crop is an ordinary wish; the input size is in the weights.
-MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "data_split", "val_split", "input_key", "target_key", "eval_crop_ratio",
-                      "exif_orientation"}
+MAY_CHANGE_ON_EVAL = {"data_set", "inat_category", "data_split", "val_split", "input_key", "target_key", "exif_orientation",
+                      *PREPARATION}
 _TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "train")}
 
 _ONE_SHOT = {"config", "list_models"}       # neither in a recipe nor in args.yaml
@@ -329,6 +332,16 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--download", action=on_off, default=False, help="fetch a data set that torchvision can fetch")
     add("--eval-crop-ratio", default=0.875, type=float, metavar="SHARE",
         help="side of the centre crop relative to the resized image")
+    add("--crop-mode", default="center", choices=["center", "squash", "border"],
+        help="how an evaluation image is resized before the crop: by its shorter side, both sides (squash), or its longer side "
+             "with a border")
+    add("--interpolation", default="bicubic", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+        help="of that resizing (see --train-interpolation for training images)")
+    add("--mean", type=float, nargs=3, default=list(IMAGENET_DEFAULT_MEAN), metavar=("R", "G", "B"),
+        help="mean of each channel, of values 0 to 1, that is subtracted from an image; like the three before of the model's "
+             "or --finetune's timm configuration, if it has one")
+    add("--std", type=float, nargs=3, default=list(IMAGENET_DEFAULT_STD), metavar=("R", "G", "B"),
+        help="deviation of each channel, by which it is then divided")
     add("--exif-orientation", action=on_off, help="turn photos upright as their EXIF orientation says; by default with FOLDER "
         "alone, but for ImageNet's classes")
     add("--strict-data", action=on_off, default=False, help="stop at the first image that cannot be read")
@@ -472,7 +485,8 @@ _RANGES = {
     # these limits keep one image, one loader or timm's search for a noise below lr_noise_pct from taking all memory or forever
     "lr_noise_pct": _between(0.01, 1), "keep": _between(1, 1000),
     "epochs": _between(1, _MOST_EPOCHS), "input_size": _between(1, 16384), "recount": _between(1, 1000),
-    "num_workers": _between(0, 1024), "eval_crop_ratio": _between(0.1, 1), "layer_decay": _SHARE,
+    "num_workers": _between(0, 1024), "layer_decay": _SHARE, "mean": _between(0, 1), "std": _between(0.001, 1),
+    "eval_crop_ratio": _between(0.1, 1.15),     # above 1 a border is added: timm's volo_d4_448
     "val_split": _SHARE, "num_classes": _between(1, 10 ** 6),
     "kan_grid_points": _between(2, 1024), "seed": _between(0, 2 ** 63 - 1),
 }
@@ -717,10 +731,10 @@ def _typed(action: argparse.Action, value):
         raise ValueError("has no value")
     if action.dest in _ONE_OR_EACH and isinstance(value, (list, tuple)) and value:
         return [_typed_one(action, item) for item in value]
-    if action.nargs in ("+", 2):
-        if not isinstance(value, (list, tuple)) or not value or (action.nargs == 2 and len(value) != 2):
+    if action.nargs in ("+", 2, 3):
+        if not isinstance(value, (list, tuple)) or not value or action.nargs not in ("+", len(value)):
             kind = "numbers" if action.type else "names"
-            many = f"two {kind}" if action.nargs == 2 else f"one or more {kind}"
+            many = f"{ {'+': 'one or more', 2: 'two', 3: 'three'}[action.nargs]} {kind}"
             raise ValueError(f"must be a list of {many}, not {_describe(value)}")
         return [_typed_one(action, item) for item in value]
     return _typed_one(action, value)
@@ -767,7 +781,7 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     checkpoint_args: the `args` that a checkpoint holds (ours, DeiT's or the original Vision-KAN's: keys that
     are no flags are ignored). model_defaults: dest -> value that suits the model, e.g. {"input_size": 32}.
     purpose decides what is taken (see `SCOPE`): "resume" everything but places, "eval" model and data,
-    "finetune" the model unless --model names another one, None nothing.
+    "finetune" the model unless --model names another one, and how images are prepared, None nothing.
     Returns a new Config and changes nothing. Raises `UserError` when a given flag contradicts the checkpoint
     that is resumed or evaluated, except `MAY_CHANGE_ON_RESUME` and `MAY_CHANGE_ON_EVAL`, which are noted.
     """
@@ -777,13 +791,15 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     if purpose == "finetune" and "model" in config.given and config.args.model != stored.get("model"):
         taken = ()
     may_change = {"resume": MAY_CHANGE_ON_RESUME, "eval": MAY_CHANGE_ON_EVAL,
-                  "finetune": set(_SCOPES["model"].split())}.get(purpose or "", set())
+                  "finetune": {*_SCOPES["model"].split(), *PREPARATION}}.get(purpose or "", set())
     values, sources = dict(vars(config.args)), dict(config.given)
     for dest, value in model_defaults.items():
         if dest not in config.given:
             values[dest], sources[dest] = value, "model"
     if purpose == "resume":
         besides = {"teacher_path"}
+    elif purpose == "finetune":     # weights go on with images as they know them; runs of before did not tell
+        besides = PREPARATION if "mean" in stored else set()
     else:       # the images that were held out are chosen by the seed
         besides = {"seed"} if purpose == "eval" and stored.get("val_split") else set()
     for dest, value in stored.items():
@@ -842,7 +858,8 @@ def describe_sources(config: Config) -> str:
     groups: dict[str, list[str]] = {}
     for dest, source in config.sources.items():
         value = getattr(config.args, dest)
-        plain = SCOPE[dest] in ("train", "place") and value == flags[dest].default
+        plain = (SCOPE[dest] in ("train", "place") or dest in ("crop_mode", "interpolation", "mean", "std")) and \
+            value == flags[dest].default
         if source == "command line" or value is None or plain:
             continue
         groups.setdefault(source, []).append(f"{dest} {_show(value)}")

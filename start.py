@@ -5,7 +5,7 @@ import re
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -14,8 +14,9 @@ from urllib.parse import urlparse
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from timm.layers import PatchEmbed
-from timm.models import get_pretrained_cfg
+from timm.models import get_pretrained_cfg, is_model_in_modules
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -27,7 +28,7 @@ import kernels
 import models_kan
 import vetting
 from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
-from config import Config, flag_name, get_args_parser, parse_args, resolve, validate
+from config import PREPARATION, Config, flag_name, get_args_parser, parse_args, resolve, validate
 from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_imagenet, needs_splitting
 from downloads import fetch
 from engine import MovingAverage, TrainState
@@ -146,7 +147,8 @@ def read_source(source: str) -> tuple[str, dict[str, Any]]:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
     say(f"fetching the weights of {source} from timm's hub")
     try:
-        return source, {"model": timm.create_model(source, pretrained=True).state_dict(), "args": {}}
+        model: Any = timm.create_model(source, pretrained=True)
+        return source, {"model": model.state_dict(), "args": preparation(source, model.pretrained_cfg)}
     except Exception as error:      # the hub's client raises many kinds
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"--finetune {source}: timm's weights cannot be had ({reason}): check the name and the "
@@ -186,7 +188,7 @@ def settle(config: Config, start: Start, process: Process) -> Config:
             config = _with(config, exif_orientation=False, source="checkpoint")     # of a version that turned nothing
         elif config.args.data_set == "FOLDER" and not looks_like_imagenet(config.args.data_path):
             config = _with(config, exif_orientation=True, source="data folder")
-    config = with_own_input_size(config)
+    config = with_own_preparation(with_own_input_size(config), stored)
     if "num_workers" not in config.given:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -206,6 +208,30 @@ def with_own_input_size(config: Config) -> Config:
     if cfg is None or "input_size" in config.sources:
         return config
     return _with(config, input_size=cfg.input_size[-1], source="model")
+
+
+def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared for a model of timm's with a pretrained configuration: the flags `PREPARATION`. For this project's
+    models and DeiT's as in DeiT's code, which are the flags' defaults."""
+    name = name.split(".")[0]
+    if models_kan.split_name(name)[0] or is_model_in_modules(name, ["deit"]):
+        return {dest: get_args_parser().get_default(dest) for dest in sorted(PREPARATION)}
+    own = resolve_data_config(pretrained_cfg=dict(cfg))
+    return plain({"eval_crop_ratio": own["crop_pct"], "crop_mode": own["crop_mode"], "interpolation": own["interpolation"],
+                  "mean": own["mean"], "std": own["std"]})
+
+
+def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:
+    """The flags `PREPARATION` of the model's own pretrained configuration where nothing else says them.
+
+    stored: a checkpoint's flags; one that tells a part of it was trained with the defaults of the rest."""
+    name = config.args.model
+    cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    if cfg is None or any(stored.get(dest) for dest in PREPARATION):
+        return config
+    own = {dest: value for dest, value in preparation(name, cfg.to_dict()).items()
+           if dest not in config.sources and value != getattr(config.args, dest)}
+    return _with(config, "model", **own)
 
 
 # ---------------------------------------------------------------- the model

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -20,7 +20,7 @@ import start as starting
 import utils
 import vetting
 from checkpoints import weights_of
-from config import Config, parse_args
+from config import Config, parse_args, validate
 from datasets import FileImages, ImageSet, Loaders, Split, batches, build_dataset, build_loaders
 from folders import find_images
 from models_kan import ModelSpec
@@ -33,7 +33,7 @@ _STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses
 @dataclass
 class Trained:
     """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
-    effective flags; `args.input_size` and `args.eval_crop_ratio` say how images are prepared. class_names: one for each
+    effective flags; `args.input_size` and those of `config.PREPARATION` say how images are prepared. class_names: one for each
     output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer. weights: the key
     in `WEIGHTS` of those that the model has."""
     model: nn.Module
@@ -56,9 +56,10 @@ class Trained:
     def data_config(self) -> dict[str, Any]:
         """How an image is prepared, as `timm.data.create_transform` takes it: the same tensor as here. At 32 px and below that is
         so for an image that has the size already; a larger one is resized to it whole, where here it is cropped."""
-        size = self.args.input_size
-        return {"input_size": (3, size, size), "crop_pct": self.args.eval_crop_ratio if size > 32 else 1.0,
-                "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+        args, size = self.args, self.args.input_size
+        return {"input_size": (3, size, size), "crop_pct": args.eval_crop_ratio if size > 32 else 1.0,
+                "crop_mode": args.crop_mode, "interpolation": args.interpolation, "mean": tuple(args.mean),
+                "std": tuple(args.std)}
 
     @property
     def has_data(self) -> bool:
@@ -90,6 +91,7 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
     config = parse_args(["--eval", "--resume", location, "--device", device, *flags])
     start = starting.read_start(config)
     config = starting.settle(config, start, Process())
+    validate(config.args)       # a file may say anything
     if weights != "model" and not start.checkpoint.get(weights):
         raise UserError(f"checkpoint {start.path} holds no {weights}: leave out --weights {weights}")
     state = weights_of(start.checkpoint, start.path, weights)
@@ -165,9 +167,9 @@ class Pictures:
         return [self.files[index] for index in self.data.unreadable.nonzero().flatten().tolist()]
 
 
-def as_seen(image: Tensor) -> Tensor:
-    """[3, S, S], 0 to 1, to be shown: an image as the model takes it, its normalisation undone."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+def as_seen(image: Tensor, args: Namespace) -> Tensor:
+    """[3, S, S], 0 to 1, to be shown: an image as the model takes it, its normalisation by --mean and --std undone."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (args.mean, args.std))
     return (image * std + mean).clamp(0, 1)
 
 

@@ -125,7 +125,7 @@ def check_values(args: Namespace) -> None:
             if action.default is not None:
                 raise Violation(f"{dest} is None")
             continue
-        numbers = value if action.nargs in ("+", 2) else [value]
+        numbers = value if action.nargs in ("+", 2, 3) else [value]
         if not isinstance(numbers, list) or not numbers:
             raise Violation(f"{dest} {value!r} is no list")
         for number in numbers:
@@ -161,7 +161,7 @@ def _of_type(action: Action) -> st.SearchStrategy:
     one = {int: INTEGERS, float: REALS}.get(action.type, TEXTS)
     if action.choices:
         one = st.sampled_from([*action.choices, *(str(choice).swapcase() for choice in action.choices)])
-    return st.lists(one, max_size=3) if action.nargs in ("+", 2) else one
+    return st.lists(one, max_size=3) if action.nargs in ("+", 2, 3) else one
 
 
 def _within(dest: str, action: Action) -> st.SearchStrategy:
@@ -175,8 +175,9 @@ def _within(dest: str, action: Action) -> st.SearchStrategy:
         return st.sampled_from(config._NAMES[dest])
     one = {int: st.integers(0, 64), float: st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1.0]))}.get(
         action.type, st.just(action.default or "none"))
-    if action.nargs in ("+", 2):
-        return st.lists(one, min_size=2, max_size=2).map(sorted)
+    if action.nargs in ("+", 2, 3):
+        count = 3 if action.nargs == 3 else 2
+        return st.lists(one, min_size=count, max_size=count).map(sorted)
     return one
 
 
@@ -375,7 +376,8 @@ def _odd_values() -> dict[str, list]:
         "input_key": ["png", ""], "target_key": ["cls", "label,x"],
         "data_path": ["", "nowhere", "~nobody_here", "x" * 5000, "/dev/null", "é\udcff"],
         "output_dir": ["/dev/null", "/proc/nothing", "~nobody_here/x", "x" * 5000, "é\udcff", "a/" * 3000],
-        "eval_crop_ratio": [0.1, 0.875, 1], "device": ["cpu", "cpu:0", "cpu:1", "cuda", "cuda:9", "mps", "meta", "auto"],
+        "eval_crop_ratio": [0.1, 0.875, 1, 1.15], "mean": [(0, 0, 0), (0, 0.5, 1)], "std": [(0.001,) * 3, (1, 0.5, 1)],
+        "device": ["cpu", "cpu:0", "cpu:1", "cuda", "cuda:9", "mps", "meta", "auto"],
         "num_workers": [0, 1], "seed": [0, 1, 2 ** 63 - 1], "start_epoch": [0, 1, 10 ** 6], "print_freq": [1, 10 ** 9],
         "world_size": [1, 2, 10 ** 9], "dist_url": ["env://", "tcp://", "file://"], "keep": [1, 1000],
         "save_interval_steps": [0, 1, 10 ** 9], "save_interval_minutes": [0, tiny, large], "dist_timeout": [tiny, 1, large],

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hostile_images import grown
 from PIL import Image, ImageOps
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_pretrained_cfg
 from torchvision import transforms
 
 from augment import GREY_SCALE, Normalise, build_transform, shorten, to_rgb
@@ -110,6 +111,42 @@ def test_evaluation_is_deits_resize_and_centre_crop(size, ratio, resized):
         transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
     ours = build_transform(False, make_args(input_size=size, eval_crop_ratio=ratio))
     assert torch.equal(ours(photo()), theirs(photo()))
+
+
+# center at two crops, squash, border, bilinear; a crop ratio above 1
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224.augreg_in21k_ft_in1k", "csatv2.r512_in1k",
+                                  "convnext_base.fb_in22k_ft_in1k_384", "deepseek_vit_412m_enc.deepseek_v4_1_flash",
+                                  "wide_resnet50_2.tv_in1k", "volo_d4_448.sail_in1k"])
+@pytest.mark.parametrize("width, height", [(80, 60), (33, 90)])
+def test_evaluation_is_timms_of_a_pretrained_configuration(name, width, height):
+    cfg = resolve_data_config(pretrained_cfg=get_pretrained_cfg(name).to_dict())
+    cfg["input_size"] = (3, 48, 48)
+    ours = build_transform(False, make_args(input_size=48, eval_crop_ratio=cfg["crop_pct"], crop_mode=cfg["crop_mode"],
+                                            interpolation=cfg["interpolation"], mean=list(cfg["mean"]), std=list(cfg["std"])))
+    assert torch.equal(ours(photo(width, height)), create_transform(**cfg)(photo(width, height)))
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("size", [8, 32, 48])
+@pytest.mark.parametrize("width, height", [(1, 1), (100, 40), (20_000, 1), (1, 20_000)])
+def test_every_way_to_crop_takes_images_of_any_size(mode, size, width, height):
+    args = make_args(input_size=size, crop_mode=mode, eval_crop_ratio=1.0)
+    output = build_transform(False, args)(Image.new("RGB", (width, height), "red"))
+    assert output.shape == (3, size, size) and output[0].max() > 2
+
+
+def test_training_images_have_the_mean_and_deviation_that_are_asked_for():
+    half = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    mean, std = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])[:, :, None, None]
+    for size in (32, 48):
+        plain, other = (train_outputs(input_size=size, crop_padding=0, **PLAIN, **flags) for flags in ({}, half))
+        torch.testing.assert_close((plain * std + mean - 0.5) / 0.25, other, rtol=0, atol=1e-5)
+    args = make_args(input_size=48, **half)
+    theirs = create_transform(48, is_training=True, color_jitter=args.color_jitter, auto_augment=args.aa, mean=(0.5,) * 3,
+                              std=(0.25,) * 3, interpolation=args.train_interpolation, re_prob=1.0, re_mode=args.remode)
+    for seed, ours in enumerate(train_outputs(reprob=1.0, **half)):     # what rotations uncover is filled with the mean, too
+        seed_all(seed)
+        assert torch.equal(ours, theirs(photo()))
 
 
 @pytest.mark.parametrize("off", ["none", "", None])

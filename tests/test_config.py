@@ -86,7 +86,7 @@ def test_deit_command_line_is_understood():
 
 def test_both_spellings_of_every_flag():
     for action in config.get_args_parser()._actions:
-        value = {None: ["1"], 0: [], "?": [], "+": ["1"], 2: ["1", "2"]}[action.nargs]
+        value = {None: ["1"], 0: [], "?": [], "+": ["1"], 2: ["1", "2"], 3: ["1", "2", "3"]}[action.nargs]
         if action.choices:
             value = [list(action.choices)[-1]]
         if action.dest == "config":
@@ -327,7 +327,8 @@ def test_defaults_are_valid():
     "--lr 2e9", "--grad-accum 2000000000", "--max-unreadable 1.5", "--max-unreadable -0.1",
     "--epochs 1000001", "--recount 1001", "--num_workers 1025", "--input-size 16385", "--eval-crop-ratio 0.01",
     "--seed 9223372036854775808", "--keep 1001", "--lr-noise-pct 0", "--cutmix-minmax 0 1e-3", "--train-interpolation lanczos",
-    "--kan-grid-points 1025", "--kan-grid-range -2e9 0", "--crop-padding 225",
+    "--kan-grid-points 1025", "--mean 123.7 116.3 103.5", "--std 0 1 1",
+    "--std 58.4 57.1 57.4", "--kan-grid-range -2e9 0", "--crop-padding 225",
     "--decay-rate 1 --sched plateau", "--decay-rate 1.1 --sched step", "--decay-rate 2 --sched multistep",
 ])
 def test_bad_value_names_its_flag(argv):
@@ -337,7 +338,8 @@ def test_bad_value_names_its_flag(argv):
 
 
 @pytest.mark.parametrize("argv", [
-    "--epochs 1", "--drop 0.99", "--smoothing 0", "--eval-crop-ratio 1", "--reprob 1", "--clip-grad 1e-3",
+    "--epochs 1", "--drop 0.99", "--smoothing 0", "--eval-crop-ratio 1", "--eval-crop-ratio 1.15",
+    "--mean 0 0 0", "--std 1 1 1", "--reprob 1", "--clip-grad 1e-3",
     "--aa none", "--aa rand-m9-n3-mstd0.5", "--aa rand-m7-p0.6-mmax20-inc0-t3aw",
     "--aa augmix-m5-w4-d2-a1.5-b1",
     "--aa v0r-mstd0.5", "--aa 3a", "--opt lookahead_adamw", "--opt AdamW", "--opt muon", "--sched plateau",
@@ -512,6 +514,21 @@ def test_finetune_takes_the_model_unless_another_is_named():
     assert other.args.model == small and other.args.hdim_kan is None
     wider = resolve(parse_args(["--finetune", "f", "--hdim_kan", "64"]), OURS, {}, "finetune")
     assert wider.args.hdim_kan == 64 and "--hdim_kan is 64" in wider.notes[0]
+
+
+def test_finetune_goes_on_with_images_as_the_weights_know_them():
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_mode": "squash"}
+    for argv in ([], ["--model", "deit_small_patch16_224_KAN"]):
+        got = resolve(parse_args(argv), {**OURS, **half}, {}, "finetune")
+        assert {key: getattr(got.args, key) for key in half} == half and got.args.eval_crop_ratio == 1.0
+    got = resolve(parse_args(["--mean", "0.4", "0.4", "0.4"]), {**OURS, **half}, {}, "finetune")
+    assert got.args.mean == [0.4] * 3 and got.args.std == [0.5] * 3 and got.notes == (
+        "--mean is 0.4 0.4 0.4 (command line); the checkpoint has 0.5 0.5 0.5",)
+    older = resolve(parse_args([]), OURS, {}, "finetune").args     # of before it was told
+    assert older.eval_crop_ratio == 0.875 and older.mean == parse_args([]).args.mean
+    with pytest.raises(UserError, match="--std 1.0 1.0 1.0 .* contradicts the checkpoint, which has 0.5 0.5 0.5"):
+        resolve(parse_args(["--std", "1", "1", "1"]), {**OURS, **half}, {}, "resume")
+    assert len(resolve(parse_args(["--std", "1", "1", "1"]), {**OURS, **half}, {}, "eval").notes) == 1
 
 
 def test_model_defaults_come_between(recipe):

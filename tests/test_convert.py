@@ -13,6 +13,7 @@ import main as program
 import models_kan
 from checkpoints import load_file
 from tools import convert
+from trained import load_trained
 
 NANO = "vit_nano_patch8_32"
 FULL = ["--hdim_kan", "384", "--kan-basis", "covering", "--kan-second-norm", "static", "--kan-grid-range", "-4", "4"]
@@ -132,3 +133,12 @@ def test_unreadable_images_are_left_out(source, photos, tmp_path, capsys):
     assert convert.main([str(source), target, "--model", f"{NANO}_GKAN", "--check", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err and "1 images" in captured.out
+
+
+def test_images_stay_as_the_source_knows_them(photos, tmp_path):
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "eval_crop_ratio": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
+    torch.save({"model": trained().state_dict(), "args": {"lr": 1.0, **half}}, tmp_path / "source.pth")
+    target = tmp_path / "g.safetensors"
+    assert convert.main([str(tmp_path / "source.pth"), str(target), "--model", f"{NANO}_GKAN"]) == 0
+    assert load_file(target)["args"] == half
+    assert load_trained(str(target), device="cpu").data_config["mean"] == (0.5, 0.5, 0.5)

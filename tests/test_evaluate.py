@@ -274,7 +274,8 @@ def test_pictures_of_little(tmp_path):
     tally = evaluate.Tally(3)
     tally.add(torch.zeros(2, 3, 8, 8), torch.tensor([[9., 0, 0], [0, 9, 0]]), torch.tensor([0, 1]), torch.tensor([True, True]))
     assert tally.per_class(["a", "b", "c"])[2]["top1"] is None and tally.confusions() == []
-    for draw in (lambda: evaluate.draw_confusion(tally, ["猫", "b", "c"]), lambda: evaluate.draw_mistakes(tally.worst, []),
+    for draw in (lambda: evaluate.draw_confusion(tally, ["猫", "b", "c"]),
+                 lambda: evaluate.draw_mistakes(tally.worst, [], get_args_parser().parse_args([])),
                  lambda: evaluate.draw_reliability(tally.calibration())):
         evaluate.save(draw(), tmp_path / "p.png")
         assert os.listdir(tmp_path) == ["p.png"]

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from argparse import Namespace
+from dataclasses import replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 import models_kan
 import start
 from checkpoints import CHECKPOINT, PREVIOUS, load_file, weights_of
-from config import dump_yaml, parse_args
+from config import PREPARATION, describe_sources, dump_yaml, parse_args, validate
 from engine import lr_of
 from models_kan import ModelSpec
 from start import (
@@ -223,6 +224,7 @@ def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_pat
     assert (found.purpose, found.path, Hub.requests) == ("finetune", "test_vit.r160_in1k", ["HEAD", "GET"])
     assert found.checkpoint["model"].keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.checkpoint["model"].items())
+    assert found.checkpoint["args"] == {**HALF, "eval_crop_ratio": 0.95, "interpolation": "bicubic", "crop_mode": "center"}
 
     monkeypatch.setattr(time, "sleep", lambda seconds: None)            # between the client's retries
     assert read_start(source).checkpoint["model"].keys() == model.state_dict().keys()
@@ -289,6 +291,48 @@ def test_given_flag_goes_before_checkpoint_before_the_models_own_before_default(
 
     config = settled("--eval", start=Start("eval", "c.pth", found.checkpoint, found.spec))
     assert config.args.eval_crop_ratio == 1.0 and config.args.lr == parse_args([]).args.lr
+
+
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def prepared(config) -> dict:
+    """The flags of how images are prepared that are not the defaults."""
+    default = parse_args([]).args
+    return {key: value for key in sorted(PREPARATION) if (value := getattr(config.args, key)) != getattr(default, key)}
+
+
+@pytest.mark.parametrize(("name", "own"), [
+    ("vit_tiny_patch16_224", {**HALF, "eval_crop_ratio": 0.9}), ("resnet34.tv_in1k", {"interpolation": "bilinear"}),
+    ("coatnet_rmlp_2_rw_384", {**HALF, "crop_mode": "squash"}), ("volo_d4_448", {"eval_crop_ratio": 1.15}),
+    # as ever
+    ("deit_tiny_patch16_224", {}), ("deit3_small_patch16_224.fb_in22k_ft_in1k", {}), ("deit_base_patch16_384_GKAN", {}),
+    (NANO, {}), ("no_such_model", {})])
+def test_images_are_prepared_as_the_models_configuration_says(name, own):
+    config = settled("--model", name)
+    assert prepared(config) == {**prepared(config), **own} and bool(prepared(config)) == bool(own)
+    assert all(config.sources[key] == "model" for key in own)
+    validate(config.args)
+    assert "mean" in own and "mean 0.5 0.5 0.5" in describe_sources(config) or "mean" not in describe_sources(config)
+    given = ("--mean", 0.1, 0.2, 0.3, "--std", 1, 1, 1, "--eval-crop-ratio", 0.875, "--interpolation", "box")
+    assert prepared(settled("--model", name, *given)) == {
+        "mean": [0.1, 0.2, 0.3], "std": [1.0] * 3, "interpolation": "box",
+        **({"crop_mode": own["crop_mode"]} if "crop_mode" in own else {})}
+
+
+def test_how_images_are_prepared_is_the_weights_own_before_the_models():
+    other = {**HALF, "mean": [0.1] * 3, "eval_crop_ratio": 0.5}
+    for purpose in ("resume", "eval", "finetune"):
+        for model in (NANO, "vit_tiny_patch16_224"):
+            spec = None if purpose == "finetune" else ModelSpec(model)
+            found = Start(purpose, "c.pth", {"args": {"model": model, **other}}, spec)
+            assert prepared(settled("--model", model, *["--eval"] * (purpose == "eval"), start=found)) == other
+            # a run of before, which had the defaults whatever the model's own
+            before = replace(found, checkpoint={"args": {"model": model, "eval_crop_ratio": 0.875}})
+            assert not prepared(settled("--model", model, start=before))
+            # a file that tells nothing
+            bare = replace(found, checkpoint={})
+            assert bool(prepared(settled("--model", model, start=bare))) == (model != NANO)
 
 
 def test_settling_changes_nothing_that_it_is_given():

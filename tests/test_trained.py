@@ -6,12 +6,15 @@ import pytest
 import timm
 import torch
 from e2e import NANO, QUICK, checkpoint, evaluation, run, write_digits
+from e2e import sentence as program_sentence
 from helpers import sentence
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import models_kan  # noqa: F401  registers the models
 from engine import evaluate
-from trained import Pictures, class_names, image_files, load_trained
+from tools import export
+from trained import Pictures, as_seen, class_names, image_files, load_trained
 from utils import Process
 
 RELEASED = Path(__file__).resolve().parent.parent.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
@@ -119,3 +122,49 @@ def test_photos_are_turned_as_in_the_training(trained_run, tmp_path):
         torch.save({**content, "args": {**content["args"], **changes}}, tmp_path / f"{name}.pth")
         flags = ["--data-set", "IMNET"] if name == "published" else []
         assert seen(tmp_path / f"{name}.pth", *flags) == expected, name
+
+
+def test_another_model_of_timms_has_its_images_as_it_was_trained(tmp_path, capsys):
+    """Told, kept in the checkpoint, taken from it by evaluation and export, in the tools and by timm; of runs of before, and
+    where --mean says so, other ones."""
+    data = write_digits(tmp_path / "data", size=40)
+    flags = ("--data-path", data, "--device", "cpu", "--num_workers", 0)
+    assert run(*QUICK, "--model", "test_vit", "--input-size", 48, "--batch-size", 16, "--data-path", data, "--epochs", 1,
+               "--output_dir", tmp_path / "run") == 0
+    assert "eval_crop_ratio 0.95, mean 0.5 0.5 0.5, std 0.5 0.5 0.5" in capsys.readouterr().out
+    file, image = tmp_path / "run" / "checkpoint.pth", next((data / "val").rglob("*.png"))
+    content = torch.load(file, weights_only=True)
+    assert content["args"]["mean"] == content["args"]["std"] == [0.5] * 3 and content["args"]["eval_crop_ratio"] == 0.95
+
+    own = timm.data.resolve_model_data_config(timm.create_model("test_vit")) | {"input_size": (3, 48, 48)}
+    expected = timm.data.create_transform(**own)(Image.open(image).convert("RGB"))
+    trained = load_trained(str(file), device="cpu")
+    (seen, _), = Pictures([image], trained.args)
+    assert trained.data_config == own and torch.equal(seen[0], expected)
+    assert torch.equal(as_seen(seen[0], trained.args), expected * 0.5 + 0.5)
+    for target in ("m.safetensors", "folder"):
+        assert export.main([str(file), str(tmp_path / target)]) == 0
+    assert load_trained(str(tmp_path / "m.safetensors"), device="cpu").data_config == own
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    said = timm.data.resolve_model_data_config(theirs)
+    assert {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()} == own
+
+    capsys.readouterr()
+    assert run("--eval", "--resume", file, *flags) == 0
+    first = capsys.readouterr().out
+    assert evaluation(first) and "mean 0.5 0.5 0.5" in first
+    assert run("--eval", "--resume", file, *flags, "--mean", 0.1, 0.1, 0.1) == 0
+    second = capsys.readouterr().out
+    assert "--mean is 0.1 0.1 0.1 (command line); the checkpoint has 0.5 0.5 0.5" in second
+    assert "contradicts the checkpoint" in program_sentence(capsys, *QUICK[:4], "--resume", file, "--data-path", data, "--std",
+                                                            1, 1, 1)
+    # bare weights
+    torch.save({"model": timm.create_model("test_vit").state_dict()}, tmp_path / "bare.pth")
+    bare = load_trained(str(tmp_path / "bare.pth"), device="cpu", flags=["--model", "test_vit"])
+    assert bare.data_config == own | {"input_size": (3, 160, 160)}
+    # a run of before
+    for key in ("mean", "std", "interpolation", "crop_mode"):
+        del content["args"][key]
+    torch.save({**content, "args": {**content["args"], "eval_crop_ratio": 0.875}}, tmp_path / "older.pth")
+    older = load_trained(str(tmp_path / "older.pth"), device="cpu").data_config
+    assert older == {**own, "crop_pct": 0.875, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}

@@ -25,7 +25,7 @@ import models_kan
 import peers
 import start as starting
 from checkpoints import checkpoint_args, plain, save_safetensors, weights_of
-from config import parse_args, validate
+from config import PREPARATION, parse_args, resolve, validate
 from trained import Pictures, image_files
 from utils import UserError, say
 
@@ -72,7 +72,8 @@ def run(argv: list[str]) -> int:
     config = parse_args(["--model", own.model, "--drop-path", "0", *flags])
     path, checkpoint = starting.read_source(own.source)
     state = weights_of(checkpoint, path)
-    config = starting.with_own_input_size(config)
+    told = {key: value for key, value in checkpoint_args(checkpoint).items() if key in PREPARATION}
+    config = resolve(starting.with_own_input_size(config), told, purpose="finetune")
     validate(config.args)
     found = models_kan.infer_model(state, checkpoint_args(checkpoint))
     spec = starting.model_spec(config, starting.Start(), found.kwargs["num_classes"])
@@ -89,7 +90,8 @@ def run(argv: list[str]) -> int:
         say(conversion.table(errors))
     if not report.converted:
         raise UserError(f"nothing was converted: {own.source} holds no MLP that fits {own.model}; see the table above")
-    about = {"model_args": plain({"name": spec.name, "kwargs": spec.kwargs}), "args": {}}
+    about = {"model_args": plain({"name": spec.name, "kwargs": spec.kwargs}),
+             "args": {key: getattr(config.args, key) for key in sorted(PREPARATION & config.sources.keys())}}
     if checkpoint.get("class_names"):
         about["class_names"] = checkpoint["class_names"]
     save_safetensors(model.state_dict(), about, own.target)

@@ -11,6 +11,7 @@ import csv
 import heapq
 import sys
 import warnings
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -182,15 +183,15 @@ def draw_reliability(calibration: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_mistakes(mistakes: list[Mistake], names: list[str]) -> Figure:
-    """The images as the model saw them, under what they are and what they were taken for."""
+def draw_mistakes(mistakes: list[Mistake], names: list[str], args: Namespace) -> Figure:
+    """The images as the model saw them, under what they are and what they were taken for. args: the flags."""
     columns = 6
     rows = max(1, -(-len(mistakes) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.75 * rows), squeeze=False, layout="constrained")
     for cell in axes.flat:
         cell.axis("off")
     for cell, mistake in zip(axes.flat, mistakes):
-        cell.imshow(as_seen(mistake.image).permute(1, 2, 0).numpy())
+        cell.imshow(as_seen(mistake.image, args).permute(1, 2, 0).numpy())
         cell.set_title(f"taken for {_short(names[mistake.predicted])}, {mistake.confidence:.0%}\n"
                        f"is {_short(names[mistake.target])}", fontsize=8)
     figure.suptitle(f"the {len(mistakes)} most confident mistakes" if mistakes
@@ -257,7 +258,7 @@ def run(argv: list[str]) -> int:
         names = trained.class_names
         save(draw_confusion(tally, names), output / "confusion.png")
         save(draw_reliability(report["calibration"]), output / "reliability.png")
-        save(draw_mistakes(tally.worst, names), output / "mistakes.png")
+        save(draw_mistakes(tally.worst, names, trained.args), output / "mistakes.png")
         with whole(output / "classes.csv") as table, open(table, "w", encoding="utf-8", newline="") as out:
             rows = csv.DictWriter(out, list(report["classes"][0]), lineterminator="\n")
             rows.writeheader()

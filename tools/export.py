@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import models_kan
 import peers
 from checkpoints import checkpoint_args, plain, save_safetensors, whole
-from config import SCOPE, get_args_parser
+from config import PREPARATION, SCOPE, get_args_parser
 from engine import evaluate
 from run_folder import versions
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
@@ -55,6 +55,7 @@ def about(trained: Trained) -> dict[str, Any]:
     """Of a checkpoint what is worth telling elsewhere, as plain values: architecture, classes, results, the flags that make the
     training, versions. No flag that names a place on this machine."""
     flags = {key: value for key, value in checkpoint_args(trained.about).items() if SCOPE.get(key, "place") != "place"}
+    flags |= {key: getattr(trained.args, key) for key in sorted(PREPARATION & trained.config.sources.keys())}
     said = {key: trained.about[key] for key in ("class_names", "epoch", "max_accuracy", "max_accuracy_ema", "versions")
             if trained.about.get(key) is not None}
     return plain({"model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}, "args": flags, **said})
@@ -296,7 +297,7 @@ or, from its folder, `python main.py --eval --resume model.safetensors --data-pa
 
 
 def _recipe(recipe: dict[str, Any], said: dict[str, Any], started: Any) -> str:
-    if not said["args"]:
+    if not recipe and "epoch" not in said:
         return "The checkpoint tells none."
     lines = [f"{said['epoch'] + 1} epochs done. Flags of `main.py` that are not the defaults:" if "epoch" in said else
              "Flags of `main.py` that are not the defaults:", _block("yaml", _yaml(recipe))]

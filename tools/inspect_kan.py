@@ -95,7 +95,7 @@ def _attention(trained: Trained, image: Tensor, title: str) -> Figure:
             share, number = trained.model(image[None].to(trained.device)).softmax(-1)[0].max(-1)
         title += f"\n→ {trained.class_names[number].partition(',')[0]} ({share:.0%})"
     title = "".join(c if c.isprintable() or c == "\n" else "?" for c in title)       # a file's name may be anything
-    return understand.draw_attention(as_seen(image), understand.attention_panels(trained.model, image), title)
+    return understand.draw_attention(as_seen(image, trained.args), understand.attention_panels(trained.model, image), title)
 
 
 def share_limits(a: Figure, b: Figure) -> None:
