@@ -480,7 +480,15 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-def plot(rows: list[dict[str, Any]], file: Path, title: str) -> None:
+# The rows of the README's picture, and their names there.
+PLAIN_NAMES = {"gkan": "group KAN", "relu2": "MLP, squared ReLU", "mlp": "MLP, GELU", "kan": "full-edge KAN, repaired",
+               "ekan": "efficient-KAN", "kan-original": "full-edge KAN, original"}
+
+
+def plot(rows: list[dict[str, Any]], file: Path, title: str, plain: bool = False) -> None:
+    """A row for each variant; plain: for those of `PLAIN_NAMES` alone, by these names."""
+    if plain:
+        rows = [{**row, "variant": PLAIN_NAMES[row["variant"]]} for row in rows if row["variant"] in PLAIN_NAMES]
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -514,6 +522,8 @@ def report(results: Path, baseline: str) -> None:
         reference = baseline + (f",epochs={epochs}" if epochs != RECIPE["epochs"] and "epochs=" not in baseline else "")
         parts.append(f"## {setting}, {epochs} epochs, difference from {reference}\n\n{table(chosen, reference)}")
         plot(chosen, results / f"{setting}_{epochs}_epochs.png", f"CIFAR-10, {setting}, {epochs} epochs")
+        if (setting, epochs) == ("scratch", RECIPE["epochs"]):
+            plot(chosen, results / "summary.png", f"CIFAR-10 from scratch, {epochs} epochs", plain=True)
     text = "\n\n".join(parts)
     print(text)
     (results / "report.md").write_text(f"# Accuracy\n\n{text}\n")

@@ -230,6 +230,22 @@ def test_the_command_runs_what_is_missing_and_reports(folder, capsys, monkeypatc
     assert "done:" not in capsys.readouterr().out
 
 
+def test_the_picture_of_the_readme(tmp_path, monkeypatch):
+    """Six rows of the recorded runs, by plain names, the best on top."""
+    from matplotlib import pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    rows = [each for each in accuracy.read_rows(accuracy.ROOT / "benchmarks/results/accuracy/runs.csv")
+            if (each["setting"], each["epochs"]) == ("scratch", 4)]
+    accuracy.plot(rows, tmp_path / "summary.png", "it", plain=True)
+    monkeypatch.undo()
+    axes, = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "full-edge KAN, original", "efficient-KAN", "full-edge KAN, repaired", "MLP, GELU", "MLP, squared ReLU", "group KAN"]
+    assert sorted(axes.lines[-2].get_xdata()) == sorted(row["top1"] for row in rows if row["variant"] == "gkan")
+    plt.close(figures[0])
+
+
 def test_bad_folders(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no folder train"):
         accuracy.main(["scratch", "--data", str(tmp_path), "--variants", "mlp", "--work-dir", str(tmp_path / "w")])
