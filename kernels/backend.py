@@ -9,13 +9,16 @@ compile    the reference through torch.compile
 import functools
 import importlib.util
 import sys
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd import forward_ad
 
 from kernels import native
 from kernels.basis import MAX_POINTS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "compile")
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _chosen = "auto"
 
 
@@ -79,6 +82,53 @@ def exporting() -> bool:
 
 # Dynamo calls it while it traces, and puts the answer into the graph.
 exporting._dynamo_marked_constant = True        # type: ignore[attr-defined]
+
+
+def traced(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op on `tensors` must go through PyTorch's dispatcher, because something looks on there: torch.compile,
+    torch.jit.trace, a mode (FakeTensor, FLOP counter, make_fx), a tensor that is more than its memory. An autograd.Function
+    right around the kernels costs a fraction of a custom op's time on the host, and computes the same."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() \
+            or torch._C._is_tracing():
+        return True
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
+            return True
+    return False
+
+
+# Each of these asks before it calls: a call that changes nothing costs the host as much as one that does.
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., I] -> contiguous [T, I]."""
+    width = tensor.shape[-1]
+    return tensor.view(-1, width) if tensor.is_contiguous() and width else tensor.reshape(-1, width).contiguous()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work, which plain PyTorch knows and the
+    kernels don't."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiable_backward() -> bool:
+    """Whether a backward pass is itself to be differentiated or transformed, so that the kernels cannot compute it."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
+
+
+def gradients(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], needs: Sequence[bool],
+              dy: torch.Tensor) -> list[torch.Tensor | None]:
+    """Gradients of function(*inputs), a composition of PyTorch's operations, that can be differentiated again."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # own aliases: one input may be computed from another, and that way's share is not ours to add
+        own = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        wanted = [tensor for tensor, need in zip(own, needs) if need and tensor is not None]
+        found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again))
+    return [next(found) if need and tensor is not None else None for tensor, need in zip(own, needs)]
 
 
 def describe(device: str) -> str:

@@ -15,6 +15,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from kernels import backend, native
+from kernels.backend import as_matrix, cast
 from kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
 
 # Values of u that the PyTorch path works on at once on a CPU: the few arrays of this size stay in its L2 cache.
@@ -43,11 +44,13 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
     if torch.is_autocast_enabled(u.device.type):
         u = u.to(torch.get_autocast_dtype(u.device.type))
     name = backend.chosen()
-    if name == "reference":
+    if name == "reference" or backend.transformed():
         return rswaf_activation_reference(u, coefficients, points, h, base, scale)
     if name == "compile":
         return _compiled_reference()(u, coefficients, points, h, base, scale)
-    return _activation(u, coefficients, scale, list(points), h, base, name)
+    if backend.traced(u, coefficients, scale):
+        return _activation(u, coefficients, scale, list(points), h, base, name)
+    return _Activation.apply(u, coefficients, scale, (points, h, base, name))
 
 
 def rswaf_activation_reference(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
@@ -69,37 +72,34 @@ def _compiled_reference():
 
 
 # ---------------------------------------------------------------- the op
-@custom_op("vision_kan::rswaf_activation", mutates_args=())
-def _activation(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
-                backend_name: str) -> Tensor:
+def _value(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
+           backend_name: str) -> Tensor:
     flat, c, s, points, how = _prepare(u, coefficients, scale, points, h, base, backend_name)
     if how == "native":
         v = native.activation(flat, c, s, points, h, base)
     elif how == "triton":
-        from kernels import triton_activation
-        v = triton_activation.forward(flat, c, s, points, h, base)
+        v = _triton().forward(flat, c, s, points, h, base)
     else:
         v = _chunked(flat, c, s, points, h, base)
-    return v.to(u.dtype).view(u.shape)
+    return cast(v, u.dtype).resize_(u.shape)            # a view might not be changed in place outside
 
 
-@custom_op("vision_kan::rswaf_activation_grad", mutates_args=())
-def _activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float],
-                     h: float, base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float,
+               base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of u, coefficients and scale (None without one)."""
     flat, c, s, points, how = _prepare(u, coefficients, scale, points, h, base, backend_name)
-    dv = dv.to(flat.dtype).reshape(flat.shape).contiguous()
+    dv = cast(as_matrix(dv), flat.dtype)
     du: Any
     dc: Any
     ds: Tensor | None
     if how == "native":
         du, dc, ds = native.activation_grad(dv, flat, c, s, points, h, base)
     elif how == "triton":
-        from kernels import triton_activation
-        du, dc, ds = triton_activation.backward(dv, flat, c, s, points, h, base)
+        du, dc, ds = _triton().backward(dv, flat, c, s, points, h, base)
     else:
         du, dc, ds = _chunked_grad(dv, flat, c, s, points, h, base)
-    return (du.to(u.dtype).view(u.shape), dc.to(coefficients.dtype),
-            u.new_empty(0) if scale is None or ds is None else ds.to(scale.dtype))
+    return (cast(du, u.dtype).view(u.shape), cast(dc, coefficients.dtype),
+            None if scale is None or ds is None else cast(ds, scale.dtype))
 
 
 def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
@@ -107,11 +107,56 @@ def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequ
     """u [T, I] as the path takes it, parameters in the dtype of the maths, points, and the path."""
     points = tuple(points)
     how = backend.resolve(backend_name, u, len(points), points, h, base)
-    flat = u.reshape(-1, u.shape[-1]).contiguous()
+    flat = as_matrix(u)
     if how == "native" and u.dtype not in native.DTYPES:
         flat = flat.float()
-    dtype = torch.promote_types(u.dtype, torch.float32)
-    return (flat, coefficients.to(dtype).contiguous(), None if scale is None else scale.to(dtype).contiguous(), points, how)
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return (flat, cast(coefficients, dtype).contiguous(), None if scale is None else cast(scale, dtype).contiguous(), points,
+            how)
+
+
+@functools.lru_cache
+def _triton():
+    from kernels import triton_activation
+    return triton_activation
+
+
+def _backward(ctx, dv: Tensor):
+    u, coefficients, scale = ctx.saved_tensors
+    constants = ctx.constants
+    if backend.differentiable_backward():
+        points, h, base, _ = constants
+        du, dc, ds = backend.gradients(lambda u, c, s: rswaf_activation_reference(u, c, points, h, base, s),
+                                       (u, coefficients, scale), ctx.needs_input_grad, dv)
+    elif backend.traced(dv, u):
+        du, dc, ds = _activation_grad(dv, u, coefficients, scale, *constants)
+    else:
+        du, dc, ds = _gradients(dv, u, coefficients, scale, *constants)
+    return du, dc, None if scale is None else ds, *ctx.no_gradients
+
+
+class _Activation(torch.autograd.Function):
+    """The op in eager mode, where nothing traces: see `backend.traced`."""
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(ctx, u: Tensor, coefficients: Tensor, scale: Tensor | None, constants: tuple) -> Tensor:
+        ctx.save_for_backward(u, coefficients, scale)
+        ctx.constants, ctx.no_gradients = constants, (None,)
+        return _value(u, coefficients, scale, *constants)
+
+
+@custom_op("vision_kan::rswaf_activation", mutates_args=())
+def _activation(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
+                backend_name: str) -> Tensor:
+    return _value(u, coefficients, scale, points, h, base, backend_name)
+
+
+@custom_op("vision_kan::rswaf_activation_grad", mutates_args=())
+def _activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float],
+                     h: float, base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor]:
+    du, dc, ds = _gradients(dv, u, coefficients, scale, points, h, base, backend_name)
+    return du, dc, u.new_empty(0) if ds is None else ds
 
 
 @_activation.register_fake
@@ -129,12 +174,7 @@ def _(dv, u, coefficients, scale, points, h, base, backend_name):
 def _save(ctx, inputs, output) -> None:
     u, coefficients, scale, *ctx.constants = inputs
     ctx.save_for_backward(u, coefficients, scale)
-
-
-def _backward(ctx, dv: Tensor):
-    u, coefficients, scale = ctx.saved_tensors
-    du, dc, ds = _activation_grad(dv, u, coefficients, scale, *ctx.constants)
-    return du, dc, None if scale is None else ds, None, None, None, None
+    ctx.no_gradients = (None,) * 4
 
 
 _activation.register_autograd(_backward, setup_context=_save)

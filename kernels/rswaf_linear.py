@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels import backend, native
+from kernels.backend import as_matrix, cast
 from kernels.basis import rswaf_basis
 
 # Values of the basis that exist at once: 1 MiB on a CPU, which stays near its L2 cache, but not so few tokens that the
@@ -43,18 +44,25 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
                          "points")
     dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
     name = backend.chosen()
-    if name == "reference":
+    if name == "reference" or backend.transformed():
         return rswaf_linear_reference(u, weight, grid, h)
     if name == "compile":
         return _compiled_reference()(u, weight, grid, h)
     number, tensor = (0.0, h) if isinstance(h, Tensor) else (h, None)
-    return _linear(u, weight, grid, tensor, number, single_exp, dtype, name)
+    if backend.traced(u, weight, grid, tensor):
+        return _linear(u, weight, grid, tensor, number, single_exp, dtype, name)
+    return _Linear.apply(u, weight, grid, tensor, (number, single_exp, dtype, name))
 
 
 def rswaf_linear_reference(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
     """The same in plain PyTorch with its autograd, which keeps several arrays [..., I, G]."""
-    basis = rswaf_basis(u.to(_math_dtype(u.dtype)), grid, h)            # [..., I, G]
-    return F.linear(basis.flatten(-2).to(u.dtype), weight)              # [..., I*G] @ [I*G, O] -> [..., O]
+    return _product_of(u, weight, grid, h, u.dtype, weight.dtype)       # autocast sees to the dtypes
+
+
+def _product_of(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, dtype: torch.dtype,
+                weight_dtype: torch.dtype | None = None) -> Tensor:
+    basis = rswaf_basis(u.to(_math_dtype(u.dtype)), grid, h)                                # [..., I, G]
+    return F.linear(basis.flatten(-2).to(dtype), weight.to(weight_dtype or dtype))          # [..., I*G] @ [I*G, O] -> [..., O]
 
 
 @functools.lru_cache
@@ -63,43 +71,40 @@ def _compiled_reference():
 
 
 # ---------------------------------------------------------------- the op
-@custom_op("vision_kan::rswaf_linear", mutates_args=())
-def _linear(u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float, single_exp: bool,
-            dtype: torch.dtype, backend_name: str) -> Tensor:
+def _value(u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float, single_exp: bool,
+           dtype: torch.dtype, backend_name: str) -> Tensor:
     h = h_number if h_tensor is None else h_tensor
-    flat = u.reshape(-1, u.shape[-1]).contiguous()
+    flat = as_matrix(u)
     how, points = _path(u, grid, h, single_exp, dtype, backend_name)
     with torch.autocast(u.device.type, enabled=False):          # dtypes are decided here
         if how == "triton":
             from kernels import triton_linear
-            y = triton_linear.forward(flat, weight.to(dtype).contiguous(), grid.float(), h, single_exp)
+            y = triton_linear.forward(flat, cast(weight, dtype).contiguous(), cast(grid, torch.float32), h, single_exp)
         else:
             y = _chunked(flat, weight, grid, h, single_exp, dtype, points if how == "native" else None)
-    return y.view(*u.shape[:-1], len(weight))
+    return y.resize_(*u.shape[:-1], len(weight))    # a view might not be changed in place outside
 
 
-@custom_op("vision_kan::rswaf_linear_grad", mutates_args=())
-def _linear_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float,
-                 single_exp: bool, dtype: torch.dtype, backend_name: str, need_u: bool, need_weight: bool,
-                 need_grid: bool, need_h: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, weight, grid and h; empty where they are not needed."""
+def _gradients(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float,
+               single_exp: bool, dtype: torch.dtype, backend_name: str, need_u: bool, need_weight: bool, need_grid: bool,
+               need_h: bool) -> list[Tensor | None]:
+    """Of u, weight, grid and h; None where they are not needed."""
     h = h_number if h_tensor is None else h_tensor
-    flat = u.reshape(-1, u.shape[-1]).contiguous()
-    dy = dy.to(dtype).reshape(len(flat), len(weight)).contiguous()
+    flat = as_matrix(u)
+    dy = cast(as_matrix(dy), dtype)
     how, points = _path(u, grid, h, single_exp, dtype, backend_name)
     with torch.autocast(u.device.type, enabled=False):          # around a backward it would round to 16 bits
         if how == "triton":
             from kernels import triton_linear
-            w, g = weight.to(dtype).contiguous(), grid.float()
+            w, g = cast(weight, dtype).contiguous(), cast(grid, torch.float32)
             du, dw = triton_linear.backward(dy, flat, w, g, h, single_exp, need_u, need_weight)
             dgrid, dh = (triton_linear.backward_grid(dy, flat, w, g, h, need_grid, need_h)
                          if need_grid or need_h else (None, None))
         else:
             du, dw, dgrid, dh = _chunked_grad(dy, flat, weight, grid, h, single_exp, dtype,
                                               (need_u, need_weight, need_grid, need_h), points if how == "native" else None)
-    du, dw, dgrid, dh = (u.new_empty(0) if gradient is None or like is None else gradient.to(like.dtype).view(like.shape)
-                         for gradient, like in ((du, u), (dw, weight), (dgrid, grid), (dh, h_tensor)))
-    return du, dw, dgrid, dh
+    return [None if gradient is None or like is None else cast(gradient, like.dtype).view(like.shape)
+            for gradient, like in ((du, u), (dw, weight), (dgrid, grid), (dh, h_tensor))]
 
 
 def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: torch.dtype,
@@ -110,6 +115,49 @@ def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: t
             and u.dtype in native.DTYPES and dtype in native.DTYPES:
         points = tuple(grid.tolist())
     return backend.resolve(backend_name, u, grid.numel(), points, float(h) if points else None), points
+
+
+def _backward(ctx, dy: Tensor):
+    needs = ctx.needs_input_grad[:4]
+    tensors = ctx.saved_tensors
+    if backend.differentiable_backward():
+        number, _, dtype, _ = ctx.constants
+        with torch.autocast(dy.device.type, enabled=False):
+            found = backend.gradients(lambda u, weight, grid, h: _product_of(u, weight, grid, number if h is None else h, dtype),
+                                      tensors, needs, dy)
+    elif backend.traced(dy, tensors[0]):
+        found = [gradient if need else None for gradient, need in zip(
+            _linear_grad(dy, *tensors, *ctx.constants, *needs), needs)]
+    else:
+        found = _gradients(dy, *tensors, *ctx.constants, *needs)
+    return *found, *ctx.no_gradients
+
+
+class _Linear(torch.autograd.Function):
+    """The op in eager mode, where nothing traces: see `backend.traced`."""
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(ctx, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, constants: tuple) -> Tensor:
+        ctx.save_for_backward(u, weight, grid, h_tensor)
+        ctx.constants, ctx.no_gradients = constants, (None,)
+        return _value(u, weight, grid, h_tensor, *constants)
+
+
+@custom_op("vision_kan::rswaf_linear", mutates_args=())
+def _linear(u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float, single_exp: bool,
+            dtype: torch.dtype, backend_name: str) -> Tensor:
+    return _value(u, weight, grid, h_tensor, h_number, single_exp, dtype, backend_name)
+
+
+@custom_op("vision_kan::rswaf_linear_grad", mutates_args=())
+def _linear_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float,
+                 single_exp: bool, dtype: torch.dtype, backend_name: str, need_u: bool, need_weight: bool,
+                 need_grid: bool, need_h: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, weight, grid and h; empty where they are not needed."""
+    du, dw, dgrid, dh = (u.new_empty(0) if gradient is None else gradient for gradient in _gradients(
+        dy, u, weight, grid, h_tensor, h_number, single_exp, dtype, backend_name, need_u, need_weight, need_grid, need_h))
+    return du, dw, dgrid, dh
 
 
 @_linear.register_fake
@@ -126,12 +174,7 @@ def _(dy, u, weight, grid, h_tensor, h_number, single_exp, dtype, backend_name, 
 def _save(ctx, inputs, output) -> None:
     u, weight, grid, h_tensor, *ctx.constants = inputs
     ctx.save_for_backward(u, weight, grid, h_tensor)
-
-
-def _backward(ctx, dy: Tensor):
-    needs = ctx.needs_input_grad[:4]
-    gradients = _linear_grad(dy, *ctx.saved_tensors, *ctx.constants, *needs)
-    return (*(gradient if need else None for gradient, need in zip(gradients, needs)), None, None, None, None)
+    ctx.no_gradients = (None,) * 4
 
 
 _linear.register_autograd(_backward, setup_context=_save)

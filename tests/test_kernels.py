@@ -1,5 +1,7 @@
 """Which code computes the ops: the choice, the compiler, the cache."""
 import ctypes
+import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -12,12 +14,16 @@ from e2e import ROOT
 from functorch.compile import make_boxed_func
 from paths import error
 from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import models_kan  # noqa: F401  registers the models with timm
 from efficient_kan import EfficientKAN
-from faster_kan import FasterKAN
-from group_kan import GroupKAN
+from faster_kan import FasterKAN, FasterKANLayer
+from group_kan import GroupActivation, GroupKAN
 from kernels import backend, basis, native, rswaf_activation, rswaf_basis
 
 POINTS = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist())
@@ -219,6 +225,65 @@ def test_a_compiled_layer_runs_the_ops_and_an_exported_one_plain_pytorch(make, o
         assert ops_in(program.graph) == [] and len(program.graph.nodes) > 20
         other = torch.randn(7, 16)
         assert error(program.module()(other), layer(other)) < 1e-5
+
+
+class Ops(TorchDispatchMode):
+    """The ops of ours that reach the dispatcher, in a list of each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen += [str(function).split(".")[1]] if str(function).startswith("vision_kan.") else []
+        return function(*args, **kwargs or {})
+
+
+LAYERS = {"rswaf_activation": lambda: GroupActivation(16, trainable_base=True), "rswaf_linear": lambda: FasterKANLayer(16, 8)}
+
+
+@pytest.mark.parametrize("op", LAYERS)
+def test_eager_calls_pass_by_the_dispatcher_and_what_looks_on_sees_the_ops(op, monkeypatch):
+    """To the same bits."""
+    layer, x = LAYERS[op](), torch.randn(4, 16, requires_grad=True)
+    leaves, calls = [x, *layer.parameters()], []
+    module = importlib.import_module(f"kernels.{op}")
+    for name in ("_activation", "_activation_grad") if op == "rswaf_activation" else ("_linear", "_linear_grad"):
+        def counted(*args, real, name):
+            calls.append(name)
+            return real(*args)
+        monkeypatch.setattr(module, name, functools.partial(counted, real=getattr(module, name), name=name))
+
+    def step():
+        y = layer(x)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    plain = step()
+    y = layer(x)
+    assert calls == [] and y.grad_fn is not None
+    y.mul_(2)                                                   # in place, as an activation after the layer may
+    with Ops() as ops:
+        seen = step()
+    assert ops.seen == [op, f"{op}_grad"] and len(calls) == 2
+    assert all(torch.equal(a, b) for a, b in zip(plain, seen, strict=True))
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert len(calls) == 4 and (op == "rswaf_activation" or counter.get_total_flops() == 3 * 2 * 4 * 16 * 8 * 8)
+    with Ops() as ops:                                          # only the backward pass is looked at
+        torch.autograd.grad(y.sum(), x)
+    assert ops.seen == [f"{op}_grad"]
+    calls.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert type(layer(mode.from_tensor(x.detach()))).__name__ == "FakeTensor"
+    graph = make_fx(lambda x: torch.autograd.grad(layer(x).sum(), x)[0])(x).graph
+    assert ops_in(graph) == [op, f"{op}_grad"]
+    assert f"vision_kan::{op}" in str(torch.jit.trace(layer, (x.detach(),), check_trace=False).graph)
+    assert type(layer(Marked(torch.randn(4, 16)))) is Marked
+    assert calls == [calls[0]] * 2 + [calls[2]] + [calls[0]] * 2 and calls[0] != calls[2]     # fake, make_fx's two, jit, Marked
+
+
+class Marked(torch.Tensor):
+    """A subclass, which its own __torch_function__ keeps through ops."""
 
 
 # ---------------------------------------------------------------- Triton, in its interpreter
