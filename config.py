@@ -52,7 +52,7 @@ _SCOPES = {
              "kan_trainable_grid kan_trainable_h kan_basis kan_base_branch kan_second_norm",
     "data": "data_set inat_category data_split val_split input_key target_key num_classes input_size eval_crop_ratio "
             "exif_orientation crop_mode interpolation mean std",
-    "train": "batch_size epochs grad_accum bce_loss unscale_lr drop drop_path grad_checkpointing amp_dtype "
+    "train": "batch_size epochs grad_accum bce_loss class_weights unscale_lr drop drop_path grad_checkpointing amp_dtype "
              "patience model_ema model_ema_decay model_ema_warmup model_ema_force_cpu opt opt_eps opt_betas clip_grad momentum "
              "weight_decay layer_decay kan_lr_mult kan_weight_decay sched lr lr_noise lr_noise_pct lr_noise_std warmup_lr min_lr "
              "decay_epochs warmup_epochs sched_on_updates cooldown_epochs patience_epochs decay_rate color_jitter aa "
@@ -200,6 +200,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
         help="end the training after N epochs in a row without a new best top-1, of the model or its moving average; 0: never")
     add("--grad-accum", default=1, type=int, help="steps whose gradients are summed before an update")
     add("--bce-loss", action=on_off, default=False, help="binary cross-entropy on every class")
+    add("--class-weights", default="none", choices=["none", "balanced"],
+        help="balanced: an image's loss counts inversely to the number of images that its class has")
     add("--unscale-lr", action=on_off, default=False,
         help="take --lr as it is instead of per 512 images of the global batch")
 
@@ -346,7 +348,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
         "alone, but for ImageNet's classes")
     add("--strict-data", action=on_off, default=False, help="stop at the first image that cannot be read")
     add("--max-unreadable", default=0.01, type=float, metavar="SHARE",
-        help="stop when more than this share of the images cannot be read")
+        help="stop when more than this share of the images, and more than 3, cannot be read; 0: at the first")
     add("--data-on-device", default="auto", choices=["auto", "on", "off"],
         help="keep small images in the device's memory and augment them there; auto: on a GPU, where they fit and --aa is "
              "none or 3a")

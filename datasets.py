@@ -41,6 +41,7 @@ SMALLEST_CROP = 0.08    # share of an image's area in a random resized crop, tim
 # warning from half of it on is for programs that decode what strangers send.
 MAX_PIXELS = 178_956_970
 VAL_SPLIT = 0.2     # of a folder without train/ and val/, where --val-split does not say
+FEW_UNREADABLE = 3      # are never too many, whatever share of a small data set, but with --max-unreadable 0
 TRIES = 32  # images tried in place of an unreadable one before training gives up
 
 
@@ -699,7 +700,7 @@ class Loaders:
 
     def check_unreadable(self, together: bool = False) -> None:
         """Raises UserError where this process knows of more unreadable training or validation images than --max-unreadable
-        allows. One alone is too many only where the limit is 0.
+        allows. FEW_UNREADABLE are too many only where the limit is 0.
 
         together: all processes ask at the same time, and each knows what any of them could not read."""
         if together:
@@ -709,7 +710,7 @@ class Loaders:
                 continue
             data, limit = loader.dataset, self.max_unreadable
             count = data.count_unreadable()
-            if count / len(data) > limit and (count > 1 or not limit):
+            if count / len(data) > limit and (count > FEW_UNREADABLE or not limit):
                 some = data.unreadable.nonzero().flatten()[:3].tolist()
                 raise UserError(f"{count} of the {len(data)} {half} images ({100 * count / len(data):.2g}%) cannot be read, more "
                                 f"than --max-unreadable {limit:g} allows: repair or remove them, or raise the limit "

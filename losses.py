@@ -5,27 +5,68 @@ mixup, probabilities float [B, K].
 """
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 
+import numpy as np
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class ClassWeights(nn.Module):
+    """What an image's loss counts in a batch's mean: float32 [B] by its class, for a mixed image by the shares of its classes.
+
+    The image is weighted as a whole, with its smoothing and whatever it learns from a teacher: as if it were drawn so much more
+    often, but with the order of the images as it is. To weight each class's term instead would raise the smoothing's share of
+    rare classes, too, until they win on any image.
+
+    Args:
+        of_class: float32 [K]. smoothing: that targets [B, K] have in them.
+    """
+
+    def __init__(self, of_class: Tensor, smoothing: float):
+        super().__init__()
+        self.of_class, self.smoothing = of_class, smoothing
+
+    def forward(self, targets: Tensor) -> Tensor:
+        if targets.ndim == 1:
+            return self.of_class[targets]
+        return (targets - self.smoothing / len(self.of_class)) / (1 - self.smoothing) @ self.of_class
+
+
+def balanced(counts: np.ndarray) -> np.ndarray:
+    """A weight for each class, inverse to its number of images (scikit-learn's "balanced"): n / (classes * count), float32 [K],
+    so that all classes count alike and an image counts 1 on average. 0 for a class without images."""
+    present = counts > 0
+    return np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 0).astype(np.float32)
+
+
 class Criterion(nn.Module):
     """Called as criterion(images, outputs, targets)."""
     copies = 1      # how often the model sees each image of a batch
+
+    def __init__(self, weights: ClassWeights | None = None):
+        super().__init__()
+        self.weights = weights
+        self.reduction = "mean" if weights is None else "none"      # of the losses that `mean` is given
+
+    def mean(self, losses: Tensor, targets: Tensor) -> Tensor:
+        """Over the batch. losses: their mean already, or, where images have weights, [B] or [B, K]."""
+        if self.weights is None:
+            return losses
+        return (losses.reshape(len(losses), -1).mean(1) * self.weights(targets)).mean()
 
 
 class ClassLoss(Criterion):
     """A loss of logits [B, K] and targets."""
 
-    def __init__(self, loss: nn.Module):
-        super().__init__()
+    def __init__(self, loss: nn.Module, weights: ClassWeights | None = None):
+        super().__init__(weights)
         self.loss = loss
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(outputs, targets)
+        return self.mean(self.loss(outputs, targets), targets)
 
 
 class DistillationLoss(Criterion):
@@ -40,8 +81,9 @@ class DistillationLoss(Criterion):
         kind: "soft" or "hard" (cross-entropy with the teacher's first choice).
     """
 
-    def __init__(self, base: nn.Module, teacher: Callable, kind: str, alpha: float, tau: float):
-        super().__init__()
+    def __init__(self, base: nn.Module, teacher: Callable, kind: str, alpha: float, tau: float,
+                 weights: ClassWeights | None = None):
+        super().__init__(weights)
         self.base, self.teacher, self.kind, self.alpha, self.tau = base, teacher, kind, alpha, tau
 
     def forward(self, images: Tensor, outputs: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
@@ -50,11 +92,14 @@ class DistillationLoss(Criterion):
             teacher = self.teacher(images).float()
         if self.kind == "soft":
             tau = self.tau
-            distillation = F.kl_div(F.log_softmax(by_distillation / tau, dim=1), F.log_softmax(teacher / tau, dim=1),
-                                    reduction="sum", log_target=True) * tau ** 2 / by_distillation.numel()
+            divergence = F.kl_div(F.log_softmax(by_distillation / tau, dim=1), F.log_softmax(teacher / tau, dim=1),
+                                  reduction="none", log_target=True)
+            if self.weights is not None:
+                divergence = divergence * self.weights(targets)[:, None]
+            distillation = divergence.sum() * tau ** 2 / by_distillation.numel()
         else:
-            distillation = F.cross_entropy(by_distillation, teacher.argmax(dim=1))
-        return (1 - self.alpha) * self.base(by_class, targets) + self.alpha * distillation
+            distillation = self.mean(F.cross_entropy(by_distillation, teacher.argmax(dim=1), reduction=self.reduction), targets)
+        return (1 - self.alpha) * self.mean(self.base(by_class, targets), targets) + self.alpha * distillation
 
 
 class CosubLoss(Criterion):
@@ -64,20 +109,22 @@ class CosubLoss(Criterion):
     outputs [2B, K]: the first half from one submodel, the second from the other."""
     copies = 2
 
-    def __init__(self, num_classes: int, smoothing: float, threshold: float | None = None):
-        super().__init__()
+    def __init__(self, num_classes: int, smoothing: float, threshold: float | None = None,
+                 weights: ClassWeights | None = None):
+        super().__init__(weights)
         self.num_classes, self.smoothing, self.threshold = num_classes, smoothing, threshold
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         a, b = outputs.float().chunk(2)
+        labels = targets
         if targets.ndim == 1:
             off = self.smoothing / self.num_classes
             targets = F.one_hot(targets, self.num_classes).to(a.dtype) * (1 - self.smoothing) + off
         if self.threshold is not None:
             targets = (targets > self.threshold).to(a.dtype)
-        loss = F.binary_cross_entropy_with_logits
-        return (loss(a, targets) + loss(b, targets)
-                + loss(a, b.detach().sigmoid()) + loss(b, a.detach().sigmoid())) / 4
+        loss = partial(F.binary_cross_entropy_with_logits, reduction=self.reduction)
+        return self.mean((loss(a, targets) + loss(b, targets)
+                          + loss(a, b.detach().sigmoid()) + loss(b, a.detach().sigmoid())) / 4, labels)
 
 
 def positive_threshold(args: Namespace, num_classes: int) -> float:
@@ -86,26 +133,31 @@ def positive_threshold(args: Namespace, num_classes: int) -> float:
     return args.smoothing / num_classes + 1e-4
 
 
-def build_base_loss(args: Namespace, num_classes: int, mixup_active: bool) -> nn.Module:
-    """The loss of logits and targets without teacher or second submodel."""
+def build_base_loss(args: Namespace, num_classes: int, mixup_active: bool, reduction: str = "mean") -> nn.Module:
+    """The loss of logits and targets without teacher or second submodel. reduction: "none" gives it for each image."""
     if args.bce_loss:
         threshold = positive_threshold(args, num_classes) if mixup_active else None
-        return BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=threshold)
+        return BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=threshold, reduction=reduction)
+    if reduction == "none":     # timm's have the mean only
+        return nn.CrossEntropyLoss(reduction="none", label_smoothing=0. if mixup_active else args.smoothing)
     if mixup_active:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-def build_criterion(args: Namespace, num_classes: int, mixup_active: bool,
-                    teacher: Callable | None = None) -> Criterion:
-    """The criterion that the flags ask for; `teacher` where --distillation-type is soft or hard."""
+def build_criterion(args: Namespace, num_classes: int, mixup_active: bool, teacher: Callable | None = None,
+                    class_weights: Tensor | None = None) -> Criterion:
+    """The criterion that the flags ask for; `teacher` where --distillation-type is soft or hard.
+
+    class_weights: float32 [K], on the outputs' device (`ClassWeights`)."""
+    weights = None if class_weights is None else ClassWeights(class_weights, args.smoothing)
     if args.cosub:
-        return CosubLoss(num_classes, args.smoothing, positive_threshold(args, num_classes) if args.bce_loss else None)
-    base = build_base_loss(args, num_classes, mixup_active)
+        return CosubLoss(num_classes, args.smoothing, positive_threshold(args, num_classes) if args.bce_loss else None, weights)
+    base = build_base_loss(args, num_classes, mixup_active, "mean" if weights is None else "none")
     if args.distillation_type != "none":
         assert teacher is not None
-        return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau)
-    return ClassLoss(base)
+        return DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha, args.distillation_tau, weights)
+    return ClassLoss(base, weights)
 
 
 def loss_of(net: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor) -> Tensor:

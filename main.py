@@ -110,7 +110,8 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         starting.freeze_all_but_attention(model)
     mixup = build_mixup(args, loaders.nb_classes)
     teacher = starting.build_teacher(args, loaders.nb_classes, process.device)
-    criterion = build_criterion(args, loaders.nb_classes, mixup is not None, teacher)
+    criterion = build_criterion(args, loaders.nb_classes, mixup is not None, teacher,
+                                starting.class_weights(args, loaders, process.device))
     lr = starting.scaled_lr(args, process.world_size)
     updates = -(-len(loaders.train) // args.grad_accum)
     state = starting.build_state(args, model, lr, updates, process.device, amp_dtype)

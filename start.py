@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import timm
 import torch
 from timm.data import resolve_data_config
@@ -33,10 +34,11 @@ from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_im
 from downloads import fetch
 from engine import MovingAverage, TrainState
 from group_kan import GroupActivation
+from losses import balanced
 from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
 from samplers import RASampler, SampleKey
-from utils import Process, UserError, say, world_size_of_launch
+from utils import Process, UserError, printable, say, world_size_of_launch
 
 
 # ---------------------------------------------------------------- the checkpoint
@@ -386,6 +388,22 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
     teacher = timm.create_model(spec.name, **spec.kwargs)
     models_kan.load_exactly(teacher, weights_of(checkpoint, path), f"--teacher-path {path}")
     return teacher.to(device).eval().requires_grad_(False)
+
+
+def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> torch.Tensor | None:
+    """--class-weights: float32 [K] by the training images that there are of each class, or None. Alike on all processes."""
+    if args.class_weights == "none":
+        return None
+    data: Any = loaders.train.dataset
+    if data.is_stream:
+        raise UserError(f"--class-weights {args.class_weights} counts the images of each class, which the stream --data-set "
+                        f"{args.data_set} does not tell: leave it out")
+    counts = np.bincount(data.targets, minlength=loaders.nb_classes)
+    weights = balanced(counts)
+    few, many = counts.argmin(), counts.argmax()
+    say("class weights: " + ", ".join(f"{weights[number]:.3g} for {printable(loaders.class_names[number], 40)} ({counts[number]} "
+                                      "images)" for number in (few, many)) + (", others between" if len(counts) > 2 else ""))
+    return torch.from_numpy(weights).to(device)
 
 
 # ---------------------------------------------------------------- optimizer and schedule

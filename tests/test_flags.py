@@ -52,6 +52,9 @@ def files(tmp_path_factory):
     places["recipe"].write_text("lr: 0.25\n")
     places["single"], places["wds"] = write_digits(folder / "split", val=0) / "train", write_wds(folder / "wds")
     places["same"] = write_digits(folder / "same")
+    places["uneven"] = write_digits(folder / "uneven")
+    for path in sorted((places["uneven"] / "train/digit1").iterdir())[3:]:
+        path.unlink()
     places["turned"] = write_digits(folder / "turned")
     for path in places["turned"].rglob("*.png"):
         exif = Image.Exif()
@@ -483,6 +486,7 @@ EFFECTS = {
     "download": (fetching, "--download", ""),
     "eval_crop_ratio": (evaluated, "--eval-crop-ratio 0.5", ""),
     "data_on_device": (images_of, "--aa none --data-on-device on", "--aa none"),
+    "class_weights": (loss, *(f"--data-path {{uneven}} --class-weights {kind}" for kind in ("balanced", "none"))),
     "exif_orientation": (images_of, f"--data-path {{turned}} {STILL}", f"--data-path {{turned}} {STILL} --no-exif-orientation"),
     "crop_mode": (evaluated, "--crop-mode border --eval-crop-ratio 1.1", "--eval-crop-ratio 1.1"),
     "interpolation": (evaluated, "--interpolation nearest", ""),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models_kan  # noqa: F401  registers the models with timm
-from losses import CosubLoss, DistillationLoss, build_criterion, positive_threshold
+from losses import ClassWeights, CosubLoss, DistillationLoss, balanced, build_criterion, positive_threshold
 
 B, K = 6, 7
 
@@ -242,3 +242,61 @@ def test_cosub_gradient_does_not_flow_through_the_other_halfs_probabilities(batc
 def test_other_criteria_show_each_image_once(batch):
     assert build_criterion(flags(), K, True).copies == 1
     assert build_criterion(flags(distillation_type="soft"), K, True, Teacher()).copies == 1
+
+
+# ---------------------------------------------------------------- class weights
+def test_balanced_weights():
+    from sklearn.utils.class_weight import compute_class_weight
+    targets = np.repeat(np.arange(4), [50, 5, 30, 1])
+    weights = balanced(np.bincount(targets))
+    assert weights.dtype == np.float32
+    assert weights == pytest.approx(compute_class_weight("balanced", classes=np.arange(4), y=targets), rel=1e-6)
+    assert weights[targets].mean() == pytest.approx(1)
+    assert balanced(np.array([3, 0, 1])).tolist() == pytest.approx([4 / 6, 0, 2])
+
+
+WEIGHTS = torch.tensor([0.2, 3.0, 1.0, 0.5, 8.0, 0.1, 1.5])
+CRITERIA = [{}, {"smoothing": 0.0}, {"bce_loss": True}, {"cosub": True}, {"cosub": True, "bce_loss": True},
+            {"distillation_type": "soft", "distillation_tau": 3.0}, {"distillation_type": "hard"}]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("changes", CRITERIA, ids=str)
+def test_class_weights_weight_each_image_as_a_whole(batch, changes, mixed):
+    """The weighted loss of a batch is the weighted mean of what the images lose alone, whatever the criterion."""
+    images, logits, labels = batch
+    args = flags(**changes)
+    other = torch.randn(B, K, generator=torch.Generator().manual_seed(1))
+    shares = torch.nn.functional.one_hot(labels, K).float() if not mixed else soft()
+    targets = labels if not mixed else shares * (1 - args.smoothing) + args.smoothing / K
+
+    def teacher(images):
+        return images.flatten(1)[:, :K]
+
+    def outputs(rows):
+        if args.cosub:
+            return torch.cat([logits[rows], other[rows]])
+        return (logits[rows], other[rows]) if args.distillation_type != "none" else logits[rows]
+
+    plain = build_criterion(args, K, mixed, teacher)
+    alone = torch.stack([plain(images[i:i + 1], outputs(slice(i, i + 1)), targets[i:i + 1]) for i in range(B)])
+    weighted = build_criterion(args, K, mixed, teacher, WEIGHTS)(images, outputs(slice(None)), targets)
+    assert weighted.item() == pytest.approx((alone * (shares @ WEIGHTS)).mean().item(), rel=1e-5)
+    even = build_criterion(args, K, mixed, teacher, torch.ones(K))(images, outputs(slice(None)), targets)
+    assert even.item() == pytest.approx(plain(images, outputs(slice(None)), targets).item(), rel=1e-6)
+
+
+def test_the_smoothing_of_a_rare_class_does_not_win():
+    """On an image of the common class the smallest loss is where that is the most probable."""
+    criterion = build_criterion(flags(smoothing=0.1), 10, False, None, torch.tensor([0.5] + [100.0] * 9))
+    logits = torch.zeros(1, 10, requires_grad=True)
+    criterion(torch.zeros(1, 3, 2, 2), logits, torch.tensor([0])).backward()
+    assert logits.grad[0, 0] < 0 < logits.grad[0, 1:].min()
+
+
+def test_the_weight_of_what_timm_mixes(batch):
+    images, _, labels = batch
+    mixed, targets = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=K)(images, labels)
+    lam = ((targets - 0.1 / K) / 0.9).gather(1, labels[:, None])[:, 0]
+    expected = torch.where(labels == labels.flip(0), WEIGHTS[labels], lam * WEIGHTS[labels] + (1 - lam) * WEIGHTS[labels.flip(0)])
+    assert torch.allclose(ClassWeights(WEIGHTS, 0.1)(targets), expected, atol=1e-5)
