@@ -30,7 +30,7 @@ from augment import GREY_SCALE, build_transform, to_rgb
 from folders import class_folders, find_labelled, formats, has_images, images_in
 from interruption import STOPPING
 from samplers import RASampler, SampleKey
-from utils import Process, UnreadableData, UserError, printable, say
+from utils import Process, UnreadableData, UserError, cores, printable, say
 
 CIFARS = {"CIFAR": CIFAR100, "CIFAR10": CIFAR10}
 FOLDER_CLASSES = {"IMNET": 1000, "TinyIMNET": 200, "FOLDER": None}
@@ -42,6 +42,7 @@ SMALLEST_CROP = 0.08    # share of an image's area in a random resized crop, tim
 MAX_PIXELS = 178_956_970
 VAL_SPLIT = 0.2     # of a folder without train/ and val/, where --val-split does not say
 FEW_UNREADABLE = 3      # are never too many, whatever share of a small data set, but with --max-unreadable 0
+LEAST_WORKERS = 32      # loader processes that any machine may be asked for
 TRIES = 32  # images tried in place of an unreadable one before training gives up
 
 
@@ -833,6 +834,9 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
     """
     if args.num_workers < 0:
         raise UserError(f"--num_workers {args.num_workers} is negative: use 0 to load in the main process")
+    if args.num_workers > (most := max(LEAST_WORKERS, 4 * cores())):
+        raise UserError(f"--num_workers {args.num_workers} is more than {most}, beyond which the {cores()} cores for each "
+                        "training process here gain nothing: give fewer, or leave it out")
     if args.resplit and not args.repeated_aug:
         raise UserError("--resplit spares the first repeat of each image from random erasing: "
                         "remove it or --no-repeated-aug")

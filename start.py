@@ -1,6 +1,5 @@
 """What a run starts from: checkpoint, effective flags, model, optimizer, schedule, teacher."""
 import logging
-import os
 import re
 import sys
 import warnings
@@ -38,7 +37,7 @@ from losses import balanced
 from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
 from samplers import RASampler, SampleKey
-from utils import Process, UserError, printable, say, world_size_of_launch
+from utils import Process, UserError, cores, printable, say, world_size_of_launch
 
 
 # ---------------------------------------------------------------- the checkpoint
@@ -192,9 +191,7 @@ def settle(config: Config, start: Start, process: Process) -> Config:
             config = _with(config, exif_orientation=True, source="data folder")
     config = with_own_preparation(with_own_input_size(config), stored)
     if "num_workers" not in config.given:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        config = _with(config, num_workers=min(config.args.num_workers, max(1, cores // local)), source="machine")
+        config = _with(config, num_workers=min(config.args.num_workers, cores()), source="machine")
     return config
 
 

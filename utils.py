@@ -73,6 +73,12 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")     # which is how JSON escapes a lone surrogate, too
 
 
+def cores() -> int:
+    """That this process may use: its part of the machine's, where a launcher has started several here."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def world_size_of_launch() -> int:
     """Processes that torchrun (or a launcher that sets the same variables) has started."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1

@@ -289,6 +289,18 @@ def test_flags_for_other_data(folder, changes, words):
         build_loaders(make_args(folder, **changes), Process())
 
 
+def test_more_loader_processes_than_a_machine_can_use_are_refused(folder, monkeypatch, capsys):
+    flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 4, "--epochs", 1, "--num_workers")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    text = e2e.sentence(capsys, *flags, 999)
+    assert text.startswith("--num_workers 999 is more than 64, beyond which the 16 cores") and "leave it out" in text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    text = sentence(build_loaders, make_args(folder, num_workers=33), Process())
+    assert "--num_workers 33 is more than 32, beyond which the 4 cores" in text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    build_loaders(make_args(folder, num_workers=16), Process())
+
+
 # ---------------------------------------------------------------- the checkpoint's classes
 def test_eval_maps_classes_to_the_checkpoints_by_name(folder):
     names = ["emu", "owl", "dog", "cat"]
