@@ -37,8 +37,9 @@ from kernels.basis import BASES, MAX_POINTS, pair_constants
 from kernels.triton_common import AotCase, Device, Launch, Work, device_at, fast_exp2, fast_reciprocal
 
 WARPS = 4
-# Programs that share a multiprocessor: all run at once, no more of them than fit, so few partial sums are written.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8.0, 7.0
+# Programs for each multiprocessor. 8 and 7 fit at once; more are faster, since they do not end together. Measured on an H100,
+# 25,216 x 768, bf16, forward + backward: 127 us with 8 and 7, 117 with 16, 118 with 24 and with 32.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24.0, 16.0
 FINISH_BLOCK = 1024
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -27,7 +27,7 @@ NANO = "vit_nano_patch8_32_KAN"
 # A run of a second: no warm-up that would outlast it, no worker processes.
 QUICK = ("--device", "cpu", "--num_workers", "0", "--model", NANO, "--batch-size", "16", "--warmup-epochs", "0",
          "--no-repeated-aug")
-TIMES = ("epoch_seconds", "img_per_s")
+TIMES = ("epoch_seconds", "img_per_s", "mfu")
 LINE = re.compile(r"(model|model_ema): top-1 (\d+\.\d\d) top-5 (\d+\.\d\d) \((\d+) images\)")
 
 

@@ -68,6 +68,7 @@ def run(captured_: bool, argv=(), loader: Callable[[], list] | None = None,
         amp_dtype=torch.float32, clip_grad=None, device=CPU, model=None, **options):
     """Epochs as main.py trains them: everything that is left of them, and the updater."""
     args = flags(*argv)
+    torch.manual_seed(0)
     state = state_of(args, model and model(), amp_dtype, device)
     state.scaler = scaler() if scaler else state.scaler
     made = criterion() if criterion else build_criterion(args, K, mixup is not None)
