@@ -4,7 +4,7 @@ Every criterion is called as `criterion(images, outputs, targets)`. Targets are 
 mixup, probabilities float [B, K].
 """
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -67,6 +67,33 @@ class ClassLoss(Criterion):
 
     def forward(self, images: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.mean(self.loss(outputs, targets), targets)
+
+
+class Teacher(nn.Module):
+    """A teacher that gets its images at its own size and with its own mean and deviation.
+
+    The batch itself is resized and scaled on its device, after mixup and erasing: so teacher and student see the same, nothing is
+    drawn at random, and a resume or another number of processes changes nothing.
+
+    Args:
+        model: images float32 [B, 3, h, w] of `size` (height, width), normalised by mean and std, to logits.
+        mean, std: of the teacher; students_mean, students_std: of what it is called with, [B, 3, H, W]."""
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, size: tuple[int, int], mean: Sequence[float], std: Sequence[float],
+                 students_mean: Sequence[float], students_std: Sequence[float]):
+        super().__init__()
+        self.model, self.size = model, size
+        own, students = torch.tensor([list(mean), list(std)]), torch.tensor([list(students_mean), list(students_std)])
+        self.same = bool((own == students).all())
+        self.register_buffer("scale", (students[1] / own[1]).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", ((students[0] - own[0]) / own[1]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        return self.model(images if self.same else images * self.scale + self.shift)
 
 
 class DistillationLoss(Criterion):

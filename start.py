@@ -15,7 +15,7 @@ import numpy as np
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, to_2tuple
 from timm.models import get_pretrained_cfg, is_model_in_modules
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -33,7 +33,7 @@ from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_im
 from downloads import fetch
 from engine import MovingAverage, TrainState
 from group_kan import GroupActivation
-from losses import balanced
+from losses import Teacher, balanced
 from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
 from samplers import RASampler, SampleKey
@@ -372,7 +372,8 @@ def _readable(data: ImageSet, keys: Sequence[SampleKey | int]) -> torch.Tensor:
 
 
 def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
-    """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode."""
+    """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode. It takes the student's images, and sees
+    them at its own size and normalisation: those that its checkpoint tells, else those of its timm configuration."""
     if args.distillation_type == "none":
         return None
     path, checkpoint = _read(args.teacher_path)
@@ -384,6 +385,13 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
     vetting.check_weights(spec, checkpoint, path, what=f"--teacher-path {path}")
     teacher = timm.create_model(spec.name, **spec.kwargs)
     models_kan.load_exactly(teacher, weights_of(checkpoint, path), f"--teacher-path {path}")
+    vetting.check_flags(checkpoint, path)
+    told = settle(parse_args(["--eval", "--model", spec.name]), Start("eval", path, checkpoint, spec), Process()).args
+    validate(told)
+    if (told.input_size, told.mean, told.std) != (args.input_size, args.mean, args.std):
+        say(f"the teacher {spec.name} sees the images at {told.input_size} px, mean {' '.join(map(str, told.mean))}, std "
+            f"{' '.join(map(str, told.std))}")
+        teacher = Teacher(teacher, to_2tuple(told.input_size), told.mean, told.std, args.mean, args.std)
     return teacher.to(device).eval().requires_grad_(False)
 
 

@@ -10,6 +10,7 @@ from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
 
+import losses
 import models_kan  # noqa: F401  registers the models with timm
 from losses import ClassWeights, CosubLoss, DistillationLoss, balanced, build_criterion, positive_threshold
 
@@ -300,3 +301,16 @@ def test_the_weight_of_what_timm_mixes(batch):
     lam = ((targets - 0.1 / K) / 0.9).gather(1, labels[:, None])[:, 0]
     expected = torch.where(labels == labels.flip(0), WEIGHTS[labels], lam * WEIGHTS[labels] + (1 - lam) * WEIGHTS[labels.flip(0)])
     assert torch.allclose(ClassWeights(WEIGHTS, 0.1)(targets), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- a teacher of another size and normalisation
+@pytest.mark.parametrize("size", [(8, 8), (12, 12), (4, 4)])
+def test_a_teacher_sees_the_images_as_it_knows_them(size):
+    own, students = ((0.5, 0.4, 0.3), (0.5, 0.25, 0.2)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    pixels = torch.rand(B, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    normalised = {of: (pixels - torch.tensor(of[0]).view(3, 1, 1)) / torch.tensor(of[1]).view(3, 1, 1) for of in (own, students)}
+    expected = F.interpolate(normalised[own], size, mode="bicubic", antialias=True) if size != (8, 8) else normalised[own]
+    seen = losses.Teacher(nn.Identity(), size, *own, *students)(normalised[students])
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+    assert torch.equal(losses.Teacher(nn.Identity(), (8, 8), *own, *own)(pixels), pixels)
+    assert not losses.Teacher(nn.Linear(1, 1), size, *own, *students).state_dict().keys() - {"model.weight", "model.bias"}

@@ -378,6 +378,28 @@ def test_distillation(kind, data, teacher, watched):
     assert not changed(weights_of_teacher, torch.load(teacher[-1], weights_only=True)["model"])
 
 
+def test_a_teacher_of_another_size_and_normalisation(data, tmp_path, watched, capsys):
+    """Teaches, and a resumed run learns the same from it; one that a run trained is asked for its size there."""
+    torch.manual_seed(0)
+    torch.save({"model": timm.create_model("test_vit", num_classes=3).state_dict()}, tmp_path / "teacher.pth")
+    flags = (*QUICK, *STUDENT, *LEARN, "--data-path", data, "--distillation-type", "soft", "--teacher-model", "test_vit",
+             "--teacher-path", tmp_path / "teacher.pth")
+    assert run(*flags, "--epochs", 2, "--output_dir", tmp_path / "whole") == 0
+    assert "the teacher test_vit sees the images at 160 px, mean 0.5 0.5 0.5, std 0.5 0.5 0.5" in capsys.readouterr().out
+    assert run(*flags, "--epochs", 1, "--sched", "step", "--output_dir", tmp_path / "one") == 0
+    assert run(*flags, "--epochs", 2, "--sched", "step", "--output_dir", tmp_path / "two") == 0
+    assert run(*flags, "--epochs", 2, "--sched", "step", "--output_dir", tmp_path / "one", "--resume", "auto") == 0
+    assert not differences(checkpoint(tmp_path / "one")["model"], checkpoint(tmp_path / "two")["model"])
+    assert differences(checkpoint(tmp_path / "whole")["model"], checkpoint(tmp_path / "two")["model"])
+
+    assert run(*QUICK, "--model", "vit_nano_patch8_32_ViT", "--input-size", 48, "--mean", 0.1, 0.1, 0.1, "--data-path", data,
+               "--epochs", 1, "--output_dir", tmp_path / "large") == 0
+    capsys.readouterr()
+    assert run(*QUICK, *STUDENT, "--data-path", data, "--epochs", 1, "--distillation-type", "hard", "--teacher-model",
+               "vit_nano_patch8_32_ViT", "--teacher-path", tmp_path / "large" / "checkpoint.pth") == 0
+    assert "the teacher vit_nano_patch8_32_ViT sees the images at 48 px, mean 0.1 0.1 0.1" in capsys.readouterr().out
+
+
 def test_the_teacher_alone_teaches_with_alpha_1(data, teacher, watched):
     """alpha 1 leaves the labels out: nothing moves the head of the class token."""
     assert run(*QUICK, *STUDENT, *LEARN, "--data-path", data, "--epochs", 1, "--distillation-type", "hard",

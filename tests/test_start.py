@@ -575,7 +575,8 @@ def test_finetune_takes_the_weights_over_and_tells(tmp_path):
 
 # ---------------------------------------------------------------- teacher
 def test_teacher(tmp_path):
-    args = Namespace(distillation_type="hard", teacher_model=TWIN, teacher_path=str(tmp_path / "t.pth"))
+    args = settled("--distillation-type", "hard", "--teacher-model", TWIN, "--teacher-path", tmp_path / "t.pth", "--input-size",
+                   32).args
     assert build_teacher(Namespace(distillation_type="none"), 4, torch.device("cpu")) is None
     original = nano(TWIN)
     save(tmp_path / "t.pth", model=original.state_dict(), model_args={"name": TWIN, "kwargs": {"depth": 1}})
