@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -17,21 +18,26 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import untrusted
-from utils import UserError, to_json
+from utils import UserError, say, to_json
 
+# A folder of timm's layout, and where it may have its weights; the first that is there counts.
+FOLDER_CONFIG, FOLDER_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 BEST = ("best_checkpoint.pth", "best_ema_checkpoint.pth")
 
 
 # ---------------------------------------------------------------- reading checkpoints
 def load_file(path: str | Path) -> dict[str, Any]:
-    """A checkpoint (.pth and the like) or .safetensors file, on the CPU. Never runs code of the file.
+    """A checkpoint (.pth and the like), .safetensors file or folder of timm's layout, on the CPU. Never runs code of the file.
 
-    Besides tensors and plain types only `argparse.Namespace` is let in, which DeiT and the original Vision-KAN
-    put under `args`. Raises UserError for anything else."""
+    Besides tensors and plain types only `argparse.Namespace` is let in, which DeiT and the original Vision-KAN put under
+    `args`, and paths and numpy scalars, which become plain. Raises UserError for anything else."""
     path = Path(path)
+    if (path / FOLDER_CONFIG).is_file():
+        return _load_folder(path)
     if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "is no ordinary file" if path.exists() else "does not exist"
+        what = f"is a folder without {FOLDER_CONFIG}, so no model" if path.is_dir() else \
+            "is no ordinary file" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: check the path")
     try:
         checkpoint = untrusted.read(path)
@@ -48,6 +54,33 @@ def load_file(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def _load_folder(folder: Path) -> dict[str, Any]:
+    """A model as timm keeps it on the Hub, and as tools/export.py writes it: weights beside a config.json that describes them."""
+    found = [folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder} has a {FOLDER_CONFIG} but no weights ({' or '.join(FOLDER_WEIGHTS)}): copy or download it "
+                        "again")
+    checkpoint = load_file(found[0])
+    if "model_args" in checkpoint:      # an export of ours says more in its weights' file
+        return checkpoint
+    try:
+        text = (folder / FOLDER_CONFIG).read_bytes()[:untrusted.MOST_PICKLED]
+        config = json.loads(text)
+        name, own = config["architecture"], config.get("pretrained_cfg") or {}
+        kwargs = {"num_classes": config.get("num_classes", own.get("num_classes")), **(config.get("model_args") or {})}
+        size = (own.get("input_size") or [None])[-1]
+        if own.get("fixed_input_size") and size:
+            kwargs.setdefault("img_size", size)
+        names = config.get("label_names") or own.get("label_names")
+    except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / FOLDER_CONFIG} does not describe a model of timm's ({type(error).__name__}: "
+                        f"{one_line(error)}): give the weights' file and name the architecture with --model") from error
+    flags = {"model": name, "input_size": size, "eval_crop_ratio": own.get("crop_pct")}
+    return {"model": tensors_of(checkpoint, found[0]), "model_args": {"name": name, "kwargs": kwargs},
+            "args": {key: value for key, value in flags.items() if value is not None},
+            "class_names": names if isinstance(names, list) and all(map(_name, names)) else None}
+
+
 def one_line(error: BaseException) -> str:
     """An error's first line, of characters that a terminal prints as they are."""
     line = (str(error).splitlines() or [type(error).__name__])[0][:150]
@@ -61,12 +94,60 @@ def checkpoint_args(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return dict(args) if isinstance(args, Mapping) else {}
 
 
+# What other programs call the weights, and their average; DINO's teacher is the one that is used.
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "teacher", "student", "module", "net")
+_AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
+# What wraps the names of a model's tensors: DataParallel, torch.compile, Lightning, DINO, lightly. In this order: where a file
+# has a model and the teacher that it learns from, the model is meant.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "teacher.", "student.", "backbone.", "net.", "timm_model.")
+
+
+def unwrapped(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model's tensors without what wraps their names, and those that lay outside of it (a loss's, a projection head's)."""
+    inside, outside = dict(state), dict[str, torch.Tensor]()
+    while True:
+        wrapper = next((w for w in _WRAPPERS if 3 * sum(str(key).startswith(w) for key in inside) >= len(inside) > 0), None)
+        if wrapper is None:
+            return inside, outside
+        outside |= {key: value for key, value in inside.items() if not str(key).startswith(wrapper)}
+        inside = {key.removeprefix(wrapper): value for key, value in inside.items() if str(key).startswith(wrapper)}
+
+
+def in_our_layout(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """A checkpoint of another program under this one's keys: `model`, `model_ema`, and `args` that name the model. One of this
+    program's stays as it is. Says on stderr what was chosen where there was a choice."""
+    def holds_tensors(value: Any) -> bool:
+        return isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values())
+
+    key = next((key for key in _WEIGHTS if holds_tensors(checkpoint.get(key))), None)
+    if key is None and not holds_tensors(checkpoint):
+        return checkpoint           # no weights: told by those who look for them
+    state = {name: value for name, value in (checkpoint if key is None else checkpoint[key]).items()
+             if isinstance(value, torch.Tensor)}
+    inside, outside = unwrapped(state)
+    if key == "model" and not outside and inside.keys() == state.keys() and "state_dict_ema" not in checkpoint:
+        return checkpoint
+    if key in ("teacher", "student") or outside:
+        left_out = f"; left out: {len(outside)} tensors, such as {next(iter(outside))!a}" if outside else ""
+        say(f"checkpoint {path}: its weights are {len(inside)} tensors" + (f" under {key!r}" if key else "") + left_out,
+            file=sys.stderr)
+    rest = {name: value for name, value in checkpoint.items() if name not in state or key is not None}
+    average = next((name for name in _AVERAGES if holds_tensors(checkpoint.get(name))), None)
+    ours = {**rest, "model": inside}
+    if average:
+        ours["model_ema"] = unwrapped(checkpoint[average])[0]
+    args = checkpoint_args(checkpoint)
+    if isinstance(checkpoint.get("arch"), str):         # of timm's train.py
+        args.setdefault("model", checkpoint["arch"])
+    sizes = [size[-1] if isinstance(size, (list, tuple)) and size else size for size in map(args.get, ("input_size", "img_size"))]
+    args["input_size"] = sizes[0] or sizes[1]
+    return {**ours, "args": {name: value for name, value in args.items() if value is not None}}
+
+
 def tensors_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "model") -> dict[str, torch.Tensor]:
-    """The state dict under `key` (also under DeiT-like names, or the checkpoint itself when it is a bare one), unchecked."""
-    for name in (key, "state_dict"):
-        if isinstance(checkpoint.get(name), Mapping):
-            checkpoint = checkpoint[name]
-            break
+    """The state dict under `key` (the checkpoint itself when it is a bare one), unchecked."""
+    if isinstance(checkpoint.get(key), Mapping):
+        checkpoint = checkpoint[key]
     state = {k: v for k, v in checkpoint.items() if isinstance(v, torch.Tensor)}
     if not state:
         raise UserError(f"checkpoint {path} holds no weights (no key 'model'): it has "

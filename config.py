@@ -777,11 +777,12 @@ def dump_yaml(args: Namespace) -> str:
 
 # ---------------------------------------------------------------- checkpoint and model fill in the rest
 def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
-            model_defaults: dict | None = None, purpose: str | None = None) -> Config:
+            model_defaults: dict | None = None, purpose: str | None = None, models_own: dict | None = None) -> Config:
     """A flag that was not given takes the checkpoint's value, else the model's own, else its default.
 
     checkpoint_args: the `args` that a checkpoint holds (ours, DeiT's or the original Vision-KAN's: keys that
     are no flags are ignored). model_defaults: dest -> value that suits the model, e.g. {"input_size": 32}.
+    models_own: dest -> what the checkpoint's model has where the checkpoint's flags say nothing.
     purpose decides what is taken (see `SCOPE`): "resume" everything but places, "eval" model and data,
     "finetune" the model unless --model names another one, and how images are prepared, None nothing.
     Returns a new Config and changes nothing. Raises `UserError` when a given flag contradicts the checkpoint
@@ -812,10 +813,10 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
                 values[dest], sources[dest] = value, "checkpoint"
             continue
         if value is None:                               # it was trained with the model's own value
-            value = model_defaults.get(dest)
+            value = (models_own or {}).get(dest, model_defaults.get(dest))
         if values[dest] != value and SCOPE[dest] != "place":
             flag, where = flag_name(dest), config.given[dest]
-            theirs = "the model's own value" if value is None else _show(value)
+            theirs = "none" if value is None else _show(value)
             if dest not in may_change:
                 remedy = ("leave it out, or start a new run from these weights with --finetune"
                           if purpose == "resume" else "leave it out")

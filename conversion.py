@@ -11,6 +11,7 @@ where mean m and deviation s of every input and every hidden unit, and what the 
 calibration batch. Constants and biases go into the layers' biases, the block norm's affine into W1 and b1.
 """
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -49,19 +50,27 @@ def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
     Args:
         layer: `GroupKAN`, `functools.partial(FasterKAN, hdim=96)` and the like, called as timm calls an `mlp_layer`. A group
             KAN takes over the MLP's weights, so that the model computes what it did; others begin anew.
-    Raises: ValueError where the layer does not fit one of them, before any is replaced.
+    Raises: ValueError that names the module where the layer does not fit, before any is replaced. Warns where there is none.
     """
     found: dict[nn.Module, nn.Module] = {}
-    for mlp in model.modules():
+    for where, mlp in model.named_modules():
         if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
             weight = mlp.fc1.weight
-            kan = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
-                        out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
-                        bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
-                        device=weight.device, dtype=weight.dtype)
+            try:
+                kan = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
+                            out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
+                            bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
+                            device=weight.device, dtype=weight.dtype)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where or 'the model itself'} ({mlp.fc1.in_features} x {mlp.fc1.out_features}): "
+                                 f"{error}") from error
             if isinstance(kan, GroupKAN) and kan.fc1.weight.shape == weight.shape:
                 kan.load_state_dict(mlp.state_dict(), strict=False)
             found[mlp] = kan.train(mlp.training)
+    if not found:
+        others = sorted({type(module).__name__ for module in model.modules() if "mlp" in type(module).__name__.lower()})
+        warnings.warn(f"nothing was replaced: {type(model).__name__} has no timm.layers.Mlp of linear maps"
+                      + (f" ({', '.join(others)} are left as they are)" if others else ""), stacklevel=2)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():     # an MLP may stand in several places
             if child in found:
@@ -69,23 +78,24 @@ def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
     return len(found)
 
 
-def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor],
-                   images: Callable[[], Tensor]) -> tuple[LoadReport, list[BlockError]]:
+def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], images: Callable[[], Tensor],
+                   grid: tuple[int, int] | None = None) -> tuple[LoadReport, list[BlockError]]:
     """Weights of another model for `model`, MLPs turned into KANs where that is possible.
 
     Args:
         spec: how `model` was built. state: the other model's parameters.
-        images: gives a calibration batch [B, 3, H, W], and is called only if one is needed.
+        images: gives a calibration batch [B, 3, H, W], and is called only if one is needed. grid: of the other model's patches
+        (`models_kan.patch_grid`).
     Returns: what became of each tensor, and the error of each block whose KAN was fitted to an MLP.
     Raises: UserError as `models_kan.load_finetune`.
     """
-    report = models_kan.load_finetune(model, state)
+    report = models_kan.load_finetune(model, state, grid)
     blocks = getattr(model, "blocks", [])
     mlps = [key for key in report.dropped if re.search(r"\.mlp\.fc[12]\.", key)]
     if not mlps or not any(isinstance(block.mlp, FasterKAN) for block in blocks):
         return report, []
     twin = models_kan.mlp_twin(spec)
-    models_kan.load_finetune(twin, state)
+    models_kan.load_finetune(twin, state, grid)
     reason = why_not(model, twin)
     if reason:
         report.dropped |= dict.fromkeys(mlps, f"no conversion: {reason}")

@@ -1,5 +1,6 @@
 """Files from URLs: kept whole and checked, or not at all. A server may be slow, lie, break off or send elsewhere."""
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 
-from checkpoints import load_file, one_line
+from checkpoints import FOLDER_CONFIG, FOLDER_WEIGHTS, load_file, one_line
 from utils import UserError, say
 
 try:
@@ -22,15 +23,21 @@ try:
 except ImportError:         # Windows: there a partial file of a killed process stays
     fcntl = None        # type: ignore[assignment]
 
+HUB, LOCAL = "hf-hub:", "local-dir:"        # as timm.create_model names models that it has not registered
 STALL_S, STALL_BYTES = 60.0, 2 ** 16        # a download that brings less in that time is given up
 
 
 def fetch(location: str) -> Path:
-    """A local path for `location`: a file, or a URL that is downloaded once, whole or not at all.
+    """A local path for `location`: a file or folder, a URL that is downloaded once, whole or not at all, or timm's
+    `hf-hub:OWNER/NAME[@REVISION]`, a model's folder out of the Hub's cache, and `local-dir:FOLDER`.
 
     DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked whenever the file is
     used. A file without must be a whole checkpoint to be kept: a server need not say how long it is."""
     url = urlparse(location)
+    if location.startswith(HUB):
+        return _from_hub(location)
+    if location.startswith(LOCAL):
+        return Path(location.removeprefix(LOCAL)).expanduser()
     if url.scheme not in ("http", "https", "file"):
         return Path(location).expanduser()
     if url.scheme == "file":
@@ -53,6 +60,26 @@ def fetch(location: str) -> Path:
         raise UserError(f"{location} cannot be downloaded ({reason}): check the address and the connection, or "
                         "download it elsewhere and give the file") from error
     return target
+
+
+def _from_hub(location: str) -> Path:
+    from huggingface_hub import hf_hub_download  # slow to import
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
+    name, _, revision = location.removeprefix(HUB).partition("@")
+    try:
+        config = Path(hf_hub_download(name, FOLDER_CONFIG, revision=revision or None))
+        for number, file in enumerate(FOLDER_WEIGHTS, 1):
+            try:
+                hf_hub_download(name, file, revision=revision or None)
+                break
+            except EntryNotFoundError:
+                if number == len(FOLDER_WEIGHTS):
+                    raise
+        return config.parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(f"{location} cannot be had from the Hub ({one_line(error)}): check the name and the connection, or "
+                        "give a downloaded folder") from error
 
 
 def _download(location: str, target: Path, digest: str) -> None:

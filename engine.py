@@ -121,7 +121,10 @@ class TrainState:
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError if the optimizer's state is of another model or optimizer."""
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            stored = checkpoint["optimizer"]
+            groups = [{**theirs, **{key: value for key, value in own.items() if isinstance(value, torch.dtype)}}
+                      for own, theirs in zip(self.optimizer.param_groups, stored["param_groups"], strict=True)]     # kept as text
+            self.optimizer.load_state_dict({**stored, "param_groups": groups})
         except (KeyError, ValueError) as error:
             raise UserError(f"the checkpoint's optimizer state does not fit ({error}): resume with the flags it was "
                             "trained with, or start a new run from its weights with --finetune") from error

@@ -5,9 +5,10 @@ be a list, the hidden width of each block. The sizes
 are those of DeiT (arXiv:2012.12877), DeiT-III (arXiv:2204.07118) and three small ones for 32 pixel images; a new
 size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS`.
 """
+import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -17,11 +18,12 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, resample_abs_pos_embed
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+import checkpoints
 from efficient_kan import EfficientKAN, EfficientKANLayer
 from faster_kan import FasterKAN, FasterKANLayer
 from group_kan import GroupActivation, GroupKAN
@@ -111,7 +113,7 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
         raise ValueError(f"{', '.join(without_effect)}: no effect on {name}"
                          + (f", choose {name.rpartition('_')[0]}_{' or _'.join(having)}" if having else ""))
     if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
-        raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
+        kwargs["pretrained_cfg"] = _timms_weights(name, feed_forward)
     settings: dict[str, Any] = dict(
         img_size=size.img_size, patch_size=size.patch_size, embed_dim=size.embed_dim, depth=size.depth,
         num_heads=size.num_heads, mlp_layer=_mlp_layer(name, size, feed_forward, options, kwargs.get("depth", size.depth)))
@@ -125,6 +127,16 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
         for block in (model.model if kwargs.get("features_only") else model).blocks:
             block.norm1.eps = block.norm2.eps = block_norm_eps
     return model
+
+
+def _timms_weights(name: str, feed_forward: Callable) -> dict[str, Any]:
+    """The configuration of a model with the place of timm's weights for its size, which hold MLPs: a group KAN begins as one."""
+    timms = get_pretrained_cfg(_TWINS[name])
+    if feed_forward not in (_gkan, _mlp) or timms is None or not timms.has_weights:
+        raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
+    taken = {key: getattr(timms, key) for key in ("url", "hf_hub_id", "hf_hub_filename", "tag", "mean", "std", "interpolation",
+                                                  "crop_pct", "num_classes")}
+    return {**default_cfgs[name], "architecture": name, **{key: value for key, value in taken.items() if value is not None}}
 
 
 def _mlp_layer(name: str, size: Size, feed_forward: Callable, options: dict[str, Any], depth: int) -> Callable:
@@ -181,6 +193,31 @@ def options_of(name: str) -> list[str]:
     """Those of `KAN_OPTIONS` that a model has; none for models that are not of this project."""
     suffix = split_name(name)[1]
     return _OPTIONS[FEED_FORWARDS[suffix]] if suffix else []
+
+
+# What the feed-forwards call an option, where they call it otherwise.
+_KEYWORDS = {"hdim_kan": "hdim", "kan_grid_points": "num_grids", "kan_h": "h", "kan_groups": "groups", "kan_base": "base",
+             "kan_input_phi": "input_phi", "kan_trainable_base": "trainable_base", "kan_trainable_grid": "train_grid",
+             "kan_trainable_h": "train_h", "kan_base_branch": "base_branch", "kan_second_norm": "second_norm"}
+
+
+def own_options(spec: "ModelSpec") -> dict[str, Any]:
+    """The value of each option of `options_of` that a model of this project has, given or its own; {} for other models."""
+    size, suffix = split_name(spec.name)
+    if size is None or suffix is None:
+        return {}
+    told = {key: value for key, value in spec.kwargs.items() if key in _OPTIONS[FEED_FORWARDS[suffix]]}
+    layer = FEED_FORWARDS[suffix](size, **{key: value for key, value in told.items() if key != "hdim_kan"})
+    if suffix == "ViT":
+        return {}
+    made = layer.keywords
+    low, high, points = made["grid_min"], made["grid_max"], made["num_grids"]
+    own = {"kan_grid_range": [low, high], "kan_basis": told.get("kan_basis", "original"),
+           **{option: made[keyword] for option, keyword in _KEYWORDS.items() if keyword in made}}
+    own["hdim_kan"] = told.get("hdim_kan") or own["hdim_kan"] or 4 * spec.kwargs.get("embed_dim", size.embed_dim)
+    if own.get("kan_h", 0) is None:
+        own["kan_h"] = (high - low) / (points - 1)
+    return {option: own[option] for option in _OPTIONS[FEED_FORWARDS[suffix]]}
 
 
 def models_with(option: str, name: str) -> list[str]:
@@ -276,24 +313,38 @@ class ModelSpec:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def rename_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of released Vision-KAN, DeiT and DeiT-III files, or of a DistributedDataParallel model -> ours.
+def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
+    """Keys of released Vision-KAN, DeiT and DeiT-III files, or of a wrapped model -> ours.
 
-    The original kept an unused MLP beside each KAN: it is left behind."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    The original kept an unused MLP beside each KAN: it is left behind.
+
+    Args:
+        own: the keys of the model that takes the weights, where it is known. One that it has is right as it is: CaiT and BEiT,
+            for instance, call `gamma_1` what DeiT-III's own files call so and timm's DeiT-III `ls1.gamma`."""
+    inside, outside = checkpoints.unwrapped(state)
+    state = outside | inside
     released = any(".kan.layers." in key for key in state)
     out = {}
     for key, value in state.items():
         if released and ".mlp." in key:
             continue
-        key = key.replace(".kan.layers.", ".mlp.layers.")
-        out[re.sub(r"gamma_([12])$", r"ls\1.gamma", key)] = value
+        if key not in own:
+            key = re.sub(r"gamma_([12])$", r"ls\1.gamma", key.replace(".kan.layers.", ".mlp.layers."))
+        out[key] = value
     return out
 
 
 def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook for loading weights into a model of this project."""
-    return checkpoint_filter_fn(rename_keys(state), model)      # type: ignore[arg-type]  # VisionTransformer's kin
+    """timm's hook for loading weights into a model of this project; an MLP's, too, into a group KAN."""
+    own = model.state_dict()
+    state = rename_keys(state, own)
+    if not any(".mlp.phi" in key for key in state):
+        state |= {key: value for key, value in own.items()
+                  if ".mlp.phi" in key and key.rpartition(".mlp.phi")[0] + ".mlp.fc1.weight" in state}
+    return checkpoint_filter_fn(state, model)       # type: ignore[arg-type]  # VisionTransformer's kin
+
+
+_HEADS = {1280: 16, 1408: 16, 1664: 16}     # of ViT-H, -g and -G, whose heads are wider than 64
 
 
 def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
@@ -308,8 +359,8 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
     missing = [key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
                                "blocks.0.norm1.weight") if key not in state]
     if missing:
-        raise UserError(f"the checkpoint holds no vision transformer of a known layout (no key {missing[0]!r}): "
-                        f"name its architecture with --model")
+        raise UserError(f"the checkpoint holds no vision transformer of a known layout (its weights: {_sample(state)}; no key "
+                        f"{missing[0]!r}): if it is another model of timm's, name its architecture with --model")
     dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     distilled, deit3 = "dist_token" in state, "blocks.0.ls1.gamma" in state
@@ -335,7 +386,9 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
         if value != own:
             kwargs[key] = value
     if dim != size.embed_dim:
-        kwargs["num_heads"] = max(1, dim // 64)
+        kwargs["num_heads"] = _HEADS.get(dim) or max(1, dim // 64)
+    if "fc_norm.weight" in state:       # MAE's fine-tuned models: the mean of the patches, normalised after it is taken
+        kwargs["global_pool"] = "avg"
     if "blocks.0.attn.qkv.bias" not in state:
         kwargs["qkv_bias"] = False
     if released:
@@ -354,6 +407,8 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
         if "blocks.0.mlp.layers.1.layernorm.weight" not in state:
             static = "blocks.0.mlp.layers.1.layernorm.scale" in state
             kwargs["kan_second_norm"] = "static" if static else "none"
+    if suffix == "ViT" and (hidden := _widths(state, depth, "fc1.weight")) != 4 * dim and isinstance(hidden, int):
+        kwargs["mlp_ratio"] = hidden / dim
     if group:
         groups, points = state["blocks.0.mlp.phi2.coefficients"].shape
         grid, hidden = state["blocks.0.mlp.phi2.grid"], _widths(state, depth, "fc1.weight")
@@ -385,13 +440,19 @@ def one_or_each(widths: list[int]) -> int | list[int]:
     return widths[0] if len(set(widths)) == 1 else widths
 
 
+def _sample(state: Mapping[str, Tensor]) -> str:
+    """Some names of its tensors, for a message: what they are called tells whose they are."""
+    return ", ".join(map(ascii, list(state)[:3])) + (f" and {len(state) - 3} more" if len(state) > 3 else "")
+
+
 def _num_classes(state: dict[str, Tensor]) -> int:
     return state["head.weight"].shape[0] if "head.weight" in state else 0
 
 
 def load_exactly(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """Every parameter of `model` from `state`, or a UserError that names the first that does not fit."""
-    state, own = rename_keys(state), model.state_dict()
+    own = model.state_dict()
+    state = rename_keys(state, own)
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
     if missing or extra or wrong:
@@ -434,8 +495,22 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def _adapt_pos_embed(state: dict[str, Tensor], model: Any) -> None:
-    """Bring `pos_embed` to the model's grid and prefix tokens, in place.
+def patch_grid(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of the patches that a checkpoint's `pos_embed` is for, where its description tells the image's size; else
+    None. state: its weights."""
+    told, kernel = checkpoint.get("model_args"), state.get("patch_embed.proj.weight")
+    sizes = [(told.get("kwargs") or {}).get("img_size") if isinstance(told, Mapping) else None,
+             checkpoints.checkpoint_args(checkpoint).get("input_size")]
+    size = next((size for size in sizes if size), None)
+    size = (size, size) if isinstance(size, int) else size
+    if kernel is None or kernel.ndim != 4 or not isinstance(size, (list, tuple)) or len(size) != 2:
+        return None
+    rows, columns = (int(side) // patch for side, patch in zip(size, kernel.shape[2:]))
+    return rows, columns
+
+
+def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] | None) -> None:
+    """Bring `pos_embed` to the model's grid and prefix tokens, in place. old: the grid that it is for; None: a square.
 
     Positions of the class and distillation tokens are kept. A DeiT-III model has none: there the class token's
     is added to the token itself, which is the same function; from DeiT-III they become zero, the same again."""
@@ -443,13 +518,16 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: Any) -> None:
     if not hasattr(model, "patch_embed") or getattr(model, "pos_embed", None) is None:
         return
     tokens = ["cls_token"] + (["dist_token"] if "dist_token" in state else [])
-    patches = pos.shape[1] - len(tokens)
-    n_prefix = len(tokens) if patches > 0 and round(patches ** 0.5) ** 2 == patches else 0
-    if round((pos.shape[1] - n_prefix) ** 0.5) ** 2 != pos.shape[1] - n_prefix:
+    def fits(patches: int) -> bool:
+        return patches > 0 and (patches == old[0] * old[1] if old else math.isqrt(patches) ** 2 == patches)
+
+    n_prefix = next((n for n in (len(tokens), 0) if fits(pos.shape[1] - n)), None)
+    if n_prefix is None:
         del state["pos_embed"]          # of oblong images, or of further tokens: which position is whose is unknown
         return
     prefix, grid = pos[:, :n_prefix], pos[:, n_prefix:]
-    grid = resample_abs_pos_embed(grid, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=0)
+    grid = resample_abs_pos_embed(grid, new_size=list(model.patch_embed.grid_size), old_size=list(old) if old else None,
+                                  num_prefix_tokens=0)
     if getattr(model, "no_embed_class", False):
         for i, token in enumerate(tokens[:n_prefix]):
             state[token] = state[token] + prefix[:, i:i + 1]
@@ -462,20 +540,20 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: Any) -> None:
     state["pos_embed"] = torch.cat([prefix, grid], dim=1)
 
 
-def load_finetune(model: nn.Module, source: dict[str, Tensor]) -> LoadReport:
+def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, int] | None = None) -> LoadReport:
     """Take over all of another model's weights that fit, and tell what became of each tensor.
 
     Position and patch embeddings are resampled to the model's image and patch size. The head is dropped when
     the class count differs. An MLP becomes a group KAN as it is; in a block of another KAN it has no place and is
-    dropped (`conversion.load_converted` fits one to it).
+    dropped (`conversion.load_converted` fits one to it). grid: of the source's patches (`patch_grid`); None: a square.
     Raises: UserError if nothing fits, or nothing of the attention."""
     own, report = model.state_dict(), LoadReport()
     if any(".kan.layers." in key for key in source):
         report.dropped = {key: "never used by the original" for key in source if ".mlp." in key}
-    source = rename_keys(source)
+    source = rename_keys(source, own)
     state = dict(source)
     if "pos_embed" in own and "pos_embed" in state and "cls_token" in state:
-        _adapt_pos_embed(state, model)
+        _adapt_pos_embed(state, model, grid)
     if isinstance(model, VisionTransformer):
         pos = state.pop("pos_embed", None)
         state = checkpoint_filter_fn(state, model)
@@ -499,6 +577,9 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor]) -> LoadReport:
             report.dropped[key] = (f"{tuple(value.shape)} against {tuple(own[key].shape)}" if key in own
                                    else "no such part in this model")
     attention = [key for key in own if ".attn." in key]
+    if source and not own.keys() & source.keys():
+        raise UserError(f"the checkpoint's weights ({_sample(source)}) have no name in common with those of the model "
+                        f"({_sample(own)}): it is of another program or architecture, whose weights cannot be taken over")
     if not taken or (attention and not any(key in taken for key in attention)):
         raise UserError("nothing of the checkpoint's attention fits this model, so it would train from random "
                         "weights: choose the --model of the same width and depth")

@@ -6,6 +6,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ import conversion
 import kernels
 import models_kan
 import vetting
-from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
+from checkpoints import check_entries, checkpoint_args, in_our_layout, load_file, plain, saved_checkpoints, weights_of
 from config import PREPARATION, Config, flag_name, get_args_parser, parse_args, resolve, validate
 from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_imagenet, needs_splitting
-from downloads import fetch
+from downloads import HUB, LOCAL, fetch
 from engine import MovingAverage, TrainState
 from group_kan import GroupActivation
 from losses import Teacher, balanced
@@ -74,7 +75,7 @@ def read_start(config: Config) -> Start:
 
 
 def _read(location: str) -> tuple[str, dict[str, Any]]:
-    return location, load_file(fetch(location))
+    return location, in_our_layout(load_file(fetch(location)), location)
 
 
 def _good(path: str, checkpoint: dict[str, Any], config: Config, of_a_run: bool = False) -> Start:
@@ -140,11 +141,13 @@ def _newest(output_dir: str, evaluate: bool) -> Start | None:
 
 
 def read_source(source: str) -> tuple[str, dict[str, Any]]:
-    """--finetune: a file, a URL, or the name of a timm model with pretrained weights."""
-    if urlparse(source).scheme in ("http", "https", "file") or Path(source).expanduser().exists():
+    """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights."""
+    elsewhere = urlparse(source).scheme in ("http", "https", "file") or source.startswith((HUB, LOCAL))
+    if elsewhere or Path(source).expanduser().exists():
         return _read(source)
     if not timm.is_model(source.split(".")[0]):
-        raise UserError(f"--finetune {source} is neither a file, a URL nor the name of a timm model: check it")
+        raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm model: check it; a "
+                        f"model on the Hub is written {HUB}OWNER/NAME")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
     say(f"fetching the weights of {source} from timm's hub")
     try:
@@ -179,7 +182,7 @@ def settle(config: Config, start: Start, process: Process) -> Config:
     found = None
     if start.purpose != "resume" and "data_set" not in config.given:
         found = guess_data_set(config.args.data_path)
-    config = resolve(config, stored, purpose=start.purpose)
+    config = resolve(config, stored, purpose=start.purpose, models_own=models_kan.own_options(start.spec) if start.spec else None)
     if found:
         config = _with(config, data_set=found, source="data folder")
     if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
@@ -344,8 +347,9 @@ def load_start(model: nn.Module, spec: ModelSpec, start: Start, loaders: Loaders
     if start.purpose != "finetune":
         return None
     with vetting.strangers(f"checkpoint {start.path}"):
-        report, errors = conversion.load_converted(model, spec, weights_of(start.checkpoint, start.path),
-                                                   lambda: _calibration_batch(loaders, seed))
+        state = weights_of(start.checkpoint, start.path)
+        report, errors = conversion.load_converted(model, spec, state, lambda: _calibration_batch(loaders, seed),
+                                                   models_kan.patch_grid(start.checkpoint, state))
     return report.table() + (f"\n{conversion.table(errors)}" if errors else "")
 
 
@@ -449,7 +453,23 @@ def choose_backend(config: Config, spec: ModelSpec, device: torch.device) -> Non
     say(f"KAN layers ({name}): {kernels.describe(device.type)}")
 
 
+# What some of timm's optimizers need beside it: part of the name -> (module, how to install it).
+_PACKAGES = {"kron": ("opt_einsum", "pip install opt_einsum"), "bnb": ("bitsandbytes", "pip install bitsandbytes"),
+             "fused": ("apex", "build it as https://github.com/NVIDIA/apex says")}
+
+
+def _check_packages(opt: str) -> None:
+    """Raises UserError where an optimizer lacks what it computes with. Kron works without, but takes thousands of times the
+    parameters' memory."""
+    for part, (module, remedy) in _PACKAGES.items():
+        if part in opt and find_spec(module) is None:
+            raise UserError(f"--opt {opt} needs the package {module}, which is not installed: {remedy}")
+    if ("bnb" in opt or "fused" in opt) and not torch.cuda.is_available():
+        raise UserError(f"--opt {opt} computes on CUDA GPUs only, and PyTorch sees none: choose another")
+
+
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    _check_packages(args.opt.lower())
     kwargs: dict[str, Any] = {**optimizer_kwargs(args), "lr": lr}
     info = get_optimizer_info(args.opt.lower().split("_")[-1])     # what follows lookahead_
     if info.has_betas and len(args.opt_betas or ()) not in (0, info.num_betas):

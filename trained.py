@@ -22,6 +22,7 @@ import vetting
 from checkpoints import weights_of
 from config import Config, parse_args, validate
 from datasets import FileImages, ImageSet, Loaders, Split, batches, build_dataset, build_loaders
+from downloads import HUB, LOCAL
 from folders import find_images
 from models_kan import ModelSpec
 from utils import Process, UserError
@@ -83,7 +84,8 @@ class Trained:
 
 
 def load_trained(location: str, *, weights: str = "model", device: str = "auto", flags: Sequence[str] = ()) -> Trained:
-    """The model of a checkpoint: ours, the original Vision-KAN's, DeiT's, a .safetensors file of ours, or a URL of one.
+    """The model of a checkpoint: ours, the original Vision-KAN's, DeiT's, a .safetensors file or folder of ours, or a URL of
+    one, or hf-hub:OWNER/NAME.
 
     Args:
         weights: which of `WEIGHTS`. device: as --device. flags: further ones of main.py's, such as --data-path DIR.
@@ -175,15 +177,17 @@ def as_seen(image: Tensor, args: Namespace) -> Tensor:
 
 def beside(checkpoint: str, ending: str) -> Path:
     """Where a tool writes that is not told: the checkpoint's name with this ending in place of its suffix, beside it; of a URL
-    here."""
+    or of a model on the Hub here."""
     url = urlparse(checkpoint)
-    path = Path(Path(url.path).name) if url.scheme in ("http", "https", "file") else Path(checkpoint).expanduser()
-    return path.with_name(f"{path.stem}{ending}")
+    remote = url.scheme in ("http", "https", "file") or checkpoint.startswith(HUB)
+    path = Path(Path(url.path).name) if remote else Path(checkpoint.removeprefix(LOCAL)).expanduser()
+    return path.with_name(f"{path.name if path.is_dir() or checkpoint.startswith(HUB) else path.stem}{ending}")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """CHECKPOINT, --weights and --device of a tool; what it does not know are flags of main.py's."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py's or tools/convert.py's, of the "
-                        "original Vision-KAN or DeiT; a file or a URL")
+                        "original Vision-KAN or DeiT, a folder of timm's layout: a "
+                        "file, a folder, a URL or hf-hub:OWNER/NAME")
     parser.add_argument("--weights", choices=WEIGHTS, default="model", help="the trained ones or their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

@@ -10,13 +10,15 @@ import json
 import math
 import os
 import pickletools
+import re
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -35,7 +37,8 @@ class Foreign(Exception):
 
 def read(path: Path) -> Any:
     """What a .pth or .safetensors file holds: nests of dict, list, tuple, Namespace, text, numbers, and dense tensors on
-    the CPU, none of which shares memory with a larger whole that the file does not hold.
+    the CPU, none of which shares memory with a larger whole that the file does not hold. Paths come back as text, numpy's
+    scalars as Python's.
 
     Raises Foreign, and any other Exception, with a reason in its first line, for a file that is damaged or something else."""
     with open(path, "rb") as file:
@@ -49,7 +52,7 @@ def read(path: Path) -> Any:
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("its instructions make no sense") from error
         file.seek(0)
-        with torch.serialization.safe_globals([Namespace]):     # DeiT and the original Vision-KAN keep their flags in one
+        with torch.serialization.safe_globals([Namespace, *_STAND_INS]):    # DeiT and Vision-KAN keep their flags in one
             return _Tree(size).checked(torch.load(file, map_location="cpu", weights_only=True), "", 0)
 
 
@@ -142,10 +145,44 @@ _STORAGES = {f"{module} {name}Storage": dtype for module in ("torch", "torch.cud
     "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128}.items()}
 _STORAGES["torch.storage UntypedStorage"] = torch.uint8
 _TENSORS = tuple(f"torch._utils _rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
+
+
+class _NumpyType:
+    """What a file's numpy.dtype becomes while it is read: of numbers and texts only."""
+
+    def __init__(self, code: str, *_: Any):
+        if not re.fullmatch(r"f[248]|[iu][1248]|b1|U\d{1,4}", code):
+            raise ValueError(f"it has a numpy value of type {code[:20]!a}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _numpy_scalar(kind: _NumpyType, values: bytes) -> Any:
+    if len(values) != kind.dtype.itemsize:
+        raise ValueError("it has a numpy value of another length")
+    return np.ndarray((), kind.dtype, values).item()
+
+
+def _posix_path(*parts: str) -> str:
+    return str(PurePosixPath(*parts))
+
+
+def _windows_path(*parts: str) -> str:
+    return str(PureWindowsPath(*parts))
+
+
+# Plain values that launchers and loops leave in a file's flags. A stand-in makes each anew, whatever this machine has.
+_STAND_INS: list[tuple[Callable, str]] = [
+    (_NumpyType, "numpy.dtype"),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_windows_path if "Windows" in name else _posix_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+      for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"))]
 # What a pickle may call. Each makes a new plain value of its arguments, no larger than they are.
 _CALLED = (*_TENSORS, "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state", "argparse Namespace",
            "collections OrderedDict", "collections Counter", "torch Size", "torch device", "_codecs encode",
-           "__builtin__ set", "builtins set")
+           "__builtin__ set", "builtins set", *(" ".join(name.rsplit(".", 1)) for _, name in _STAND_INS))
 
 
 def _play(file: BinaryIO, storage: Callable[[str, int], None]) -> None:

@@ -25,6 +25,8 @@ _LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
 # What an optimizer keeps for each parameter, in its shape; the last group may be None.
 _MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq")}
 _OF_THE_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+_ONE_A_WEIGHT = (*_MOMENTS, torch.optim.SGD)
+_OF_BLOCKS = ("absmax", "qmap")     # of bitsandbytes: scales of blocks of 8-bit values, and what the 256 of them mean
 
 
 @contextmanager
@@ -101,7 +103,7 @@ def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key
         warnings.simplefilter("ignore")     # that a copy to the meta device does nothing
         models_kan.load_exactly(model, state, what)
     own = model.state_dict()
-    for name, value in models_kan.rename_keys(state).items():
+    for name, value in models_kan.rename_keys(state, own).items():
         if value.is_floating_point() != own[name].is_floating_point() or value.is_complex():
             raise UserError(f"{what} does not fit the model: {name} is of type {str(value.dtype).removeprefix('torch.')} where "
                             f"the model has {str(own[name].dtype).removeprefix('torch.')}: get it from its source again")
@@ -166,7 +168,9 @@ def _moments_misfit(optimizer: torch.optim.Optimizer, kept: Any, parameter: Tens
         if isinstance(value, Tensor):
             if value.is_complex() or not value.to(torch.float32).isfinite().all():
                 return f"{key} is not finite"
-            like = value.ndim == parameter.ndim and value.ndim > 0 or key in _OF_THE_SHAPE
+            like = value.ndim == parameter.ndim > 0 and not key.startswith(_OF_BLOCKS) or key in _OF_THE_SHAPE
+            if type(optimizer) not in _ONE_A_WEIGHT and _one_for_many(value, parameter):
+                like = False
             if like and value.shape != parameter.shape or key == "step" and value.numel() != 1:
                 return f"{key} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}"
         elif isinstance(value, str) or isinstance(value, (int, float)) and not math.isfinite(value):
@@ -174,10 +178,17 @@ def _moments_misfit(optimizer: torch.optim.Optimizer, kept: Any, parameter: Tens
     return ""
 
 
+def _one_for_many(value: Tensor, parameter: Tensor) -> bool:
+    """Whether it has one number for the whole parameter, as NovoGrad's, or for each row or column, as Adafactor's."""
+    return value.ndim == 0 or value.ndim == parameter.ndim and all(n in (1, m) for n, m in zip(value.shape, parameter.shape))
+
+
 def same_kind(own: Any, theirs: Any) -> bool:
-    """Whether a stored setting can stand for one's own: both numbers, both switches, lists as long."""
+    """Whether a stored setting can stand for one's own: both numbers, both switches, lists as long, a data type by name."""
     if isinstance(theirs, Tensor):
         return False
+    if isinstance(own, torch.dtype):
+        return theirs == str(own)
     if own is None or theirs is None or isinstance(own, bool) or isinstance(theirs, bool):
         return all(value is None or isinstance(value, bool) for value in (own, theirs)) or \
             None in (own, theirs) and _ordinary(theirs)

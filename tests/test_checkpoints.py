@@ -2,6 +2,7 @@
 import builtins
 import errno
 import io
+import json
 import os
 import pickle
 import resource
@@ -24,6 +25,7 @@ from checkpoints import (
     CHECKPOINT,
     PREVIOUS,
     checkpoint_args,
+    in_our_layout,
     load_file,
     plain,
     save_checkpoint,
@@ -64,7 +66,6 @@ def test_reads_a_file_of_the_original_code():
 
 
 def test_weights_and_args_of_odd_checkpoints():
-    assert set(weights_of({"state_dict": {"w": W}, "epoch": 1}, "f")) == {"w"}
     assert set(weights_of({"model": {"w": W}, "model_ema": {"v": W}}, "f", "model_ema")) == {"v"}
     assert set(weights_of({"w": W, "epoch": 1}, "f")) == {"w"}
     for empty in ({"epoch": 1}, {"model": {}}, {}):
@@ -72,6 +73,72 @@ def test_weights_and_args_of_odd_checkpoints():
     assert "'epoch'" in sentence(weights_of, {"epoch": 1}, "file.pth")
     for odd in ({}, {"args": None}, {"args": [1]}, {"args": "text"}):
         assert checkpoint_args(odd) == {}
+
+
+PATCH = "patch_embed.proj.weight"
+VIT = {PATCH: W, "cls_token": W, "blocks.0.attn.qkv.weight": W}
+
+
+def named(*wrappers: str, **more) -> dict:
+    return {f"{''.join(wrappers)}{key}": value for key, value in VIT.items()} | more
+
+
+LAYOUTS = {
+    "DeiT": {"model": VIT, "epoch": 3}, "bare": dict(VIT), "state_dict": {"state_dict": VIT},
+    "DataParallel": {"model": named("module.")}, "torch.compile": {"state_dict": named("_orig_mod.")},
+    "both": {"model": named("module.", "_orig_mod.")}, "DeepSpeed": {"module": VIT, "epoch": 2},
+    "Lightning": {"state_dict": named("model.") | {"criterion.weight": W}, "pytorch-lightning_version": "2.5"},
+    "Lightning, with a teacher": {"state_dict": named("model.") | named("teacher.")},
+    "a backbone": {"state_dict": named("backbone.") | {"head.weight": W}},
+    "DINO": {"student": named("module.", "backbone.") | {"module.head.mlp.0.weight": W},
+             "teacher": named("backbone.") | {"head.mlp.0.weight": W}, "epoch": 9},
+    "a name as the model": {"model": "resnet50", "state_dict": VIT}, "numbers among them": {**VIT, "epoch": 5}}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_other_programs(layout, capsys):
+    checkpoint = LAYOUTS[layout]
+    ours = in_our_layout(checkpoint, "f.pth")
+    assert ours["model"].keys() == VIT.keys() == weights_of(ours, "f.pth").keys()
+    assert ours.get("epoch") == checkpoint.get("epoch")
+    said = capsys.readouterr().err
+    assert bool(said) == (layout in ("Lightning", "Lightning, with a teacher", "a backbone", "DINO")), said
+    assert not said or said.startswith("checkpoint f.pth: its weights are 3 tensors")
+    assert ("under 'teacher'" in said) == (layout == "DINO")
+    assert ("left out: 1 tensors, such as 'criterion.weight'" in said) == (layout == "Lightning")
+
+
+def test_a_checkpoint_of_ours_is_left_as_it_is():
+    for ours in ({"model": VIT, "model_ema": VIT, "args": {"lr": 1}}, {"epoch": 3}, {}):
+        assert in_our_layout(ours, "f") is ours
+
+
+def test_a_checkpoint_of_timms_train_script():
+    told = Namespace(model="resnet18", img_size=None, input_size=[3, 64, 64], lr=0.1)
+    ours = in_our_layout({"state_dict": VIT, "state_dict_ema": named("module."), "arch": "resnet18", "args": told}, "f")
+    assert ours["model"].keys() == ours["model_ema"].keys() == VIT.keys()
+    assert checkpoint_args(ours) == {"model": "resnet18", "input_size": 64, "lr": 0.1}
+    assert checkpoint_args(in_our_layout({"state_dict": VIT, "arch": "vit"}, "f")) == {"model": "vit"}
+    assert checkpoint_args(in_our_layout({"state_dict": VIT, "args": {"img_size": 96}}, "f"))["input_size"] == 96
+
+
+def test_a_folder_of_timms_layout(tmp_path):
+    def write(**config) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+    write(architecture="vit_x", num_classes=3, model_args={"depth": 2}, label_names=list("abc"),
+          pretrained_cfg={"input_size": [3, 96, 96], "fixed_input_size": True, "crop_pct": 0.9})
+    assert "no weights (model.safetensors or pytorch_model.bin)" in sentence(load_file, tmp_path)
+    torch.save(VIT, tmp_path / "pytorch_model.bin")
+    found = load_file(tmp_path)
+    assert found["model"].keys() == VIT.keys() and found["class_names"] == list("abc")
+    assert found["model_args"] == {"name": "vit_x", "kwargs": {"num_classes": 3, "depth": 2, "img_size": 96}}
+    assert found["args"] == {"model": "vit_x", "input_size": 96, "eval_crop_ratio": 0.9}
+    write(architectures=["ViTForImageClassification"])          # of Hugging Face's transformers
+    assert "config.json does not describe a model of timm's" in sentence(load_file, tmp_path)
+    for damaged in ("[1]", "{", '{"architecture": "x", "pretrained_cfg": 5}', "[" * 10 ** 5):
+        (tmp_path / "config.json").write_text(damaged)
+        assert "config.json does not describe" in sentence(load_file, tmp_path)
 
 
 def test_missing_file_folder_and_empty_file(tmp_path):

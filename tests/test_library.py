@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from e2e import _digits as load_digits
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
@@ -284,12 +284,15 @@ def test_what_is_replaced():
     assert kan.phi1.coefficients.dtype == torch.float64
     torch.testing.assert_close(kan(u), expected)
     other = nn.Sequential(Mlp(8, 8), Mlp(8, 8, act_layer=nn.Hardswish))
-    with pytest.raises(ValueError, match="Hardswish.*base="):
+    with pytest.raises(ValueError, match=r"^1 \(8 x 8\): .*Hardswish.*base="):       # the module that it is
         replace_mlps(other, GroupKAN)
     assert all(type(module) is Mlp for module in other)
-    with pytest.raises(ValueError, match="8 groups do not divide 6"):
-        replace_mlps(nn.Sequential(Mlp(6, 8)), GroupKAN)
-    assert replace_mlps(nn.Linear(2, 2), GroupKAN) == 0
+    with pytest.raises(ValueError, match=r"^the model itself \(6 x 8\): 8 groups do not divide 6"):
+        replace_mlps(Mlp(6, 8), GroupKAN)
+    with pytest.warns(UserWarning, match="nothing was replaced: Linear has no timm.layers.Mlp of linear maps$"):
+        assert replace_mlps(nn.Linear(2, 2), GroupKAN) == 0
+    with pytest.warns(UserWarning, match=r"Sequential has no .* \(GluMlp, Mlp are left as they are\)"):
+        assert replace_mlps(nn.Sequential(GluMlp(8, 8), Mlp(8, 8, use_conv=True)), GroupKAN) == 0
 
 
 # ---------------------------------------------------------------- docs/library.md

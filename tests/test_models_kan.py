@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.layers import DropPath
 from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -136,10 +138,42 @@ def test_default_configuration(name):
     assert getattr(models_kan, name) is model_entrypoint(name)
 
 
-@pytest.mark.parametrize("name", [NANO, "vit_nano_patch8_32_ViT"])
+@pytest.mark.parametrize("name", [NANO, "vit_nano_patch8_32_ViT", "vit_nano_patch8_32_GKAN", "deit_tiny_patch16_224_KAN",
+                                  "deit_tiny_patch16_224_EKAN"])
 def test_pretrained_is_refused(name):
     with pytest.raises(ValueError, match=f"{name} has no pretrained weights"):
         timm.create_model(name, pretrained=True)
+
+
+@pytest.mark.parametrize("size, suffix", [("deit_tiny_patch16_224", "GKAN"), ("deit_tiny_patch16_224", "ViT"),
+                                          ("deit_tiny_distilled_patch16_224", "GKAN"), ("deit3_small_patch16_224", "GKAN")])
+def test_pretrained_takes_timms_weights_of_the_size(size, suffix, tmp_path, monkeypatch):
+    """Out of the Hub's cache, here: its client is asked for the twin's file, once, and only by pretrained=True."""
+    small = dict(img_size=32, depth=2)
+    twin = spread(create(size, **small))
+    if "deit3" in size:     # as timm keeps them: named after DeiT-III's own files
+        save_file({key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+                   for key, value in twin.state_dict().items()}, tmp_path / "model.safetensors")
+    else:
+        save_file(twin.state_dict(), tmp_path / "model.safetensors")
+    asked = []
+
+    def cached(repo_id, filename, **kwargs):
+        asked.append((repo_id, filename))
+        return str(tmp_path / "model.safetensors")
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", cached)
+    name = f"{size}_{suffix}"
+    initial = create(name, seed=9, **small)
+    assert not torch.equal(initial.blocks[0].attn.qkv.weight, twin.blocks[0].attn.qkv.weight) and not asked
+    model = create(name, seed=9, pretrained=True, **small)
+    assert asked == [(timm.get_pretrained_cfg(size).hf_hub_id, "model.safetensors")]
+    assert torch.allclose(model(images(model)), twin(images(twin)), atol=1e-5)
+    assert model.pretrained_cfg["architecture"] == name
+    save_for_hf(model, tmp_path / "saved", safe_serialization=True)
+    assert torch.equal(create(f"local-dir:{tmp_path / 'saved'}", pretrained=True)(images(model)), model(images(model)))
+    other = create(name, seed=9, pretrained=True, num_classes=5, **small)
+    assert other.head.weight.shape[0] == 5 and torch.equal(other.blocks[0].attn.qkv.weight, twin.blocks[0].attn.qkv.weight)
 
 
 # ---------------------------------------------------------------- structure
@@ -633,6 +667,51 @@ def test_deit3_names_of_the_original_files():
     assert same_state(other.state_dict(), model.state_dict())
 
 
+def test_keys_that_the_model_itself_has_stay():
+    """What DeiT-III's files call gamma_1 is so called in CaiT, BEiT and EVA too."""
+    for name in ("cait_xxs24_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"):
+        model = timm.create_model(name, device="meta")
+        state = model.state_dict()
+        assert models_kan.rename_keys(state, state).keys() == state.keys()
+        load_exactly(model, state, "it")
+        wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
+        assert models_kan.rename_keys(wrapped, state).keys() == state.keys()
+
+
+@pytest.mark.parametrize("name, kwargs, inferred", [
+    ("vit_base_patch16_224", {"embed_dim": 768, "num_heads": 12}, "deit_base_patch16_224_ViT"),
+    ("vit_huge_patch14_224", {"embed_dim": 1280, "num_heads": 16, "patch_size": 14}, None)])
+def test_a_model_fine_tuned_by_mae(name, kwargs, inferred):
+    """Keys and output of its models_vit.py: the mean over the patches, and fc_norm in the place of norm."""
+    torch.manual_seed(0)
+    mae = spread(VisionTransformer(img_size=kwargs.get("patch_size", 16) * 2, depth=1, num_classes=5, global_pool="avg",
+                                   **{"patch_size": 16, **kwargs})).eval()
+    state = mae.state_dict()
+    assert "fc_norm.weight" in state and "norm.weight" not in state
+    spec = infer_model(state, {"model": name.removesuffix("_224")})
+    assert spec.kwargs["global_pool"] == "avg" and inferred in (spec.name, None)
+    model = timm.create_model(spec.name, **spec.kwargs).eval()
+    load_exactly(model, state, "it")
+    assert torch.equal(model(images(model)), mae(images(model)))
+
+
+def test_a_width_of_the_mlp_that_is_not_four_times_the_dimension():
+    model = spread(small("deit_tiny_patch16_224_ViT", mlp_ratio=3))
+    spec = infer_model(model.state_dict(), {})
+    assert spec.kwargs["mlp_ratio"] == 3
+    load_exactly(timm.create_model(spec.name, **spec.kwargs), model.state_dict(), "it")
+
+
+@pytest.mark.parametrize("name", [NANO, "vit_nano_patch8_32_EKAN", "vit_nano_patch8_32_GKAN"])
+def test_a_models_own_options_are_what_it_has(name):
+    """Given, they change nothing."""
+    own = models_kan.own_options(ModelSpec(name))
+    assert own.keys() == set(models_kan.options_of(name))
+    assert repr(create(name, depth=1, **own)) == repr(create(name, depth=1))
+    assert own | {"hdim_kan": 5} == models_kan.own_options(ModelSpec(name, {"hdim_kan": 5}))
+    assert models_kan.own_options(ModelSpec("vit_nano_patch8_32_ViT")) == models_kan.own_options(ModelSpec("resnet18")) == {}
+
+
 @pytest.mark.parametrize("drop", ["cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
                                   "blocks.0.norm1.weight"])
 def test_no_vision_transformer(drop):
@@ -850,7 +929,8 @@ def test_a_checkpoint_that_fits_nowhere_is_an_error(source):
     model = small("deit_tiny_patch16_224_KAN")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for state in (source, {}, {"head.weight": torch.zeros(7, 192), "head.bias": torch.zeros(7)}):
-        with pytest.raises(UserError, match="nothing of the checkpoint's attention fits.*--model"):
+        with pytest.raises(UserError, match="nothing of the checkpoint's attention fits.*--model|'conv1.weight', 'bn1.weight'.* "
+                                            "no name in common with those of the model .*'cls_token'"):
             load_finetune(model, state)
         assert same_state(model.state_dict(), before)
 
@@ -863,6 +943,29 @@ def test_positions_that_are_no_square_are_dropped(positions, img_size):
     report = finetune(model, source)
     assert report.dropped == {"pos_embed": f"(1, {positions}, 192) against {tuple(model.pos_embed.shape)}"}
     assert report.initial == {"pos_embed": ""}
+
+
+@pytest.mark.parametrize("distilled", ["", "_distilled"])
+def test_positions_of_an_oblong_image_with_a_square_number_of_patches(distilled):
+    """4 x 9 patches are no 6 x 6: a ramp over the columns stays one."""
+    name = f"deit_tiny{distilled}_patch16_224_ViT"
+    source = spread(small(name, img_size=(64, 144)))
+    prefix = source.num_prefix_tokens
+    with torch.no_grad():
+        source.pos_embed[:, prefix:] = torch.arange(9.).repeat(4)[None, :, None]
+    told = {"model_args": {"name": name, "kwargs": {"img_size": [64, 144]}}}
+    assert models_kan.patch_grid(told, source.state_dict()) == (4, 9)
+    assert models_kan.patch_grid({"args": {"input_size": 96}}, source.state_dict()) == (6, 6)
+    assert models_kan.patch_grid({}, source.state_dict()) is None
+    same = small(name, 1, img_size=(64, 144))
+    load_finetune(same, source.state_dict(), (4, 9))
+    assert torch.equal(same.pos_embed, source.pos_embed)
+    square = small(name, 1, img_size=96)
+    report = load_finetune(square, source.state_dict(), (4, 9))
+    columns = square.pos_embed[0, prefix:, 0].detach().view(6, 6)
+    assert "pos_embed" in {**report.loaded, **report.resampled}
+    assert (columns.diff(dim=1) > 0).all() and torch.allclose(columns, columns[:1].expand(6, 6), atol=1e-5)
+    assert torch.equal(square.pos_embed[:, :prefix], source.pos_embed[:, :prefix])
 
 
 def test_a_timm_model_of_another_kind_can_be_the_target():

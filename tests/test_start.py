@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,14 +18,16 @@ import safetensors.torch
 import timm
 import torch
 from timm.layers import DropPath
+from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import models_kan
 import start
-from checkpoints import CHECKPOINT, PREVIOUS, load_file, weights_of
+import vetting
+from checkpoints import CHECKPOINT, PREVIOUS, load_file, plain, weights_of
 from config import PREPARATION, describe_sources, dump_yaml, parse_args, validate
-from engine import lr_of
+from engine import TrainState, lr_of
 from models_kan import ModelSpec
 from start import (
     Start,
@@ -203,25 +206,33 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_path, monkeypatch, capfd):
+@contextmanager
+def hub(cache: Path, monkeypatch):
+    """A server that offers Hub.files; gives what was asked of it."""
     http = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     thread = threading.Thread(target=http.serve_forever, args=(0.02,))
     thread.start()
     url = f"http://127.0.0.1:{http.server_port}"
-    for name, value in (("ENDPOINT", url), ("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", False),
+    for name, value in (("ENDPOINT", url), ("HF_HUB_CACHE", str(cache)), ("HF_HUB_OFFLINE", False),
                         ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
         monkeypatch.setattr(huggingface_hub.constants, name, value)     # HF_ENDPOINT and HF_HOME were read at import
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    model = timm.create_model("test_vit")
-    Hub.files = {"/timm/test_vit.r160_in1k/resolve/main/model.safetensors": safetensors.torch.save(model.state_dict())}
-    source = parse_args(["--finetune", "test_vit.r160_in1k"])
+    Hub.requests = []
     try:
-        found = read_start(source)
+        yield Hub.requests
     finally:
         http.shutdown()
         thread.join()
         http.server_close()
-    assert (found.purpose, found.path, Hub.requests) == ("finetune", "test_vit.r160_in1k", ["HEAD", "GET"])
+
+
+def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_path, monkeypatch, capfd):
+    model = timm.create_model("test_vit")
+    Hub.files = {"/timm/test_vit.r160_in1k/resolve/main/model.safetensors": safetensors.torch.save(model.state_dict())}
+    source = parse_args(["--finetune", "test_vit.r160_in1k"])
+    with hub(tmp_path, monkeypatch) as requests:
+        found = read_start(source)
+    assert (found.purpose, found.path, requests) == ("finetune", "test_vit.r160_in1k", ["HEAD", "GET"])
     assert found.checkpoint["model"].keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.checkpoint["model"].items())
     assert found.checkpoint["args"] == {**HALF, "eval_crop_ratio": 0.95, "interpolation": "bicubic", "crop_mode": "center"}
@@ -231,6 +242,45 @@ def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_pat
     text = sentence(read_start, parse_args(["--finetune", "test_vit2.r160_in1k"]))
     assert "--finetune test_vit2.r160_in1k" in text and "connection" in text and "downloaded file" in text
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_model_on_the_hub_wherever_a_checkpoint_is_named(tmp_path, monkeypatch):
+    """hf-hub:NAME as timm writes it: config.json and weights, from the Hub's cache once they were fetched."""
+    model = nano(TWIN, depth=2).eval()
+    save_for_hf(model, tmp_path / "saved", safe_serialization=True)
+    with hub(tmp_path / "cache", monkeypatch) as requests:
+        Hub.files = {f"/me/it/resolve/main/{name}": (tmp_path / "saved" / name).read_bytes()
+                     for name in ("config.json", "model.safetensors")}
+        for argv in (["--eval", "--resume", "hf-hub:me/it"], ["--finetune", "hf-hub:me/it"]):
+            found = read_start(parse_args(argv))
+            assert found.checkpoint["model"].keys() == model.state_dict().keys() and found.path == "hf-hub:me/it"
+        assert requests.count("GET") == 2
+        args = Namespace(distillation_type="hard", teacher_model=TWIN, teacher_path="hf-hub:me/it")
+        teacher = build_teacher(args, 4, torch.device("cpu"))
+        pictures = torch.rand(2, 3, 32, 32)
+        assert torch.equal(teacher(pictures), model(pictures))
+        spec = read_start(parse_args(["--eval", "--resume", "hf-hub:me/it@main"])).spec
+        assert spec.name == TWIN and spec.kwargs["num_classes"] == 4 and spec.kwargs["depth"] == 2
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)            # between the client's retries
+    assert read_start(parse_args(["--finetune", "hf-hub:me/it"])).checkpoint["model"].keys() == model.state_dict().keys()
+    for name in ("me/other", "no such name!"):
+        text = sentence(read_start, parse_args(["--finetune", f"hf-hub:{name}"]))
+        assert f"hf-hub:{name} cannot be had from the Hub" in text and "connection" in text
+
+
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_a_folder_wherever_a_checkpoint_is_named(prefix, tmp_path):
+    model = nano(GKAN, num_classes=3)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    where = f"{prefix}{tmp_path}"
+    for argv, purpose in ((["--eval", "--resume", where], "eval"), (["--finetune", where], "finetune")):
+        found = read_start(parse_args(argv))
+        assert found.purpose == purpose and found.checkpoint["model"].keys() == model.state_dict().keys()
+    assert read_start(parse_args(["--eval", "--resume", where])).spec.name == GKAN
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for argv in (["--eval", "--resume"], ["--finetune"]):
+        assert "is a folder without config.json" in sentence(read_start, parse_args([*argv, f"{prefix}{empty}"]))
 
 
 # ---------------------------------------------------------------- which model a checkpoint holds
@@ -333,6 +383,12 @@ def test_how_images_are_prepared_is_the_weights_own_before_the_models():
             # a file that tells nothing
             bare = replace(found, checkpoint={})
             assert bool(prepared(settled("--model", model, start=bare))) == (model != NANO)
+def test_what_the_checkpoints_model_has_of_its_own(tmp_path):
+    found = read_start(parse_args(["--resume", str(save_run(tmp_path / "c.pth"))]))
+    for argv, own in ((["--kan-h", 0.5], "0.33"), (["--hdim_kan", 96], "48"), (["--kan-grid-range", -1, 1], "-2.0 2.0"),
+                      (["--kan-basis", "covering"], "original")):
+        assert f"contradicts the checkpoint, which has {own}: " in sentence(settled, *argv, start=found)
+    settled("--kan-h", 0.33, "--hdim_kan", 48, "--kan-grid-range", -2, 2, start=found)
 
 
 def test_settling_changes_nothing_that_it_is_given():
@@ -659,8 +715,22 @@ def test_optimizers_that_cannot_be_set_up():
         text = sentence(build_optimizer, flags("--opt", name, "--opt-betas", *betas), nano(), 1e-3)
         assert f"--opt {name}" in text and "--opt-betas" in text
     build_optimizer(flags("--opt", "adan", "--opt-betas", 0.9, 0.9, 0.9), nano(), 1e-3)
-    if not torch.cuda.is_available():
-        assert "CUDA" in sentence(build_optimizer, flags("--opt", "fusedadamw"), nano(), 1e-3)
+
+
+@pytest.mark.parametrize("opt, package, remedy", [
+    ("kron", "opt_einsum", "pip install opt_einsum"), ("lookahead_kronw", "opt_einsum", "pip install opt_einsum"),
+    ("bnbadam8bit", "bitsandbytes", "pip install bitsandbytes"), ("fusedadam", "apex", "https://github.com/NVIDIA/apex")])
+def test_optimizers_that_need_a_package(opt, package, remedy, monkeypatch):
+    monkeypatch.setattr(start, "find_spec", lambda name: None)
+    text = sentence(build_optimizer, flags("--opt", opt), nano(), 1e-3)
+    assert f"--opt {opt} needs the package {package}, which is not installed: " in text and remedy in text
+
+
+def test_optimizers_for_gpus_alone(monkeypatch):
+    monkeypatch.setattr(start, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for opt in ("bnbadam", "fusedlamb"):
+        assert "on CUDA GPUs only" in sentence(build_optimizer, flags("--opt", opt), nano(), 1e-3)
 
 
 def test_second_order_optimizers_and_the_kan_layer():
@@ -829,19 +899,21 @@ def test_attention_only_trains_no_coefficient():
     assert not any("kan_multiple" in group for group in optimizer.param_groups) and lr_of(optimizer) == 1e-3
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lookahead_adamw", "muon", "lamb", "sgd"])
-@pytest.mark.parametrize("more", [[], ["--layer-decay", 0.5]], ids=str)
+@pytest.mark.parametrize("opt, more", [
+    *((opt, more) for opt in ("adamw", "lookahead_adamw", "muon", "lamb", "sgd") for more in ([], ["--layer-decay", 0.5])),
+    ("novograd", []), ("adafactorbv", []), ("adafactor", [])], ids=str)
 def test_the_optimizers_state_survives_a_file(opt, more, tmp_path):
     argv = ["--opt", opt, "--warmup-epochs", 0, *more]
     args, model, optimizer = gkan(*argv)
     weights = train(args, model, optimizer)
-    torch.save({"model": weights, "optimizer": optimizer.state_dict()}, tmp_path / "c.pth")
+    torch.save({"model": weights, "optimizer": plain(optimizer.state_dict())}, tmp_path / "c.pth")
     whole = train(args, model, optimizer, seed=1)
 
     args, model, optimizer = gkan(*argv)
     saved = torch.load(tmp_path / "c.pth", weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    vetting.check_optimizer(optimizer, saved["optimizer"])
+    state = TrainState(model, optimizer, build_scheduler(args, optimizer, 1), torch.amp.GradScaler(enabled=False))
+    state.load_state_dict(saved)
     assert {name for name, group in by_name(model, optimizer).items() if "kan_multiple" in group} == coefficients(model).keys()
     again = train(args, model, optimizer, seed=1)
     assert all(torch.equal(whole[key], again[key]) for key in whole)

@@ -6,7 +6,9 @@ import socket
 import zipfile
 from argparse import Namespace
 from collections import Counter
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
 from e2e import differences
@@ -77,6 +79,44 @@ def test_torch_alone_reads_the_file(tmp_path, good, monkeypatch):
     assert len(calls) == 1          # not even asked
 
 
+PLAIN = {"posix": (PurePosixPath("/a/b"), "/a/b"), "windows": (PureWindowsPath("c:/a"), "c:\\a"), "here": (Path("x"), "x"),
+         "float64": (np.float64(70.5), 70.5), "float16": (np.float16(2), 2.0), "big-endian": (np.dtype(">f4").type(0.5), 0.5),
+         "int": (np.int64(-3), -3), "byte": (np.uint8(200), 200), "switch": (np.bool_(True), True), "text": (np.str_("ab"), "ab")}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_paths_and_numpys_scalars_become_plain(tmp_path, legacy):
+    """DeiT's and MAE's launchers leave a PosixPath in `args`, many loops an np.float64 as their best accuracy."""
+    content = {"args": Namespace(**{key: value for key, (value, _) in PLAIN.items()}), "best": [PLAIN["float64"][0]] * 2}
+    (tmp_path / "c.pth").write_bytes(saved(content, legacy))
+    read = untrusted.read(tmp_path / "c.pth")
+    assert vars(read["args"]) == {key: plain for key, (_, plain) in PLAIN.items()} and read["best"] == [70.5, 70.5]
+    assert [type(value) for value in vars(read["args"]).values()] == [type(plain) for _, plain in PLAIN.values()]
+
+
+def test_names_of_other_versions_of_numpy_and_python(tmp_path):
+    def older(pickle: bytes) -> bytes:
+        return pickle.replace(b"numpy._core.multiarray", b"numpy.core.multiarray").replace(b"cpathlib\n", b"cpathlib._local\n")
+
+    (tmp_path / "c.pth").write_bytes(repickled(saved({"x": np.float64(1.5), "p": PurePosixPath("a")}), older))
+    assert untrusted.read(tmp_path / "c.pth") == {"x": 1.5, "p": "a"}
+
+
+@pytest.mark.parametrize("value", [np.complex64(1), np.datetime64("2020-01-01"), np.longdouble(1), np.dtype("f8"), np.ones(3),
+                                   np.void(b"ab")], ids=lambda value: type(value).__name__)
+def test_other_values_of_numpys_are_refused(tmp_path, value):
+    (tmp_path / "c.pth").write_bytes(saved({"x": value}))
+    with pytest.raises((ValueError, untrusted.Foreign)):
+        untrusted.read(tmp_path / "c.pth")
+
+
+def _numpys(code: bytes, values: bytes) -> bytes:
+    """A pickle's numpy scalar of a type and so many bytes."""
+    text = b"X" + len(values).to_bytes(4, "little") + values
+    return (b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX" + len(code).to_bytes(4, "little") + code + b"\x89\x88\x87R"
+            b"c_codecs\nencode\n" + text + b"X\x06\x00\x00\x00latin1\x86R\x86R")
+
+
 # What torch.load(weights_only=True) takes, or begins to make.
 def _shared_tuple(levels: int) -> bytes:
     """((((x, x), (x, x)), ...), ...): 2^levels values, which hashing goes through one by one."""
@@ -116,6 +156,11 @@ ODD = {
                                           for name, content in RECORDS]), "4 bytes where 12 are declared"),
     "a function for a value": (_in_place_of_one(b"ccollections\nOrderedDict\n"), "no plain value"),
     "a storage's class called": (_in_place_of_one(b"ctorch\nFloatStorage\nK\x05\x85R"), "no function"),
+    "a pointer as a numpy value": (_in_place_of_one(_numpys(b"O8", b"AAAAAAAA")), "a numpy value of type 'O8'"),
+    "a numpy value longer than its bytes": (_in_place_of_one(_numpys(b"U9999", b"ab")), "numpy value of another length"),
+    "a numpy value of many fields": (_in_place_of_one(_numpys(b"f8,f8", b"a" * 16)), "a numpy value of type 'f8,f8'"),
+    "a numpy type called as a function": (_in_place_of_one(b"cnumpy\ndtype\nK\x05\x85R"), ""),
+    "a path of numbers": (_in_place_of_one(b"cpathlib\nPosixPath\nK\x05\x85R"), ""),
     "a number of 500 bits": (_in_place_of_one(b"\x8a\x40" + b"\x11" * 64), "a number of 509 bits"),
 }
 
@@ -124,7 +169,7 @@ ODD = {
 def test_what_torch_would_take(tmp_path, what):
     content, reason = ODD[what]
     (tmp_path / "odd.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises((ValueError, TypeError), match=reason):
         untrusted.read(tmp_path / "odd.pth")
 
 

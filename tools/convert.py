@@ -4,9 +4,9 @@
     python tools/convert.py SOURCE TARGET.safetensors --model deit_tiny_patch16_224_KAN --hdim_kan 768 \
         --kan-basis covering --kan-second-norm static --kan-grid-range -4 4 --calibrate IMAGES [--check IMAGES]
 
-SOURCE is a DeiT checkpoint, one of ours, a .safetensors file, a URL, or the name of a timm model. A group KAN
-computes what the MLP did; a full-edge KAN is fitted to it on images of --calibrate. Further flags are main.py's
-(--input-size, --kan-...). The target loads with `main.py --eval --resume`, `--resume` or `--finetune`.
+SOURCE is a DeiT checkpoint, one of ours, a .safetensors file, an exported folder, a URL, hf-hub:OWNER/NAME, or the name of a
+timm model. A group KAN computes what the MLP did; a full-edge KAN is fitted to it on images of --calibrate. Further flags are
+main.py's (--input-size, --kan-...). The target loads with `main.py --eval --resume`, `--resume` or `--finetune`.
 """
 import argparse
 import sys
@@ -84,7 +84,8 @@ def run(argv: list[str]) -> int:
             raise UserError(f"{own.model} is fitted to the MLPs on images: give --calibrate FOLDER")
         return images_in(own.calibrate, config.args, 64)
 
-    report, errors = conversion.load_converted(model, spec, state, calibration)
+    grid = models_kan.patch_grid(checkpoint, state)
+    report, errors = conversion.load_converted(model, spec, state, calibration, grid)
     say(report.table())
     if errors:
         say(conversion.table(errors))
@@ -99,7 +100,7 @@ def run(argv: list[str]) -> int:
     if not own.check:
         return 0
     source = timm.create_model(found.name, **{**found.kwargs, "img_size": config.args.input_size})
-    models_kan.load_finetune(source, state)
+    models_kan.load_finetune(source, state, grid)
     return compare(source, model, images_in(own.check, config.args), exact=not errors)
 
 
