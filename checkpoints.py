@@ -1,5 +1,6 @@
 """Checkpoints: read without running their code, written whole or not at all. No models."""
 import errno
+import json
 import math
 import os
 import re

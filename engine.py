@@ -124,8 +124,11 @@ class TrainState:
             stored = checkpoint["optimizer"]
             groups = [{**theirs, **{key: value for key, value in own.items() if isinstance(value, torch.dtype)}}
                       for own, theirs in zip(self.optimizer.param_groups, stored["param_groups"], strict=True)]     # kept as text
-            self.optimizer.load_state_dict({**stored, "param_groups": groups})
-        except (KeyError, ValueError) as error:
+            stored = {**stored, "param_groups": groups}
+            if "rng_state" in stored:       # Kron's, which Python takes as tuples alone
+                stored["rng_state"] = tuple(tuple(part) if isinstance(part, list) else part for part in stored["rng_state"])
+            self.optimizer.load_state_dict(stored)
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the checkpoint's optimizer state does not fit ({error}): resume with the flags it was "
                             "trained with, or start a new run from its weights with --finetune") from error
         self.model.load_state_dict(checkpoint["model"])

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, checkpoint, differences, left, log, run, write_digits
+from timm.optim import list_optimizers
 
 import engine
 import models_kan  # noqa: F401  registers the models
@@ -48,6 +49,23 @@ def teacher(tmp_path_factory):
     file = tmp_path_factory.mktemp("teacher") / "teacher.pth"
     torch.save({"model": timm.create_model("resnet10t", num_classes=3).state_dict()}, file)
     return file
+
+
+@slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("opt", list_optimizers())
+def test_every_optimizer_resumes_or_is_refused_at_the_start(opt, data, tmp_path, capsys):
+    words = (*QUICK, "--model", "vit_nano_patch8_32_GKAN", "--data-path", data, "--opt", opt, "--epochs", 2)
+    code = run(*words, "--output_dir", tmp_path / "whole")
+    if code:
+        assert code == 2 and f"error: --opt {opt} " in capsys.readouterr().err
+        assert not list(tmp_path.glob("whole/*.pth"))
+        return
+    (tmp_path / "again").mkdir()
+    (tmp_path / "whole/checkpoint_previous.pth").rename(tmp_path / "again/checkpoint.pth")
+    assert run(*words, "--output_dir", tmp_path / "again", "--resume", "auto") == 0
+    whole, again = (left(tmp_path / folder)["files"]["checkpoint.pth"] for folder in ("whole", "again"))
+    assert not differences(whole, again)
 
 
 def at(monkeypatch, where: str, act) -> None:

@@ -383,6 +383,8 @@ def test_how_images_are_prepared_is_the_weights_own_before_the_models():
             # a file that tells nothing
             bare = replace(found, checkpoint={})
             assert bool(prepared(settled("--model", model, start=bare))) == (model != NANO)
+
+
 def test_what_the_checkpoints_model_has_of_its_own(tmp_path):
     found = read_start(parse_args(["--resume", str(save_run(tmp_path / "c.pth"))]))
     for argv, own in ((["--kan-h", 0.5], "0.33"), (["--hdim_kan", 96], "48"), (["--kan-grid-range", -1, 1], "-2.0 2.0"),
