@@ -76,7 +76,8 @@ def _load_folder(folder: Path) -> dict[str, Any]:
     except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise UserError(f"{folder / FOLDER_CONFIG} does not describe a model of timm's ({type(error).__name__}: "
                         f"{one_line(error)}): give the weights' file and name the architecture with --model") from error
-    flags = {"model": name, "input_size": size, "eval_crop_ratio": own.get("crop_pct")}
+    flags = {"model": name, "input_size": size, "eval_crop_ratio": own.get("crop_pct"),
+             **{key: own.get(key) for key in ("crop_mode", "interpolation", "mean", "std")}}
     return {"model": tensors_of(checkpoint, found[0]), "model_args": {"name": name, "kwargs": kwargs},
             "args": {key: value for key, value in flags.items() if value is not None},
             "class_names": names if isinstance(names, list) and all(map(_name, names)) else None}

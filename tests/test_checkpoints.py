@@ -127,13 +127,13 @@ def test_a_folder_of_timms_layout(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
 
     write(architecture="vit_x", num_classes=3, model_args={"depth": 2}, label_names=list("abc"),
-          pretrained_cfg={"input_size": [3, 96, 96], "fixed_input_size": True, "crop_pct": 0.9})
+          pretrained_cfg={"input_size": [3, 96, 96], "fixed_input_size": True, "crop_pct": 0.9, "mean": [0.5] * 3})
     assert "no weights (model.safetensors or pytorch_model.bin)" in sentence(load_file, tmp_path)
     torch.save(VIT, tmp_path / "pytorch_model.bin")
     found = load_file(tmp_path)
     assert found["model"].keys() == VIT.keys() and found["class_names"] == list("abc")
     assert found["model_args"] == {"name": "vit_x", "kwargs": {"num_classes": 3, "depth": 2, "img_size": 96}}
-    assert found["args"] == {"model": "vit_x", "input_size": 96, "eval_crop_ratio": 0.9}
+    assert found["args"] == {"model": "vit_x", "input_size": 96, "eval_crop_ratio": 0.9, "mean": [0.5] * 3}
     write(architectures=["ViTForImageClassification"])          # of Hugging Face's transformers
     assert "config.json does not describe a model of timm's" in sentence(load_file, tmp_path)
     for damaged in ("[1]", "{", '{"architecture": "x", "pretrained_cfg": 5}', "[" * 10 ** 5):
