@@ -3,12 +3,18 @@
     python benchmarks/aot.py                                    # all tiles, all targets; rewrites results/kernels_aot.*
     python benchmarks/aot.py --quick                            # one tile of each op and target
     python benchmarks/aot.py --kernels forward --targets sm_90  # names that contain "forward"
+    python benchmarks/aot.py --triton 3.3.0 3.6.0               # by other versions than the installed one
 
 Printed and written (kernels_aot.csv, kernels_aot.md in --output; `--quick` and filtered runs write only where --output
 is given): registers, stack and spills, shared memory against the target's limit for one block, kind of matrix
 instruction, instruction classes of the main loop, and a lower bound on the time of each op. A tile with a spill, a
 stack, too much shared memory, a matrix product off the tensor cores, or warpgroup products that ptxas had to serialise
-is a failure: the exit status is 1. Launchers choose among these same cases (`aot_cases` in each module).
+is a failure: the exit status is 1. So is, in kernels that only stream memory, a loop with a barrier, shared memory or
+narrow accesses. Launchers choose among these same cases (`aot_cases` in each module).
+
+Versions of Triton compile differently, and a GPU machine has the one that came with its PyTorch: --triton downloads each
+into $VISION_KAN_CACHE (else ~/.cache/vision-kan), about 600 MB, and compiles with it. AMD's targets are left out where a
+version has no linker for them.
 
 Compiled kernels are kept in Triton's cache, so a second run only reads them.
 """
@@ -67,6 +73,19 @@ AMD_CLASSES = {
 
 
 # ---------------------------------------------------------------- compile
+def links_amd() -> bool:
+    """Whether this Triton brings a linker for AMD's targets, or ROCm does; said where it is not so."""
+    from triton.backends.amd.compiler import HIPBackend
+    try:
+        HIPBackend.path_to_rocm_lld()
+    except AttributeError:          # newer ones link without it
+        return True
+    except Exception as error:
+        print(f"AMD's targets are left out: {' '.join(str(error).split())}")
+        return False
+    return True
+
+
 def compile_case(case: AotCase, device: Device):
     """The compiled kernel, as the launcher's call would make it."""
     names = case.fn.arg_names
@@ -259,14 +278,36 @@ def collect(targets: list[str], kernels: list[str] | None, quick: bool) -> list[
     return cases
 
 
+def compile_with(version: str, arguments: list[str]) -> int:
+    """This program's exit status under another Triton, which is found before the installed one."""
+    cache = Path(os.environ.get("VISION_KAN_CACHE", Path.home() / ".cache" / "vision-kan"))
+    folder = cache / f"triton-{version}"
+    if not (folder / "triton").is_dir():
+        partial = cache / f"triton-{version}.{os.getpid()}"
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--target",
+                        str(partial), f"triton=={version}"], check=True)
+        partial.rename(folder)
+    print(f"\nTriton {version}", flush=True)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return subprocess.run([sys.executable, __file__, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="+", help="only ops whose name contains one of these")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="one tile of each op and target")
     parser.add_argument("--output", type=Path, help="folder of kernels_aot.csv and kernels_aot.md")
+    parser.add_argument("--triton", nargs="+", metavar="VERSION", help="compile with these in place of the installed one")
     args = parser.parse_args()
-    cases = collect(args.targets, args.kernels, args.quick)
+    if args.triton:
+        rest = [*(["--kernels", *args.kernels] if args.kernels else []), "--targets", *args.targets,
+                *(["--quick"] if args.quick else [])]
+        codes = [compile_with(version, [*rest, "--output", str((args.output or Path(tempfile.gettempdir())) / version)])
+                 for version in args.triton]
+        return max(codes)
+    targets = [target for target in args.targets if TARGETS[target].backend != "hip" or links_amd()]
+    cases = collect(targets, args.kernels, args.quick)
     if not cases:
         parser.error(f"no kernel's name contains one of {args.kernels}")
     rows = []

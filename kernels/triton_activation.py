@@ -170,17 +170,26 @@ def _vectors(vectors, per_group, N: tl.constexpr, LANES: tl.constexpr, VEC: tl.c
 
 
 @triton.jit
+def _add_2(total, x):
+    first, second = tl.split(x)
+    return total + first + second
+
+
+@triton.jit
+def _add_4(total, x, N: tl.constexpr):
+    first, second = tl.split(tl.reshape(x, (N, 2, 2)))
+    return _add_2(_add_2(total, first), second)
+
+
+@triton.jit
 def _add_row(total, x, N: tl.constexpr, VEC: tl.constexpr):
     """total [N] + the sum of x [N, VEC] over its columns, one after the other: what made x becomes part of an FMA, and
-    nothing leaves the thread, which tl.sum does not promise."""
-    if VEC == 1:
-        return total + tl.reshape(x, (N,))
-    elif VEC == 2:
-        first, second = tl.split(x)
-        return total + first + second
+    nothing leaves the thread, which tl.sum does not promise. Not one function that calls itself: Triton 3.3 knows none."""
+    if VEC == 4:
+        return _add_4(total, x, N)
     else:
-        first, second = tl.split(tl.reshape(x, (N, VEC // 2, 2)))
-        return _add_row(_add_row(total, first, N, VEC // 2), second, N, VEC // 2)
+        first, second = tl.split(tl.reshape(x, (N, 4, 2)))
+        return _add_4(_add_4(total, first, N), second, N)
 
 
 @triton.jit(do_not_specialize=["rows", "steps"])

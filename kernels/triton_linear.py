@@ -267,40 +267,49 @@ def backward_weight_kernel(dy_p, u_p, table, part_p, T, STEPS, I, O, G: tl.const
     tl.store(part, acc, mask=(o < O)[:, None] & ((k < G) & (i < I))[None, :])
 
 
-# The basis written to memory: columns in the weight's order i*G + k, so nothing is packed, and a thread has all points of
-# an input: 16 bytes at once for 8 points in 16 bits.
+# The basis written to memory: columns in the weight's order i*G + k, so nothing is packed. A tile [N, GP] has an input for
+# each thread, with all its points: 16 bytes at once for 8 points in 16 bits. More inputs in a tile would make Triton load
+# them in another layout than it stores the basis in, and change layouts through shared memory.
 @triton.jit
-def _of_inputs(u_p, n, size, table, GP: tl.constexpr, APPROX: tl.constexpr):
-    """p_k E and q_k/E [N, GP] of the inputs numbered n [N]."""
-    u = tl.load(u_p + n[:, None], mask=(n < size)[:, None], other=0.0)
+def _terms(u, table, p, q, APPROX: tl.constexpr):
+    """p_k E and q_k/E [N, GP] of inputs u [N, 1]."""
     e, inverse = _exponentials(u, table, APPROX)
-    k = tl.arange(0, GP)[None, :]
-    return tl.load(table + (HEAD + GP) + k) * e, tl.load(table + (HEAD + 2 * GP) + k) * inverse
+    return p * e, q * inverse
 
 
 @triton.jit(do_not_specialize=["size"])
-def basis_kernel(u_p, table, out_p, size, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr, APPROX: tl.constexpr):
-    """u [size] -> B [size, G]. A block: N inputs."""
-    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+def basis_kernel(u_p, table, out_p, size, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+                 APPROX: tl.constexpr):
+    """u [size] -> B [size, G]. A block: PARTS times N inputs."""
+    first = tl.program_id(0).to(tl.int64) * (N * PARTS) + tl.arange(0, N)[:, None]
     k = tl.arange(0, GP)[None, :]
-    pe, qe = _of_inputs(u_p, n, size, table, GP, APPROX)
-    b = fast_reciprocal(pe + qe + 0.5, APPROX)
-    tl.store(out_p + n[:, None] * G + k, b.to(out_p.dtype.element_ty), mask=(n < size)[:, None] & (k < G))
+    p, q = tl.load(table + (HEAD + GP) + k), tl.load(table + (HEAD + 2 * GP) + k)
+    for part in tl.static_range(PARTS):
+        n = first + part * N
+        u = tl.load(u_p + n, mask=n < size, other=0.0)
+        pe, qe = _terms(u, table, p, q, APPROX)
+        b = fast_reciprocal(pe + qe + 0.5, APPROX)
+        tl.store(out_p + n * G + k, b.to(out_p.dtype.element_ty), mask=(n < size) & (k < G))
 
 
 @triton.jit(do_not_specialize=["size"])
-def pull_kernel(v_p, u_p, table, du_p, size, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr,
+def pull_kernel(v_p, u_p, table, du_p, size, G: tl.constexpr, GP: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
                 APPROX: tl.constexpr):
-    """V [size, G]: dL/dB in, B out; du [size] = sum_k dL/dB_k dB_k/du. A block: N inputs."""
-    n = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    """V [size, G]: dL/dB in, B out; du [size] = sum_k dL/dB_k dB_k/du. A block: PARTS times N inputs."""
+    first = tl.program_id(0).to(tl.int64) * (N * PARTS) + tl.arange(0, N)[:, None]
     k = tl.arange(0, GP)[None, :]
-    at, mask = v_p + n[:, None] * G + k, (n < size)[:, None] & (k < G)
-    v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    pe, qe = _of_inputs(u_p, n, size, table, GP, APPROX)
-    b = fast_reciprocal(pe + qe + 0.5, APPROX)
-    tl.store(at, b.to(v_p.dtype.element_ty), mask=mask)
-    slope = tl.sum(v * ((qe - pe) * (b * b)), 1)
-    tl.store(du_p + n, (slope * tl.load(table + 2)).to(du_p.dtype.element_ty), mask=n < size)
+    p, q = tl.load(table + (HEAD + GP) + k), tl.load(table + (HEAD + 2 * GP) + k)
+    per_h = tl.load(table + 2)
+    for part in tl.static_range(PARTS):
+        n = first + part * N
+        u = tl.load(u_p + n, mask=n < size, other=0.0)
+        at, mask = v_p + n * G + k, (n < size) & (k < G)
+        v = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        pe, qe = _terms(u, table, p, q, APPROX)
+        b = fast_reciprocal(pe + qe + 0.5, APPROX)
+        tl.store(at, b.to(v_p.dtype.element_ty), mask=mask)
+        slope = tl.sum(v * ((qe - pe) * (b * b)), 1, keep_dims=True) * per_h
+        tl.store(du_p + n, slope.to(du_p.dtype.element_ty), mask=n < size)
 
 
 # ---------------------------------------------------------------- tiles
@@ -410,7 +419,7 @@ def choose(op: str, device: Device, kind: str, tokens: int, inputs: int, outputs
 WRITTEN_FORWARD_OUTPUTS, WRITTEN_BACKWARD_OUTPUTS = 385, 192
 WRITTEN_BYTES = 2 ** 29         # of one chunk's basis, and no more than this share of a device's memory
 WRITTEN_SHARE = 32
-WRITTEN_INPUTS, WRITTEN_WARPS = 512, 4
+WRITTEN_INPUTS, WRITTEN_WARPS = 512, 4      # of a block
 LEAST_TOKENS = 256
 
 
@@ -418,6 +427,13 @@ def is_written(device: Device, dtype: torch.dtype, outputs: int, h: float | Tens
     """Whether the basis is written to memory, for sizes that are faster so."""
     least = WRITTEN_BACKWARD_OUTPUTS if backward else WRITTEN_FORWARD_OUTPUTS
     return _kind(dtype, device) == "half" and outputs >= least and single_exp and not isinstance(h, Tensor)
+
+
+def _written_block(device: Device, points: int) -> dict[str, Any]:
+    """Constexprs and warps of the two kernels."""
+    inputs = (64 if device.backend == "hip" else 32) * WRITTEN_WARPS
+    return {"G": points, "GP": _padded_points(points), "N": inputs, "PARTS": max(1, WRITTEN_INPUTS // inputs),
+            "APPROX": device.approx}
 
 
 def _row_chunks(device: Device, tokens: int, columns: int, itemsize: int) -> list[slice]:
@@ -428,14 +444,14 @@ def _row_chunks(device: Device, tokens: int, columns: int, itemsize: int) -> lis
 
 def _written_forward(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, y: Tensor) -> Tensor:
     device, points = device_of(u), grid.numel()
+    block = _written_block(device, points)
     with _guard(u):
         table = _table(grid, h, points)
         for rows in _row_chunks(device, len(u), weight.shape[1], weight.element_size()):
             part = u[rows]
             basis = _empty(len(part), weight.shape[1], dtype=weight.dtype, device=u.device)
-            basis_kernel[(_cdiv(part.numel(), WRITTEN_INPUTS),)](
-                part, table, basis, part.numel(), G=points, GP=_padded_points(points), N=WRITTEN_INPUTS,
-                APPROX=device.approx, num_warps=WRITTEN_WARPS)
+            basis_kernel[(_cdiv(part.numel(), block["N"] * block["PARTS"]),)](
+                part, table, basis, part.numel(), **block, num_warps=WRITTEN_WARPS)
             torch.mm(basis, weight.t(), out=y[rows])
     return y
 
@@ -443,15 +459,15 @@ def _written_forward(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor,
 def _written_backward(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor) -> tuple[Tensor, Tensor]:
     """du [T, I] in u's dtype, dW [O, I*G] float32."""
     device, points = device_of(u), grid.numel()
+    block = _written_block(device, points)
     du = _empty(*u.shape, dtype=u.dtype, device=u.device)
     dw: Tensor | None = None
     with _guard(u):
         table = _table(grid, h, points)
         for rows in _row_chunks(device, len(u), weight.shape[1], weight.element_size()):
             part, values = u[rows], dy[rows] @ weight
-            pull_kernel[(_cdiv(part.numel(), WRITTEN_INPUTS),)](
-                values, part, table, du[rows], part.numel(), G=points, GP=_padded_points(points), N=WRITTEN_INPUTS,
-                APPROX=device.approx, num_warps=WRITTEN_WARPS)
+            pull_kernel[(_cdiv(part.numel(), block["N"] * block["PARTS"]),)](
+                values, part, table, du[rows], part.numel(), **block, num_warps=WRITTEN_WARPS)
             new = _product_float32(dy[rows].t(), values)
             dw = new if dw is None else dw.add_(new)
     return du, weight.new_zeros(weight.shape, dtype=torch.float32) if dw is None else dw
@@ -692,7 +708,7 @@ def aot_cases(device: Device) -> list[AotCase]:
         cases += [_case("backward_grid", tile, device, kind, dtype, "fp32", 8, False, False)
                   for tile in tiles("backward_grid", device, kind)]
     for dtype, points in (("bf16", 8), ("fp16", 8), ("bf16", 5), ("bf16", 16)):
-        values = {"G": points, "GP": _padded_points(points), "N": WRITTEN_INPUTS, "APPROX": device.approx}
+        values = _written_block(device, points)
         text = f"{WRITTEN_INPUTS} G{points} fp32-{dtype}"
         cases.append(AotCase("rswaf_linear.basis", text, basis_kernel, {
             "u_p": "*fp32", "table": "*fp32", "out_p": f"*{dtype}", "size": "i32"}, values, WRITTEN_WARPS, 3,
