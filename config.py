@@ -147,13 +147,27 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
-        for token in unknown:
-            if token.startswith("-"):
-                name = token.partition("=")[0]
-                self.error(f"unknown flag {_on_one_line(name)}{_nearest(name, self._option_string_actions)}")
+        self._refuse_flags(unknown, self._option_string_actions)
         if unknown:
-            self.error(f"unexpected argument '{_on_one_line(unknown[0])}': every option here is a --flag")
+            hint = "there is no place for it" if self._get_positional_actions() else "every option here is a --flag"
+            self.error(f"unexpected argument '{_on_one_line(unknown[0])}': {hint}")
         return parsed
+
+    def parse_beside_main(self, args: list[str]) -> tuple[Namespace, list[str]]:
+        """A tool's own arguments, and the words that are left for main.py's parser; a flag that neither knows is refused here,
+        where the flags of both are known."""
+        own, rest = self.parse_known_args(args)
+        theirs = get_args_parser()._option_string_actions
+        known = {_plain(option) for option in theirs}
+        self._refuse_flags([word for word in rest if _plain(word.partition("=")[0]) not in known],
+                           [*self._option_string_actions, *theirs])
+        return own, rest
+
+    def _refuse_flags(self, words: Iterable[str], known: Iterable[str]) -> None:
+        for word in words:
+            if word.startswith("-") and not self._negative_number_matcher.match(word):
+                name = word.partition("=")[0]
+                self.error(f"unknown flag {_on_one_line(name)}{_nearest(name, known)}")
 
     def error(self, message):
         message = re.sub(r"^argument ", "", _on_one_line(message, 500))
@@ -176,10 +190,17 @@ def _on_one_line(text: str, most: int = 200) -> str:
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:
-    """'; did you mean X?' style ending, or '' where nothing is near."""
-    folded = {_plain(w).lower(): w for w in words}
-    close = difflib.get_close_matches(_plain(word).lower(), folded, n=1)
-    return f": did you mean {folded[close[0]]}?" if close else ""
+    """': did you mean X?', or '' where nothing is near."""
+    close = nearest(word, words)
+    return f": did you mean {close}?" if close else ""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """That of the words which `word` was probably meant to be, or ''. Dashes say nothing, and most short words have two letters
+    in common."""
+    folded = {_plain(w).strip("_").lower(): w for w in words}
+    close = difflib.get_close_matches(_plain(word).strip("_").lower(), folded, n=1, cutoff=0.7)
+    return folded[close[0]] if close else ""
 
 
 def get_args_parser(add_help: bool = False) -> Parser:

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from augment import GREY_SCALE, build_transform, to_rgb
+from console import readers_may_leave
 from folders import class_folders, find_labelled, formats, has_images, images_in
 from interruption import STOPPING
 from samplers import RASampler, SampleKey
@@ -256,7 +257,8 @@ class ImageSet(Dataset):
         if not self.named[index]:
             self.named[index] = 1
             name = printable(self.images.name(index))
-            print(f"Skipping an unreadable image: {name} ({reason})\n", end="", file=sys.stderr, flush=True)
+            with readers_may_leave():
+                print(f"Skipping an unreadable image: {name} ({reason})\n", end="", file=sys.stderr, flush=True)
 
     def shown(self, *indices: int) -> str:
         """Their names in a sentence."""

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import peers
 from checkpoints import plain
+from console import readers_may_leave
 from datasets import batches
 from debug_nan import KeptBatches, replay
 from losses import Criterion, loss_of
@@ -572,8 +573,9 @@ def progress(batches: Iterator, steps: int, title: str, process: Process) -> Ite
 
 def tqdm_safe_print(text: str, process: Process) -> None:
     if process.is_main:
-        tqdm.write(text)
-        sys.stdout.flush()
+        with readers_may_leave():
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 # ---------------------------------------------------------------- evaluation

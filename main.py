@@ -1,6 +1,9 @@
 """Train, evaluate, resume or fine-tune a vision transformer: `python main.py --help`."""
 import sys
 
+import console
+
+console.starting(__name__)
 import torch
 
 import captured
@@ -28,11 +31,11 @@ from engine import (
     summary,
     train_one_epoch,
 )
-from interruption import Interruption, name_of
+from interruption import UNREAD, Interruption, name_of
 from losses import build_criterion
 from models_kan import ModelSpec
 from run_folder import RunFolder
-from utils import Preempted, Process, UserError, say
+from utils import EXIT_PREEMPTED, Preempted, Process, UserError, say
 
 __all__ = ["get_args_parser", "main"]
 
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     config = parse_args(argv)
     if config.args.list_models:
-        print(starting.model_table())
+        say(starting.model_table())
         return 0
     if not config.args.resume:      # else the checkpoint still fills in what is missing
         validate(config.args, utils.world_size_of_launch())
@@ -158,7 +161,7 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
         loaders.check_unreadable()
         return Wishes(interruption.signal, folder.wants_saving())
 
-    with Interruption() as interruption, folder.telling(state):
+    with Interruption(lambda: folder.interrupted(state), process.is_main) as interruption, folder.telling(state):
         folder.start(dump_yaml(args), argv, state.epoch, state.step)
         while state.epoch < args.epochs:
             epoch = state.epoch
@@ -181,11 +184,13 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                     say(summary("model_ema", results["ema_test"]))
             except StopRequested as stop:
                 save()
-                raise Preempted(folder.stopped_by(name_of(stop.signal), state)) from None
+                code = console.EXIT_UNREAD if stop.signal == UNREAD else EXIT_PREEMPTED
+                raise Preempted(folder.stopped_by(name_of(stop.signal), state), code) from None
             except NonFinite as error:
                 if kept is not None:
                     found = replay_non_finite(error, state, criterion, kept, process, amp_dtype, args.seed, args.output_dir)
-                    print(found, file=sys.stderr, flush=True)
+                    with console.readers_may_leave():
+                        print(found, file=sys.stderr, flush=True)
                 raise error
             loaders.check_unreadable(together=True)
             state.next_epoch()

@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 import torch.distributed as dist
 
+import console
 from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, choose_device, world_size_of_launch
 
 LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|socket")
@@ -228,7 +229,7 @@ class Peers:
         if self.closing.is_set():
             return
         whole = reason + KEPT
-        print(f"stopped: {whole}", file=sys.stderr, flush=True)
+        console.tell(f"stopped: {whole}")
         try:
             self.on_loss(whole)
             self.store.set(f"left/{self.rank}", reason[:300])
@@ -278,20 +279,27 @@ def lost(error: Exception) -> TrainingFailed | None:
 
 
 def exit_code(program: Callable[[], int]) -> int:
-    """What `program` returns, or after an error, told in one sentence, that error's `exit_code`; 130 where it was interrupted
-    before there was anything to keep. Leaves the process group, and tells the other processes why."""
+    """What `program` returns, or after an error, told in one sentence, that error's `exit_code`; 130 where Ctrl-C ended it, 141
+    where nobody reads its output any more. Leaves the process group, and tells the other processes why."""
+    return console.guarded(lambda: _exit_code(program))
+
+
+def _exit_code(program: Callable[[], int]) -> int:
     try:
         code = program()
     except UserError as error:
         return _leave(error.exit_code, f"error: {error}")
     except (TrainingFailed, Preempted) as error:
-        return _leave(error.exit_code, f"stopped: {error}", together=isinstance(error, Preempted))
+        unread = error.exit_code == console.EXIT_UNREAD
+        return _leave(error.exit_code, "" if unread else f"stopped: {error}", together=isinstance(error, Preempted))
     except torch.OutOfMemoryError:
         return _leave(EXIT_FAILED, "stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add "
                                    "--grad-checkpointing")
-    except KeyboardInterrupt:
-        return _leave(130, "stopped: interrupted before the training began")
+    except KeyboardInterrupt as error:
+        return _leave(console.EXIT_INTERRUPTED, f"stopped: {str(error) or 'interrupted'}")
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and console.silence():
+            return _leave(console.EXIT_UNREAD, "", "nobody reads its output any more")
         failure = lost(error)
         if failure is None:
             _leave(EXIT_FAILED, "", str(error) or type(error).__name__)
@@ -305,7 +313,10 @@ def _leave(code: int, text: str = "", reason: str = "", together: bool = False) 
     global _peers
     alone = not dist.is_initialized()
     if text and (alone or not together or dist.get_rank() == 0):
-        print(text, file=sys.stderr, flush=True)
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            console.silence()
     if _peers:
         if together:
             _peers.close()

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+import console
 import peers
 import tracking
 from checkpoints import CHECKPOINT, save_checkpoint, saved_checkpoints
+from console import EXIT_INTERRUPTED
 from utils import EXIT_FAILED, Preempted, Process, TrainingFailed, UserError, say, to_json
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 
 STATUS = "status.json"
+INTERRUPTED = "SIGINT twice: ended at once, nothing is saved since the last checkpoint"
 
 
 def versions() -> dict[str, str]:
@@ -118,7 +121,7 @@ class RunFolder:
                 kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
                 _write_whole(log, "".join(line + "\n" for line in kept))
             _write_whole(self.folder / "args.yaml", args_yaml)
-            with open(self.folder / "run.yaml", "a" if goes_on else "w") as file:
+            with open(self.folder / "run.yaml", "a" if goes_on else "w", encoding="utf-8") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
         if self.track:
             about = tracking.About(launch["run_id"], self.folder.resolve().name, self.track_project, self.folder,
@@ -222,6 +225,9 @@ class RunFolder:
         except (UserError, TrainingFailed, Preempted) as error:
             end("preempted" if isinstance(error, Preempted) else "failed", str(error), error.exit_code)
             raise
+        except KeyboardInterrupt:
+            end("preempted", INTERRUPTED, EXIT_INTERRUPTED)
+            raise KeyboardInterrupt(INTERRUPTED) from None
         except Exception as error:
             lost = peers.lost(error)
             end("failed", str(lost or error) or type(error).__name__, EXIT_FAILED)
@@ -230,6 +236,11 @@ class RunFolder:
             raise lost from error
         else:
             end("finished", self.ended_by, 0)
+
+    def interrupted(self, state: "TrainState") -> None:
+        """What `telling` does at a second SIGINT, from another thread: this process's main one cannot be reached."""
+        console.tell(f"stopped: {INTERRUPTED}")
+        self.status("preempted", state.epoch, state.step, INTERRUPTED, EXIT_INTERRUPTED)
 
     def stopped_by(self, signal: str, state: "TrainState") -> str:
         """What a run that a signal stops leaves behind, in a sentence."""
@@ -261,7 +272,7 @@ class RunFolder:
 def _run_id(folder: Path) -> str:
     """What the earlier launches of the run in a folder are known by, or ''."""
     try:
-        return yaml.safe_load((folder / "run.yaml").read_text())[-1]["run_id"]
+        return yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))[-1]["run_id"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, IndexError):
         return ""
 

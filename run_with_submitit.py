@@ -21,8 +21,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import console
+
+console.starting(__name__)
 import torch
 
+import peers
 from checkpoints import CHECKPOINT, PREVIOUS
 from config import Parser, get_args_parser, parse_args, validate
 from run_folder import STATUS
@@ -118,7 +122,7 @@ def _meet(env, file: Path) -> tuple[str, str]:
             s.bind(("", 0))
             port = s.getsockname()[1]
         draft = file.with_suffix(".draft")
-        draft.write_text(f"{address} {port}")
+        draft.write_text(f"{address} {port}", encoding="utf-8")
         os.replace(draft, file)
     deadline = time.monotonic() + WAIT_FOR_FIRST_TASK_S
     while not file.exists():
@@ -126,7 +130,7 @@ def _meet(env, file: Path) -> tuple[str, str]:
             raise RuntimeError(f"the first task did not write {file} within {WAIT_FOR_FIRST_TASK_S} s: "
                                "is --job_dir on a file system that all nodes share?")
         time.sleep(0.1)
-    address, port = file.read_text().split()
+    address, port = file.read_text(encoding="utf-8").split()
     return address, port
 
 
@@ -178,7 +182,7 @@ def _wait(job) -> int:
         return max(job.results())
     except KeyboardInterrupt:
         job.cancel()
-        return 130
+        raise
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError):
         print(f"job {job.job_id} failed: see {job.paths.stdout} and {job.paths.stderr}", file=sys.stderr)
         return 1
@@ -186,11 +190,7 @@ def _wait(job) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the script: `launch` with errors as one sentence and exit code 2."""
-    try:
-        return launch(sys.argv[1:] if argv is None else argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return peers.exit_code(lambda: launch(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,13 @@ import conversion
 import kernels
 import models_kan
 import vetting
+<<<<<<< HEAD
 from checkpoints import check_entries, checkpoint_args, in_our_layout, load_file, plain, saved_checkpoints, weights_of
 from config import PREPARATION, Config, flag_name, get_args_parser, parse_args, resolve, validate
+=======
+from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
+from config import PREPARATION, Config, flag_name, get_args_parser, nearest, parse_args, resolve, validate
+>>>>>>> 3cee1d0 (Ctrl-C in one line, output that lacks a character, and a reader that leaves; tools' flags as main's)
 from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_imagenet, needs_splitting
 from downloads import HUB, LOCAL, fetch
 from engine import MovingAverage, TrainState
@@ -146,8 +151,12 @@ def read_source(source: str) -> tuple[str, dict[str, Any]]:
     if elsewhere or Path(source).expanduser().exists():
         return _read(source)
     if not timm.is_model(source.split(".")[0]):
+<<<<<<< HEAD
         raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm model: check it; a "
                         f"model on the Hub is written {HUB}OWNER/NAME")
+=======
+        raise UserError(f"--finetune {source} is neither a file, a URL nor the name of a timm model{_meant(source)}: check it")
+>>>>>>> 3cee1d0 (Ctrl-C in one line, output that lacks a character, and a reader that leaves; tools' flags as main's)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
     say(f"fetching the weights of {source} from timm's hub")
     try:
@@ -259,7 +268,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
     Any timm classification model; a flag that was given and that the model has no use for is an error."""
     args = config.args
     if not timm.is_model(spec.name.split(".")[0]):
-        raise UserError(f"--model {spec.name} is unknown: --list-models prints this project's models, "
+        raise UserError(f"--model {spec.name} is unknown{_meant(spec.name)}: --list-models prints this project's models, "
                         "timm.list_models() all others")
     model: Any
     kwargs = {**_options_with_effect(spec, config), "drop_path_rate": args.drop_path}
@@ -309,6 +318,13 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
                             "gives in training mode only: leave out --no-train-mode")
         model.set_distilled_training(True)
     return model, ModelSpec(spec.name, kept)
+
+
+def _meant(name: str) -> str:
+    """' (did you mean X?)' of a model's name that is none, or ''."""
+    architecture, dot, tag = name.partition(".")
+    close = nearest(architecture, [*timm.list_models(), *models_kan.registered_models()])
+    return f" (did you mean {close}{dot}{tag}?)" if close else ""
 
 
 def _options_with_effect(spec: ModelSpec, config: Config) -> dict[str, Any]:
@@ -382,7 +398,7 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
         return None
     path, checkpoint = _read(args.teacher_path)
     if not timm.is_model(args.teacher_model.split(".")[0]):
-        raise UserError(f"--teacher-model {args.teacher_model} is no timm model: check the name")
+        raise UserError(f"--teacher-model {args.teacher_model} is no timm model{_meant(args.teacher_model)}: check the name")
     described = vetting.described(checkpoint, path)
     kwargs = described.kwargs if described and described.name == args.teacher_model else {}
     spec = ModelSpec(args.teacher_model, {**kwargs, "num_classes": num_classes})

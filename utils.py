@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from console import readers_may_leave
+
 # 75 is EX_TEMPFAIL of sysexits.h, "try again": stopped from outside, with everything kept that a resume needs.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
 
@@ -38,7 +40,10 @@ class TrainingFailed(Exception):
 
 class Preempted(Exception):
     """The run was asked to stop from outside; its text says by what and what was kept."""
-    exit_code = EXIT_PREEMPTED
+
+    def __init__(self, text: str, exit_code: int = EXIT_PREEMPTED):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 # ---------------------------------------------------------------- process group
@@ -58,7 +63,8 @@ class Process:
 def say(*words, **kwargs) -> None:
     """Print on rank 0 only."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*words, **{"flush": True, **kwargs})
+        with readers_may_leave():
+            print(*words, **{"flush": True, **kwargs})
 
 
 def printable(name: str, most: int = 100_000) -> str:

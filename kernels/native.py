@@ -94,7 +94,7 @@ def _load(command: str, points: int, base: str | None) -> ctypes.CDLL:
 def _compiled(command: str, points: int, base: str | None) -> Path:
     """The shared library, from the cache or built; its name tells source, compiler and processor apart."""
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, _processor(), repr((FLAGS, OPTIONS))]).encode())
+    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), version, _processor(), repr((FLAGS, OPTIONS))]).encode())
     file = cache_folder() / f"{base or 'basis'}-{points}points-{key.hexdigest()[:16]}.so"
     macros = [f"-DPOINTS={points}", *([] if base is None else [f"-DBASE={base.upper()}"])]
     if file.exists():
@@ -130,7 +130,7 @@ def _compiled(command: str, points: int, base: str | None) -> Path:
 def _processor() -> str:
     """What -march=native depends on: a cache in a shared home must not serve another kind of machine."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
     return platform.processor() + platform.machine()
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from e2e import free_port
 
 import peers
+from console import EXIT_UNREAD
 from utils import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TrainingFailed, UserError
 
 
@@ -168,7 +169,8 @@ def test_another_error_keeps_its_traceback(tmp_path):
 @pytest.mark.parametrize("error, code, text", [
     (Preempted("SIGTERM: saved"), EXIT_PREEMPTED, "stopped: SIGTERM: saved\n"),
     (UserError("bad"), EXIT_BAD_INPUT, "error: bad\n"),
-    (KeyboardInterrupt(), 130, "stopped: interrupted before the training began\n")])
+    (Preempted("SIGPIPE: saved", EXIT_UNREAD), EXIT_UNREAD, ""), (KeyboardInterrupt(), 130, "stopped: interrupted\n"),
+    (KeyboardInterrupt("SIGINT twice"), 130, "stopped: SIGINT twice\n")])
 def test_exit_codes(error, code, text, capsys):
     def program():
         raise error

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import sentence
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -135,20 +136,27 @@ def test_plot_run_tells_what_is_missing(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- quickstart
-def test_only_an_earlier_quickstart_is_replaced(tmp_path):
-    folder = tmp_path / "deep" / "quickstart"
-    quickstart.prepare(folder)
-    (folder / "old.txt").touch()
-    quickstart.prepare(folder)
-    assert folder.is_dir() and not (folder / "old.txt").exists()
-    other = tmp_path / "thesis"
-    other.mkdir()
-    (other / "chapter.txt").touch()
-    with pytest.raises(SystemExit, match="choose another folder"):
-        quickstart.prepare(other)
-    assert (other / "chapter.txt").exists()
-    with pytest.raises(SystemExit, match="choose another folder"):
-        quickstart.prepare(other / "chapter.txt")
+def test_nothing_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "OUTPUT", tmp_path / "runs" / "quickstart")
+    for name in ("quickstart", "quickstart_2", "quickstart_3"):
+        folder = quickstart.prepare(None)
+        assert folder == tmp_path / "runs" / name and not any(folder.iterdir())
+        (folder / "log.txt").write_text(name)
+    assert (tmp_path / "runs/quickstart/log.txt").read_text() == "quickstart"
+    assert quickstart.prepare(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    for taken in (folder, folder / "log.txt"):
+        assert f"--output-dir {taken} holds something already" in sentence(quickstart.prepare, taken)
+    assert "cannot be made" in sentence(quickstart.prepare, folder / "log.txt" / "below")
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--epoch 1", "error: unknown flag --epoch: did you mean --epochs?"), ("--seed 1", "did you mean --seeds?"),
+    ("out", "error: unexpected argument 'out'"), ("--epochs one", "--epochs"), ("--topk 5", "error: unknown flag --topk\n")])
+def test_no_abbreviations(words, says, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "prepare", None)        # nothing is begun
+    assert quickstart.main(words.split()) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
 
 
 def test_table_of_one_seed_and_of_several():

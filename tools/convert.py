@@ -16,6 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import console
+
+console.starting(__name__)
 import timm
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ import models_kan
 import peers
 import start as starting
 from checkpoints import checkpoint_args, plain, save_safetensors, weights_of
-from config import PREPARATION, parse_args, resolve, validate
+from config import PREPARATION, Parser, parse_args, resolve, validate
 from trained import Pictures, image_files
 from utils import UserError, say
 
@@ -60,13 +63,13 @@ def compare(source: nn.Module, model: nn.Module, images: Tensor, exact: bool) ->
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("target", type=Path)
     parser.add_argument("--model", required=True, metavar="NAME", help="what to turn it into")
     parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="images that a full-edge KAN is fitted on")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="images whose logits are compared")
-    own, flags = parser.parse_known_args(argv)
+    own, flags = parser.parse_beside_main(argv)
     if own.target.suffix != ".safetensors":
         raise UserError(f"TARGET {own.target} must end in .safetensors")
     config = parse_args(["--model", own.model, "--drop-path", "0", *flags])

@@ -16,6 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import console
+
+console.starting(__name__)
 import matplotlib
 
 matplotlib.use("Agg")
@@ -26,7 +30,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers
 from checkpoints import whole
 from config import Parser
@@ -246,7 +249,7 @@ def run(argv: list[str]) -> int:
     parser = Parser("evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes")
-    own, flags = parser.parse_known_args(argv)
+    own, flags = parser.parse_beside_main(argv)
     output = own.output or default_output(own.checkpoint, own.weights)
     with whole(output / "report.json") as file, plt.rc_context({"text.parse_math": False}):
         trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)

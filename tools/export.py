@@ -24,6 +24,9 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import console
+
+console.starting(__name__)
 import timm
 import torch
 import yaml
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 import models_kan
 import peers
 from checkpoints import checkpoint_args, plain, save_safetensors, whole
-from config import PREPARATION, SCOPE, get_args_parser
+from config import PREPARATION, SCOPE, Parser, get_args_parser
 from engine import evaluate
 from run_folder import versions
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
@@ -323,12 +326,12 @@ def _block(language: str, text: str) -> str:
 
 # ---------------------------------------------------------------- the command
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.set_defaults(device="cpu")       # a program keeps the device that it was exported on
     parser.add_argument("target", type=Path, metavar="TARGET", help="the ending is the format")
     parser.add_argument("--check", nargs="+", metavar="IMAGE|FOLDER", help="images whose logits are compared, besides noise")
-    own, flags = parser.parse_known_args(argv)
+    own, flags = parser.parse_beside_main(argv)
     chosen = format_of(own.target)          # before anything takes time
     files = image_files(own.check) if own.check else []
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)

@@ -16,6 +16,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import console
+
+console.starting(__name__)
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor

@@ -2,20 +2,24 @@
 
     python tools/plot_run.py FOLDER [FOLDER ...] [--output picture.png]
 """
-import argparse
 import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import console
+
+console.starting(__name__)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import peers
 from checkpoints import CHECKPOINT, whole
+from config import Parser
 from start import validation_images
 from trained import load_trained
 from understand import collect_inputs, draw_functions, function_layers, png
-from utils import UserError
+from utils import UserError, say
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -84,17 +88,17 @@ def plot_runs(folders: list[Path], picture: Path, arriving: bool = False) -> Pat
     return picture
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def run(argv: list[str]) -> int:
+    parser = Parser("plot_run.py", description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="output folders of runs")
     parser.add_argument("--output", type=Path, help="the picture (default: curves.png in the first folder)")
     args = parser.parse_args(argv)
-    try:
-        print(plot_runs(args.folders, args.output or args.folders[0] / "curves.png"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    say(plot_runs(args.folders, args.output or args.folders[0] / "curves.png"))
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

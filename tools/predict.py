@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import console
+
+console.starting(__name__)
 import torch
 
 import peers
@@ -93,7 +96,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--format", choices=FORMATS, help="default: what the name of --output ends in, else table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    own, flags = parser.parse_known_args(argv)
+    own, flags = parser.parse_beside_main(argv)
     for flag, value in (("--top", own.top), ("--batch-size", own.batch_size)):
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")

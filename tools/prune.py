@@ -15,6 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import console
+
+console.starting(__name__)
 import matplotlib
 
 matplotlib.use("Agg")
@@ -23,12 +28,11 @@ from matplotlib import pyplot as plt
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import models_kan
 import peers
 import pruning
 from checkpoints import checkpoint_args, plain, save_pth, save_safetensors, whole
+from config import Parser
 from datasets import Loaders, batches
 from engine import choose_amp_dtype, evaluate
 from models_kan import KAN_OPTIONS, ModelSpec
@@ -150,7 +154,7 @@ def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Pa
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole(target) as place, open(place, "w", newline="") as file:
+    with whole(target) as place, open(place, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Measured._fields, *(
             [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)])
     with whole(picture) as place:
@@ -174,9 +178,8 @@ def draw_curve(own: argparse.Namespace, trained: Trained, plan: pruning.Plan, va
 
 
 # ---------------------------------------------------------------- the command
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+def arguments() -> Parser:
+    parser = Parser("prune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("target", metavar="TARGET", type=Path, help="what to write: .pth or .safetensors; .csv with --curve")
     parser.add_argument("--what", required=True, choices=pruning.KINDS,
@@ -213,7 +216,7 @@ def check(own: argparse.Namespace) -> None:
 
 
 def run(argv: list[str]) -> int:
-    own, flags = arguments().parse_known_args(argv)
+    own, flags = arguments().parse_beside_main(argv)
     check(own)
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
     pruning.check(trained.spec, own.what)

@@ -11,11 +11,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import console
+
+console.starting(__name__)
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 import peers
 from checkpoints import one_line
+from config import Parser
 from utils import UserError, say
 
 FILES = ("config.json", "model.safetensors", "README.md")
@@ -50,7 +54,7 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("push_to_hub.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("repo", metavar=PLACE)
     parser.add_argument("--private", action="store_true", help="where the model is made anew: seen by its owners only")

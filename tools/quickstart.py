@@ -2,42 +2,55 @@
 
     python tools/quickstart.py [--seeds 0 1 2] [--output-dir runs/quickstart] [--epochs N]
 """
-import argparse
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from itertools import chain, count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import console
+
+console.starting(__name__)
 import timm
 import torch
 from scipy.stats import t as student_t
 
 import models_kan
+import peers
+from config import Parser
 from tools.plot_run import plot_runs, read_log
+from utils import UserError
 
 TWINS = {"GKAN": "vit_nano_patch8_32_GKAN", "MLP": "vit_nano_patch8_32_ViT"}
-MARK = ".quickstart"        # the folder is ours to replace
 STEP = re.compile(r"epoch \d+/(\d+) ")      # of what main.py prints
 TOP1 = re.compile(r"model: top-1 (\d+\.\d+)")
+OUTPUT = ROOT / "runs" / "quickstart"
 
 
-def prepare(folder: Path) -> None:
-    """An empty folder: what an earlier quickstart left there is replaced, anything else is refused."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not (folder / MARK).exists():
-            sys.exit(f"error: --output-dir {folder} holds something else than an earlier quickstart: choose another folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).touch()
+def prepare(folder: Path | None) -> Path:
+    """An empty folder: the one that was asked for, else `OUTPUT` or the next of its name that is free. UserError where something
+    is in the one asked for."""
+    numbered = (OUTPUT.with_name(f"{OUTPUT.name}_{number}") for number in count(2))
+    chosen = folder or next(path for path in chain([OUTPUT], numbered) if not _taken(path))
+    if _taken(chosen):
+        raise UserError(f"--output-dir {folder} holds something already, which is not overwritten: choose a new folder")
+    try:
+        chosen.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {chosen} cannot be made ({error.strerror}): choose another folder") from error
+    return chosen
+
+
+def _taken(path: Path) -> bool:
+    return path.exists() and not (path.is_dir() and not any(path.iterdir()))
 
 
 def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, float]]:
@@ -47,8 +60,12 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
     otherwise too, one thread that waits for no other is faster than two that do. A line is printed for each epoch that
     both have finished; all that they print themselves is in NAME_seedN.txt."""
     threads = max(1, torch.get_num_threads() // 2)
-    seconds, failures = {}, {}
-    epochs, finished = "?", {name: [] for name in TWINS}
+    seconds: dict[str, float] = {}
+    failures: dict[int, str] = {}
+    children: list[subprocess.Popen] = []
+    stopped, unread = threading.Event(), threading.Event()
+    epochs = "?"
+    finished: dict[str, list[str]] = {name: [] for name in TWINS}
     both, begin = threading.Lock(), time.perf_counter()
 
     def told(name: str, line: str) -> None:
@@ -59,32 +76,53 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
             with both:
                 finished[name].append(found[1])
                 number = len(finished[name])
-                if number == min(map(len, finished.values())):
+                if number == min(map(len, finished.values())) and not stopped.is_set():
                     print(f"seed {seed}  epoch {number:>{len(epochs)}}/{epochs}  top-1 (%) "
                           + "  ".join(f"{twin} {top1[number - 1]:>6}" for twin, top1 in finished.items())
                           + f"  {time.perf_counter() - begin:.0f} s", flush=True)
+
+    def stop() -> None:
+        stopped.set()
+        for child in children:
+            child.terminate()
 
     def run(name: str) -> None:
         command = [sys.executable, str(ROOT / "main.py"), "--config", str(ROOT / f"recipes/quickstart_{name.lower()}.yaml"),
                    "--output_dir", str(output_dir / f"{name}_seed{seed}"), "--seed", str(seed), *extra]
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"})
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace",
+                                   env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
+                                        "PYTHONIOENCODING": "utf-8"})
+        children.append(process)
+        if stopped.is_set():
+            process.terminate()
         lines: list[str] = []
         with open(output_dir / f"{name}_seed{seed}.txt", "w", encoding="utf-8") as file:
             for line in process.stdout or ():
                 print(line, end="", file=file, flush=True)
                 lines.append(line)
-                told(name, line)
+                try:
+                    told(name, line)
+                except BrokenPipeError:
+                    unread.set()
+                    stop()
         if code := process.wait():
             failures[code] = f"{name}:\n{''.join(lines[-5:])}all of it is in {file.name}"
         seconds[name] = time.perf_counter() - start
 
     runs = [threading.Thread(target=run, args=(name,)) for name in TWINS]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
+    try:
+        for thread in runs:
+            thread.start()
+        for thread in runs:
+            thread.join()
+    except KeyboardInterrupt:
+        stop()
+        for thread in runs:
+            thread.join()
+        raise
+    if unread.is_set():
+        raise BrokenPipeError
     for code, last in failures.items():
         print(last, file=sys.stderr)
         sys.exit(code)
@@ -132,14 +170,15 @@ def conclusion(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(textwrap.fill(part, 110) for part in (text, about))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "runs" / "quickstart")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+def run(argv: list[str]) -> int:
+    parser = Parser("quickstart.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, metavar="DIR",
+                        help="a new folder for both runs (default: runs/quickstart, or runs/quickstart_2 and so on)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="train both with each of them")
+    parser.add_argument("--epochs", type=int, metavar="N", help="instead of the recipe's")
     args = parser.parse_args(argv)
     extra = [] if args.epochs is None else ["--epochs", str(args.epochs)]
-    prepare(args.output_dir)
+    args.output_dir = prepare(args.output_dir)
     start = time.perf_counter()
     by_seed = [train(seed, args.output_dir, extra) for seed in args.seeds]
     results = {name: [runs[name] for runs in by_seed] for name in TWINS}
@@ -151,6 +190,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{time.perf_counter() - start:.0f} s together. In {args.output_dir}: a folder for each run with log.txt, "
           f"checkpoint.pth, args.yaml and TensorBoard events, what each printed (.txt), and the picture {picture.name}")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

@@ -17,15 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import console
+
+console.starting(__name__)
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import peers
 from checkpoints import whole
-from config import SCOPE, load_recipe
+from config import SCOPE, Parser, load_recipe
 from run_folder import STATUS
 from tools.plot_run import draw_curve, names_of, read_log
 from utils import UserError, say
@@ -220,8 +223,7 @@ def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser("runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, or folders of runs")
     parser.add_argument("--sort", default="name", choices=["name", *COLUMNS], metavar="KEY",
                         help=f"order of the lines: name (default), {', '.join(COLUMNS)}; the best first")

@@ -23,6 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import console
+
+console.starting(__name__)
 import matplotlib
 
 matplotlib.use("Agg")
@@ -37,7 +40,7 @@ from torch.utils.data import DataLoader, Subset
 
 import peers
 from checkpoints import plain, save_safetensors, whole
-from config import SCOPE
+from config import SCOPE, Parser
 from datasets import batches
 from engine import evaluate, summary
 from group_kan import GroupActivation
@@ -572,8 +575,7 @@ def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable
 
 
 def run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser("symbolic.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images whose inputs to the functions weight the fits "
                         "(default: the validation images of --data-path; without any, all of the grid counts alike)")
@@ -585,7 +587,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="the table as text, CSV, JSON and LaTeX, and a picture")
     parser.add_argument("--replace", type=Path, metavar="TARGET", help="put the formulas in the functions' place, evaluate, "
                         "and save the nearest model that main.py reads (.safetensors; group KAN)")
-    own, flags = parser.parse_known_args(argv)
+    own, flags = parser.parse_beside_main(argv)
     for name in ("limit", "edges"):
         if getattr(own, name) < 1:
             raise UserError(f"--{name} {getattr(own, name)} must be at least 1")

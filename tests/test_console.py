@@ -1,0 +1,214 @@
+"""Ctrl-C during the imports and in a tool, output that cannot show a name, output that nobody reads."""
+import functools
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from e2e import QUICK, ROOT, Run, checkpoint, command_line, log, write_digits
+
+import console
+import main as program
+import peers
+from interruption import Interruption
+from tools import evaluate, inspect_kan, predict, runs
+
+PROGRAMS = [ROOT / "main.py", ROOT / "run_with_submitit.py", *sorted((ROOT / "tools").glob("*.py"))]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# A module that stands for one whose import takes long, in the place of the real one.
+SLOW = "import pathlib, time\npathlib.Path({file!r}).touch()\ntime.sleep(100)\n"
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+# ---------------------------------------------------------------- Ctrl-C
+@pytest.mark.parametrize("script", PROGRAMS, ids=lambda path: path.stem)
+def test_interrupted_while_it_imports(script, tmp_path):
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    for name in ("torch", "matplotlib", "huggingface_hub", "timm"):
+        (modules / f"{name}.py").write_text(SLOW.format(file=str(tmp_path / "importing")))
+    process = subprocess.Popen([sys.executable, "-c", "import signal, runpy, sys; signal.signal(signal.SIGINT, "
+                                "signal.default_int_handler); runpy.run_path(sys.argv[1], run_name='__main__')", str(script)],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**ENVIRONMENT, "PYTHONPATH": f"{modules}:{ROOT}"})
+    try:
+        wait_for(tmp_path / "importing")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, err) == (130, "", "stopped: interrupted\n")
+
+
+def test_a_program_that_imports_another_keeps_its_handler():
+    handler = signal.getsignal(signal.SIGINT)
+    console.starting("main")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_interrupt_in_a_tool_says_nothing_of_a_training(capsys):
+    def tool():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # ignored where the tests run in the background
+    try:
+        assert peers.exit_code(tool) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "stopped: interrupted\n"
+
+
+def test_an_interruption_leaves_no_thread_and_no_descriptor():
+    import threading
+    before = threading.active_count(), len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0
+    for _ in range(3):
+        with Interruption(speaks=False) as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert interruption.signal == signal.SIGTERM
+    assert before == (threading.active_count(), len(os.listdir("/proc/self/fd")) if sys.platform == "linux" else 0)
+
+
+# ---------------------------------------------------------------- names that the output cannot show
+NAMES = ["猫", "żółw", "café 🐈"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on classes whose names no 8-bit encoding has, and its data."""
+    folder = tmp_path_factory.mktemp("names")
+    data = write_digits(folder / "データ", names=NAMES, train=8, val=4)
+    arguments = [*QUICK, "--batch-size", "12", "--epochs", "1", "--data-path", str(data), "--output_dir", str(folder / "läufe"),
+                 "--log-kan", "1"]
+    done = command_line(*arguments, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder / "läufe", data
+
+
+def printed(main, *words, encoding: str = "cp1252") -> str:
+    """What a tool prints where its output has this encoding."""
+    raw, before = io.BytesIO(), sys.stdout
+    sys.stdout = stream = io.TextIOWrapper(raw, encoding=encoding)
+    try:
+        assert main([str(word) for word in words]) == 0
+    finally:
+        sys.stdout = before
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_a_training_whose_names_the_output_lacks(run):
+    out, _ = run
+    assert sorted(checkpoint(out)["class_names"]) == sorted(NAMES) and len(log(out)) == 1
+    assert "データ" in (out / "args.yaml").read_text(encoding="utf-8")
+
+
+def test_a_sentence_on_a_name_that_the_output_lacks(tmp_path):
+    done = command_line("--data-path", tmp_path / "猫", PYTHONIOENCODING="cp1252")
+    assert done.returncode == 2 and r"\u732b" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_tools_whose_names_the_output_lacks(run):
+    out, data = run
+    given = out / "checkpoint.pth", "--device", "cpu"
+    table = printed(predict.main, *given, data / "val")
+    assert r"\u732b" in table and r"caf\u00e9" not in table and r"café \ud83d\udc08" in table
+    for tool in (evaluate, inspect_kan):
+        printed(tool.main, *given, "--data-path", data, "--output", out / "report")
+    report = (out / "report/report.json").read_text(encoding="utf-8")
+    assert {row["name"] for row in json.loads(report)["classes"]} == set(NAMES)
+    assert set(re.findall("|".join(NAMES), (out / "report/classes.csv").read_text(encoding="utf-8"))) == set(NAMES)
+    assert "l\\u00e4ufe" in printed(runs.main, out, encoding="ascii")
+
+
+def test_json_stays_json_and_bytes_that_are_no_text_are_shown():
+    shown = ["猫 🐈", os.fsdecode(b"caf\xe9.png")]
+    program = functools.partial(peers.exit_code, lambda: print(json.dumps(shown, ensure_ascii=False)) or 0)
+    assert json.loads(printed(lambda _: program(), encoding="ascii")) == shown
+
+
+# ---------------------------------------------------------------- output that nobody reads
+def unread(script: str, *words, unbuffered: bool = False, into: str = "stdout") -> tuple[int, bytes]:
+    """Exit code and what came on the other stream of a program whose output is a pipe that is closed already."""
+    receiver, sender = os.pipe()
+    os.close(receiver)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, into: sender}
+    process = subprocess.Popen([sys.executable, *(["-u"] if unbuffered else []), str(ROOT / script), *map(str, words)],
+                               env=ENVIRONMENT, **streams)
+    os.close(sender)
+    said = process.communicate(timeout=200)[0 if into == "stderr" else 1]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("script, words, code", [
+    ("main.py", ["--list-models"], 141), ("main.py", ["--help"], None), ("tools/runs.py", ["RUN"], 141),
+    ("tools/predict.py", ["RUN/checkpoint.pth", "DATA", "--device", "cpu"], 141)], ids=str)
+def test_a_reader_that_has_left(script, words, code, run):
+    words = [word.replace("RUN", str(run[0])).replace("DATA", str(run[1])) for word in words]
+    ended, err = unread(script, *words, unbuffered=code is None)
+    assert ended in ((141, 0) if code is None else (code,)) and b"rror" not in err and b"Traceback" not in err
+
+
+def test_an_error_that_nobody_reads():
+    assert unread("main.py", "--modle", "x", into="stderr") in ((2, b""), (141, b""))
+
+
+def test_a_training_that_nobody_reads_is_saved(run, tmp_path):
+    """Not lost: `| tee` dies of the same Ctrl-C that the training stops for."""
+    process = Run(tmp_path, *QUICK, "--batch-size", "12", "--epochs", 1000, "--print-freq", 1, "--data-path", run[1],
+                  "--output_dir", tmp_path / "out", call=without_reader)
+    assert process.wait() == 141
+    assert process.err.read_text() == ""
+    told, saved = json.loads((tmp_path / "out/status.json").read_text()), checkpoint(tmp_path / "out")
+    assert (told["state"], told["exit_code"]) == ("preempted", 141) and told["reason"].startswith("SIGPIPE: saved")
+    assert (saved["epoch"] + 1, saved["step"]) == (told["epoch"], told["step"]) and saved["step"] > 0
+
+
+def without_reader(argv: list[str]) -> int:
+    """The program, whose reader leaves once it trains."""
+    receiver, sender = os.pipe()
+    sys.stdout = os.fdopen(sender, "w")
+    real = program.train_one_epoch
+
+    def train(*args, **kwargs):
+        os.close(receiver)
+        return real(*args, **kwargs)
+
+    program.train_one_epoch = train
+    return program.main(argv)
+
+
+def test_an_interrupted_training_is_saved_though_its_reader_has_left(run, tmp_path):
+    process = Run(tmp_path, *QUICK, "--batch-size", "12", "--epochs", 1000, "--print-freq", 1, "--data-path", run[1],
+                  "--output_dir", tmp_path / "out", call=interrupted_without_reader)
+    assert process.wait() == 75
+    assert json.loads((tmp_path / "out/status.json").read_text())["reason"].startswith("SIGINT: saved")
+    assert torch.is_tensor(checkpoint(tmp_path / "out")["model"]["head.weight"])
+
+
+def interrupted_without_reader(argv: list[str]) -> int:
+    def mark(doing: str) -> None:
+        if doing == "the update of step 1 of epoch 0":
+            os.kill(os.getpid(), signal.SIGINT)
+            receiver, sender = os.pipe()
+            os.close(receiver)
+            os.dup2(sender, 1)
+            os.dup2(sender, 2)
+            os.close(sender)
+
+    peers.mark = mark
+    return program.main(argv)
