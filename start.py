@@ -28,13 +28,8 @@ import conversion
 import kernels
 import models_kan
 import vetting
-<<<<<<< HEAD
 from checkpoints import check_entries, checkpoint_args, in_our_layout, load_file, plain, saved_checkpoints, weights_of
-from config import PREPARATION, Config, flag_name, get_args_parser, parse_args, resolve, validate
-=======
-from checkpoints import check_entries, checkpoint_args, load_file, plain, saved_checkpoints, weights_of
 from config import PREPARATION, Config, flag_name, get_args_parser, nearest, parse_args, resolve, validate
->>>>>>> 3cee1d0 (Ctrl-C in one line, output that lacks a character, and a reader that leaves; tools' flags as main's)
 from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_imagenet, needs_splitting
 from downloads import HUB, LOCAL, fetch
 from engine import MovingAverage, TrainState
@@ -151,12 +146,8 @@ def read_source(source: str) -> tuple[str, dict[str, Any]]:
     if elsewhere or Path(source).expanduser().exists():
         return _read(source)
     if not timm.is_model(source.split(".")[0]):
-<<<<<<< HEAD
-        raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm model: check it; a "
+        raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm model{_meant(source)}: check it; a "
                         f"model on the Hub is written {HUB}OWNER/NAME")
-=======
-        raise UserError(f"--finetune {source} is neither a file, a URL nor the name of a timm model{_meant(source)}: check it")
->>>>>>> 3cee1d0 (Ctrl-C in one line, output that lacks a character, and a reader that leaves; tools' flags as main's)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
     say(f"fetching the weights of {source} from timm's hub")
     try:
