@@ -146,8 +146,8 @@ def read_source(source: str) -> tuple[str, dict[str, Any]]:
     if elsewhere or Path(source).expanduser().exists():
         return _read(source)
     if not timm.is_model(source.split(".")[0]):
-        raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm model{_meant(source)}: check it; a "
-                        f"model on the Hub is written {HUB}OWNER/NAME")
+        raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm "
+                        f"model{_meant(source)}: check it; a model on the Hub is written {HUB}OWNER/NAME")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
     say(f"fetching the weights of {source} from timm's hub")
     try:
