@@ -25,10 +25,12 @@ only while nothing else uses the GPU.
 import argparse
 import csv
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,8 +73,10 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 class Bench:
     """The device, sizes, the deadline, and the rows found so far."""
 
-    def __init__(self, device: str, quick: bool, seconds: float, output: Path | None = None, ema: bool = False):
+    def __init__(self, device: str, quick: bool, seconds: float, output: Path | None = None, ema: bool = False, only: str = "",
+                 top: int = 0):
         self.device, self.quick, self.cuda, self.output, self.ema = device, quick, device == "cuda", output, ema
+        self.only, self.top = re.compile(only), top
         self.end = time.monotonic() + seconds
         self.n = 3 if quick else 15
         self.compile = self.cuda
@@ -175,18 +179,18 @@ class Bench:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def kernels_ms(self, step: Callable[[], None], n: int = 3) -> float | None:
-        """Milliseconds of a step's kernels and copies, summed, as the profiler sees them; None on a CPU."""
-        if not self.cuda:
-            return None
+    def kernels_of(self, step: Callable[[], None], n: int = 3) -> dict[str, float]:
+        """Milliseconds a step of each of its kernels and copies, as the profiler sees them; the largest first."""
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
             for _ in range(n):
                 step()
             torch.cuda.synchronize()
-        total = sum(event.self_device_time_total for event in profiled.events()
-                    if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False))
-        return total / n / 1e3
+        spent: Counter[str] = Counter()
+        for event in profiled.events():
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
+                spent[event.name] += event.self_device_time_total / n / 1e3
+        return dict(spent.most_common())
 
     def free(self) -> None:
         """Memory, and compiled programs: another width is to be a program of its own, no dynamic shape."""
@@ -351,12 +355,14 @@ def time_models(bench: Bench) -> None:
         _time_size(bench, "vit_nano_patch8_32", KINDS, 8, compiled=False)
         return
     for compiled, plan in ((False, [(size, KINDS) for size in SIZES]), (True, COMPILED)):
-        need = 15.
+        need, phase = (30., "compiled") if compiled else (15., "eager")     # seconds a model
         for size, kinds in plan:
+            kinds = tuple(kind for kind in kinds if bench.only.search(f"{size}_{kind} {phase}"))
+            if not kinds:
+                continue
             if bench.late(need * len(kinds)):
                 for kind in kinds:
-                    bench.add("step", size, variant=kind, phase="compiled" if compiled else "captured",
-                              problem="left out: no time left")
+                    bench.add("step", size, variant=kind, phase=phase, problem="left out: no time left")
                 continue
             start = time.monotonic()
             _time_size(bench, size, kinds, 128, compiled)
@@ -388,7 +394,10 @@ def _time_size(bench: Bench, size: str, kinds: tuple[str, ...], batch: int, comp
                 values["ratio"] = ms / twin
             if kernel := times.get("kernels_ms"):
                 values["over_kernels"] = ms / kernel
+        top = times.pop("top", [])
         bench.add("step", size, variant=kind, width=width, dtype="bfloat16", phase=phase, batch=batch, **values, **times)
+        for name, kernel in top:
+            bench.add("kernel", f"{size}_{kind}", variant=name[:100], phase=phase, ms=kernel, batch=batch)
 
 
 def _steps(bench: Bench, size: str, kind: str, batch: int, compiled: bool) -> Iterator[tuple[str, Callable[[], None], dict]]:
@@ -457,8 +466,10 @@ def _time_steps(bench: Bench, steps: dict[tuple[str, str], Callable[[], None]]) 
             samples[key].append(bench.measure(several) / calls[key])
     for key, values in samples.items():
         low, median, high = statistics.quantiles(values, n=4)
-        found[key] = {"ms": median, "spread_percent": 100 * (high - low) / median, "n": len(values), "how": key[1],
-                      "kernels_ms": bench.kernels_ms(steps[key])}
+        found[key] = {"ms": median, "spread_percent": 100 * (high - low) / median, "n": len(values), "how": key[1]}
+        if bench.cuda:
+            spent = bench.kernels_of(steps[key])
+            found[key] |= {"kernels_ms": sum(spent.values()), "top": list(spent.items())[:bench.top]}
     return {key: found[key] for key in steps}
 
 
@@ -529,6 +540,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.csv")
     parser.add_argument("--seconds", type=float, default=300.0, help="what does not fit is left out, and said so")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--only", default="", metavar="REGEX", help="models whose name and way match: 'base.*compiled'")
+    parser.add_argument("--top", type=int, default=0, metavar="N", help="also the N kernels of a step that take longest")
     parser.add_argument("--ema", action="store_true", help="steps with the moving average, as main.py's default is")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -537,7 +550,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if args.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False       # the checks in float32 are of float32
-    bench = Bench(args.device, args.quick, args.seconds, args.output, args.ema)
+    bench = Bench(args.device, args.quick, args.seconds, args.output, args.ema, args.only, args.top)
     for part in PARTS:
         if part in args.part:
             PARTS[part](bench)
