@@ -449,7 +449,7 @@ def _plan(dtype: torch.dtype, shape: torch.Size, groups: int, points: tuple[floa
     launch = finish = None
     if rows * channels and needs is None:
         launch = Launch(forward_kernel, (blocks, splits, 1), values, WARPS)
-    elif rows * channels and any(needs or ()):
+    elif rows * channels and needs is not None and any(needs):
         need_u, need_c = needs
         launch = Launch(backward_kernel, (blocks, splits, 1), values | {"NEED_U": need_u, "NEED_C": need_c}, WARPS)
         if need_c:
@@ -514,6 +514,7 @@ def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, 
     if plan.launch is not None:     # an address that is not used may be any
         plan.launch(plan.index, dv.contiguous(), u, c, s, u if du is None else du, c if partial is None else partial)
     if plan.finish is not None:
+        assert partial is not None and dc is not None
         plan.finish(plan.index, partial, dc, dc if ds is None else ds)
     return du, dc, ds
 
