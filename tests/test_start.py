@@ -255,7 +255,8 @@ def test_a_model_on_the_hub_wherever_a_checkpoint_is_named(tmp_path, monkeypatch
             found = read_start(parse_args(argv))
             assert found.checkpoint["model"].keys() == model.state_dict().keys() and found.path == "hf-hub:me/it"
         assert requests.count("GET") == 2
-        args = Namespace(distillation_type="hard", teacher_model=TWIN, teacher_path="hf-hub:me/it")
+        args = settled("--distillation-type", "hard", "--teacher-model", TWIN, "--teacher-path", "hf-hub:me/it", "--input-size",
+                       32).args
         teacher = build_teacher(args, 4, torch.device("cpu"))
         pictures = torch.rand(2, 3, 32, 32)
         assert torch.equal(teacher(pictures), model(pictures))
