@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from kernels import exporting
+from kernels.backend import differentiable_backward, exporting, gradients, transformed
 
 # Values of the basis that exist at once: about 1 MiB on a CPU, which stays in its L2 cache; on a GPU only a
 # bound on memory.
@@ -64,10 +63,14 @@ class _EdgeLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
         x, weight, knots = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad[:2]
+        if differentiable_backward(dy):
+            with torch.autocast(dy.device.type, enabled=False):
+                dx, dw = gradients(lambda x, weight: _edge_linear_reference(x, weight, knots, ctx.order, ctx.dtype),
+                                   (x, weight), (need_x, need_w), dy)
+            return dx, dw, None, None, None
         dy, w = dy.to(ctx.dtype), weight.to(ctx.dtype)
         dx: Any = torch.empty_like(x) if need_x else None
         dw: Any = torch.zeros_like(weight, dtype=_math_dtype(weight.dtype)) if need_w else None
@@ -77,6 +80,26 @@ class _EdgeLinear(torch.autograd.Function):
             if need_x:
                 dx[rows] = _pull_back(dy[rows] @ w, x[rows], knots, ctx.order)
         return dx, dw if dw is None else dw.to(weight.dtype), None, None, None
+
+
+def _edge_linear_reference(x: Tensor, weight: Tensor, knots: Tensor, order: int, dtype: torch.dtype) -> Tensor:
+    """The same in PyTorch's differentiable operations."""
+    u = x.to(_math_dtype(x.dtype))
+    functions = torch.cat([F.silu(u).unsqueeze(1), bspline_basis(u, knots, order).transpose(1, 2)], 1)
+    return F.linear(functions.flatten(1).to(dtype), weight.to(dtype))
+
+
+@torch.fx.wrap
+def edge_linear(x: Tensor, base_weight: Tensor, spline_weight: Tensor, spline_scaler: Tensor, knots: Tensor,
+                order: int) -> Tensor:
+    """sum_i base[o, i] silu(x_i) + scaler[o, i] sum_k spline[o, i, k] B_k(x_i), x [..., I] -> [..., O] in autocast's dtype
+    where autocast is on, else in x's. One call in a graph of torch.fx."""
+    spline = spline_weight * spline_scaler.unsqueeze(-1)                                    # [O, I, G]
+    weight = torch.cat([base_weight.unsqueeze(1), spline.transpose(1, 2)], 1).flatten(1)    # [O, (1 + G)*I]
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    y = _EdgeLinear.apply(x.reshape(-1, x.shape[-1]), weight, knots, order, dtype)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def _edge_inputs(x: Tensor, knots: Tensor, order: int) -> Tensor:
@@ -180,14 +203,9 @@ class EfficientKANLayer(nn.Module):
         weight.copy_((noise - 0.5) * (self.scale_noise / intervals) @ fit.t().to(weight.device, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if exporting():
+        if exporting() or transformed():
             return self.reference_forward(x)
-        spline = self.spline_weight * self.spline_scaler.unsqueeze(-1)                              # [O, I, G]
-        weight = torch.cat([self.base_weight.unsqueeze(1), spline.transpose(1, 2)], 1).flatten(1)   # [O, (1 + G)*I]
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        y = _EdgeLinear.apply(x.reshape(-1, self.in_features), weight, self.grid, self.spline_order, dtype)
-        return y.view(*x.shape[:-1], self.out_features)
+        return edge_linear(x, self.base_weight, self.spline_weight, self.spline_scaler, self.grid, self.spline_order)
 
     def reference_forward(self, x: Tensor) -> Tensor:
         """The same function through plain PyTorch and its autograd."""

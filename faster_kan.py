@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from kernels import MAX_HALF_RANGE, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
 
+torch.fx.wrap("rswaf_linear")      # one call in a graph of torch.fx
+
 
 # ---------------------------------------------------------------- modules
 class SplineLinear(nn.Module):

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from kernels import BASES, MAX_HALF_RANGE, exporting, rswaf_activation, rswaf_activation_reference
 
+torch.fx.wrap("rswaf_activation")      # one call in a graph of torch.fx
+
 
 # ---------------------------------------------------------------- modules
 class GroupActivation(nn.Module):

@@ -69,6 +69,14 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
     return "chunked"
 
 
+def _constant_in_graphs(function: Callable) -> Callable:
+    """Dynamo calls the function while it traces, in place of tracing into it (`torch.compiler.assume_constant_result`, which
+    would import Dynamo for every run)."""
+    function._dynamo_marked_constant = True     # type: ignore[attr-defined]
+    return function
+
+
+@_constant_in_graphs
 def exporting() -> bool:
     """Whether torch.export is at work, strict or not: its graph is to be of PyTorch's own operations, for any batch size.
 
@@ -78,10 +86,6 @@ def exporting() -> bool:
         return True
     tracer = sys.modules.get("torch._dynamo.symbolic_convert")
     return tracer is not None and getattr(getattr(tracer.tls, "current_tx", None), "export", False)
-
-
-# Dynamo calls it while it traces, and puts the answer into the graph.
-exporting._dynamo_marked_constant = True        # type: ignore[attr-defined]
 
 
 def traced(*tensors: torch.Tensor | None) -> bool:
@@ -108,15 +112,18 @@ def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1, width) if tensor.is_contiguous() and width else tensor.reshape(-1, width).contiguous()
 
 
+@_constant_in_graphs
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work, which plain PyTorch knows and the
     kernels don't."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def differentiable_backward() -> bool:
-    """Whether a backward pass is itself to be differentiated or transformed, so that the kernels cannot compute it."""
-    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed())
+def differentiable_backward(dy: torch.Tensor) -> bool:
+    """Whether a backward pass is itself to be differentiated, transformed or done for many dy at once (`is_grads_batched`),
+    so that the kernels cannot compute it."""
+    return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()
+                                                  or torch._C._functorch.is_legacy_batchedtensor(dy))
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], needs: Sequence[bool],

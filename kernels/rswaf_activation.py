@@ -124,7 +124,7 @@ def _triton():
 def _backward(ctx, dv: Tensor):
     u, coefficients, scale = ctx.saved_tensors
     constants = ctx.constants
-    if backend.differentiable_backward():
+    if backend.differentiable_backward(dv):
         points, h, base, _ = constants
         du, dc, ds = backend.gradients(lambda u, c, s: rswaf_activation_reference(u, c, points, h, base, s),
                                        (u, coefficients, scale), ctx.needs_input_grad, dv)

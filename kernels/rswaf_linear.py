@@ -56,13 +56,12 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
 
 def rswaf_linear_reference(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
     """The same in plain PyTorch with its autograd, which keeps several arrays [..., I, G]."""
-    return _product_of(u, weight, grid, h, u.dtype, weight.dtype)       # autocast sees to the dtypes
+    return _product_of(u, weight, grid, h, u.dtype)
 
 
-def _product_of(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, dtype: torch.dtype,
-                weight_dtype: torch.dtype | None = None) -> Tensor:
-    basis = rswaf_basis(u.to(_math_dtype(u.dtype)), grid, h)                                # [..., I, G]
-    return F.linear(basis.flatten(-2).to(dtype), weight.to(weight_dtype or dtype))          # [..., I*G] @ [I*G, O] -> [..., O]
+def _product_of(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, dtype: torch.dtype) -> Tensor:
+    basis = rswaf_basis(u.to(_math_dtype(u.dtype)), grid, h)            # [..., I, G]
+    return F.linear(basis.flatten(-2).to(dtype), weight)                # [..., I*G] @ [I*G, O] -> [..., O]
 
 
 @functools.lru_cache
@@ -120,11 +119,11 @@ def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: t
 def _backward(ctx, dy: Tensor):
     needs = ctx.needs_input_grad[:4]
     tensors = ctx.saved_tensors
-    if backend.differentiable_backward():
+    if backend.differentiable_backward(dy):
         number, _, dtype, _ = ctx.constants
         with torch.autocast(dy.device.type, enabled=False):
-            found = backend.gradients(lambda u, weight, grid, h: _product_of(u, weight, grid, number if h is None else h, dtype),
-                                      tensors, needs, dy)
+            found = backend.gradients(lambda u, weight, grid, h: _product_of(
+                u, weight.to(dtype), grid, number if h is None else h, dtype), tensors, needs, dy)
     elif backend.traced(dy, tensors[0]):
         found = [gradient if need else None for gradient, need in zip(
             _linear_grad(dy, *tensors, *ctx.constants, *needs), needs)]

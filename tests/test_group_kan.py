@@ -326,10 +326,3 @@ def test_two_runs_are_bit_equal():
         y = kan(x)
         runs.append([y, *torch.autograd.grad(y.square().sum(), [x, *kan.parameters()])])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
-def test_second_derivatives_are_refused():
-    kan, x = kan_of(), torch.randn(3, 16, requires_grad=True)
-    slope, = torch.autograd.grad(kan(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="rswaf_activation_grad"):
-        slope.sum().backward()
