@@ -68,9 +68,8 @@ class _EdgeLinear(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         if differentiable_backward(dy):
             with torch.autocast(dy.device.type, enabled=False):
-                dx, dw = gradients(lambda x, weight: _edge_linear_reference(x, weight, knots, ctx.order, ctx.dtype),
-                                   (x, weight), (need_x, need_w), dy)
-            return dx, dw, None, None, None
+                return *gradients(lambda x, weight: _edge_linear_reference(x, weight, knots, ctx.order, ctx.dtype),
+                                  (x, weight), (need_x, need_w), dy), None, None, None
         dy, w = dy.to(ctx.dtype), weight.to(ctx.dtype)
         dx: Any = torch.empty_like(x) if need_x else None
         dw: Any = torch.zeros_like(weight, dtype=_math_dtype(weight.dtype)) if need_w else None

@@ -492,6 +492,9 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--opt {args.opt} cannot be set up ({str(error).splitlines()[0]}): check --opt-eps, "
                         "--opt-betas and --momentum") from error
+    if getattr(optimizer, "is_second_order", False) and any(getattr(module, "fused_attn", False) for module in model.modules()):
+        raise UserError(f"--opt {args.opt} needs second derivatives, which PyTorch's fused attention does not have: choose "
+                        "another")
     _split_coefficients(args, model, optimizer)
     if type(optimizer) is torch.optim.SGD and args.momentum:
         # the fused kernel makes its buffers in the first update, and leaves them unset where that one is skipped

@@ -134,7 +134,7 @@ def gradients(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tens
         # own aliases: one input may be computed from another, and that way's share is not ours to add
         own = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         wanted = [tensor for tensor, need in zip(own, needs) if need and tensor is not None]
-        found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again))
+        found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again, allow_unused=True))
     return [next(found) if need and tensor is not None else None for tensor, need in zip(own, needs)]
 
 

@@ -15,6 +15,7 @@ import models_kan  # noqa: F401  registers the models with timm
 from efficient_kan import EfficientKAN
 from faster_kan import FasterKAN
 from group_kan import GroupKAN
+from kernels import rswaf_activation
 
 KANS = {
     "group": functools.partial(GroupKAN, groups=2, trainable_base=True),
@@ -137,6 +138,14 @@ def test_second_derivatives_under_autocast(name, dtype):
         first = slope(kan, again, create_graph=True)
     got, = torch.autograd.grad((first * t).sum(), again)
     assert got.dtype == torch.float32 and error(got, differences(lambda x: slope(exact, x), x, t)) < 0.1
+
+
+def test_a_scale_without_a_base():
+    """It has no part in the value: neither a gradient nor an error."""
+    u, c, s = (torch.randn(shape, requires_grad=True) for shape in ((3, 4), (2, 2), (2,)))
+    y = rswaf_activation(u, c, (-1.0, 1.0), 1.0, "none", s)
+    first, = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+    assert torch.autograd.grad(first.sum(), s, allow_unused=True)[0] is None
 
 
 @pytest.mark.parametrize("suffix", ["ViT", "GKAN", "KAN", "EKAN"])
