@@ -191,6 +191,15 @@ def _name(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable()
 
 
+def _percent(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 100
+
+
+def _result(value: Any) -> bool:
+    tests = {"acc1": _percent, "acc5": _percent, "images": _count, "data_set": _name, "split": _name}
+    return isinstance(value, Mapping) and all(test(value.get(key)) for key, test in tests.items())
+
+
 # What a run's checkpoint says beside the weights: key -> (test, what it must be, whether --resume auto must find it).
 _ENTRIES = {
     "optimizer": (lambda v: isinstance(v, Mapping), "a mapping", True),
@@ -206,6 +215,7 @@ _ENTRIES = {
     **dict.fromkeys(("max_accuracy", "max_accuracy_ema", "seconds"), (_number, "a number", False)),
     "losses": (lambda v: isinstance(v, list) and all(map(_number, v)), "a list of numbers", False),
     "unreadable": (lambda v: isinstance(v, list) and all(map(_count, v)), "a list of counts", False),
+    "results": (lambda v: isinstance(v, Mapping) and all(map(_result, v.values())), "results of evaluations", False),
 }
 
 

@@ -395,6 +395,18 @@ def _data_set(args: Namespace) -> str:
     return data_set
 
 
+def evaluated(args: Namespace) -> dict[str, str]:
+    """Which images an evaluation with these flags is of: "data_set", and "split", which is "" where the data set chooses."""
+    data_set = _data_set(args)
+    if args.data_split:
+        split = args.data_split[1].partition("|")[0]        # a stream's number of images follows
+    elif args.val_split:
+        split = f"{args.val_split:g} held out by seed {args.seed}"
+    else:
+        split = "" if of_timm(data_set) else "test" if data_set in CIFARS else "validation"
+    return {"data_set": data_set, "split": split}
+
+
 def as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> Split:
     if not args.eval:
         if split.classes != list(class_names):

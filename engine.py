@@ -2,6 +2,7 @@
 import math
 import sys
 import time
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import peers
 from checkpoints import plain
 from console import readers_may_leave
-from datasets import batches
+from datasets import batches, evaluated
 from debug_nan import KeptBatches, replay
 from losses import Criterion, loss_of
 from utils import Process, TrainingFailed, UserError, seed_everything
@@ -70,6 +71,7 @@ class TrainState:
     max_accuracy: float = 0.0       # best top-1 in percent, raw model
     max_accuracy_ema: float = 0.0
     epochs_without_best: int = 0    # in a row that neither of the two has risen
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)    # of the last epoch's weights, by their key: `result_of`
 
     def state_dict(self) -> dict[str, Any]:
         """DeiT's keys and ours; `epoch` is the last finished one as in DeiT's files."""
@@ -78,6 +80,7 @@ class TrainState:
                 "model_ema": dict(self.ema.module.state_dict()) if self.ema else None,
                 "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema,
                 "epochs_without_best": self.epochs_without_best,
+                "results": {} if self.position else self.results,       # within an epoch the weights are others
                 **{key: getattr(self, key) for key in PROGRESS}}
 
     def next_epoch(self) -> None:
@@ -144,6 +147,7 @@ class TrainState:
         self.max_accuracy = checkpoint.get("max_accuracy", 0.0)
         self.max_accuracy_ema = checkpoint.get("max_accuracy_ema", 0.0)
         self.epochs_without_best = checkpoint.get("epochs_without_best", 0)
+        self.results = checkpoint.get("results", {})
         if isinstance(self.scheduler, PlateauLRScheduler):
             # the only schedule with a memory; all others are functions of the epoch, so that --epochs and the
             # batch size may change
@@ -633,6 +637,11 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
     result = evaluator.compute(distributed=distributed)
     return {"loss": result["loss"], "acc1": result["top1"], "acc5": result["top5"],
             "images": images, "unreadable": unreadable}
+
+
+def result_of(found: dict[str, float], args: Namespace) -> dict[str, Any]:
+    """What a checkpoint keeps of an evaluation: {"acc1", "acc5", "images"} of `evaluate`, "data_set" and "split"."""
+    return {**{key: found[key] for key in ("acc1", "acc5", "images")}, **evaluated(args)}
 
 
 def ema_model(state: TrainState, device: torch.device) -> nn.Module:

@@ -28,6 +28,7 @@ from engine import (
     ema_model,
     evaluate,
     replay_non_finite,
+    result_of,
     summary,
     train_one_epoch,
 )
@@ -197,6 +198,8 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
             if args.sched == "plateau":
                 state.scheduler.step(state.epoch, results["test"]["acc1"])
             also = state.note_best(results)
+            state.results = {key: result_of(results[title], args)
+                             for key, title in (("model", "test"), ("model_ema", "ema_test")) if title in results}
             folder.log({"epoch": epoch, "train_loss": trained["loss"], "train_lr": trained["lr"],
                         **{f"{name}_{key}": value for name, result in results.items() for key, value in result.items()},
                         "train_unreadable": loaders.unreadable_train(), "n_parameters": n_parameters,

@@ -19,8 +19,8 @@ import models_kan
 import start as starting
 import utils
 import vetting
-from checkpoints import weights_of
-from config import Config, parse_args, validate
+from checkpoints import checkpoint_args, plain, weights_of
+from config import PREPARATION, Config, parse_args, validate
 from datasets import FileImages, ImageSet, Loaders, Split, batches, build_dataset, build_loaders
 from downloads import HUB, LOCAL
 from folders import find_images
@@ -36,7 +36,8 @@ class Trained:
     """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
     effective flags; `args.input_size` and those of `config.PREPARATION` say how images are prepared. class_names: one for each
     output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer. weights: the key
-    in `WEIGHTS` of those that the model has."""
+    in `WEIGHTS` of those that the model has. results: what the checkpoint says of these very weights (`engine.result_of`), on
+    images that were prepared as they are now; None where it says nothing."""
     model: nn.Module
     spec: ModelSpec
     config: Config
@@ -44,6 +45,7 @@ class Trained:
     path: str
     about: dict[str, Any]
     weights: str = "model"
+    results: dict[str, Any] | None = None
 
     @property
     def args(self) -> Namespace:
@@ -110,7 +112,10 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
         starting.choose_backend(config, spec, chosen)
     model = model.to(chosen).eval().requires_grad_(False)
     about = {key: value for key, value in start.checkpoint.items() if key not in _STATE and not isinstance(value, Tensor)}
-    return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about, weights)
+    flags_then = checkpoint_args(about)
+    same = all(plain(getattr(config.args, key)) == flags_then[key] for key in PREPARATION & flags_then.keys())
+    results = about.get("results", {}).get(weights) if same else None
+    return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about, weights, results)
 
 
 def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:
@@ -182,6 +187,13 @@ def beside(checkpoint: str, ending: str) -> Path:
     remote = url.scheme in ("http", "https", "file") or checkpoint.startswith(HUB)
     path = Path(Path(url.path).name) if remote else Path(checkpoint.removeprefix(LOCAL)).expanduser()
     return path.with_name(f"{path.name if path.is_dir() or checkpoint.startswith(HUB) else path.stem}{ending}")
+
+
+def told(results: Mapping[str, Any]) -> str:
+    """Results as `engine.result_of` gives them, in words."""
+    split = f", {results['split']}" if results["split"] else ""
+    return (f"top-1 {results['acc1']:.2f} top-5 {results['acc5']:.2f} ({results['images']} images of {results['data_set']}"
+            f"{split})")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

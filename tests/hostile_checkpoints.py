@@ -288,7 +288,7 @@ _ABSURD = [None, 5, -5, 10 ** 30, 2.5, float("nan"), float("inf"), "x", "\ud800"
 def wrong_entry(good: dict[str, Any], random: random.Random) -> Hostile:
     """"any" where the key is not needed by every purpose: then a run may end well."""
     key = random.choice(["args", "model_args", "class_names", "optimizer", "epoch", "lr_scheduler", "scaler", "model",
-                         "model_ema", "max_accuracy", "step", "position", "losses", "skipped", "unreadable"])
+                         "model_ema", "max_accuracy", "step", "position", "losses", "skipped", "unreadable", "results"])
     value = random.choice(_ABSURD)
     return Hostile("a wrong entry", f"{key}: {str(value)[:40]!a}", saved({**good, key: value}), "any")
 

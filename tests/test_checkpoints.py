@@ -24,6 +24,7 @@ import checkpoints
 from checkpoints import (
     CHECKPOINT,
     PREVIOUS,
+    check_entries,
     checkpoint_args,
     in_our_layout,
     load_file,
@@ -196,6 +197,18 @@ def test_files_that_are_something_else(tmp_path):
     for content, kind in (([{"w": W}], "list"), (W, "Tensor"), ("text", "str")):
         torch.save(content, tmp_path / "other.pth")
         assert f"holds a {kind}" in sentence(load_file, tmp_path / "other.pth")
+
+
+def test_results_are_those_of_an_evaluation_or_the_file_is_damaged():
+    good = {"acc1": 50.0, "acc5": 100, "images": 24, "data_set": "FOLDER", "split": ""}
+    for fine in ({}, {"model": good}, {"model": good, "model_ema": {**good, "acc1": 0}}):
+        check_entries({"results": fine}, "f.pth")
+    check_entries({}, "f.pth")      # of an earlier version
+    for change in ({"acc1": 100.1}, {"acc5": -1}, {"acc1": float("nan")}, {"acc1": True}, {"images": 2.5}, {"images": -1},
+                   {"data_set": None}, {"split": "a\nb"}):
+        assert "its 'results' is not" in sentence(check_entries, {"results": {"model": {**good, **change}}}, "f.pth"), change
+    for damaged in (None, [], 5, {"model": None}, {"model": 50.0}, {"model": {}}):
+        assert "its 'results' is not" in sentence(check_entries, {"results": damaged}, "f.pth"), damaged
 
 
 class Call:

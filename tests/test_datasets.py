@@ -34,7 +34,7 @@ from torchvision import datasets as torchvision_datasets
 import datasets
 from augment import build_transform
 from config import get_args_parser
-from datasets import FileImages, batches, build_dataset, build_loaders, guess_data_set, load_image
+from datasets import FileImages, batches, build_dataset, build_loaders, evaluated, guess_data_set, load_image
 from samplers import RASampler, SampleKey
 from utils import Process, UnreadableData, UserError
 
@@ -279,6 +279,14 @@ def test_what_is_no_single_folder(single, tmp_path):
     assert guess_data_set(str(tmp_path / "text")) is None
     write_image(tmp_path / "parent/imagenet/0.jpg")     # one folder is no classes
     assert guess_data_set(str(tmp_path / "parent")) is None
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ({"data_set": "FOLDER"}, "validation"), ({"data_set": "CIFAR10"}, "test"), ({"data_set": "hfds/cats"}, ""),
+    ({"data_set": "FOLDER", "val_split": 0.2, "seed": 3}, "0.2 held out by seed 3"),
+    ({"data_set": "wds/cats", "data_split": ["train-0.tar|90", "val-0.tar|10"]}, "val-0.tar")])
+def test_which_images_are_evaluated(flags, expected):
+    assert evaluated(make_args(**flags)) == {"data_set": flags["data_set"], "split": expected}
 
 
 @pytest.mark.parametrize("changes, words", [({"num_classes": 5}, "--num-classes 5 contradicts the data, which has 3"),

@@ -699,6 +699,14 @@ def test_state_goes_through_a_file():
     fresh = state_of(nano(seed=9), "--opt", "adamw", "--model-ema", dtype=torch.float16)
     fresh.load_state_dict(saved)
     assert same(plain(fresh.state_dict()), plain(state.state_dict()))
+    state.results = {"model": {"acc1": 50.0, "acc5": 80.0, "images": 8, "data_set": "FOLDER", "split": "validation"}}
+    state.position = 16         # within the next epoch its weights are others
+    assert through_a_file(state)["results"] == {}
+    state.position = 0
+    fresh.load_state_dict(through_a_file(state))
+    assert fresh.results == state.results
+    fresh.load_state_dict({key: value for key, value in saved.items() if key != "results"})     # of an earlier version
+    assert fresh.results == {}
     assert (fresh.epoch, fresh.max_accuracy, fresh.max_accuracy_ema, fresh.scaler.get_scale()) == (5, 71.25, 72.5, 1024)
 
 

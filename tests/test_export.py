@@ -82,22 +82,57 @@ def test_a_folder_for_timm_and_main(trained_run, tmp_path, capsys):
     weights = folder / "model.safetensors"
     assert run("--eval", "--resume", weights, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
     top1, top5, count = evaluation(capsys.readouterr().out)["model"]
-    assert f"| trained weights, evaluated at export, {count} images | {top1} | {top5} |" in (folder / "README.md").read_text()
+    assert result_in(folder) == f"The trained weights: top-1 {top1} top-5 {top5} ({count} images of FOLDER, validation)."
+
+
+def result_in(folder: Path) -> str:
+    """What a model card says of results."""
+    return " ".join((folder / "README.md").read_text().partition("## Results")[2].partition("## Model")[0].split())
+
+
+def test_the_card_has_the_figure_of_the_exported_weights_alone(trained_run, tmp_path, capsys):
+    file, data = trained_run
+    assert run("--eval", "--resume", file, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
+    by_main, source = evaluation(capsys.readouterr().out), load_file(file)
+    # the best of the run is another epoch's
+    torch.save({**source, "max_accuracy": 98.76, "max_accuracy_ema": 98.76}, tmp_path / "last.pth")
+    torch.save({**source, "max_accuracy": 98.76, "results": {}}, tmp_path / "within.pth")
+    torch.save({key: value for key, value in source.items() if key != "results"}, tmp_path / "old.pth")
+    for weights, held in (("model", "trained weights"), ("model_ema", "moving average")):
+        top1, top5, count = by_main[weights]
+        said = f"top-1 {top1} top-5 {top5} ({count} images of FOLDER, validation)."
+        file, folder, again = (tmp_path / f"{weights}{ending}" for ending in (".safetensors", "", "_again"))
+        for target in (file, folder):
+            assert export.main([str(tmp_path / "last.pth"), str(target), "--weights", weights]) == 0
+        assert result_in(folder) == f"The {held}: {said}" and "98.76" not in (folder / "README.md").read_text()
+        assert load_file(file)["results"] == {"model": source["results"][weights]} and "max_accuracy" not in load_file(file)
+        assert export.main([str(file), str(again)]) == 0 and result_in(again).endswith(said)
+    for source, *more in (["within.pth"], ["old.pth"], ["last.pth", "--mean", "0.4", "0.4", "0.4"]):     # other images
+        folder = tmp_path / f"of_{source}".replace(".", "_")
+        assert export.main([str(tmp_path / source), str(folder), *more]) == 0
+        assert "not been evaluated" in result_in(folder) and "--data-path DIR" in result_in(folder)
+        assert "98.76" not in (folder / "README.md").read_text() and "model-index" not in (folder / "README.md").read_text()
+    assert export.main([str(tmp_path / "within.pth"), str(tmp_path / "m.safetensors"), "--data-path", str(data), "--num_workers",
+                        "0"]) == 0
+    top1, top5, count = by_main["model"]
+    assert f"model: top-1 {top1} top-5 {top5} ({count} images of FOLDER, validation)" in capsys.readouterr().out
+    assert f"{load_file(tmp_path / 'm.safetensors')['results']['model']['acc1']:.2f}" == top1
 
 
 def test_the_model_card(trained_run, tmp_path):
     file, data = trained_run
     trained = load_trained(str(file), device="cpu")
+    trained.results = {"acc1": 61.234, "acc5": 99.0, "images": 24, "data_set": "hfds/a`b", "split": "0.2 held out by seed 3"}
     trained.about["class_names"] = ["a`b\n# c", "<b>", "d"]
     trained.about["args"]["finetune"] = "/home/somebody/deit_tiny.pth"
-    text = export.model_card(trained, {"acc1": 61.234, "acc5": 99.0, "images": 24})
+    text = export.model_card(trained)
     _, header, body = text.split("---\n", 2)
     header = yaml.safe_load(header)
     assert (header["license"], header["library_name"]) == ("apache-2.0", "timm")
     assert header["model-index"][0]["results"][0]["metrics"][0] == {"type": "accuracy", "value": 61.23, "name": "top-1"}
-    best = load_file(file)["max_accuracy"]
-    for words in (f"# {NANO}_GKAN", "24 images | 61.23 | 99.00 |",
-                  f"best of the run's epochs (these weights may be another's) | {best:.2f} |",
+    assert header["model-index"][0]["results"][0]["dataset"] == {"name": "hfds/a'b", "type": "hfds/a'b",
+                                                                  "split": "0.2 held out by seed 3"}
+    for words in (f"# {NANO}_GKAN", "top-1 61.23 top-5 99.00 (24 images of hfds/a'b, 0.2 held out by seed 3)",
                   "kan_groups: 4", "lr: 0.01", "warmup_epochs: 0", "1 epochs done", f"torch: {torch.__version__.split('+')[0]}",
                   "Apache-2.0", 'timm.create_model("hf-hub:USER/NAME", pretrained=True)', "`deit_tiny.pth`", "`a'b # c`"):
         assert words in body, words
@@ -106,8 +141,9 @@ def test_the_model_card(trained_run, tmp_path):
         assert isinstance(yaml.safe_load(block.partition("```")[0]), dict)
     # no results, and no flags: it says so
     trained.about.clear()
+    trained.results = None
     text = export.model_card(trained)
-    assert text.count("The checkpoint tells none.") == 2 and "model-index" not in text
+    assert "have not been evaluated" in text and "The checkpoint tells none." in text and "model-index" not in text
 
 
 def test_letters_stay_letters(trained_run, tmp_path):

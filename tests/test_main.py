@@ -47,7 +47,8 @@ from utils import EXIT_PREEMPTED
 
 GKAN = "vit_nano_patch8_32_GKAN"
 REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
-STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema")
+STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema",
+         "results")
 # A slow average would be the initial model for the length of a test, a low rate would leave the weights alone.
 LEARN = ("--model-ema-decay", "0.8", "--unscale-lr", "--lr", "1e-3")
 
@@ -125,6 +126,12 @@ def test_a_run_leaves_its_files(whole, data):
         assert 0 <= record["test_acc1"] <= record["test_acc5"] == 100
     best = max(records, key=lambda record: record["test_acc1"])
     assert checkpoint(whole)["max_accuracy"] == best["test_acc1"]
+    for name in ("checkpoint.pth", "checkpoint_previous.pth", "best_checkpoint.pth", "best_ema_checkpoint.pth"):
+        saved = checkpoint(whole, name)         # with what its own weights reach
+        record = records[saved["epoch"]]
+        assert saved["results"] == {weights: {**{key: record[f"{title}_{key}"] for key in ("acc1", "acc5", "images")},
+                                              "data_set": "FOLDER", "split": "validation"}
+                                    for weights, title in (("model", "test"), ("model_ema", "ema_test"))}
     assert checkpoint(whole, "best_checkpoint.pth")["epoch"] == best["epoch"]
     best = max(records, key=lambda record: record["ema_test_acc1"])
     assert checkpoint(whole, "best_ema_checkpoint.pth")["epoch"] == best["epoch"]

@@ -7,7 +7,7 @@
 
 Programs take any number of normalised images, float32 [B, 3, S, S], and give logits [B, classes]; they are of PyTorch's own
 operations and ONNX's alone. TARGET is written whole, or not at all where the check fails (exit code 1). --check adds images
-to it. Further flags are main.py's: with --data-path DIR the model is evaluated, and the model card says so.
+to it. Further flags are main.py's: with --data-path DIR the model is evaluated, and description and card say so.
 """
 import argparse
 import importlib.util
@@ -38,9 +38,9 @@ import models_kan
 import peers
 from checkpoints import checkpoint_args, plain, save_safetensors, whole
 from config import PREPARATION, SCOPE, Parser, get_args_parser
-from engine import evaluate
+from engine import evaluate, result_of
 from run_folder import versions
-from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
+from trained import Pictures, Trained, add_model_arguments, image_files, load_trained, told
 from untrusted import SAFETENSORS_KEY
 from utils import Process, TrainingFailed, UserError, say, to_json
 
@@ -59,8 +59,9 @@ def about(trained: Trained) -> dict[str, Any]:
     training, versions. No flag that names a place on this machine."""
     flags = {key: value for key, value in checkpoint_args(trained.about).items() if SCOPE.get(key, "place") != "place"}
     flags |= {key: getattr(trained.args, key) for key in sorted(PREPARATION & trained.config.sources.keys())}
-    said = {key: trained.about[key] for key in ("class_names", "epoch", "max_accuracy", "max_accuracy_ema", "versions")
-            if trained.about.get(key) is not None}
+    said = {key: trained.about[key] for key in ("class_names", "epoch", "versions") if trained.about.get(key) is not None}
+    if trained.results:
+        said["results"] = {"model": trained.results}        # the key that the weights have where this goes
     return plain({"model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}, "args": flags, **said})
 
 
@@ -81,10 +82,8 @@ def read_safetensors(path: Path, trained: Trained) -> Logits:
         return load_trained(str(path), device=str(trained.device)).model
 
 
-def write_folder(trained: Trained, target: Path, measured: dict[str, float] | None = None) -> None:
-    """timm's layout, `config.json` and `model.safetensors`, and a model card, `README.md`.
-
-    measured: what `engine.evaluate` says of the model."""
+def write_folder(trained: Trained, target: Path) -> None:
+    """timm's layout, `config.json` and `model.safetensors`, and a model card, `README.md`."""
     model = bare_model(trained)
     names = trained.about.get("class_names")
     save_for_hf(model, str(target), safe_serialization=True, data_config=trained.data_config,
@@ -92,7 +91,7 @@ def write_folder(trained: Trained, target: Path, measured: dict[str, float] | No
     config = target / "config.json"     # in which the Hub's client escapes letters
     config.write_text(to_json(json.loads(config.read_text(encoding="utf-8")), indent=2), encoding="utf-8")
     save_safetensors(model.state_dict(), about(trained), target / "model.safetensors")        # now with its description
-    (target / "README.md").write_text(model_card(trained, measured), encoding="utf-8")
+    (target / "README.md").write_text(model_card(trained), encoding="utf-8")
 
 
 def read_folder(path: Path, trained: Trained) -> Logits:
@@ -142,7 +141,7 @@ def described(trained: Trained) -> str:
 
 class Format(NamedTuple):
     """write: (trained, target). read: (path, trained) -> images to logits. exact: to the last bit. packages: it needs these."""
-    write: Callable[..., None]
+    write: Callable[[Trained, Path], None]
     read: Callable[[Path, Trained], Logits]
     exact: bool
     packages: tuple[str, ...] = ()
@@ -222,14 +221,14 @@ def check_batches(trained: Trained, files: list[Path]) -> Iterator[Tensor]:
         raise UserError(f"none of the {len(files)} images of --check can be read: name others")
 
 
-def export(trained: Trained, target: Path, check: list[Path] | None = None, **options) -> Difference:
+def export(trained: Trained, target: Path, check: list[Path] | None = None) -> Difference:
     """Write the model to `target` in the format of its ending, once what was written has passed the check.
 
-    check: image files, besides noise. options: of the format's writer.
+    check: image files, besides noise.
     Raises: UserError where that is not possible, TrainingFailed where the check fails: then nothing is left."""
     chosen = format_of(target)
     with whole(target) as temporary:
-        chosen.write(trained, temporary, **options)
+        chosen.write(trained, temporary)
         found = compare(trained.model, chosen.read(temporary, trained), check_batches(trained, check or []), chosen.exact)
         if not found.fits(chosen.exact):
             raise TrainingFailed(f"{target} was not written: its logits of {found.images} images are off the checkpoint's by "
@@ -244,7 +243,7 @@ _FEED_FORWARD = {"GKAN": "group KAN (an MLP whose activations are learned functi
 PLACE = "USER/NAME"         # of the model on the Hub, until it is pushed
 
 
-def model_card(trained: Trained, measured: dict[str, float] | None = None) -> str:
+def model_card(trained: Trained) -> str:
     """The `README.md` of a model on the Hub: results, model, recipe, data, versions, licence, use."""
     said = about(trained)
     flags, names = said["args"], said.get("class_names") or []
@@ -255,16 +254,13 @@ def model_card(trained: Trained, measured: dict[str, float] | None = None) -> st
     started = checkpoint_args(trained.about).get("finetune")
 
     held = {"model": "trained weights", "model_ema": "moving average"}
-    results, evaluated = [], None
-    if measured:
-        results.append(f"| {held[trained.weights]}, evaluated at export, {measured['images']:.0f} images "
-                       f"| {measured['acc1']:.2f} | {measured['acc5']:.2f} |")
-        evaluated = [EvalResult(task_type="image-classification", dataset_type=data.lower(), dataset_name=data,
-                                metric_type="accuracy", metric_name=f"top-{k}", metric_value=round(measured[f"acc{k}"], 2))
-                     for k in (1, 5)]
-    # the checkpoint does not say whether it is the best one
-    results += [f"| {held[weights]}, best of the run's epochs (these weights may be another's) | {said[key]:.2f} | |"
-                for weights, key in (("model", "max_accuracy"), ("model_ema", "max_accuracy_ema")) if said.get(key)]
+    evaluated, results = None, _NOT_EVALUATED
+    if measured := trained.results:
+        results = f"The {held[trained.weights]}: {_one_word(told(measured))}."
+        on = _one_word(measured["data_set"])
+        evaluated = [EvalResult(task_type="image-classification", dataset_type=on.lower(), dataset_name=on,
+                                dataset_split=measured["split"] or None, metric_type="accuracy", metric_name=f"top-{k}",
+                                metric_value=round(measured[f"acc{k}"], 2)) for k in (1, 5)]
     header = ModelCardData(license="apache-2.0", library_name="timm", pipeline_tag="image-classification", model_name=name,
                            tags=["image-classification", "timm", "kolmogorov-arnold-network", "vision-kan"],
                            eval_results=evaluated)
@@ -274,8 +270,7 @@ def model_card(trained: Trained, measured: dict[str, float] | None = None) -> st
         parts.append(f"A vision transformer with the feed-forward {_FEED_FORWARD[suffix]}. "
                      f"{models_kan.count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
                      f"FLOPs an image of {trained.args.input_size} px.")
-    parts += ["## Results", "\n".join(["| weights | top-1 | top-5 |", "|---|---|---|", *results]) if results else
-              "The checkpoint tells none.",
+    parts += ["## Results", results,
               "## Model", f"It holds the {held[trained.weights]}.",
               _block("yaml", _yaml({"name": name, **said["model_args"]["kwargs"]})),
               "## Data", f"`{data}`, {trained.model.num_classes} classes{_few(names)}.",
@@ -297,6 +292,10 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 ```
 
 or, from its folder, `python main.py --eval --resume model.safetensors --data-path DIR`."""
+
+
+_NOT_EVALUATED = """These weights have not been evaluated. `python tools/export.py CHECKPOINT FOLDER --data-path DIR` does that
+and writes the result here."""
 
 
 def _recipe(recipe: dict[str, Any], said: dict[str, Any], started: Any) -> str:
@@ -335,10 +334,13 @@ def run(argv: list[str]) -> int:
     chosen = format_of(own.target)          # before anything takes time
     files = image_files(own.check) if own.check else []
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
-    options = {}
-    if trained.args.data_path and chosen.write is write_folder:
-        options["measured"] = evaluate(trained.model, trained.loaders().val, Process(device=trained.device))
-    found = export(trained, own.target, files, **options)
+    if trained.args.data_path:
+        loaders = trained.loaders()
+        measured = evaluate(trained.model, loaders.val, Process(device=trained.device))
+        loaders.check_unreadable(together=True)
+        trained.results = result_of(measured, trained.args)
+        say(f"{own.weights}: {told(trained.results)}")
+    found = export(trained, own.target, files)
     same = "equal bit by bit" if chosen.exact else \
         f"equal up to {found.error:.1e} of the largest logit (PyTorch's float32 from its float64: {found.own:.1e})"
     say(f"{own.target}: {trained.spec.name}, {models_kan.count_parameters(trained.model):,} parameters; logits of {found.images} "

@@ -29,7 +29,7 @@ import understand
 from checkpoints import whole
 from config import Parser
 from start import validation_images
-from trained import Pictures, Trained, add_model_arguments, as_seen, beside, image_files, load_trained
+from trained import Pictures, Trained, add_model_arguments, as_seen, beside, image_files, load_trained, told
 from understand import Collected, Measured
 from utils import UserError, say
 
@@ -117,11 +117,11 @@ def about(found: Findings) -> list[list[str]]:
     options = ", ".join(f"{key} {value}" for key, value in trained.spec.kwargs.items())
     rows = [["checkpoint", trained.path], ["model", trained.spec.name], ["options", options or "none"],
             ["parameters", f"{models_kan.count_parameters(trained.model):,}"]]
-    epoch, best = trained.about.get("epoch"), trained.about.get("max_accuracy")
+    epoch = trained.about.get("epoch")
     if type(epoch) is int:
         rows.append(["epochs done", str(epoch + 1)])
-    if isinstance(best, float):
-        rows.append(["best top-1", f"{best:.2f}"])
+    if trained.results:
+        rows.append(["evaluated", told(trained.results)])
     images = f"{found.collected.images} images" if found.collected.images else \
         "no images: functions are drawn without what arrives (name images, or give --data-path)"
     return [*rows, ["measured on", images]]
