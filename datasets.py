@@ -171,6 +171,12 @@ def _reason(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
 
 
+def _tell(line: str) -> None:
+    """On stderr, in a single write: loader processes write there at the same time. `say` is for the first process alone."""
+    with readers_may_leave():
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)
+
+
 class ImageSet(Dataset):
     """(image float32 [3, S, S], target) pairs of a split.
 
@@ -230,8 +236,6 @@ class ImageSet(Dataset):
     def _load(self, index: int, name: bool = True) -> Image.Image | None:
         try:
             image = self.images.load(index, self.enough, self.upright)
-            self._tell_scale(index, image)
-            return image
         except MemoryError:
             raise
         except Exception as error:  # broken files make PIL's decoders raise nearly anything
@@ -244,21 +248,20 @@ class ImageSet(Dataset):
             if name and not self.quiet:
                 self.name_unreadable(index, _reason(error))
             return None
+        self._tell_scale(index, image)
+        return image
 
     def _tell_scale(self, index: int, image: Image.Image) -> None:
         white = image.info.get(GREY_SCALE)
         if isinstance(white, int) and not self.scale_told[0]:       # a file's own text of this name is a str
             self.scale_told[0] = 1
-            print("32-bit grey images are scaled by their values, so that the least of 1 (floating point), 255 and 65535 that "
-                  f"holds an image's is white: {printable(self.images.name(index))} is the first (0 to {white})\n", end="",
-                  file=sys.stderr, flush=True)
+            _tell("32-bit grey images are scaled by their values, so that the least of 1 (floating point), 255 and 65535 that "
+                  f"holds an image's is white: {printable(self.images.name(index))} is the first (0 to {white})")
 
     def name_unreadable(self, index: int, reason: str) -> None:
         if not self.named[index]:
             self.named[index] = 1
-            name = printable(self.images.name(index))
-            with readers_may_leave():
-                print(f"Skipping an unreadable image: {name} ({reason})\n", end="", file=sys.stderr, flush=True)
+            _tell(f"Skipping an unreadable image: {printable(self.images.name(index))} ({reason})")
 
     def shown(self, *indices: int) -> str:
         """Their names in a sentence."""

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import resize
 
-from augment import EvalTransform, TrainTransform
 from datasets import ImageSet, Loaders
 from samplers import RASampler
 from utils import Process, UserError, say
@@ -374,7 +373,7 @@ class TrainLoader:
         self.pixels = load_pixels(data, self._fit, device, name=process.is_main)
         self.targets = torch.from_numpy(data.targets).to(device)
         self.sources = _replaced(data)
-        self.normalise = _Normalise(*mean_std(data.transform), device)
+        self.normalise = _Normalise(args.mean, args.std, device)
         each = 4 * 3 * args.input_size ** 2
         self.chunk = max(1, CHUNK_BYTES // (each * args.batch_size))
 
@@ -384,7 +383,7 @@ class TrainLoader:
             return image
         if len(self.augment.kinds) > 1:
             raise NotOnDevice("the images are resized once, and --train-interpolation random resizes each time")
-        return resize(image, self.augment.size, str_to_interp_mode(self.augment.kinds[0]))    
+        return resize(image, self.augment.size, str_to_interp_mode(self.augment.kinds[0]))
 
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
@@ -412,7 +411,7 @@ class EvalLoader:
         self.dataset, self.shard, self.batch_size = data, shard, max(1, int(1.5 * args.batch_size))
         self.pixels = load_pixels(data, self._fit, process.device, name=not data.quiet)
         self.targets = torch.from_numpy(np.where(data.unreadable.numpy(), -1, data.targets))
-        self.normalise = _Normalise(*mean_std(data.transform), process.device)
+        self.normalise = _Normalise(args.mean, args.std, process.device)
 
     def _fit(self, image: Image.Image) -> Image.Image:
         size = self.dataset.input_size
@@ -427,12 +426,6 @@ class EvalLoader:
         for first in range(0, len(self.shard), self.batch_size):
             chosen = torch.tensor(self.shard[first:first + self.batch_size])
             yield self.normalise(self.pixels[chosen.to(self.pixels.device)]), self.targets[chosen]
-
-
-def mean_std(transform: TrainTransform | EvalTransform) -> tuple[Sequence[float], Sequence[float]]:
-    """What the transform normalises with."""
-    normalise = transform.steps.transforms[-1] if isinstance(transform, TrainTransform) else transform.finish
-    return normalise.mean.flatten().tolist(), normalise.std.flatten().tolist()
 
 
 def _replaced(data: ImageSet) -> np.ndarray:

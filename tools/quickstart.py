@@ -21,7 +21,6 @@ import console
 console.starting(__name__)
 import timm
 import torch
-from scipy.stats import t as student_t
 
 import models_kan
 import peers
@@ -159,6 +158,7 @@ def conclusion(results: dict[str, list[dict[str, float]]]) -> str:
                 f"points; the choice of images alone is worth ± {half:.2f}, 95%). One seed does not show which is better: "
                 "--seeds 0 1 2 3 4 pairs five.")
     else:
+        from scipy.stats import t as student_t  # slow to import
         half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n ** 0.5
         better = "GKAN" if mean > 0 else "MLP"
         verdict = "no difference is shown" if abs(mean) <= half else f"{better} is better on these digits"
