@@ -176,7 +176,9 @@ def _serialised(ptx: str, device: Device) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        log = _run(get_ptxas(device.capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{device.capability}a",
+        found = get_ptxas(device.capability)
+        path = found[0] if isinstance(found, tuple) else found.path         # Triton 3.3 gives path and version
+        log = _run(path, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{device.capability}a",
                    file.name, "-o", os.devnull)
     return "C7515" in log or "serializ" in log.lower()
 
@@ -308,6 +310,9 @@ def main() -> int:
         return max(codes)
     targets = [target for target in args.targets if TARGETS[target].backend != "hip" or links_amd()]
     cases = collect(targets, args.kernels, args.quick)
+    if triton.__version__ == "3.3.0":
+        print("Triton 3.3.0 has no matrix product for sm_120 (3.3.1 has): left out")
+        cases = [(target, case) for target, case in cases if not (target == "sm_120" and case.has_dot)]
     if not cases:
         parser.error(f"no kernel's name contains one of {args.kernels}")
     rows = []

@@ -357,6 +357,8 @@ TILES: dict[tuple[str, str], list[Tile]] = {
     ("backward_weight", "mfma"): [Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)],
     ("backward_weight", "float"): [Tile(64, 64, 32, 8, 2)],
 }
+# Before 3.6 Triton keeps too much of the widest two of `mma` in registers (compiled with 3.3).
+SPILLS_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 # Columns at which the matrix unit takes as long as the special functions for the basis: narrower tiles are no faster.
 BALANCE = {"wgmma": 160, "tcgen05": 160}
 BALANCE_OTHER = 128
@@ -372,7 +374,8 @@ def tiles(op: str, device: Device, kind: str) -> list[Tile]:
         return [Tile(64, 64, 64, 4, 2) if kind == "half" else Tile(64, 64, 32, 8, 2)]
     if kind != "half":
         return TILES[op, "tf32" if kind == "tf32" and (op, "tf32") in TILES else "float"]
-    return [tile for tile in TILES[op, device.family] if tile.shared(2, device.family) <= device.shared]
+    return [tile for tile in TILES[op, device.family] if tile.shared(2, device.family) <= device.shared
+            and not (SPILLS_WIDE and (op, device.family) == ("forward", "mma") and tile.n > 128)]
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -416,6 +419,7 @@ def choose(op: str, device: Device, kind: str, tokens: int, inputs: int, outputs
 # 153 / 154 at 384, 520 / 452 at 768; with backward 226 / 208, 725 / 481, 2188 / 1343. A chunk of tokens is as large as
 # memory lets it be, for smaller ones cost more: 310 MB hold all tokens of the last. Fused stay: few outputs, where the
 # product is too small to pay for writing the basis; float32, which would write twice as much; grids that are trained.
+# (Triton 3.6 computes the basis for a fused dW twice over: 96 special functions a step where 3.8 takes 40.)
 WRITTEN_FORWARD_OUTPUTS, WRITTEN_BACKWARD_OUTPUTS = 385, 192
 WRITTEN_BYTES = 2 ** 29         # of one chunk's basis, and no more than this share of a device's memory
 WRITTEN_SHARE = 32
