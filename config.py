@@ -117,13 +117,14 @@ class SwitchOrMode(argparse.Action):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows defaults that say something (not None, "" or off)."""
+    """Shows defaults that say something (not None, "" or off; 0 does), as they are typed."""
 
     def _get_help_string(self, action):
         help_text = (action.help or "").replace(" (default: %(default)s)", "")
-        if action.default in (None, "", False, argparse.SUPPRESS):
+        if action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS):
             return help_text
-        return help_text + " (default: %(default)s)"
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        return f"{help_text} (default: {shown})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -213,26 +214,27 @@ def get_args_parser(add_help: bool = False) -> Parser:
     on_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("run").add_argument
-    add("--config", metavar="RECIPE", help="YAML file of flags; the command line goes before it")
-    add("--list-models", action="store_true", help="print the model names and stop")
-    add("--batch-size", default=64, type=int, help="images per process and step")
-    add("--epochs", default=300, type=int, help="length of the training, exactly")
+    add("--config", metavar="RECIPE", help="YAML file of flags; the command line overrides it")
+    add("--list-models", action="store_true", help="print this project's models and stop")
+    add("--batch-size", default=64, type=int, metavar="N", help="images per process and step")
+    add("--epochs", default=300, type=int, metavar="N", help="length of the training, exactly")
     add("--patience", default=0, type=int, metavar="N",
         help="end the training after N epochs in a row without a new best top-1, of the model or its moving average; 0: never")
-    add("--grad-accum", default=1, type=int, help="steps whose gradients are summed before an update")
+    add("--grad-accum", default=1, type=int, metavar="N", help="steps whose gradients are summed before an update")
     add("--bce-loss", action=on_off, default=False, help="binary cross-entropy on every class")
     add("--class-weights", default="none", choices=["none", "balanced"],
         help="balanced: an image's loss counts inversely to the number of images that its class has")
     add("--unscale-lr", action=on_off, default=False,
         help="take --lr as it is instead of per 512 images of the global batch")
 
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument_group("model", "A KAN option that is not given is the model's own.").add_argument
     add("--model", default="deit_tiny_patch16_224_GKAN", type=str, metavar="NAME",
-        help="any name that --list-models prints")
-    add("--input-size", default=224, type=int, metavar="PIXELS", help="side of the square input image")
+        help="one of --list-models, or any other classification model of timm's")
+    add("--input-size", default=224, type=int, metavar="PIXELS",
+        help="side of the square input image; if not given, the model's own")
     add("--drop", type=float, default=0.0, metavar="P",
-        help="dropout after the position embedding, in projections and feed-forwards")
-    add("--drop-path", type=float, default=0.1, metavar="P", help="stochastic depth of the last block")
+        help="dropout after the position embedding, in projections and feed-forwards; 0: none")
+    add("--drop-path", type=float, default=0.1, metavar="P", help="rate of stochastic depth in the last block; 0: none")
     add("--hdim_kan", type=int, metavar="WIDTH", help="hidden width of the KAN feed-forward")
     add("--kan-grid-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="first and last grid point")
     add("--kan-grid-points", type=int, metavar="N", help="basis functions per input")
@@ -272,7 +274,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--weight-decay", type=float, default=0.05, metavar="W", help="decay of matrices, not of biases")
     add("--kan-lr-mult", type=float, default=20.0, metavar="M",
         help="learning rate of the learned activations' coefficients relative to the others' (_GKAN)")
-    add("--kan-weight-decay", type=float, default=0.0, metavar="W", help="decay of those coefficients (_GKAN)")
+    add("--kan-weight-decay", type=float, default=0.0, metavar="W", help="decay of those coefficients; 0: none (_GKAN)")
     add("--layer-decay", type=float, metavar="D", help="learning rate of a block relative to the next one's")
 
     add = parser.add_argument_group("learning rate").add_argument
@@ -280,7 +282,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
         help="cosine, tanh, step, multistep, plateau or poly")
     add("--sched-on-updates", action=on_off, default=False,
         help="follow the schedule at every update instead of every epoch: for runs of a few epochs")
-    add("--lr", type=float, default=5e-4, help="per 512 images of the global batch (see --unscale-lr)")
+    add("--lr", type=float, default=5e-4, help="learning rate per 512 images of the global batch (see --unscale-lr)")
     add("--lr-noise", type=float, nargs="+", metavar="F", help="noise on the rate from this share of the "
         "epochs on (a second value: up to that one)")
     add("--lr-noise-pct", type=float, default=0.67, metavar="SHARE", help="largest relative noise")
@@ -294,7 +296,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--decay-rate", "--dr", type=float, default=0.1, metavar="R", help="factor of a decay")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--color-jitter", type=float, default=0.3, metavar="J", help="strength; used where --aa is off")
+    add("--color-jitter", type=float, default=0.3, metavar="J", help="strength; unused where --aa is a policy other than 3a")
     add("--crop-padding", type=int, default=4, metavar="PIXELS",
         help="around the image before its random crop, at inputs of 32 pixels and below and with --src")
     add("--hflip", type=float, default=0.5, metavar="P", help="probability of a mirrored image")
@@ -310,23 +312,25 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--src", action=on_off, default=False, help="simple random crop (DeiT III)")
 
     add = parser.add_argument_group("random erasing").add_argument
-    add("--reprob", type=float, default=0.25, metavar="P", help="probability per image")
+    add("--reprob", type=float, default=0.25, metavar="P", help="probability per image; 0: none")
     add("--remode", type=str, default="pixel", metavar="KIND", help="const, rand or pixel")
     add("--recount", type=int, default=1, metavar="N", help="rectangles per image")
     add("--resplit", action=on_off, default=False, help="spare the first repeat of each image")
 
     add = parser.add_argument_group("mixup and cutmix").add_argument
-    add("--mixup", type=float, default=0.8, metavar="ALPHA", help="0: none")
-    add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0: none")
+    add("--mixup", type=float, default=0.8, metavar="ALPHA", help="alpha of mixup's Beta distribution; 0: none")
+    add("--cutmix", type=float, default=1.0, metavar="ALPHA", help="the same for cutmix; 0: none")
     add("--cutmix-minmax", type=float, nargs="+", metavar="SHARE",
         help="smallest and largest side of the pasted box; turns cutmix on")
-    add("--mixup-prob", type=float, default=1.0, metavar="P", help="of either one")
-    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="of cutmix where both are on")
+    add("--mixup-prob", type=float, default=1.0, metavar="P", help="probability of applying mixup or cutmix")
+    add("--mixup-switch-prob", type=float, default=0.5, metavar="P",
+        help="probability of cutmix in place of mixup where both are on")
     add("--mixup-mode", type=str, default="batch", metavar="KIND", help="batch, pair or elem")
 
     add = parser.add_argument_group("distillation and co-training").add_argument
     add("--teacher-model", default="regnety_160", type=str, metavar="NAME", help="timm name of the teacher")
-    add("--teacher-path", type=str, default="", metavar="FILE", help="its weights, a file or a URL")
+    add("--teacher-path", type=str, default="", metavar="FILE",
+        help="its weights: a file, a folder, a URL or hf-hub:OWNER/NAME")
     add("--distillation-type", default="none", choices=["none", "soft", "hard"], type=str,
         help="learn from the teacher's probabilities or from its first choice")
     add("--distillation-alpha", default=0.5, type=float, metavar="A", help="weight of the teacher's loss")
@@ -334,7 +338,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--cosub", action=on_off, default=False, help="co-training of two submodels")
 
     add = parser.add_argument_group("fine-tuning").add_argument
-    add("--finetune", default="", metavar="FILE", help="weights to start from: a file or a URL")
+    add("--finetune", default="", metavar="FILE",
+        help="weights to start from: a file, a folder, a URL, hf-hub:OWNER/NAME or the name of a pretrained timm model")
     add("--attn-only", action=on_off, default=False, help="train the attention, head and positions alone")
 
     add = parser.add_argument_group("data").add_argument
@@ -342,13 +347,14 @@ def get_args_parser(add_help: bool = False) -> Parser:
     choices = DataSets(["CIFAR", "IMNET", "INAT", "INAT19"] + ADDED_CHOICES["data_set"])
     add("--data-set", default="IMNET", type=str, choices=choices, metavar="NAME",
         help=f"{', '.join(choices)}. CIFAR is CIFAR-100; IMNET and FOLDER are train/ and val/ with a folder per class, FOLDER "
-             "also class folders alone; the last four are names of timm.data.create_dataset")
+             "also class folders alone; the last four are names of timm.data.create_dataset. If not given: what --data-path "
+             "looks like")
     add("--val-split", type=float, metavar="SHARE",
         help="share of each class that is held out where the data has no validation images of its own (FOLDER: 0.2)")
     add("--data-split", nargs=2, metavar=("TRAIN", "VAL"), help="names of the two parts of a data set of timm's; for one that "
         "does not tell its length with the number of images: 'train-{000..009}.tar|5000'")
-    add("--input-key", metavar="NAME", help="where the image is in a record of hfds/, hfids/ and wds/, if there are several")
-    add("--target-key", metavar="NAME", help="likewise the class")
+    add("--input-key", metavar="NAME", help="column that holds the image in hfds/, hfids/ and wds/, if there are several")
+    add("--target-key", metavar="NAME", help="column that holds the label in them, if there are several")
     add("--num-classes", type=int, metavar="N", help="classes of a data set of timm's that does not tell them (wds/)")
     add("--inat-category", default="name", type=str, help="which label of iNaturalist to learn",
         choices=["kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name"])
@@ -359,29 +365,31 @@ def get_args_parser(add_help: bool = False) -> Parser:
         help="how an evaluation image is resized before the crop: by its shorter side, both sides (squash), or its longer side "
              "with a border")
     add("--interpolation", default="bicubic", choices=["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
-        help="of that resizing (see --train-interpolation for training images)")
+        help="filter of that resizing (see --train-interpolation for training images)")
     add("--mean", type=float, nargs=3, default=list(IMAGENET_DEFAULT_MEAN), metavar=("R", "G", "B"),
-        help="mean of each channel, of values 0 to 1, that is subtracted from an image; like the three before of the model's "
-             "or --finetune's timm configuration, if it has one")
+        help="mean of each channel (values 0 to 1), which is subtracted from an image. If not given, this flag, --std and the "
+             "three before come from the timm configuration of the model or of --finetune, if there is one")
     add("--std", type=float, nargs=3, default=list(IMAGENET_DEFAULT_STD), metavar=("R", "G", "B"),
         help="deviation of each channel, by which it is then divided")
-    add("--exif-orientation", action=on_off, help="turn photos upright as their EXIF orientation says; by default with FOLDER "
-        "alone, but for ImageNet's classes")
+    add("--exif-orientation", action=on_off, help="turn photos upright as their EXIF orientation says; on by default with "
+        "FOLDER only, unless its classes are ImageNet's")
     add("--strict-data", action=on_off, default=False, help="stop at the first image that cannot be read")
     add("--max-unreadable", default=0.01, type=float, metavar="SHARE",
         help="stop when more than this share of the images, and more than 3, cannot be read; 0: at the first")
     add("--data-on-device", default="auto", choices=["auto", "on", "off"],
         help="keep small images in the device's memory and augment them there; auto: on a GPU, where they fit and --aa is "
              "none or 3a")
-    add("--num_workers", default=10, type=int, metavar="N", help="loader processes per training process")
+    add("--num_workers", default=10, type=int, metavar="N",
+        help="loader processes per training process; if not given, at most the cores that there are for each")
     add("--pin-mem", action=on_off, default=True, help="page-locked batches for faster copies to a GPU")
 
     add = parser.add_argument_group("output and state").add_argument
     add("--output_dir", default="", metavar="DIR", help="checkpoints and logs; nothing is saved without it")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--seed", default=0, type=int, help="of weights, order and augmentation")
+    add("--device", default="auto", help="cpu, cuda, cuda:N or mps; auto: CUDA where there is a GPU, else MPS, else the CPU")
+    add("--seed", default=0, type=int, metavar="N", help="random seed for weights, order and augmentation")
     add("--resume", default="", metavar="FILE",
-        help="checkpoint to go on from (a file or a URL; auto: the newest in --output_dir, if any)")
+        help="checkpoint to go on from, or to evaluate: a file, a folder, a URL or hf-hub:OWNER/NAME; auto: the newest in "
+             "--output_dir, if any")
     add("--save-interval-steps", default=0, type=int, metavar="N",
         help="also save every N steps within an epoch, so that a killed run loses no more; 0: off")
     add("--save-interval-minutes", default=10.0, type=float, metavar="MINUTES",
@@ -391,8 +399,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
         help=f"also send each epoch's numbers and the flags to {' or '.join(TRACKERS)}, where installed")
     add("--track-project", default="vision-kan", metavar="NAME", help="project (wandb) or experiment (mlflow) to send them to")
     add("--start_epoch", default=0, type=int, metavar="N",
-        help="first epoch where the checkpoint doesn't say")
-    add("--eval", action=on_off, default=False, help="evaluate --resume and stop")
+        help="number of the first epoch, counted from 0, where the checkpoint doesn't say")
+    add("--eval", action=on_off, default=False, help="evaluate --resume or --finetune and stop")
     add("--deterministic", action=on_off, default=False,
         help="deterministic kernels on a GPU too (slower; a CPU is deterministic as it is)")
     add("--debug-nan", action=on_off, default=False,
@@ -413,7 +421,7 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add("--dist-eval", action=on_off, default=False, help="share the evaluation out; the result is the same")
     add("--distributed", action=on_off, default=False, help="refuse to run as a single process")
     add("--world_size", default=1, type=int, metavar="N", help="processes to expect, if more than 1")
-    add("--dist_url", default="env://", metavar="URL", help="where they meet")
+    add("--dist_url", default="env://", metavar="URL", help="rendezvous URL")
     add("--dist-timeout", default=600.0, type=float, metavar="SECONDS",
         help="how long a process waits for the others before it ends and names who is missing")
     return parser

@@ -168,6 +168,29 @@ def test_help_shows_defaults_that_say_something(capsys):
     assert out.count("(default: True)") == sum(a.default is True for a in config.get_args_parser()._actions)
 
 
+def test_the_defaults_of_help_are_the_parsers():
+    """Typed as they are shown, they are the default; one that is not shown is nothing: none, off or empty."""
+    parser = config.get_args_parser()
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        text = " ".join(formatter._expand_help(action).split())
+        shown = re.findall(r"\(default: (.*?)\)$", text)
+        assert text.count("(default:") == len(shown) == (action.default not in (None, "") and action.default is not False)
+        if action.default is True:
+            assert shown == ["True"]
+        elif shown:
+            assert getattr(parse_args([action.option_strings[0], *shown[0].split()]).args, action.dest) == action.default
+        if type(action.default) in (int, float) and action.default == 0 and action.dest not in ("seed", "start_epoch"):
+            assert re.search("; 0: (off|none|never)", text), text       # it stands for something else
+
+
+def test_help_says_what_is_taken():
+    actions = {action.dest: " ".join(action.help.split()) for action in config.get_args_parser()._actions}
+    for dest in ("finetune", "resume", "teacher_path"):
+        assert "a file, a folder, a URL" in actions[dest] and "hf-hub:OWNER/NAME" in actions[dest]
+    assert "timm" in actions["model"] and "timm" in actions["finetune"] and "cores" in actions["num_workers"]
+
+
 def test_reads_the_process_arguments_when_none_are_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--num-workers", "3"])
     parsed = parse_args()

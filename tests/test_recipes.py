@@ -1,4 +1,5 @@
 """Every recipe is understood, names a model that exists, and its header says what a reader wants to know."""
+import csv
 import re
 import shlex
 from functools import cache
@@ -115,6 +116,49 @@ def test_header(path, monkeypatch):
     parsed = parse_args(words[words.index("main.py") + 1:])
     assert parsed.args.config == f"recipes/{path.name}" and parsed.args.output_dir
     assert bool(parsed.args.data_path) == (parsed.args.data_set != "DIGITS")
+
+
+@cache
+def tables() -> dict[str, tuple[str, set[float]]]:
+    """Recipe -> heading and accuracies of its row in docs/results.md."""
+    rows, heading, columns = {}, "", []
+    for line in (ROOT / "docs/results.md").read_text().splitlines():
+        heading = line.removeprefix("## ") if line.startswith("## ") else heading
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        columns = columns or cells if cells else []
+        row = dict(zip(columns, cells))
+        if name := re.fullmatch("`(.+)`", row.get("recipe", "")):
+            figures = " ".join(text for column, text in row.items() if re.match("top-|of each seed", column))
+            rows[name[1]] = heading, set(accuracies(figures))
+    return rows
+
+
+def accuracies(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"(?<![\d.,])\d+\.\d+(?![\d.])", text)]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_header_says_what_the_tables_say(path):
+    """What it calls measured stands there, and what stands there is not called unmeasured."""
+    fields, (heading, figures) = header(path), tables().get(path.stem, ("", set()))
+    ours, theirs = heading == "The recipes' own runs", heading == "The original's figures"
+    assert ours or theirs or not heading
+    assert ("not measured" in fields["expected"]) == (not heading)
+    known = figures if heading else {figure for _, row in tables().values() for figure in row}      # its twin's, say
+    assert set(accuracies(fields["expected"])) <= known and figures <= set(accuracies(fields["expected"]))
+    source = fields["source"].lower()
+    assert ("our measurement, docs/results.md" in source) == ours
+    assert ("not re-run by us" in source) == theirs
+    assert ("no run of ours yet" in source or "no run yet" in source) == (not heading)
+
+
+def test_what_benchmarks_accuracy_measured_is_not_called_unmeasured():
+    with open(ROOT / "benchmarks/results/accuracy/runs.csv", newline="") as file:
+        measured = {int(row["parameters"]) for row in csv.DictReader(file)}
+    assert len(measured) > 5
+    for path in RECIPES:
+        if path.stem.startswith("cifar10_") and models_kan.count_parameters(build(path)) in measured:
+            assert "not measured" not in header(path)["expected"]
 
 
 @pytest.mark.parametrize("name", ROWS)
