@@ -579,10 +579,13 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
     attention = [key for key in own if ".attn." in key]
     if source and not own.keys() & source.keys():
         raise UserError(f"the checkpoint's weights ({_sample(source)}) have no name in common with those of the model "
-                        f"({_sample(own)}): it is of another program or architecture, whose weights cannot be taken over")
+                        f"({_sample(own)}): it is of another program or architecture: choose weights of a "
+                        "vision transformer of the model's width and depth")
     if not taken or (attention and not any(key in taken for key in attention)):
-        raise UserError("nothing of the checkpoint's attention fits this model, so it would train from random "
-                        "weights: choose the --model of the same width and depth")
+        theirs = next((f" ({key}: {tuple(source[key].shape)} against {tuple(own[key].shape)})"
+                       for key in attention if key in source), "")
+        raise UserError(f"nothing of the checkpoint's attention fits this model{theirs}, so it would train from "
+                        "random weights: choose the --model of the same width and depth")
     _load(model, taken, "the checkpoint")
     return report
 

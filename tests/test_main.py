@@ -781,9 +781,14 @@ def test_finetuned_model_can_be_evaluated_at_once(data, deit_tiny, tmp_path, cap
 
 def test_finetune_refuses_what_shares_no_attention(data, whole, tmp_path, capsys):
     torch.save({"model": timm.create_model("resnet18").state_dict()}, tmp_path / "resnet.pth")
-    for file in (tmp_path / "resnet.pth", whole / "checkpoint.pth"):
-        assert "attention" in sentence(capsys, *FINE, "--data-path", data, "--input-size", 32, "--finetune", file)
-    assert "neither a file, a URL nor the name" in sentence(capsys, *FINE, "--data-path", data, "--finetune", "no_such_model")
+    for file, holds, remedy in (
+            (tmp_path / "resnet.pth", "'conv1.weight', 'bn1.weight'", "choose weights of a vision transformer"),
+            (whole / "checkpoint.pth", "attention fits this model (blocks.0.attn.qkv.weight: (288, 96) against (576, 192))",
+             "choose the --model of the same width")):
+        says = sentence(capsys, *FINE, "--data-path", data, "--input-size", 32, "--finetune", file)
+        assert holds in says and remedy in says
+    says = sentence(capsys, *FINE, "--data-path", data, "--finetune", "no_such_model")
+    assert "neither a file, a folder, a URL nor the name" in says
 
 
 @pytest.fixture
