@@ -890,8 +890,7 @@ def describe_sources(config: Config) -> str:
     groups: dict[str, list[str]] = {}
     for dest, source in config.sources.items():
         value = getattr(config.args, dest)
-        plain = (SCOPE[dest] in ("train", "place") or dest in ("crop_mode", "interpolation", "mean", "std")) and \
-            value == flags[dest].default
+        plain = (SCOPE[dest] in ("train", "place") or dest in PREPARATION - {"eval_crop_ratio"}) and value == flags[dest].default
         if source == "command line" or value is None or plain:
             continue
         groups.setdefault(source, []).append(f"{dest} {_show(value)}")

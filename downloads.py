@@ -27,19 +27,28 @@ HUB, LOCAL = "hf-hub:", "local-dir:"        # as timm.create_model names models 
 STALL_S, STALL_BYTES = 60.0, 2 ** 16        # a download that brings less in that time is given up
 
 
+def is_url(location: str) -> bool:
+    return urlparse(location).scheme in ("http", "https", "file")
+
+
+def quiet_hub() -> None:
+    """Let the Hub's client not tell of each of its retries."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def fetch(location: str) -> Path:
     """A local path for `location`: a file or folder, a URL that is downloaded once, whole or not at all, or timm's
     `hf-hub:OWNER/NAME[@REVISION]`, a model's folder out of the Hub's cache, and `local-dir:FOLDER`.
 
     DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked whenever the file is
     used. A file without must be a whole checkpoint to be kept: a server need not say how long it is."""
-    url = urlparse(location)
     if location.startswith(HUB):
         return _from_hub(location)
     if location.startswith(LOCAL):
         return Path(location.removeprefix(LOCAL)).expanduser()
-    if url.scheme not in ("http", "https", "file"):
+    if not is_url(location):
         return Path(location).expanduser()
+    url = urlparse(location)
     if url.scheme == "file":
         return Path(unquote(url.path))
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -65,7 +74,7 @@ def fetch(location: str) -> Path:
 def _from_hub(location: str) -> Path:
     from huggingface_hub import hf_hub_download  # slow to import
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
+    quiet_hub()
     name, _, revision = location.removeprefix(HUB).partition("@")
     try:
         config = Path(hf_hub_download(name, FOLDER_CONFIG, revision=revision or None))

@@ -25,8 +25,8 @@ globals().update({name: _entry(name) for name in _models_kan.registered_models()
 
 
 def checkpoint(location: str, weights: str = "model", device: str = "cpu") -> _nn.Module:
-    """The trained model of a checkpoint of this project, of the original Vision-KAN or of DeiT: a file or a URL. None of its
-    code is run.
+    """The trained model of a checkpoint of this project, of the original Vision-KAN or of DeiT: a file, a folder,
+    a URL or hf-hub:OWNER/NAME. None of its code is run.
 
     Args:
         weights: "model", the trained ones, or "model_ema", their moving average. device: as --device of main.py.

@@ -64,9 +64,9 @@ class Interruption:
     def _answer(self) -> None:
         interrupts = 0
         while number := self.receiver.recv(1):
-            interrupts += number[0] == signal.SIGINT
             if number[0] != signal.SIGINT:
                 continue
+            interrupts += 1
             if interrupts == 1 and self.speaks:
                 console.tell("stopping after this step; again: at once")
             elif interrupts == 2 and not self.left.wait(self.GRACE_S):

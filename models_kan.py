@@ -204,12 +204,10 @@ _KEYWORDS = {"hdim_kan": "hdim", "kan_grid_points": "num_grids", "kan_h": "h", "
 def own_options(spec: "ModelSpec") -> dict[str, Any]:
     """The value of each option of `options_of` that a model of this project has, given or its own; {} for other models."""
     size, suffix = split_name(spec.name)
-    if size is None or suffix is None:
+    if size is None or suffix in (None, "ViT"):
         return {}
     told = {key: value for key, value in spec.kwargs.items() if key in _OPTIONS[FEED_FORWARDS[suffix]]}
     layer = FEED_FORWARDS[suffix](size, **{key: value for key, value in told.items() if key != "hdim_kan"})
-    if suffix == "ViT":
-        return {}
     made = layer.keywords
     low, high, points = made["grid_min"], made["grid_max"], made["num_grids"]
     own = {"kan_grid_range": [low, high], "kan_basis": told.get("kan_basis", "original"),
@@ -518,6 +516,7 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] 
     if not hasattr(model, "patch_embed") or getattr(model, "pos_embed", None) is None:
         return
     tokens = ["cls_token"] + (["dist_token"] if "dist_token" in state else [])
+
     def fits(patches: int) -> bool:
         return patches > 0 and (patches == old[0] * old[1] if old else math.isqrt(patches) ** 2 == patches)
 

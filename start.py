@@ -1,5 +1,4 @@
 """What a run starts from: checkpoint, effective flags, model, optimizer, schedule, teacher."""
-import logging
 import re
 import sys
 import warnings
@@ -10,7 +9,6 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import timm
@@ -31,7 +29,7 @@ import vetting
 from checkpoints import check_entries, checkpoint_args, in_our_layout, load_file, plain, saved_checkpoints, weights_of
 from config import PREPARATION, Config, flag_name, get_args_parser, nearest, parse_args, resolve, validate
 from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_imagenet, needs_splitting
-from downloads import HUB, LOCAL, fetch
+from downloads import HUB, LOCAL, fetch, is_url, quiet_hub
 from engine import MovingAverage, TrainState
 from group_kan import GroupActivation
 from losses import Teacher, balanced
@@ -142,13 +140,12 @@ def _newest(output_dir: str, evaluate: bool) -> Start | None:
 
 def read_source(source: str) -> tuple[str, dict[str, Any]]:
     """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights."""
-    elsewhere = urlparse(source).scheme in ("http", "https", "file") or source.startswith((HUB, LOCAL))
-    if elsewhere or Path(source).expanduser().exists():
+    if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists():
         return _read(source)
     if not timm.is_model(source.split(".")[0]):
         raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm "
                         f"model{_meant(source)}: check it; a model on the Hub is written {HUB}OWNER/NAME")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)    # it would tell of each of its retries
+    quiet_hub()
     say(f"fetching the weights of {source} from timm's hub")
     try:
         model: Any = timm.create_model(source, pretrained=True)

@@ -22,7 +22,7 @@ import vetting
 from checkpoints import checkpoint_args, plain, weights_of
 from config import PREPARATION, Config, parse_args, validate
 from datasets import FileImages, ImageSet, Loaders, Split, batches, build_dataset, build_loaders
-from downloads import HUB, LOCAL
+from downloads import HUB, LOCAL, is_url
 from folders import find_images
 from models_kan import ModelSpec
 from utils import Process, UserError
@@ -183,10 +183,12 @@ def as_seen(image: Tensor, args: Namespace) -> Tensor:
 def beside(checkpoint: str, ending: str) -> Path:
     """Where a tool writes that is not told: the checkpoint's name with this ending in place of its suffix, beside it; of a URL
     or of a model on the Hub here."""
-    url = urlparse(checkpoint)
-    remote = url.scheme in ("http", "https", "file") or checkpoint.startswith(HUB)
-    path = Path(Path(url.path).name) if remote else Path(checkpoint.removeprefix(LOCAL)).expanduser()
-    return path.with_name(f"{path.name if path.is_dir() or checkpoint.startswith(HUB) else path.stem}{ending}")
+    on_the_hub = checkpoint.startswith(HUB)
+    if on_the_hub or is_url(checkpoint):
+        path = Path(Path(urlparse(checkpoint).path).name)
+    else:
+        path = Path(checkpoint.removeprefix(LOCAL)).expanduser()
+    return path.with_name(f"{path.name if on_the_hub or path.is_dir() else path.stem}{ending}")
 
 
 def told(results: Mapping[str, Any]) -> str:
@@ -199,7 +201,6 @@ def told(results: Mapping[str, Any]) -> str:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """CHECKPOINT, --weights and --device of a tool; what it does not know are flags of main.py's."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py's or tools/convert.py's, of the "
-                        "original Vision-KAN or DeiT, a folder of timm's layout: a "
-                        "file, a folder, a URL or hf-hub:OWNER/NAME")
+                        "original Vision-KAN or DeiT: a file, a folder, a URL or hf-hub:OWNER/NAME")
     parser.add_argument("--weights", choices=WEIGHTS, default="model", help="the trained ones or their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

@@ -45,7 +45,7 @@ EDGES = 6               # of a layer that are drawn
 GROUPS = 8              # likewise
 DEAD_GAIN = 0.01        # below it a group or an input is dead, see `Measured`
 MOST_OFF_GRID = 0.05    # share of a layer's inputs, above it training warns
-FAR_WIDER = 5           # grid's width over that of nine in ten inputs, above it a note (a standard normal on [-3, 3]: 1.8)
+FAR_WIDER = 5           # grid's width over the span of nine in ten inputs, above it a note (a standard normal on [-3, 3]: 1.8)
 
 
 # ---------------------------------------------------------------- the functions, exact from the weights
@@ -148,6 +148,11 @@ class Inputs:
         return min(max(value, smallest), largest)
 
 
+def used_width(low: float, high: float, p5: float, p95: float) -> float:
+    """The share of a grid's width in which nine in ten inputs lie. Below 1 / `FAR_WIDER` the grid is far wider than they need."""
+    return (p95 - p5) / (high - low)
+
+
 @contextmanager
 def watching(layers: Mapping[str, FunctionLayer], see: Callable[[str, FunctionLayer, Tensor], None]) -> Iterator[None]:
     """Inside, see(name, layer, u) is called with what arrives at a layer's functions, u [..., I], whenever the model computes."""
@@ -240,9 +245,13 @@ class Measured:
     gain: Tensor
 
     @property
+    def used_width(self) -> float:
+        """`used_width` of the grid."""
+        return used_width(self.low, self.high, self.p5, self.p95)
+
+    @property
     def too_wide(self) -> bool:
-        """Whether the grid is more than `FAR_WIDER` times as wide as the span of nine in ten inputs."""
-        return self.high - self.low > FAR_WIDER * (self.p95 - self.p5)
+        return self.used_width < 1 / FAR_WIDER
 
     @property
     def dead(self) -> int:
@@ -368,8 +377,8 @@ def _finish(axes: Axes, layer: FunctionLayer, inputs: Inputs | None, title: str,
     if inputs is not None:
         p5, p95 = inputs.quantile(0.05), inputs.quantile(0.95)
         title += f"\n{inputs.off_grid:.1%} of the inputs off the grid"
-        if inputs.high - inputs.low > FAR_WIDER * (p95 - p5):
-            title += f", nine in ten within {(p95 - p5) / (inputs.high - inputs.low):.0%} of its width"
+        if (used := used_width(inputs.low, inputs.high, p5, p95)) < 1 / FAR_WIDER:
+            title += f", nine in ten within {used:.0%} of its width"
         xlabel = "input u\nlines: grid points; blue: what arrives, dotted: its 5th and 95th percentile"
         for percentile in (p5, p95):
             axes.axvline(percentile, color="tab:blue", linestyle=":", linewidth=1.4)
@@ -530,8 +539,7 @@ def off_grid_warning(measured: Mapping[str, Measured]) -> str:
 
 def wide_grid_note(measured: Mapping[str, Measured]) -> str:
     """A sentence on the layers whose grid is far wider than what arrives (`Measured.too_wide`), or ''."""
-    wide = sorted((name for name in measured if measured[name].too_wide),
-                  key=lambda name: (measured[name].p95 - measured[name].p5) / (measured[name].high - measured[name].low))
+    wide = sorted((name for name in measured if measured[name].too_wide), key=lambda name: measured[name].used_width)
     if not wide:
         return ""
     worst = measured[wide[0]]

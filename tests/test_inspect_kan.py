@@ -231,7 +231,7 @@ def test_the_widest_table_fits_a_page_of_1500_pixels():
 
 # A model without learned functions, and no image.
 NOTHING = inspect_kan.Findings(
-    SimpleNamespace(path="a.pth", spec=SimpleNamespace(name="vit", kwargs={}), about={}, model=torch.nn.Linear(1, 1)),
+    SimpleNamespace(path="a.pth", spec=SimpleNamespace(name="vit", kwargs={}), about={}, results={}, model=torch.nn.Linear(1, 1)),
     understand.Collected({}), {}, None, [], "none")
 
 
