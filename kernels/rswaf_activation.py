@@ -34,15 +34,16 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
     Returns: [..., I] in u's dtype.
     Raises: ValueError if the groups do not divide the channels, or for another base or an impossible grid.
     """
-    if u.shape[-1] % len(coefficients):
-        raise ValueError(f"{len(coefficients)} groups do not divide {u.shape[-1]} channels")
+    if u.shape[-1] % coefficients.shape[0]:
+        raise ValueError(f"{coefficients.shape[0]} groups do not divide {u.shape[-1]} channels")
     if base != "none" and base not in BASES:
         raise ValueError(f"base {base} is not one of none, {', '.join(BASES)}")
     if len(points) != coefficients.shape[1] or (points[-1] - points[0]) / 2 > MAX_HALF_RANGE * h * (1 + 1e-9):
         raise ValueError(f"{coefficients.shape[1]} coefficients a group need as many grid points, at most "
                          f"{MAX_HALF_RANGE:g} h from their middle; got {len(points)} and h = {h:g}")
-    if torch.is_autocast_enabled(u.device.type):
-        u = u.to(torch.get_autocast_dtype(u.device.type))
+    device = u.device.type
+    if torch.is_autocast_enabled(device):
+        u = cast(u, torch.get_autocast_dtype(device))
     name = backend.chosen()
     if name == "reference" or backend.transformed():
         return rswaf_activation_reference(u, coefficients, points, h, base, scale)
@@ -74,45 +75,40 @@ def _compiled_reference():
 # ---------------------------------------------------------------- the op
 def _value(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
            backend_name: str) -> Tensor:
-    flat, c, s, points, how = _prepare(u, coefficients, scale, points, h, base, backend_name)
-    if how == "native":
-        v = native.activation(flat, c, s, points, h, base)
-    elif how == "triton":
-        v = _triton().forward(flat, c, s, points, h, base)
-    else:
-        v = _chunked(flat, c, s, points, h, base)
+    points = tuple(points)
+    how = backend.resolve(backend_name, u, len(points), points, h, base)
+    if how == "triton":
+        return _triton().forward(u.contiguous(), coefficients, scale, points, h, base)
+    flat, c, s = _prepare(u, coefficients, scale, how)
+    v = (native.activation if how == "native" else _chunked)(flat, c, s, points, h, base)
     return cast(v, u.dtype).resize_(u.shape)            # a view might not be changed in place outside
 
 
 def _gradients(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float,
                base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of u, coefficients and scale (None without one)."""
-    flat, c, s, points, how = _prepare(u, coefficients, scale, points, h, base, backend_name)
-    dv = cast(as_matrix(dv), flat.dtype)
+    points = tuple(points)
+    how = backend.resolve(backend_name, u, len(points), points, h, base)
     du: Any
     dc: Any
     ds: Tensor | None
-    if how == "native":
-        du, dc, ds = native.activation_grad(dv, flat, c, s, points, h, base)
-    elif how == "triton":
-        du, dc, ds = _triton().backward(dv, flat, c, s, points, h, base)
+    if how == "triton":
+        du, dc, ds = _triton().backward(cast(dv, u.dtype).contiguous(), u.contiguous(), coefficients, scale, points, h, base)
     else:
-        du, dc, ds = _chunked_grad(dv, flat, c, s, points, h, base)
-    return (cast(du, u.dtype).view(u.shape), cast(dc, coefficients.dtype),
-            None if scale is None or ds is None else cast(ds, scale.dtype))
+        flat, c, s = _prepare(u, coefficients, scale, how)
+        du, dc, ds = (native.activation_grad if how == "native" else _chunked_grad)(
+            cast(as_matrix(dv), flat.dtype), flat, c, s, points, h, base)
+        du = cast(du, u.dtype).view(u.shape)
+    return du, cast(dc, coefficients.dtype), None if scale is None or ds is None else cast(ds, scale.dtype)
 
 
-def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
-             backend_name: str) -> tuple[Tensor, Tensor, Tensor | None, tuple[float, ...], str]:
-    """u [T, I] as the path takes it, parameters in the dtype of the maths, points, and the path."""
-    points = tuple(points)
-    how = backend.resolve(backend_name, u, len(points), points, h, base)
+def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, how: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """u [T, I] as the path takes it, and parameters in the dtype of the maths."""
     flat = as_matrix(u)
     if how == "native" and u.dtype not in native.DTYPES:
         flat = flat.float()
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return (flat, cast(coefficients, dtype).contiguous(), None if scale is None else cast(scale, dtype).contiguous(), points,
-            how)
+    return flat, cast(coefficients, dtype).contiguous(), None if scale is None else cast(scale, dtype).contiguous()
 
 
 @functools.lru_cache

@@ -42,7 +42,8 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
     if weight.shape[1] != u.shape[-1] * grid.numel():
         raise ValueError(f"a weight of {weight.shape[1]} columns does not fit {u.shape[-1]} inputs and {grid.numel()} grid "
                          "points")
-    dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
+    device = u.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
     name = backend.chosen()
     if name == "reference" or backend.transformed():
         return rswaf_linear_reference(u, weight, grid, h)

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import cast
 from kernels.basis import BASES, MAX_POINTS, pair_constants
 from kernels.triton_common import AotCase, Device, Launch, Work, device_at, fast_exp2, fast_reciprocal
 
@@ -430,7 +431,7 @@ class Plan(NamedTuple):
 def _plan(dtype: torch.dtype, shape: torch.Size, groups: int, points: tuple[float, ...], h: float, base: str, scaled: bool,
           where: torch.device, needs: tuple[bool, bool] | None) -> Plan:
     """needs: None forward; else of u and of the coefficients."""
-    rows, channels = shape
+    rows, channels = math.prod(shape[:-1]), shape[-1]
     g = len(points)
     device = device_at(where)
     constants = _grid_constants(points, h)
@@ -468,24 +469,24 @@ def _checked(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tupl
              needs: tuple[bool, bool] | None) -> tuple[Plan, Tensor, Tensor]:
     """The plan, and coefficients and scale as the kernels read them."""
     groups, g = coefficients.shape
-    if u.dim() != 2 or not u.is_contiguous() or u.dtype not in TYPES:
-        raise ValueError(f"u must be a contiguous matrix of float32, float16 or bfloat16, got {list(u.shape)} {u.dtype}")
+    if not u.is_contiguous() or u.dtype not in TYPES:
+        raise ValueError(f"u must be contiguous, of float32, float16 or bfloat16, got {list(u.shape)} {u.dtype}")
     if not 2 <= g <= MAX_POINTS or g != len(points) or base not in ("none", *BASES):
         raise ValueError(f"no kernel for {g} coefficients, {len(points)} points and base {base}")
-    if groups == 0 or u.shape[1] % groups:
-        raise ValueError(f"{groups} groups do not divide {u.shape[1]} channels")
+    if groups == 0 or u.shape[-1] % groups:
+        raise ValueError(f"{groups} groups do not divide {u.shape[-1]} channels")
     plan = _plan(u.dtype, u.shape, groups, points, h, base, scale is not None, u.device, needs)
-    c = coefficients.to(torch.float32).contiguous()
-    return plan, c, c if scale is None else scale.to(torch.float32).contiguous()
+    c = cast(coefficients, torch.float32).contiguous()
+    return plan, c, c if scale is None else cast(scale, torch.float32).contiguous()
 
 
 # ---------------------------------------------------------------- launchers
 def forward(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
             base: str) -> Tensor:
-    """v [T, C] in u's dtype.
+    """v [..., C] in u's dtype.
 
     Args:
-        u: [T, C], contiguous, float32, float16 or bfloat16; computed in float32.
+        u: [..., C], contiguous, float32, float16 or bfloat16; computed in float32.
         coefficients: [groups, G], 2 <= G <= 16. scale: [groups], or None for 1.
         points: the G grid points, ascending. h: width of a bump. base: of `BASES`.
     """
@@ -498,7 +499,7 @@ def forward(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple
 
 def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
              base: str, need_u: bool = True, need_c: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients from dv [T, C] in u's dtype: du [T, C] in u's dtype (None unless need_u), dC [groups, G] and dscale
+    """Gradients from dv [..., C] in u's dtype: du [..., C] in u's dtype (None unless need_u), dC [groups, G] and dscale
     [groups] in float32 (None unless need_c; dscale None without a scale). The same bits on every run."""
     plan, c, s = _checked(u, coefficients, scale, points, h, base, (need_u, need_c))
     if dv.shape != u.shape or dv.dtype != u.dtype:
