@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import main as program
+import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = "vit_nano_patch8_32_KAN"
@@ -193,3 +194,26 @@ def sentence(capsys, *argv) -> str:
     assert len(errors) == 1 and lines[-1] == errors[0], err
     assert "Traceback" not in err
     return errors[0].removeprefix("error: ")
+
+
+# ---------------------------------------------------------------- processes, and where they are
+def finish(runs: list[Run], code: int = 0, timeout: float = 100) -> list[str]:
+    """Outputs of processes that all end with `code`."""
+    codes = [run.wait(timeout) for run in runs]
+    assert codes == [code] * len(runs), [(run.out.read_text(), run.err.read_text()) for run in runs]
+    return [run.out.read_text() for run in runs]
+
+
+def at(monkeypatch, where: str, act) -> None:
+    """Let `act` happen where the program marks that it comes to `where`, e.g. "the update of step 2 of epoch 1"."""
+    def mark(doing: str) -> None:
+        if doing == where:
+            act()
+
+    monkeypatch.setattr(peers, "mark", mark)
+
+
+def trained(data: Path, out: Path, way: str, *more, teacher: Path | str = "") -> int:
+    """Two epochs of three steps of 16 images."""
+    return run(*QUICK, "--epochs", 2, "--data-path", data, "--lr", 1e-2, "--unscale-lr", "--model-ema-decay", 0.8, "--output_dir",
+               out, "--print-freq", 2, *way.format(teacher=teacher).split(), *more)

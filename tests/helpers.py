@@ -1,10 +1,11 @@
-"""What several test files share and that needs nothing of the program's models: sentences, forks, a folder's files."""
+"""What several test files share and that needs nothing of the program's models: sentences, forks, a folder's files, flags."""
 import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
+from config import get_args_parser
 from utils import UserError
 
 
@@ -43,3 +44,12 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), {"scalars": 0})
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def make_args(data_path="", **changes):
+    args = get_args_parser().parse_args([])
+    vars(args).update({"data_path": str(data_path), "data_set": None, "input_size": 32, "batch_size": 4,
+                       "num_workers": 0, **changes})
+    return args
+
+

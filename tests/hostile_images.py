@@ -109,3 +109,13 @@ def grown(function, *args):
         function(*args)
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     return forked(measured)
+
+
+def write_folder(root, train, val, suffix="jpg"):
+    """train, val: dict class -> number of images."""
+    for half, classes in (("train", train), ("val", val)):
+        for c, (name, count) in enumerate(classes.items()):
+            (root / half / name).mkdir(parents=True)
+            for i in range(count):
+                write_image(root / half / name / f"{i}.{suffix}", seed=100 * c + i + (half == "val") * 1000)
+    return root

@@ -1,10 +1,23 @@
-"""Graphs on a CPU: what `captured.CudaGraphs` makes on a GPU, from a recorder below autograd."""
+"""Graphs on a CPU: what `captured.CudaGraphs` makes on a GPU, from a recorder below autograd. And short trainings that are run
+with graphs and without, on either."""
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import models_kan  # noqa: F401  registers the models with timm
+from captured import CapturedUpdater, CudaGraphs
+from checkpoints import plain
+from config import parse_args
+from engine import TrainState, Updater, evaluate, train_one_epoch
+from losses import Criterion, build_criterion
+from start import build_state
+from utils import Process, TrainingFailed
 
 READS_THE_DEVICE = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default,
                     torch.ops.aten.is_nonzero.default)
@@ -76,3 +89,93 @@ def _tensors(x: Any) -> list[Tensor]:
     if isinstance(x, dict):
         x = list(x.values())
     return [t for y in x for t in _tensors(y)] if isinstance(x, (tuple, list)) else []
+
+
+CPU, K = torch.device("cpu"), 4
+
+
+def flags(*argv) -> Namespace:
+    return parse_args(["--model", "vit_nano_patch8_32_GKAN", "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates",
+                       "--model-ema-decay", "0.9", *map(str, argv)]).args
+
+
+def state_of(args: Namespace, model: nn.Module | None = None, dtype=torch.float32, device=CPU) -> TrainState:
+    torch.manual_seed(0)
+    model = model or timm.create_model(args.model, num_classes=K, depth=1, embed_dim=32, num_heads=2, drop_path_rate=0.3,
+                                       proj_drop_rate=0.1)
+    return build_state(args, model.to(device), 1e-3, 8, device, dtype)
+
+
+def batches(n: int, size: int = 4, last: int | None = None, seed: int = 0) -> list:
+    random = torch.Generator().manual_seed(seed)
+    sizes = [size] * (n - 1) + [last or size]
+    return [(torch.randn(b, 3, 32, 32, generator=random), torch.randint(K, (b,), generator=random)) for b in sizes]
+
+
+def updater_of(state: TrainState, criterion: Criterion, captured_: bool, **options) -> Updater:
+    process = Process(device=state.optimizer.param_groups[0]["params"][0].device)
+    if not captured_:
+        return Updater(state.model, state, criterion, process, **options)
+    graphs = CudaGraphs(process.device) if process.device.type == "cuda" else RecordedGraphs()
+    return CapturedUpdater(state.model, state, criterion, process, graphs, **options)
+
+
+def run(captured_: bool, argv=(), loader: Callable[[], list] | None = None,
+        criterion: Callable[[], Criterion] | None = None, mixup=None, epochs: int = 3, scaler=None, between=None,
+        amp_dtype=torch.float32, clip_grad=None, device=CPU, model=None, **options):
+    """Epochs as main.py trains them: everything that is left of them, and the updater."""
+    args = flags(*argv)
+    torch.manual_seed(0)
+    state = state_of(args, model and model(), amp_dtype, device)
+    state.scaler = scaler() if scaler else state.scaler
+    made = criterion() if criterion else build_criterion(args, K, mixup is not None)
+    updater = updater_of(state, made, captured_, amp_dtype=amp_dtype, clip_grad=clip_grad)
+    loader, results = (loader or (lambda: batches(9, last=3)))(), []       # mixup works in place: new ones
+    try:
+        while state.epoch < epochs:
+            trained = train_one_epoch(state.model, state, made, loader, updater.process, epochs=epochs, updater=updater,
+                                      mixup=mixup, print_freq=4, amp_dtype=amp_dtype, clip_grad=clip_grad, **options)
+            results.append((trained["loss"], trained["lr"], between(state) if between else None))
+            state.next_epoch()
+    except TrainingFailed as error:
+        results.append(str(error))
+    state.seconds = 0
+    return plain(state.state_dict()), results, updater
+
+
+def assert_same(a, b, where=""):
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}[{i}]")
+    else:
+        assert a == b or a != a and b != b, where
+
+
+def evaluation(state: TrainState):
+    process = Process(device=next(state.model.parameters()).device)
+    return [evaluate(model, batches(2, seed=9), process) for model in (state.model, state.ema.module)]
+
+
+class Net(nn.Module):
+    """Something with BatchNorm, without an average: its statistics are the graph's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head, self.unused = nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Linear(64, K), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(F.dropout(self.norm(self.conv(x)).flatten(1), 0.3, self.training))
+
+
+class Reading(Net):
+    """Control flow that depends on data."""
+
+    def forward(self, x):
+        return super().forward(x) * (2 if x.mean() > 0 else 1)

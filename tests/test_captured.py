@@ -3,33 +3,24 @@ tests/test_gpu.py has CUDA's."""
 import math
 import os
 import signal
-from argparse import Namespace
-from collections.abc import Callable
 from functools import partial
 
 import pytest
-import timm
 import torch
-from e2e import checkpoint, differences, log, write_digits
-from recorded import RecordedGraphs
-from test_resume import at, trained
+from e2e import at, checkpoint, differences, log, trained, write_digits
+from recorded import K, Net, Reading, RecordedGraphs, assert_same, batches, evaluation, flags, run, state_of, updater_of
 from timm.data import Mixup
 from torch import nn
-from torch.nn import functional as F
 
 import captured
 import engine
 import models_kan  # noqa: F401  registers the models with timm
-from captured import CapturedUpdater, CudaGraphs, reason_against
+from captured import CapturedUpdater, reason_against
 from checkpoints import plain
-from config import parse_args
 from debug_nan import KeptBatches
-from engine import NonFinite, TrainState, Updater, Wishes, evaluate, replay_non_finite, train_one_epoch
-from losses import ClassLoss, CosubLoss, Criterion, DistillationLoss, build_criterion
-from start import build_state
-from utils import EXIT_PREEMPTED, Process, TrainingFailed, UserError
-
-CPU, K = torch.device("cpu"), 4
+from engine import NonFinite, Updater, Wishes, replay_non_finite, train_one_epoch
+from losses import ClassLoss, CosubLoss, DistillationLoss
+from utils import EXIT_PREEMPTED, Process, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -37,78 +28,9 @@ def late(monkeypatch):
     monkeypatch.setattr(engine, "can_read_late", lambda state, device: True)
 
 
-def flags(*argv) -> Namespace:
-    return parse_args(["--model", "vit_nano_patch8_32_GKAN", "--epochs", "3", "--warmup-epochs", "1", "--sched-on-updates",
-                       "--model-ema-decay", "0.9", *map(str, argv)]).args
-
-
-def state_of(args: Namespace, model: nn.Module | None = None, dtype=torch.float32, device=CPU) -> TrainState:
-    torch.manual_seed(0)
-    model = model or timm.create_model(args.model, num_classes=K, depth=1, embed_dim=32, num_heads=2, drop_path_rate=0.3,
-                                       proj_drop_rate=0.1)
-    return build_state(args, model.to(device), 1e-3, 8, device, dtype)
-
-
-def batches(n: int, size: int = 4, last: int | None = None, seed: int = 0) -> list:
-    random = torch.Generator().manual_seed(seed)
-    sizes = [size] * (n - 1) + [last or size]
-    return [(torch.randn(b, 3, 32, 32, generator=random), torch.randint(K, (b,), generator=random)) for b in sizes]
-
-
-def updater_of(state: TrainState, criterion: Criterion, captured_: bool, **options) -> Updater:
-    process = Process(device=state.optimizer.param_groups[0]["params"][0].device)
-    if not captured_:
-        return Updater(state.model, state, criterion, process, **options)
-    graphs = CudaGraphs(process.device) if process.device.type == "cuda" else RecordedGraphs()
-    return CapturedUpdater(state.model, state, criterion, process, graphs, **options)
-
-
-def run(captured_: bool, argv=(), loader: Callable[[], list] | None = None,
-        criterion: Callable[[], Criterion] | None = None, mixup=None, epochs: int = 3, scaler=None, between=None,
-        amp_dtype=torch.float32, clip_grad=None, device=CPU, model=None, **options):
-    """Epochs as main.py trains them: everything that is left of them, and the updater."""
-    args = flags(*argv)
-    torch.manual_seed(0)
-    state = state_of(args, model and model(), amp_dtype, device)
-    state.scaler = scaler() if scaler else state.scaler
-    made = criterion() if criterion else build_criterion(args, K, mixup is not None)
-    updater = updater_of(state, made, captured_, amp_dtype=amp_dtype, clip_grad=clip_grad)
-    loader, results = (loader or (lambda: batches(9, last=3)))(), []       # mixup works in place: new ones
-    try:
-        while state.epoch < epochs:
-            trained = train_one_epoch(state.model, state, made, loader, updater.process, epochs=epochs, updater=updater,
-                                      mixup=mixup, print_freq=4, amp_dtype=amp_dtype, clip_grad=clip_grad, **options)
-            results.append((trained["loss"], trained["lr"], between(state) if between else None))
-            state.next_epoch()
-    except TrainingFailed as error:
-        results.append(str(error))
-    state.seconds = 0
-    return plain(state.state_dict()), results, updater
-
-
-def assert_same(a, b, where=""):
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert a == b or a != a and b != b, where
-
-
 def replays(updater) -> tuple[int, int]:
     """Of batches, of updates (emulated graphs count)."""
     return sum(graph.replays for graph, *_ in updater.batches.values()), updater.apply.replays if updater.apply else 0
-
-
-def evaluation(state: TrainState):
-    process = Process(device=next(state.model.parameters()).device)
-    return [evaluate(model, batches(2, seed=9), process) for model in (state.model, state.ema.module)]
 
 
 # ---------------------------------------------------------------- the same to the last bit
@@ -146,17 +68,6 @@ def test_a_short_last_batch_gets_a_graph_of_its_own():
     state, _, updater = run(True, loader=loader, epochs=5, argv=("--epochs", 5))
     assert_same(state, eager)
     assert [images.shape[0] for _, images, _, _ in updater.batches.values()] == [4, 3] and replays(updater) == (14, 14)
-
-
-class Net(nn.Module):
-    """Something with BatchNorm, without an average: its statistics are the graph's."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm, self.head, self.unused = nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Linear(64, K), nn.Linear(2, 2)
-
-    def forward(self, x):
-        return self.head(F.dropout(self.norm(self.conv(x)).flatten(1), 0.3, self.training))
 
 
 def epochs_of(state, updater, loader, criterion, epochs: int = 1) -> dict:
@@ -281,13 +192,6 @@ def test_stopped_and_resumed_through_main(tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------- what cannot be
-class Reading(Net):
-    """Control flow that depends on data."""
-
-    def forward(self, x):
-        return super().forward(x) * (2 if x.mean() > 0 else 1)
-
-
 def test_a_step_that_cannot_be_recorded_goes_on_without_and_nothing_is_lost(capsys):
     ends = []
     for captured_ in (False, True):

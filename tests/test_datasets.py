@@ -22,8 +22,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import forked, sentence
-from hostile_images import EPS, LONG_NAME, grown, picture, write_black_png, write_image, write_odd, write_unreadable
+from helpers import forked, make_args, sentence
+from hostile_images import (
+    EPS,
+    LONG_NAME,
+    grown,
+    picture,
+    write_black_png,
+    write_folder,
+    write_image,
+    write_odd,
+    write_unreadable,
+)
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -33,29 +43,11 @@ from torchvision import datasets as torchvision_datasets
 
 import datasets
 from augment import build_transform
-from config import get_args_parser
 from datasets import FileImages, batches, build_dataset, build_loaders, evaluated, guess_data_set, load_image
 from samplers import RASampler, SampleKey
 from utils import Process, UnreadableData, UserError
 
 CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_datasets.CIFAR10}
-
-
-def make_args(data_path="", **changes):
-    args = get_args_parser().parse_args([])
-    vars(args).update({"data_path": str(data_path), "data_set": None, "input_size": 32, "batch_size": 4,
-                       "num_workers": 0, **changes})
-    return args
-
-
-def write_folder(root, train, val, suffix="jpg"):
-    """train, val: dict class -> number of images."""
-    for half, classes in (("train", train), ("val", val)):
-        for c, (name, count) in enumerate(classes.items()):
-            (root / half / name).mkdir(parents=True)
-            for i in range(count):
-                write_image(root / half / name / f"{i}.{suffix}", seed=100 * c + i + (half == "val") * 1000)
-    return root
 
 
 @pytest.fixture(autouse=True)

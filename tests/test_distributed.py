@@ -12,7 +12,21 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from e2e import NANO, QUICK, ROOT, Run, checkpoint, differences, evaluation, free_port, launch, log, run, write_digits
+from e2e import (
+    NANO,
+    QUICK,
+    ROOT,
+    Run,
+    checkpoint,
+    differences,
+    evaluation,
+    finish,
+    free_port,
+    launch,
+    log,
+    run,
+    write_digits,
+)
 
 import main as program
 from utils import EXIT_FAILED, EXIT_PREEMPTED
@@ -25,13 +39,6 @@ ALIKE = ("--opt", "momentum", "--mixup", "0", "--cutmix", "0", "--drop-path", "0
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-def finish(runs: list[Run], code: int = 0, timeout: float = 100) -> list[str]:
-    """Outputs of processes that all end with `code`."""
-    codes = [run.wait(timeout) for run in runs]
-    assert codes == [code] * len(runs), [(run.out.read_text(), run.err.read_text()) for run in runs]
-    return [run.out.read_text() for run in runs]
 
 
 def torchrun(*argv, options: tuple = (), cwd: Path | None = None, script: Path = ROOT / "main.py") -> subprocess.Popen:

@@ -8,8 +8,8 @@ from queue import Empty
 import pytest
 import torch
 import torch.distributed as dist
-from e2e import NANO, QUICK, Run, checkpoint, differences, launch, log, write_digits
-from test_distributed import ALIKE, close, finish
+from e2e import NANO, QUICK, Run, checkpoint, differences, finish, launch, log, write_digits
+from test_distributed import ALIKE, close
 from test_golden import recording
 from torch import nn
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import e2e
 import pytest
-from hostile_images import picture, write_image
+from helpers import make_args
+from hostile_images import picture, write_folder, write_image
 from PIL import Image, features
-from test_datasets import make_args, write_folder
 
 import datasets
 import folders

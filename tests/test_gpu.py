@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from e2e import QUICK, checkpoint, command_line, differences, log, run, write_digits
-from test_captured import K, Net, Reading, assert_same, batches, evaluation
-from test_captured import run as train
-from test_resume import at
+from e2e import QUICK, at, checkpoint, command_line, differences, log, run, write_digits
+from recorded import K, Net, Reading, assert_same, batches, evaluation
+from recorded import run as train
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn

@@ -2,17 +2,15 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from e2e import QUICK, checkpoint, differences, left, log, run, write_digits
+from e2e import QUICK, at, checkpoint, differences, left, log, run, trained, write_digits
 from timm.optim import list_optimizers
 
 import engine
 import models_kan  # noqa: F401  registers the models
-import peers
 import utils
 from utils import EXIT_PREEMPTED
 
@@ -68,23 +66,8 @@ def test_every_optimizer_resumes_or_is_refused_at_the_start(opt, data, tmp_path,
     assert not differences(whole, again)
 
 
-def at(monkeypatch, where: str, act) -> None:
-    """Let `act` happen where the program marks that it comes to `where`, e.g. "the update of step 2 of epoch 1"."""
-    def mark(doing: str) -> None:
-        if doing == where:
-            act()
-
-    monkeypatch.setattr(peers, "mark", mark)
-
-
 def kill() -> None:
     raise Killed
-
-
-def trained(data: Path, out: Path, way: str, *more, teacher: Path | str = "") -> int:
-    """Two epochs of three steps of 16 images."""
-    return run(*QUICK, "--epochs", 2, "--data-path", data, "--lr", 1e-2, "--unscale-lr", "--model-ema-decay", 0.8, "--output_dir",
-               out, "--print-freq", 2, *way.format(teacher=teacher).split(), *more)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,8 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from e2e import NANO, checkpoint, differences, launch, log, write_digits
-from test_distributed import finish
+from e2e import NANO, checkpoint, differences, finish, launch, log, write_digits
 
 import run_with_submitit
 from run_with_submitit import Trainer, main

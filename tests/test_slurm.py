@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e import NANO, ROOT, checkpoint, differences, free_port, launch, log, write_digits
-from test_distributed import finish
+from e2e import NANO, ROOT, checkpoint, differences, finish, free_port, launch, log, write_digits
 
 SCRIPT = ROOT / "tools/slurm.sh"
 slow = pytest.mark.slow
