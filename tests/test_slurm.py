@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from e2e import NANO, ROOT, checkpoint, differences, finish, free_port, launch, log, write_digits
 
 SCRIPT = ROOT / "tools/slurm.sh"
+HANGS = 600         # seconds without an end: no busy machine is so slow, the script waits for what never comes
 slow = pytest.mark.slow
 
 # A task on each of so many nodes; srun hands signals on, and ends all when one has failed.
@@ -50,7 +52,9 @@ WAITS = "trap stop=1 TERM; touch $CALLS/started; while [ -z \"${stop:-}\" ]; do 
 
 @pytest.fixture
 def sbatch(tmp_path):
-    """sbatch(behaviour, *words, **environment) runs the script as Slurm would; .start does not wait for its end."""
+    """sbatch(behaviour, *words, **environment) runs the script as Slurm would; .start does not wait for its end. Whatever it
+    has started is ended with the test, also where that fails."""
+    jobs: list[subprocess.Popen] = []
     programs, calls, out = (tmp_path / name for name in ("bin", "calls", "out dir"))
     for folder in (programs, calls, out):
         folder.mkdir()
@@ -60,29 +64,56 @@ def sbatch(tmp_path):
     spooled = Path(shutil.copy(SCRIPT, tmp_path / "slurm_script"))      # Slurm runs a copy
 
     def start(behaviour="status finished 0", *words, **environment) -> subprocess.Popen:
-        return subprocess.Popen(
+        jobs.append(subprocess.Popen(
             ["bash", str(spooled), *map(str, words or ("--output_dir", out))], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "CALLS": str(calls), "OUT": str(out),
                  "BEHAVIOUR": behaviour, "SLURM_JOB_ID": "4077", "SLURM_JOB_NODELIST": "node[1-2]", "PYTHON":
-                 str(programs / "python"), "SLURM_SUBMIT_DIR": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
+                 str(programs / "python"), "SLURM_SUBMIT_DIR": str(ROOT), "OMP_NUM_THREADS": "1", **environment}))
+        return jobs[-1]
 
     def run(*words, **environment) -> tuple[int, str]:
         job = start(*words, **environment)
-        _, err = job.communicate(timeout=30)
+        _, err = job.communicate(timeout=HANGS)
         return job.returncode, err
+
+    def end() -> None:
+        while left := of_the_job(calls):        # again: one may just have started another
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            for job in jobs:
+                job.wait(HANGS)
+            time.sleep(0.01)
 
     run.start, run.out, run.programs = start, out, programs
     run.requeued = lambda: (calls / "scontrol").read_text().splitlines().count("requeue 4077")
     run.words = lambda node=0: (calls / f"python{node}").read_text().splitlines()
-    run.started = calls / "started"
-    return run
+    run.calls, run.started, run.end = calls, calls / "started", end
+    try:
+        yield run
+    finally:
+        end()
+        for job in jobs:
+            job.communicate()
 
 
-def wait_for(path: Path, job: subprocess.Popen, seconds: float = 100) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end and job.poll() is None, job.communicate(timeout=10)
+def of_the_job(calls: Path) -> list[int]:
+    """All running processes with the job's environment: torchrun's workers are not of its process group."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):     # it has ended, or is of somebody else; a zombie's environment is empty
+            if f"CALLS={calls}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def wait_for(path: Path, job: subprocess.Popen) -> None:
+    """Until the file is there and the script waits for srun, so that a signal finds it there."""
+    end = time.monotonic() + HANGS
+    while not path.exists() or Path(f"/proc/{job.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < end, f"{path} has not come"
         time.sleep(0.01)
 
 
@@ -157,42 +188,54 @@ def test_after_the_early_warning(sbatch, behaviour, environment, code, requeued)
     job = sbatch.start(WAITS + behaviour, **environment)
     wait_for(sbatch.started, job)
     job.send_signal(signal.SIGUSR2)
-    _, err = job.communicate(timeout=30)
+    _, err = job.communicate(timeout=HANGS)
     assert (job.returncode, sbatch.requeued()) == (code, requeued), err
     assert "the time is nearly up" in err
 
 
 def test_a_job_that_slurm_ends_waits_for_what_the_training_saves(sbatch):
     """Slurm sends TERM to the script and to srun."""
-    job = sbatch.start(WAITS + "sleep 0.5; status preempted 75; exit 1")
+    saves = "touch $CALLS/saves; while [ ! -e $CALLS/saved ]; do sleep 0.02; done; "
+    job = sbatch.start(f"{WAITS}{saves}status preempted 75; exit 1")
     wait_for(sbatch.started, job)
+    srun = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[0])
     job.terminate()
-    time.sleep(0.2)
-    assert job.poll() is None
-    os.kill(int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[0]), signal.SIGTERM)
-    _, err = job.communicate(timeout=30)
+    os.kill(srun, signal.SIGTERM)
+    wait_for(sbatch.calls / "saves", job)       # and the script still runs
+    (sbatch.calls / "saved").touch()
+    _, err = job.communicate(timeout=HANGS)
     assert job.returncode == 75 and sbatch.requeued() == 0, err
+
+
+def test_these_tests_leave_nothing_behind(sbatch):
+    job = sbatch.start("trap '' TERM; setsid sleep 1000 & touch $CALLS/started; wait")
+    wait_for(sbatch.started, job)
+    assert len(of_the_job(sbatch.calls)) >= 3
+    sbatch.end()
+    assert not of_the_job(sbatch.calls) and job.returncode == -signal.SIGKILL
 
 
 # ---------------------------------------------------------------- real torchrun, real training
 @slow
 @pytest.mark.parametrize("nodes,processes", [(1, 2), (2, 1)])
-def test_a_real_run_is_requeued_and_ends_as_if_it_had_not_been(nodes, processes, sbatch, tmp_path):
+def test_a_real_run_is_requeued_and_ends_as_if_it_had_not_been(nodes, processes, sbatch, tmp_path, request):
     flags = ("--model", NANO, "--num_workers", 0, "--batch-size", 8, "--warmup-epochs", 0, "--epochs", 25, "--lr", 0.1,
              "--drop", 0.1, "--device", "cpu", "--data-path", write_digits(tmp_path / "digits"))
     whole = launch(tmp_path, *flags, "--resume", "auto", "--output_dir", tmp_path / "whole")
+    for one in whole:
+        request.addfinalizer(one.kill)
     environment = {"PYTHON": sys.executable, "SLURM_NNODES": str(nodes), "SLURM_GPUS_ON_NODE": str(processes),
                    "MASTER_PORT": str(free_port())}
     job = sbatch.start("", *flags, "--output_dir", sbatch.out, **environment)
     wait_for(sbatch.out / "checkpoint_previous.pth", job)
     job.send_signal(signal.SIGUSR2)
-    out, err = job.communicate(timeout=100)
+    out, err = job.communicate(timeout=HANGS)
     assert job.returncode == 0 and sbatch.requeued() == 1, out + err
     assert "stopped: SIGTERM: saved" in err and "the training is preempted" in err
     again = sbatch.start("", *flags, "--output_dir", sbatch.out, **environment, SLURM_RESTART_COUNT="1")
-    out, err = again.communicate(timeout=200)
+    out, err = again.communicate(timeout=HANGS)
     assert again.returncode == 0 and sbatch.requeued() == 1 and "resumed from" in out, out + err
-    finish(whole)
+    finish(whole, timeout=HANGS)
     assert not differences(*({key: value for key, value in checkpoint(folder).items() if key not in ("args", "seconds")}
                              for folder in (tmp_path / "whole", sbatch.out)))
     assert log(tmp_path / "whole") == log(sbatch.out)
