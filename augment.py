@@ -2,13 +2,15 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup, auto_augment, create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
+from timm.layers import to_2tuple
 from torchvision import transforms
 
 from utils import UserError
@@ -68,16 +70,23 @@ def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
 LONGEST = 20
 
 
-def shorten(image: Image.Image, choose: Callable[[int], int], most: int = LONGEST) -> Image.Image:
-    """The image, or so much of its longer side that this is `most` times the shorter.
+def shorten(image: Image.Image, choose: Callable[[int], int], most: int = LONGEST, size: int | Sequence[int] = 1) -> Image.Image:
+    """The image, or so much of its longer side that this is `most` times the shorter, both as multiples of those of `size`.
 
-    choose: called with the number of pixels to spare, returns how many of them are left out before the part that is kept."""
-    short, long = sorted(image.size)
-    keep = most * short + (long - most * short) % 2     # of the long side's parity: the two centres are the same
-    if keep >= long:
-        return image
-    first = choose(long - keep)
-    return image.crop((first, 0, first + keep, short) if image.width == long else (0, first, short, first + keep))
+    choose: called with the number of pixels to spare, returns how many of them are left out before the part that is kept.
+    size: of the input, or its height and width."""
+    (width, height), (rows, columns) = image.size, to_2tuple(size)
+    for wide, long, limit in ((True, width, most * height * columns // rows), (False, height, most * width * rows // columns)):
+        keep = max(1, limit) + (long - max(1, limit)) % 2       # of the long side's parity: the two centres are the same
+        if keep < long:
+            first = choose(long - keep)
+            return image.crop((first, 0, first + keep, height) if wide else (0, first, width, first + keep))
+    return image
+
+
+def is_small(size: int | Sequence[int]) -> bool:
+    """Whether images of this --input-size are taken as they are, or cropped with a padding, instead of resized crops."""
+    return max(to_2tuple(size)) <= 32
 
 
 class Normalise:
@@ -100,7 +109,7 @@ class Normalise:
 
 
 class TrainTransform:
-    """PIL RGB image -> normalised float32 [3, S, S]; `erase=False` leaves random erasing out."""
+    """PIL RGB image -> normalised float32 [3, H, W]; `erase=False` leaves random erasing out."""
 
     def __init__(self, steps: list[Callable], erasing: Callable | None):
         self.steps = transforms.Compose(steps)
@@ -112,25 +121,28 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """PIL RGB image -> normalised float32 [3, S, S]: resize, centre crop. At 32 px or below an image
-    that already is S x S is taken as it is.
+    """PIL RGB image -> normalised float32 [3, H, W]: resize, centre crop. At 32 px or below an image
+    that already is H x W is taken as it is.
 
+    size: the side of a square, or height and width.
     mode: of the crop as timm has it: "center" resizes by the shorter side, "squash" both sides, "border" by the longer side and
         fills up with the mean."""
 
-    def __init__(self, size: int, crop_ratio: float, mode: str = "center", interpolation: str = "bicubic",
+    def __init__(self, size: int | Sequence[int], crop_ratio: float, mode: str = "center", interpolation: str = "bicubic",
                  mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
         self.size = size
-        whole = create_transform(size, is_training=False, crop_pct=crop_ratio, crop_mode=mode, interpolation=interpolation,
-                                 mean=tuple(mean))
+        high, wide = to_2tuple(size)
+        self.as_it_is = (wide, high) if is_small(size) else None        # in PIL's order
+        whole = create_transform((3, high, wide), is_training=False, crop_pct=crop_ratio, crop_mode=mode,
+                                 interpolation=interpolation, mean=tuple(mean))
         self.resize = transforms.Compose(whole.transforms[:-2])         # all but timm's tensor and normalisation
         # of an image that is resized by its longer side a pixel of the shorter one must be left
-        self.most = {"center": LONGEST, "border": min(LONGEST, size), "squash": sys.maxsize}[mode]
+        self.most = {"center": LONGEST, "border": min(LONGEST, high, wide), "squash": sys.maxsize}[mode]
         self.finish = Normalise(mean, std)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        if self.size > 32 or image.size != (self.size, self.size):
-            image = self.resize(shorten(image, lambda spare: spare // 2, self.most))
+        if image.size != self.as_it_is:
+            image = self.resize(shorten(image, lambda spare: spare // 2, self.most, self.size))
         return self.finish(image)
 
 
@@ -140,17 +152,21 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
     Training: a crop (random resized crop; `--src` or an input of 32 px and below: the shorter side
     resized to the input size, `--crop-padding` around it, random crop), flip, colours (`--ThreeAugment`
     in place of `--aa`; `--color-jitter` with 3-Augment or without `--aa`), normalisation, random erasing
-    (with 3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`).
+    (with 3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`). A resized crop has a ratio of width to height
+    of 3/4 to 4/3 times the input's: an oblong input keeps proportions as a square one does.
 
     Raises UserError for an `--aa` policy, `--remode` or `--train-interpolation` that timm does not know.
     """
     if not is_train:
         return EvalTransform(args.input_size, args.eval_crop_ratio, args.crop_mode, args.interpolation, args.mean, args.std)
     policy = "3a" if args.ThreeAugment else "" if args.aa in (None, "none") else args.aa
+    high, wide = to_2tuple(args.input_size)
+    shape = wide / high
     try:
         primary, secondary, final = create_transform(
-            input_size=args.input_size, is_training=True, hflip=args.hflip, color_jitter=args.color_jitter,
-            auto_augment=policy, interpolation=args.train_interpolation, separate=True, mean=tuple(args.mean),
+            input_size=(3, high, wide), is_training=True, ratio=(3 / 4 * shape, 4 / 3 * shape), hflip=args.hflip,
+            color_jitter=args.color_jitter, auto_augment=policy,
+            interpolation=args.train_interpolation, separate=True, mean=tuple(args.mean),
             re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
     except (AssertionError, KeyError, ValueError, IndexError) as error:  # timm's parser raises any of them
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -162,7 +178,7 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
     steps[-2:] = [Normalise(args.mean, args.std)]      # in place of timm's tensor and normalisation
     if args.src:
         steps[0] = _pad_and_crop(args, "reflect")
-    elif args.input_size <= 32:
+    elif is_small(args.input_size):
         steps[0] = _pad_and_crop(args, "constant")
     return TrainTransform(steps, erasing)
 
@@ -170,13 +186,14 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
 def _pad_and_crop(args: Namespace, padding_mode: str) -> Callable:
     size, interpolation, padding = args.input_size, args.train_interpolation, args.crop_padding
     kinds = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
-    resize = transforms.RandomChoice([transforms.Resize(size, str_to_interp_mode(kind)) for kind in kinds])
+    resizes = [transforms.Resize(size, str_to_interp_mode(kind)) if isinstance(size, int)
+               else ResizeKeepRatio(size, longest=0., interpolation=kind) for kind in kinds]
     crop = transforms.RandomCrop(size, padding=padding or None, padding_mode=padding_mode)
-    return transforms.Compose([_shorten_anywhere, resize, crop])
+    return transforms.Compose([partial(_shorten_anywhere, size=size), transforms.RandomChoice(resizes), crop])
 
 
-def _shorten_anywhere(image: Image.Image) -> Image.Image:
-    return shorten(image, lambda spare: int(torch.randint(spare + 1, ())))
+def _shorten_anywhere(image: Image.Image, size: int | Sequence[int]) -> Image.Image:
+    return shorten(image, lambda spare: int(torch.randint(spare + 1, ())), size=size)
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:

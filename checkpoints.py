@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import untrusted
-from utils import UserError, say, to_json
+from utils import UserError, one_or_two, say, to_json
 
 # A folder of timm's layout, and where it may have its weights; the first that is there counts.
 FOLDER_CONFIG, FOLDER_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
@@ -69,7 +69,7 @@ def _load_folder(folder: Path) -> dict[str, Any]:
         config = json.loads(text)
         name, own = config["architecture"], config.get("pretrained_cfg") or {}
         kwargs = {"num_classes": config.get("num_classes", own.get("num_classes")), **(config.get("model_args") or {})}
-        size = (own.get("input_size") or [None])[-1]
+        size = one_or_two(list(own["input_size"])[-2:]) if own.get("input_size") else None
         if own.get("fixed_input_size") and size:
             kwargs.setdefault("img_size", size)
         names = config.get("label_names") or own.get("label_names")
@@ -141,7 +141,8 @@ def in_our_layout(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any
     args = checkpoint_args(checkpoint)
     if isinstance(checkpoint.get("arch"), str):         # of timm's train.py
         args.setdefault("model", checkpoint["arch"])
-    sizes = [size[-1] if isinstance(size, (list, tuple)) and size else size for size in map(args.get, ("input_size", "img_size"))]
+    sizes = [one_or_two(size[-2:]) if isinstance(size, (list, tuple)) and size else size
+             for size in map(args.get, ("input_size", "img_size"))]
     args["input_size"] = sizes[0] or sizes[1]
     return {**ours, "args": {name: value for name, value in args.items() if value is not None}}
 

@@ -18,12 +18,13 @@ from urllib.parse import urlparse
 import torch
 import yaml
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.optim import list_optimizers
 
 from kernels import BACKENDS, BASES
 from speed import COMPILE_MODES
 from tracking import TRACKERS
-from utils import UserError
+from utils import UserError, one_or_two, shown_size
 
 # Where a default differs from DeiT's: dest -> (DeiT's, ours, why).
 CHANGED_DEFAULTS = {
@@ -114,6 +115,19 @@ class SwitchOrMode(argparse.Action):
     def mode(self, value: str | bool) -> str | None:
         """The mode that the value of a recipe means."""
         return value if isinstance(value, str) else next(iter(self.choices or ())) if value else None
+
+
+class HeightAndWidth(argparse.Action):
+    """`--X PIXELS [WIDTH]`: one number, the side of a square, or two; kept as `one_or_two` has them."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs="+", **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, _typed(self, values))
+        except ValueError as error:
+            parser.error(f"{option_string} {error}")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -230,8 +244,8 @@ def get_args_parser(add_help: bool = False) -> Parser:
     add = parser.add_argument_group("model", "A KAN option that is not given is the model's own.").add_argument
     add("--model", default="deit_tiny_patch16_224_GKAN", type=str, metavar="NAME",
         help="one of --list-models, or any other classification model of timm's")
-    add("--input-size", default=224, type=int, metavar="PIXELS",
-        help="side of the square input image; if not given, the model's own")
+    add("--input-size", action=HeightAndWidth, default=224, type=int, metavar=("PIXELS", "WIDTH"),
+        help="side of the square input image, or its height and width; if not given, the model's own")
     add("--drop", type=float, default=0.0, metavar="P",
         help="dropout after the position embedding, in projections and feed-forwards; 0: none")
     add("--drop-path", type=float, default=0.1, metavar="P", help="rate of stochastic depth in the last block; 0: none")
@@ -593,15 +607,14 @@ def _validate_training(args: Namespace) -> None:
         _refuse(args, "batch_size", "must be even because mixup pairs the images "
                                     "(or switch it off: --mixup 0 --cutmix 0)")
     if args.cutmix_minmax is not None:
-        low, high = (int(args.input_size * share) for share in args.cutmix_minmax)
-        if low == high:
-            _refuse(args, "cutmix_minmax", f"leave no box to choose from at --input-size {args.input_size}")
+        if any(len({int(side * share) for share in args.cutmix_minmax}) == 1 for side in to_2tuple(args.input_size)):
+            _refuse(args, "cutmix_minmax", f"leave no box to choose from at --input-size {shown_size(args.input_size)}")
     geometric = not args.ThreeAugment and args.aa not in ("", "none", "3a")
     if geometric and args.train_interpolation in ("box", "hamming", "lanczos"):
         _refuse(args, "train_interpolation", f"is for resizing only, and the rotations of --aa {args.aa} need nearest, "
                                              "bilinear or bicubic: choose one of them, or --aa none")
-    if args.crop_padding > args.input_size:
-        _refuse(args, "crop_padding", f"must be at most --input-size {args.input_size}")
+    if args.crop_padding > min(to_2tuple(args.input_size)):
+        _refuse(args, "crop_padding", f"must be at most --input-size {shown_size(args.input_size)}")
     if args.sched == "plateau" and args.decay_rate >= 1:
         _refuse(args, "decay_rate", "must be less than 1 with --sched plateau, which lowers the rate by it")
     if args.sched in ("step", "multistep") and args.decay_rate > 1:
@@ -762,6 +775,11 @@ def _typed(action: argparse.Action, value):
         raise ValueError("has no value")
     if action.dest in _ONE_OR_EACH and isinstance(value, (list, tuple)) and value:
         return [_typed_one(action, item) for item in value]
+    if isinstance(action, HeightAndWidth):
+        sides = value if isinstance(value, (list, tuple)) else [value]
+        if len(sides) not in (1, 2):
+            raise ValueError(f"must be a whole number, or two (height and width), not {_describe(value)}")
+        return one_or_two([_typed_one(action, side) for side in sides])
     if action.nargs in ("+", 2, 3):
         if not isinstance(value, (list, tuple)) or not value or action.nargs not in ("+", len(value)):
             kind = "numbers" if action.type else "names"

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import ExifTags, Image, UnidentifiedImageError
+from timm.layers import to_2tuple
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -178,7 +179,7 @@ def _tell(line: str) -> None:
 
 
 class ImageSet(Dataset):
-    """(image float32 [3, S, S], target) pairs of a split.
+    """(image float32 [3, H, W], target) pairs of a split.
 
     Training takes a `SampleKey` (or a plain index: unseeded). An unreadable image is replaced by
     another one, chosen by a hash of the key; in evaluation it is a zero image with target -1.
@@ -199,7 +200,7 @@ class ImageSet(Dataset):
         self.input_size = args.input_size
         # Training images of so many pixels a side lose nothing that the smallest crop (SMALLEST_CROP of the area) could
         # show at the input's size; in evaluation every pixel is as in the published figures.
-        self.enough = math.ceil(args.input_size / math.sqrt(SMALLEST_CROP)) if is_train else 0
+        self.enough = math.ceil(max(to_2tuple(args.input_size)) / math.sqrt(SMALLEST_CROP)) if is_train else 0
         self.transform: Any = build_transform(is_train, args)
         self.spare_first = args.resplit
         self.upright = bool(args.exif_orientation)
@@ -221,7 +222,7 @@ class ImageSet(Dataset):
         if not self.is_train:
             image = self._load(key)     # type: ignore[arg-type]  # no SampleKey in evaluation
             if image is None:
-                return torch.zeros(3, self.input_size, self.input_size), -1
+                return torch.zeros(3, *to_2tuple(self.input_size)), -1
             return self.transform(image), int(self.targets[key])
         if not isinstance(key, SampleKey):
             index, image = self._load_or_replace(key, [key])

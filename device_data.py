@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import resize
 
+from augment import is_small
 from datasets import ImageSet, Loaders
 from samplers import RASampler
-from utils import Process, UserError, say
+from utils import Process, UserError, say, shown_size
 
 # The share of the device's memory that images may take, and what a batch of augmented ones may take at a time: several batches
 # are made at once, because a small one costs more to launch than to compute.
@@ -293,12 +294,15 @@ def on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
 
 
 def build_augmentation(args: Namespace) -> Augmentation:
-    """The flags' augmentation. Raises NotOnDevice for a policy that is not written for tensors."""
+    """The flags' augmentation. Raises NotOnDevice for a policy that is not written for tensors, and for oblong inputs."""
+    if not isinstance(args.input_size, int):
+        raise NotOnDevice(f"images of --input-size {shown_size(args.input_size)} are augmented by PIL only: square ones can be "
+                          "on the device")
     policy = "3a" if args.ThreeAugment else args.aa or "none"
     if policy not in ("none", "3a"):
         raise NotOnDevice(f"--aa {policy} is computed by PIL only: --aa none and --aa 3a can be on the device")
     return Augmentation(
-        size=args.input_size, padded=args.src or args.input_size <= 32, padding=args.crop_padding,
+        size=args.input_size, padded=args.src or is_small(args.input_size), padding=args.crop_padding,
         padding_mode="reflect" if args.src else "constant",
         kinds=("bilinear", "bicubic") if args.train_interpolation == "random" else (args.train_interpolation,),
         flip=args.hflip, three=policy == "3a", jitter=args.color_jitter, erase=args.reprob, erase_mode=args.remode,
@@ -415,7 +419,7 @@ class EvalLoader:
 
     def _fit(self, image: Image.Image) -> Image.Image:
         size = self.dataset.input_size
-        if size > 32 or image.size != (size, size):
+        if not is_small(size) or image.size != (size, size):
             raise NotOnDevice("images that are resized for an evaluation come from the loader, as in published figures")
         return image
 

@@ -27,7 +27,7 @@ import checkpoints
 from efficient_kan import EfficientKAN, EfficientKANLayer
 from faster_kan import FasterKAN, FasterKANLayer
 from group_kan import GroupActivation, GroupKAN
-from utils import UserError
+from utils import UserError, one_or_two
 
 
 # ---------------------------------------------------------------- the two tables
@@ -349,7 +349,8 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
     """The model that a ViT checkpoint without a model description holds, from its shapes.
 
     Args:
-        state: parameters under any known key layout. args: the checkpoint's own flags; names the size.
+        state: parameters under any known key layout. args: the checkpoint's own flags; names the size, and tells that of its
+            images, which oblong ones need.
     Raises: UserError if the keys are not those of a DeiT-like vision transformer.
     """
     released = any(".kan.layers." in key for key in state)
@@ -365,8 +366,12 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
     prefix = 0 if deit3 else 2 if distilled else 1
     tokens = state["pos_embed"].shape[1]
     side = round((tokens - prefix) ** 0.5)
-    if side * side != tokens - prefix:
-        raise UserError(f"pos_embed of the checkpoint has {tokens} positions, which is no square image")
+    rows, columns = (told // patch for told in _two_sides(args.get("input_size")) or (side * patch, side * patch))
+    if rows == columns or rows * columns != tokens - prefix:
+        rows = columns = side
+    if rows * columns != tokens - prefix:
+        raise UserError(f"pos_embed of the checkpoint has {tokens} positions, which is no square image: if it is of oblong ones, "
+                        "give their --input-size, height and width")
     kan = "blocks.0.mlp.layers.0.spline_linear.weight" in state
     group = "blocks.0.mlp.phi2.coefficients" in state
     suffix = "KAN" if kan else "GKAN" if group else "ViT"
@@ -378,7 +383,7 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
                  if (s.distilled, s.deit3) == (distilled, deit3)}
         size_name = min(alike, key=lambda n: [a != b for a, b in zip(alike[n], shape)])
     size = SIZES[size_name]
-    kwargs: dict[str, Any] = {"img_size": side * patch, "num_classes": _num_classes(state)}
+    kwargs: dict[str, Any] = {"img_size": one_or_two([rows * patch, columns * patch]), "num_classes": _num_classes(state)}
     for key, value, own in (("embed_dim", dim, size.embed_dim), ("depth", depth, size.depth),
                             ("patch_size", patch, size.patch_size)):
         if value != own:
@@ -499,12 +504,17 @@ def patch_grid(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     told, kernel = checkpoint.get("model_args"), state.get("patch_embed.proj.weight")
     sizes = [(told.get("kwargs") or {}).get("img_size") if isinstance(told, Mapping) else None,
              checkpoints.checkpoint_args(checkpoint).get("input_size")]
-    size = next((size for size in sizes if size), None)
-    size = (size, size) if isinstance(size, int) else size
-    if kernel is None or kernel.ndim != 4 or not isinstance(size, (list, tuple)) or len(size) != 2:
+    size = _two_sides(next((size for size in sizes if size), None))
+    if kernel is None or kernel.ndim != 4 or size is None:
         return None
-    rows, columns = (int(side) // patch for side, patch in zip(size, kernel.shape[2:]))
+    rows, columns = (side // patch for side, patch in zip(size, kernel.shape[2:]))
     return rows, columns
+
+
+def _two_sides(size: Any) -> tuple[int, int] | None:
+    """Height and width that a checkpoint tells of its images; None where that is neither one whole number nor two."""
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    return (sides[0], sides[1]) if len(sides) == 2 and all(type(side) is int for side in sides) else None
 
 
 def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] | None) -> None:

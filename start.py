@@ -26,7 +26,16 @@ import conversion
 import kernels
 import models_kan
 import vetting
-from checkpoints import check_entries, checkpoint_args, in_our_layout, load_file, plain, saved_checkpoints, weights_of
+from checkpoints import (
+    check_entries,
+    checkpoint_args,
+    in_our_layout,
+    load_file,
+    one_line,
+    plain,
+    saved_checkpoints,
+    weights_of,
+)
 from config import PREPARATION, Config, flag_name, get_args_parser, nearest, parse_args, resolve, validate
 from datasets import VAL_SPLIT, ImageSet, Loaders, guess_data_set, looks_like_imagenet, needs_splitting
 from downloads import HUB, LOCAL, fetch, is_url, quiet_hub
@@ -36,7 +45,7 @@ from losses import Teacher, balanced
 from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from run_folder import versions
 from samplers import RASampler, SampleKey
-from utils import Process, UserError, cores, printable, say, world_size_of_launch
+from utils import Process, UserError, cores, one_or_two, printable, say, shown_size, world_size_of_launch
 
 
 # ---------------------------------------------------------------- the checkpoint
@@ -165,7 +174,8 @@ def _spec(checkpoint: dict[str, Any], path: str, config: Config) -> ModelSpec:
     if name and models_kan.split_name(name)[0] is None and timm.is_model(name):
         return ModelSpec(name)
     with vetting.strangers(f"checkpoint {path}"):
-        return models_kan.infer_model(weights_of(checkpoint, path), {"model": name})
+        told = config.args.input_size if "input_size" in config.given else checkpoint_args(checkpoint).get("input_size")
+        return models_kan.infer_model(weights_of(checkpoint, path), {"model": name, "input_size": told})
 
 
 # ---------------------------------------------------------------- the flags
@@ -206,7 +216,7 @@ def with_own_input_size(config: Config) -> Config:
     cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     if cfg is None or "input_size" in config.sources:
         return config
-    return _with(config, input_size=cfg.input_size[-1], source="model")
+    return _with(config, input_size=one_or_two(cfg.input_size[-2:]), source="model")
 
 
 def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,19 +288,21 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
                 raise _no_effect(flags[key], spec.name) from error
             del kwargs[key]
         except (ValueError, AssertionError) as error:
-            raise UserError(f"--model {spec.name} cannot be built ({str(error).splitlines()[0]}): check --model, "
-                            f"--input-size {args.input_size} and the KAN options") from error
+            raise UserError(f"--model {spec.name} cannot be built ({one_line(error)}): check --model, "
+                            f"--input-size {shown_size(args.input_size)} and the KAN options") from error
     if not args.eval and not any(isinstance(module, GroupActivation) for module in model.modules()):
         for key in ("kan_lr_mult", "kan_weight_decay"):
             if _asked_for(key, config):
                 raise _no_effect(key, spec.name, like="kan_groups")
     if args.log_kan and not args.eval and not any(isinstance(module, FunctionLayer) for module in model.modules()):
         raise _no_effect("log_kan", spec.name, like="kan_grid_points")
-    embed = getattr(model, "patch_embed", None)
-    if isinstance(embed, PatchEmbed) and any(args.input_size % side for side in embed.patch_size):
-        side = embed.patch_size[0]
-        raise UserError(f"--input-size {args.input_size} is not divisible by the model's patch size {side}: "
-                        f"take {args.input_size // side * side or side}")
+    embed, sides = getattr(model, "patch_embed", None), to_2tuple(args.input_size)
+    if isinstance(embed, PatchEmbed) and any(side % patch for side, patch in zip(sides, embed.patch_size)):
+        fitting = one_or_two([side // patch * patch or patch for side, patch in zip(sides, embed.patch_size)])
+        raise UserError(f"--input-size {shown_size(args.input_size)} is not divisible by the model's patch size "
+                        f"{embed.patch_size[0]}: take {shown_size(fitting)}")
+    if not isinstance(args.input_size, int) and models_kan.split_name(spec.name)[0] is None:
+        _try_oblong(model, spec.name, args.input_size)
     kept = {key: value for key, value in kwargs.items() if key in spec.kwargs}
     if args.grad_checkpointing:
         try:
@@ -306,6 +318,17 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
                             "gives in training mode only: leave out --no-train-mode")
         model.set_distilled_training(True)
     return model, ModelSpec(spec.name, kept)
+
+
+def _try_oblong(model: nn.Module, name: str, size: Sequence[int]) -> None:
+    """One empty image through the model: some of timm's can be built for an oblong one, and take square ones alone."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *size))
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--model {name} takes no images of --input-size {shown_size(size)} ({one_line(error)}): give one "
+                        "number, the side of a square, or choose another model") from error
+    model.train()
 
 
 def _meant(name: str) -> str:
@@ -397,8 +420,8 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
     told = settle(parse_args(["--eval", "--model", spec.name]), Start("eval", path, checkpoint, spec), Process()).args
     validate(told)
     if (told.input_size, told.mean, told.std) != (args.input_size, args.mean, args.std):
-        say(f"the teacher {spec.name} sees the images at {told.input_size} px, mean {' '.join(map(str, told.mean))}, std "
-            f"{' '.join(map(str, told.std))}")
+        say(f"the teacher {spec.name} sees the images at {shown_size(told.input_size, ' x ')} px, mean "
+            f"{' '.join(map(str, told.mean))}, std {' '.join(map(str, told.std))}")
         teacher = Teacher(teacher, to_2tuple(told.input_size), told.mean, told.std, args.mean, args.std)
     return teacher.to(device).eval().requires_grad_(False)
 

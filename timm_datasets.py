@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import create_dataset
+from timm.layers import to_2tuple
 from torch.utils.data import get_worker_info
 
 from checkpoints import one_line
@@ -431,7 +432,7 @@ class StreamSet(ImageSet):
         target = self._target(record)
         image = self._load(self.images.take(record))
         if image is None:
-            return torch.zeros(3, self.input_size, self.input_size), -1
+            return torch.zeros(3, *to_2tuple(self.input_size)), -1
         return self.transform(image), target
 
     def _target(self, record: Record) -> int:

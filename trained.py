@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 from timm.data import ImageNetInfo
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,6 +20,7 @@ import models_kan
 import start as starting
 import utils
 import vetting
+from augment import is_small
 from checkpoints import checkpoint_args, plain, weights_of
 from config import PREPARATION, Config, parse_args, validate
 from datasets import FileImages, ImageSet, Loaders, Split, batches, build_dataset, build_loaders
@@ -60,7 +62,7 @@ class Trained:
         """How an image is prepared, as `timm.data.create_transform` takes it: the same tensor as here. At 32 px and below that is
         so for an image that has the size already; a larger one is resized to it whole, where here it is cropped."""
         args, size = self.args, self.args.input_size
-        return {"input_size": (3, size, size), "crop_pct": args.eval_crop_ratio if size > 32 else 1.0,
+        return {"input_size": (3, *to_2tuple(size)), "crop_pct": 1.0 if is_small(size) else args.eval_crop_ratio,
                 "crop_mode": args.crop_mode, "interpolation": args.interpolation, "mean": tuple(args.mean),
                 "std": tuple(args.std)}
 

@@ -2,7 +2,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +77,17 @@ def to_json(value: Any, indent: int | None = None) -> str:
     """JSON for a UTF-8 file. Letters stay letters; of a file's name, bytes that are not UTF-8 are escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")     # which is how JSON escapes a lone surrogate, too
+
+
+def one_or_two(sides: Sequence[Any]) -> Any:
+    """Height and width as `args.input_size` has them: one number for a square, else a list of two. `timm.layers.to_2tuple` gives
+    both again."""
+    return sides[0] if all(type(side) is int and side == sides[0] for side in sides) else list(sides)
+
+
+def shown_size(size: int | Sequence[int], between: str = " ") -> str:
+    """A size as --input-size takes it, or with another text between height and width."""
+    return between.join(map(str, [size] if isinstance(size, int) else size))
 
 
 def cores() -> int:

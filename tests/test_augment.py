@@ -7,6 +7,7 @@ from hostile_images import grown
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 from torchvision import transforms
 
@@ -127,12 +128,12 @@ def test_evaluation_is_timms_of_a_pretrained_configuration(name, width, height):
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("size", [8, 32, 48])
+@pytest.mark.parametrize("size", [8, 32, 48, [8, 32], [96, 16]])
 @pytest.mark.parametrize("width, height", [(1, 1), (100, 40), (20_000, 1), (1, 20_000)])
 def test_every_way_to_crop_takes_images_of_any_size(mode, size, width, height):
     args = make_args(input_size=size, crop_mode=mode, eval_crop_ratio=1.0)
     output = build_transform(False, args)(Image.new("RGB", (width, height), "red"))
-    assert output.shape == (3, size, size) and output[0].max() > 2
+    assert output.shape == (3, *to_2tuple(size)) and output[0].max() > 2
 
 
 def test_training_images_have_the_mean_and_deviation_that_are_asked_for():
@@ -398,3 +399,49 @@ def test_normalisation_is_torchvisions_to_the_last_bit():
     image = Image.fromarray(every_value)
     ours = Normalise()(image)
     assert ours.shape == (3, 8, 32) and ours.is_contiguous() and torch.equal(ours, theirs(image))
+
+
+# ---------------------------------------------------------------- oblong inputs
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("width, height", [(80, 60), (33, 90), (200, 60)])
+def test_oblong_evaluation_is_timms(mode, width, height):
+    ours = build_transform(False, make_args(input_size=[48, 80], crop_mode=mode))(photo(width, height))
+    theirs = create_transform((3, 48, 80), crop_pct=0.875, crop_mode=mode, interpolation="bicubic")(photo(width, height))
+    assert ours.shape == (3, 48, 80) and torch.equal(ours, theirs)
+
+
+def test_small_oblong_images_are_taken_as_they_are():
+    image = photo(32, 24)
+    assert torch.equal(build_transform(False, make_args(input_size=[24, 32]))(image), Normalise()(image))
+    assert build_transform(False, make_args(input_size=[32, 24]))(image).shape == (3, 32, 24)
+
+
+@pytest.mark.parametrize("size, flags", [([24, 32], {}), ([48, 64], {"src": True})])
+def test_an_oblong_padded_crop_covers_the_input(size, flags):
+    """An image of the input's shape is seen whole, another one at its shorter side, in its own proportions."""
+    high, wide = size
+    plain = {**PLAIN, "hflip": 0., "crop_padding": 0, "input_size": size, **flags}
+    whole = Normalise()(photo(80, 60).resize((wide, high), Image.Resampling.BICUBIC))
+    assert torch.equal(train_outputs(photo(80, 60), 3, **plain), torch.stack([whole] * 3))
+    tall = Normalise()(photo(60, 90).resize((wide, round(wide * 1.5)), Image.Resampling.BICUBIC))
+    windows = tall.unfold(1, high, 1).permute(1, 0, 3, 2)
+    for output in train_outputs(photo(60, 90), 6, **plain):
+        assert any(torch.equal(output, window) for window in windows)
+    assert train_outputs(photo(), 2, **{**plain, "crop_padding": 4}).shape == (2, 3, high, wide)
+
+
+def test_oblong_resized_crops_have_the_shape_of_the_input():
+    """Of 3/4 to 4/3 times its ratio of width to height, as a square input's."""
+    for size, shape in ((48, 1), ([48, 96], 2), ([96, 48], 1 / 2)):
+        crop = build_transform(True, make_args(input_size=size, **PLAIN)).steps.transforms[0]
+        seed_all()
+        boxes = [crop.get_params(photo(400, 400), crop.scale, crop.ratio) for _ in range(300)]
+        ratios = np.array([width / height for _, _, height, width in boxes]) / shape
+        assert 0.72 < ratios.min() < 0.8 and 1.25 < ratios.max() < 1.4
+        assert train_outputs(photo(), 1, input_size=size, **PLAIN).shape == (1, 3, *to_2tuple(size))
+
+
+def test_what_a_thin_image_loses_depends_on_the_inputs_shape():
+    image = stripes(800, 10)
+    assert shorten(image, None, size=[8, 32]) is image and shorten(image, lambda spare: 0, size=[8, 31]).size == (776, 10)
+    assert shorten(image, lambda spare: 0, size=[32, 8]).size == (50, 10)

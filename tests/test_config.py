@@ -55,7 +55,7 @@ def test_deit_flags_frozen():
         default = CHANGED_DEFAULTS[dest][1] if dest in CHANGED_DEFAULTS else deit["default"]
         assert action.default == default, dest
         assert getattr(action.type, "__name__", None) == deit["type"], dest
-        assert action.nargs == deit["nargs"], dest
+        assert action.nargs == ("+" if dest == "input_size" else deit["nargs"]), dest        # height and width, too
         choices = deit["choices"] and deit["choices"] + ADDED_CHOICES.get(dest, [])
         assert action.choices == choices, dest
 
@@ -651,3 +651,28 @@ def test_config_is_frozen():
     assert isinstance(parsed, Config)
     with pytest.raises(AttributeError):
         parsed.args = None
+
+
+# ---------------------------------------------------------------- the input size
+@pytest.mark.parametrize("words, size", [("64", 64), ("64 64", 64), ("32 48", [32, 48])])
+def test_the_input_size_is_one_number_or_height_and_width(words, size, recipe):
+    args = parse_args(["--input-size", *words.split()]).args
+    assert args.input_size == size
+    for text in (f"input_size: [{words.replace(' ', ', ')}]", dump_yaml(args)):
+        assert parse_args(["--config", recipe(text)]).args.input_size == size
+    for stored in (size, list(map(int, words.split()))):
+        assert resolve(parse_args([]), {"input_size": stored}, purpose="eval").args.input_size == size
+    resolve(parse_args(["--input-size", *words.split()]), {"input_size": size}, purpose="resume")
+
+
+def test_bad_input_sizes(recipe):
+    with pytest.raises(UserError, match=r"--input-size must be a whole number, or two \(height and width\), not the list"):
+        parse_args(["--input-size", "32", "48", "64"])
+    for text in ("[32, 48, 64]", "[]", "[32, x]", "true", "[32, 48.5]"):
+        with pytest.raises(UserError, match="input_size must be a whole number"):
+            parse_args(["--config", recipe(f"input_size: {text}")])
+    assert refusal("--input-size", "0", "48") == "--input-size 0 48 must be from 1 to 16384"
+    assert "--input-size 4 48" in refusal("--input-size", "4", "48", "--cutmix-minmax", "0", "0.2")
+    assert "at most --input-size 48 8" in refusal("--input-size", "48", "8", "--crop-padding", "9")
+    with pytest.raises(UserError, match="--input-size 32 48 .* contradicts the checkpoint, which has 48 32"):
+        resolve(parse_args(["--input-size", "32", "48"]), {"input_size": [48, 32]}, purpose="resume")

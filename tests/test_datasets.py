@@ -1513,8 +1513,18 @@ def test_large_photographs_are_decoded_at_less_than_their_size_for_training_alon
     whole = load_image(train.images.name(0))
     half = np.asarray(train._load(0), dtype=float)
     assert np.abs(half - np.asarray(whole.reduce(2), dtype=float)).mean() < 1      # the same picture
-    args.input_size = 128                                               # 453: half of it would be too small
-    assert build_dataset(True, args)[0]._load(0).size == (1000, 640)
+    for args.input_size in (128, [64, 128]):                            # 453: half of it would be too small
+        assert build_dataset(True, args)[0]._load(0).size == (1000, 640)
+
+
+def test_an_unreadable_image_has_the_shape_of_an_oblong_one(tmp_path):
+    for half in ("train", "val"):
+        for name in ("a", "b"):
+            write_image(tmp_path / half / name / "0.png")
+    (tmp_path / "val" / "b" / "0.png").write_bytes(b"no image")
+    val, _ = build_dataset(False, make_args(tmp_path, data_set="FOLDER", input_size=[24, 40]))
+    (read, first), (unread, second) = val[0], val[1]
+    assert read.shape == unread.shape == (3, 24, 40) and (first, second) == (0, -1) and not unread.any()
 
 
 def test_a_worker_seeds_each_image_as_the_main_process_does(tmp_path):

@@ -229,7 +229,8 @@ def test_an_unreadable_image_is_named_counted_and_replaced(data, tmp_path, capsy
 
 @pytest.mark.parametrize("words, told", [
     (("--aa", "rand-m9-mstd0.5-inc1"), "--aa rand-m9-mstd0.5-inc1"),
-    (("--train-interpolation", "random", "--input-size", "24"), "--train-interpolation random")])
+    (("--train-interpolation", "random", "--input-size", "24"), "--train-interpolation random"),
+    (("--input-size", "24", "32"), "--input-size 24 32")])
 def test_what_has_no_counterpart_is_refused_or_left_to_the_loader(data, words, told, capsys, monkeypatch):
     assert told in sentence(loaders, data, *words)
     args = flags(data, *words, "--data-on-device", "auto")

@@ -13,7 +13,9 @@ import torch
 import yaml
 from e2e import QUICK, evaluation, run, write_digits
 from PIL import Image
+from safetensors.torch import save
 from test_trained import RELEASED
+from timm.layers import to_2tuple
 
 from augment import EvalTransform
 from checkpoints import load_file
@@ -156,7 +158,7 @@ def test_letters_stay_letters(trained_run, tmp_path):
     assert load_file(tmp_path / "folder" / "model.safetensors")["class_names"] == ["größe", "猫", "c"]
 
 
-@pytest.mark.parametrize("size, shape", [(32, (32, 32)), (64, (90, 70))])
+@pytest.mark.parametrize("size, shape", [(32, (32, 32)), (64, (90, 70)), ([48, 80], (90, 70)), ([24, 32], (24, 32))])
 def test_timm_prepares_an_image_as_we_do(size, shape, trained_run):
     trained = load_trained(str(trained_run[0]), device="cpu")
     trained.args.input_size = size
@@ -175,6 +177,19 @@ def test_a_file_of_the_original_code(tmp_path):
     assert torch.equal(logits(again.model, images), logits(model, images))
 
 
+@pytest.mark.parametrize("target", ["folder", "m.safetensors"])
+def test_an_oblong_model_keeps_its_size(target, tmp_path):
+    trained = of_kind(*KINDS[-1], tmp_path)
+    assert trained.args.input_size == [24, 40] and export.export(trained, tmp_path / target).error == 0
+    again = load_trained(str(tmp_path / target), device="cpu")
+    assert again.args.input_size == [24, 40] and again.data_config["input_size"] == (3, 24, 40)
+    if target == "folder":
+        assert "FLOPs an image of 24 x 40 px" in (tmp_path / target / "README.md").read_text()
+        (tmp_path / target / "model.safetensors").write_bytes(save(trained.model.state_dict()))    # with config.json alone
+        again = load_trained(str(tmp_path / target), device="cpu")
+        assert again.args.input_size == [24, 40] and again.model(torch.zeros(1, 3, 24, 40)).shape == (1, 7)
+
+
 def test_a_model_of_timms(tmp_path):
     model = timm.create_model("resnet10t", num_classes=7)
     torch.save({"model": model.state_dict(), "args": {"model": "resnet10t"}}, tmp_path / "r.pth")
@@ -187,7 +202,7 @@ def test_a_model_of_timms(tmp_path):
 COVERING = {"kan_basis": "covering", "kan_second_norm": "static", "kan_base_branch": True}
 KINDS = [(f"{NANO}_GKAN", {"kan_trainable_base": True}), (f"{NANO}_KAN", {}), (f"{NANO}_KAN", COVERING), (f"{NANO}_EKAN", {}),
          ("deit_tiny_distilled_patch16_224_ViT", {"img_size": 32}),
-         ("deit3_small_patch16_224_KAN", {"img_size": 32, "hdim_kan": 24})]
+         ("deit3_small_patch16_224_KAN", {"img_size": 32, "hdim_kan": 24}), (f"{NANO}_GKAN", {"img_size": [24, 40]})]
 
 
 def of_kind(name: str, kwargs: dict, folder: Path):
@@ -208,7 +223,7 @@ def off(trained, call) -> float:
     model, worst = timm.create_model(trained.spec.name, **trained.spec.kwargs).eval().double(), 0.0
     model.load_state_dict(trained.model.state_dict())
     for count in (1, 3, 8):
-        images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+        images = torch.randn(count, 3, *to_2tuple(trained.args.input_size), generator=torch.Generator().manual_seed(count))
         expected, got = model(images.double()), call(images)
         assert got.shape == (count, 7) and got.dtype == torch.float32
         worst = max(worst, ((got - expected).abs().max() / expected.abs().max()).item())
@@ -228,14 +243,15 @@ def test_onnx(name, kwargs, tmp_path):
     onnx.checker.check_model(model)
     assert {node.domain for node in model.graph.node} == {""} and not model.functions       # ONNX's own operations alone
     said = json.loads({entry.key: entry.value for entry in model.metadata_props}["vision_kan"])
-    assert said["model_args"]["name"] == name and said["data_config"]["input_size"] == [3, 32, 32]
-    for value, rest in ((model.graph.input[0], [3, 32, 32]), (model.graph.output[0], [7])):
+    shape = [3, *to_2tuple(trained.args.input_size)]
+    assert said["model_args"]["name"] == name and said["data_config"]["input_size"] == shape
+    for value, rest in ((model.graph.input[0], shape), (model.graph.output[0], [7])):
         batch, *others = value.type.tensor_type.shape.dim
         assert batch.dim_param == "batch" and [dim.dim_value for dim in others] == rest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth", "m.onnx"]
 
 
-@pytest.mark.parametrize("name, kwargs", [KINDS[0], KINDS[2]], ids=str)
+@pytest.mark.parametrize("name, kwargs", [KINDS[0], KINDS[2], KINDS[-1]], ids=str)
 def test_pt2(name, kwargs, tmp_path):
     trained = of_kind(name, kwargs, tmp_path)
     export.export(trained, tmp_path / "m.pt2")

@@ -43,6 +43,7 @@ from safetensors.torch import save_file
 
 import main as program
 import models_kan
+from tools import inspect_kan, predict
 from utils import EXIT_PREEMPTED
 
 GKAN = "vit_nano_patch8_32_GKAN"
@@ -388,6 +389,36 @@ def test_a_runs_args_yaml_runs_again(model, data, tmp_path):
 def test_a_flag_of_learned_activations_for_a_model_without_them(flags, model, data, capsys):
     text = sentence(capsys, *QUICK, "--data-path", data, "--epochs", 1, "--model", model, *flags.split())
     assert text.startswith(f"{flags.split()[0]} has no effect on --model {model}: leave it out, or choose {GKAN}")
+
+
+def test_an_oblong_input_size(data, tmp_path, capsys):
+    """Trained from square weights, evaluated from its checkpoint alone, looked at and told what images contain."""
+    assert run(*QUICK, "--model", GKAN, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "square") == 0
+    flags = (*QUICK, *LEARN, "--model", GKAN, "--data-path", data, "--input-size", 32, 48)
+    capsys.readouterr()
+    assert run(*flags, "--epochs", 1, "--finetune", tmp_path / "square" / "checkpoint.pth", "--output_dir", tmp_path / "run") == 0
+    out, width = capsys.readouterr().out, timm.create_model(GKAN).embed_dim
+    assert f"pos_embed  ((1, 17, {width}) -> (1, 25, {width}))" in out and "left as initialised: 0 tensors" in out
+    stored = checkpoint(tmp_path / "run")
+    assert stored["args"]["input_size"] == stored["model_args"]["kwargs"]["img_size"] == [32, 48]
+    assert f"{models_kan.count_flops(timm.create_model(GKAN, img_size=(32, 48), num_classes=3)).matmul / 1e6:.1f} M matmul" in out
+
+    file = tmp_path / "run" / "checkpoint.pth"
+    assert run("--eval", "--resume", file, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
+    assert evaluation(capsys.readouterr().out)["model"][0] == f"{log(tmp_path / 'run')[-1]['test_acc1']:.2f}"
+    assert run("--config", tmp_path / "run" / "args.yaml", "--finetune", "", "--output_dir", tmp_path / "again") == 0
+    assert checkpoint(tmp_path / "again")["args"]["input_size"] == [32, 48]
+    assert "--input-size 48 32" in sentence(capsys, *flags[:-2], 48, 32, "--resume", file)
+
+    torch.save(stored["model"], tmp_path / "bare.pth")      # without a word of what it is
+    words = ("--eval", "--resume", tmp_path / "bare.pth", "--data-path", data, "--device", "cpu", "--num_workers", 0)
+    assert "--input-size" in sentence(capsys, *words) and run(*words, "--input-size", 32, 48) == 0
+
+    photo, words = next((data / "val").rglob("*.png")), ("--device", "cpu")
+    capsys.readouterr()
+    assert predict.main([str(file), str(photo), "--format", "json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["file"] == str(photo)
+    assert inspect_kan.main([str(file), str(photo), "--output", str(tmp_path / "seen"), *words]) == 0
 
 
 # ---------------------------------------------------------------- distillation

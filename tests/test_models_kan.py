@@ -726,8 +726,12 @@ def test_foreign_checkpoints_are_no_vision_transformer():
         with pytest.raises(UserError, match="name its architecture with --model"):
             infer_model(state, {})
     state = blank("deit_tiny_patch16_224", img_size=(224, 192)).state_dict()
-    with pytest.raises(UserError, match="169 positions"):
+    with pytest.raises(UserError, match="169 positions.*--input-size"):
         infer_model(state, {})
+    assert infer_model(state, {"input_size": [224, 192]}).kwargs["img_size"] == [224, 192]
+    for wrong in ([192, 192], [224], 224, "x", [224, "x"]):
+        with pytest.raises(UserError, match="169 positions"):
+            infer_model(state, {"input_size": wrong})
 
 
 # ---------------------------------------------------------------- loading the same model

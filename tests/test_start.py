@@ -575,6 +575,28 @@ def test_input_size_and_patches():
     built("--model", "pvt_v2_b0", "--input-size", 32, depth=None)       # patches of 7 that overlap
 
 
+def test_oblong_input_sizes():
+    assert "--input-size 33 48" in (text := sentence(built, "--model", NANO, "--input-size", 33, 48)) and "take 32 48" in text
+    assert "take 32" in sentence(built, "--model", NANO, "--input-size", 33, 39)
+    for name, kept in ((NANO, True), ("vit_tiny_patch16_224", True), ("resnet10t", False)):
+        model, spec = built("--model", name, "--input-size", 32, 48, depth=None)
+        assert model.training and model(torch.zeros(2, 3, 32, 48)).shape == (2, 4)
+        assert spec.kwargs.get("img_size") == ([32, 48] if kept else None)
+
+
+@pytest.mark.parametrize("name", ["nest_tiny", "convit_tiny", "efficientformer_l1"])
+def test_a_model_that_takes_square_images_alone(name):
+    with torch.device("meta"):
+        built("--model", name, "--input-size", 224, depth=None)
+        assert "--input-size 224 448" in (text := sentence(built, "--model", name, "--input-size", 224, 448, depth=None))
+    assert f"--model {name} " in text
+
+
+def test_a_model_of_timms_that_is_oblong_itself():
+    assert settled("--model", "vit_base_patch16_sapiens2").args.input_size == \
+        list(timm.get_pretrained_cfg("vit_base_patch16_sapiens2").input_size[1:])
+
+
 @pytest.mark.parametrize("name", [
     "coat_lite_tiny", "convnext_atto", "efficientvit_m0", "hrnet_w18_small", "levit_128s", "mobilenetv3_small_050",
     "swin_tiny_patch4_window7_224", "tiny_vit_5m_224", "vit_tiny_patch16_224", "vovnet39a", "xcit_nano_12_p8_224"])

@@ -31,6 +31,7 @@ import timm
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from timm.layers import to_2tuple
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ from engine import evaluate, result_of
 from run_folder import versions
 from trained import Pictures, Trained, add_model_arguments, image_files, load_trained, told
 from untrusted import SAFETENSORS_KEY
-from utils import Process, TrainingFailed, UserError, say, to_json
+from utils import Process, TrainingFailed, UserError, say, shown_size, to_json
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -129,8 +130,7 @@ def read_onnx(path: Path, trained: Trained) -> Logits:
 
 def exported(trained: Trained) -> torch.export.ExportedProgram:
     """The model's graph for any batch size, of PyTorch's own operations."""
-    size = trained.args.input_size
-    images = torch.zeros(2, 3, size, size, device=trained.device)
+    images = torch.zeros(2, 3, *to_2tuple(trained.args.input_size), device=trained.device)
     return torch.export.export(trained.model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
@@ -211,9 +211,9 @@ def compare(model: nn.Module, other: Logits, batches: Iterable[Tensor], exact: b
 
 def check_batches(trained: Trained, files: list[Path]) -> Iterator[Tensor]:
     """Noise in batches of several sizes, then the images of `files`."""
-    size, generator = trained.args.input_size, torch.Generator().manual_seed(0)
+    size, generator = to_2tuple(trained.args.input_size), torch.Generator().manual_seed(0)
     for count in NOISE_BATCHES:
-        yield torch.randn(count, 3, size, size, generator=generator)
+        yield torch.randn(count, 3, *size, generator=generator)
     pictures = Pictures(files, trained.args, batch_size=16)
     for images, _ in pictures:
         yield images
@@ -269,7 +269,7 @@ def model_card(trained: Trained) -> str:
         flops = models_kan.count_flops(trained.model)
         parts.append(f"A vision transformer with the feed-forward {_FEED_FORWARD[suffix]}. "
                      f"{models_kan.count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
-                     f"FLOPs an image of {trained.args.input_size} px.")
+                     f"FLOPs an image of {shown_size(trained.args.input_size, ' x ')} px.")
     parts += ["## Results", results,
               "## Model", f"It holds the {held[trained.weights]}.",
               _block("yaml", _yaml({"name": name, **said["model_args"]["kwargs"]})),

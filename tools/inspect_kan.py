@@ -21,6 +21,7 @@ import console
 console.starting(__name__)
 import torch
 from matplotlib.figure import Figure
+from timm.layers import to_2tuple
 from torch import Tensor
 
 import models_kan
@@ -82,9 +83,8 @@ def _spread(items: Sequence, count: int) -> Sequence:
 
 
 def _read(trained: Trained, files: Sequence[Path]) -> tuple[Tensor, Tensor]:
-    size = trained.args.input_size
     if not files:
-        return torch.zeros(0, 3, size, size), torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, 3, *to_2tuple(trained.args.input_size)), torch.zeros(0, dtype=torch.int64)
     read = list(Pictures(files, trained.args, workers=0))
     if not read:
         raise UserError(f"none of the {len(files)} images can be read: name others")
