@@ -174,6 +174,14 @@ class FasterKANLayer(nn.Module):
         y = rswaf_linear(u, self.spline_linear.weight, self.rbf.grid, self.rbf.h, self.rbf.single_exp)
         return self._add_linear(y, u)
 
+    @property
+    def for_kernels(self) -> tuple:
+        """What `kernels.describe` must know of the layer."""
+        rbf = self.rbf
+        if not rbf.single_exp:
+            return rbf.num_grids, None
+        return rbf.num_grids, tuple(torch.linspace(rbf.grid_min, rbf.grid_max, rbf.num_grids, device="cpu").tolist()), rbf.h
+
     def reference_forward(self, x: Tensor) -> Tensor:
         """The same function through plain PyTorch and its autograd."""
         u = self.layernorm(x)

@@ -73,6 +73,11 @@ class GroupActivation(nn.Module):
             return self.reference_forward(u)
         return rswaf_activation(u, self.coefficients, self.points, self.h, self.base, self.scale)
 
+    @property
+    def for_kernels(self) -> tuple:
+        """What `kernels.describe` must know of the layer."""
+        return len(self.points), self.points, self.h, self.base
+
     def reference_forward(self, u: Tensor) -> Tensor:
         """The same function through plain PyTorch and its autograd."""
         return rswaf_activation_reference(u, self.coefficients, self.points, self.h, self.base, self.scale)

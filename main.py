@@ -71,7 +71,7 @@ def run(argv: list[str]) -> int:
         loaders = on_device(build_loaders(args, process, start.class_names), args, process)
         utils.seed_everything(args.seed)
         model, spec = starting.build_model(starting.model_spec(config, start, loaders.nb_classes), config)
-        starting.choose_backend(config, spec, process.device)
+        starting.choose_backend(config, spec, model, process.device)
         table = starting.load_start(model, spec, start, loaders, args.seed)
         if args.compile:
             speed.compile_model(model, process.device, mode=args.compile)

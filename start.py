@@ -466,7 +466,7 @@ def schedule_warnings(args: Namespace, lr: float) -> list[str]:
     return found
 
 
-def choose_backend(config: Config, spec: ModelSpec, device: torch.device) -> None:
+def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: torch.device) -> None:
     """Let --kan-backend compute the model's KAN layers, and say what that is. Raises UserError where it cannot."""
     name = config.args.kan_backend
     if models_kan.split_name(spec.name)[1] not in ("KAN", "GKAN"):
@@ -477,7 +477,8 @@ def choose_backend(config: Config, spec: ModelSpec, device: torch.device) -> Non
         kernels.use(name)
     except ValueError as error:
         raise UserError(f"--kan-backend {name}: {error}") from error
-    say(f"KAN layers ({name}): {kernels.describe(device.type)}")
+    grids: list[Any] = [module.for_kernels for module in model.modules() if hasattr(module, "for_kernels")]
+    say(f"KAN layers ({name}): {kernels.describe(device.type, grids)}")
 
 
 # What some of timm's optimizers need beside it: part of the name -> (module, how to install it).

@@ -111,7 +111,7 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
     models_kan.load_exactly(model, state, f"{weights} in checkpoint {start.path}")
     chosen = utils.choose_device(device)
     with redirect_stdout(sys.stderr):       # a tool's standard output is its result
-        starting.choose_backend(config, spec, chosen)
+        starting.choose_backend(config, spec, model, chosen)
     model = model.to(chosen).eval().requires_grad_(False)
     about = {key: value for key, value in start.checkpoint.items() if key not in _STATE and not isinstance(value, Tensor)}
     flags_then = checkpoint_args(about)

@@ -10,6 +10,8 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -138,14 +140,19 @@ def gradients(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tens
     return [next(found) if need and tensor is not None else None for tensor, need in zip(own, needs)]
 
 
-def describe(device: str) -> str:
-    """For the start of a run: what will compute the ops on `device` ("cpu", "cuda", ...)."""
+def describe(device: str, grids: Sequence[tuple] = ()) -> str:
+    """For the start of a run: what will compute the ops on `device` ("cpu", "cuda", ...), in eager mode and compiled.
+
+    grids: of each layer, what `resolve` must know of it (the arguments after the tensor); none: one that the kernels take."""
     if _chosen in ("reference", "compile"):
         return {"reference": "plain PyTorch, the basis kept in memory", "compile": "plain PyTorch through torch.compile"}[_chosen]
-    if _is_for_triton(_chosen, device):
-        return "Triton kernels"
-    if device != "cpu":
-        return "chunked PyTorch"
-    if native.compiler() is None:
+    if device == "cpu" and native.compiler() is None and not _is_for_triton(_chosen, device):
         return "chunked PyTorch, slower than the C++ kernels, which need a C++ compiler (g++ or clang++)"
-    return "C++ kernels"
+    layer: Any = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
+    ways = {resolve(_chosen, layer, *grid) for grid in grids}
+    if not ways:
+        ways = {"triton" if _is_for_triton(_chosen, device) else "native" if device == "cpu" else "chunked"}
+    other = "chunked PyTorch" if device != "cpu" and not _is_for_triton(_chosen, device) else (
+        "chunked PyTorch, for a grid that the kernels don't take")
+    return " and ".join({"native": "C++ kernels", "triton": "Triton kernels", "chunked": other}[way]
+                        for way in sorted(ways, reverse=True))

@@ -13,6 +13,7 @@ import torch
 from e2e import ROOT
 from functorch.compile import make_boxed_func
 from paths import error
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -85,6 +86,27 @@ def test_a_run_says_what_computes_its_layers(monkeypatch):
     assert kernels.describe("cuda") == "Triton kernels" and kernels.describe("mps") == "chunked PyTorch"
     monkeypatch.setattr(native, "compiler", lambda: None)
     assert "slower than the C++ kernels, which need a C++ compiler" in kernels.describe("cpu")
+
+
+def described(layer, device="cpu") -> str:
+    return kernels.describe(device, [module.for_kernels for module in layer.modules() if hasattr(module, "for_kernels")])
+
+
+def test_what_a_run_says_is_what_its_layers_take(monkeypatch):
+    seen = []
+    resolve = backend.resolve
+    monkeypatch.setattr(backend, "resolve", lambda *args: seen.append(resolve(*args)) or seen[-1])
+    words = {"native": "C++ kernels", "chunked": "chunked PyTorch, for a grid that the kernels don't take"}
+    for layer in (GroupKAN(16), GroupKAN(16, num_grids=17), FasterKAN(8), FasterKAN(8, train_grid=True),
+                  FasterKAN(8, train_h=True), FasterKAN(8, num_grids=20, h=0.5), FasterKAN(8, grid_min=-30, grid_max=30)):
+        said = described(layer)
+        seen.clear()
+        layer(torch.randn(2, layer.phi1.channels if isinstance(layer, GroupKAN) else 8))
+        assert seen and (native.compiler() is None or said == words[seen[0]])
+    assert described(GroupKAN(16), "cuda") == described(FasterKAN(8, train_grid=True), "cuda") == "Triton kernels"
+    assert described(GroupKAN(16, num_grids=17), "cuda") == words["chunked"]
+    both = nn.ModuleList([GroupKAN(16), FasterKAN(8, train_h=True)])
+    assert native.compiler() is None or described(both) == f"{words['native']} and {words['chunked']}"
 
 
 # ---------------------------------------------------------------- the compiler and the cache

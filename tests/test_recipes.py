@@ -192,8 +192,8 @@ def test_the_args_yaml_of_a_run_is_a_recipe_of_the_same_run(path, tmp_path):
     validate(again.args)
     assert {**vars(again.args), "config": ""} == {**vars(written.args), "config": ""}
     spec = start.model_spec(again, start.Start(), CLASSES[again.args.data_set])
-    _, kept = start.build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), again)
-    start.choose_backend(again, kept, torch.device("cpu"))
+    model, kept = start.build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), again)
+    start.choose_backend(again, kept, model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", sorted(FOR_GPUS))
