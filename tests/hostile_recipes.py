@@ -125,6 +125,10 @@ def check_values(args: Namespace) -> None:
             if action.default is not None:
                 raise Violation(f"{dest} is None")
             continue
+        if isinstance(action, config.HeightAndWidth):       # an oblong size alone is a list
+            if isinstance(value, list) and (len(value) != 2 or value[0] == value[1]):
+                raise Violation(f"{dest} {value!r} is neither one number nor two that differ")
+            value = value if isinstance(value, list) else [value]
         numbers = value if action.nargs in ("+", 2, 3) else [value]
         if not isinstance(numbers, list) or not numbers:
             raise Violation(f"{dest} {value!r} is no list")
@@ -344,7 +348,8 @@ def _odd_values() -> dict[str, list]:
         "model": models * 2 + ["test_vit", "test_resnet", "test_convnext", "test_nfnet", "resnet18.nothing", "vit_nano.x_KAN",
                                "swin_tiny_patch4_window7_224", "nothing", "hf-hub:a/b"],
         "batch_size": [1, 2, 15, 16, 24, 48, 50, 10 ** 9], "epochs": [1, 2], "grad_accum": [1, 2, 7, 10 ** 9],
-        "input_size": [1, 8, 31, 32, 33, 64], "drop": [0, 0.5, 1 - 1e-16], "drop_path": [0, 0.5, 1 - 1e-16],
+        "input_size": [1, 8, 31, 32, 33, 64, (8, 32), (64, 8), (32, 33), (1, 64)],
+        "drop": [0, 0.5, 1 - 1e-16], "drop_path": [0, 0.5, 1 - 1e-16],
         "hdim_kan": [1, 3, 64], "kan_grid_range": [(-2, 2), (0, tiny), (-large, large), (5, 5.000001), (-tiny, tiny)],
         "kan_grid_points": [2, 3, 17, 33, 200], "kan_h": [tiny, 1e-6, 1, large], "kan_groups": [0, 1, 3, 8, 10 ** 9],
         "model_ema_decay": [0, 0.5, 1 - 1e-16], "opt": sorted(name for name in config.list_optimizers() if "kron" not in name),
