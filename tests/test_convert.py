@@ -93,8 +93,8 @@ def test_main_converts_by_itself(source, photos, tmp_path, capsys):
 def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, capsys):
     exact = models_kan.load_finetune
 
-    def damaged(model, state):
-        report = exact(model, state)
+    def damaged(model, state, grid):
+        report = exact(model, state, grid)
         if hasattr(model.blocks[0].mlp, "phi2"):
             with torch.no_grad():
                 model.blocks[0].mlp.phi2.coefficients += 0.1
