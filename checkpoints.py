@@ -169,7 +169,7 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "mode
         if tensor.is_complex() or not tensor.is_floating_point() and _is_parameter(name, tensor):
             raise UserError(f"checkpoint {path}: the weights {name} are of type {str(tensor.dtype).removeprefix('torch.')}, and "
                             "no model here computes with such: take a checkpoint in floating point")
-        if not tensor.to(torch.float32).isfinite().all():       # a float64 beyond float32, too
+        if not tensor.to(torch.float32).isfinite().all() and not _unlimited(name, tensor):     # a float64 beyond float32, too
             raise UserError(f"checkpoint {path}: the weights {name} are not finite (infinite or nan), so it is good for nothing: "
                             "take an earlier checkpoint of that run")
     return state
@@ -178,6 +178,11 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, key: str = "mode
 def _is_parameter(name: str, tensor: torch.Tensor) -> bool:
     """Whole numbers are found in a model's counters and index tables only, as int64 or bool."""
     return tensor.dtype not in (torch.int64, torch.bool) or name.rpartition(".")[2] in ("weight", "bias")
+
+
+def _unlimited(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is a limit of what a layer lets through that is none: Gemma's `input_min` and the like, until they are set."""
+    return tensor.ndim == 0 and float(tensor) == {"_min": -math.inf, "_max": math.inf}.get(name[-4:])
 
 
 def _count(value: Any) -> bool:

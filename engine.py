@@ -187,18 +187,22 @@ class MovingAverage(ModelEmaV3):
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
+        # infinity less infinity is not a number: limits that are none are taken over as they are
+        self.infinite = {name for name, value in self.module.named_buffers() if value.isinf().any()}
         self.made_for = 0       # id of the model
         self.pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         if not self.foreach:        # it is kept on another device
             super().apply_update_(model, decay)
+            for name in self.infinite:
+                self.module.get_buffer(name).copy_(model.get_buffer(name))
             return
         if self.made_for != id(model):
             self.made_for = id(model)
             self.pairs = ([], [], [], [])
-            for average, value in zip(self.module.state_dict().values(), model.state_dict().values()):
-                first = 0 if average.is_floating_point() else 2
+            for (name, average), value in zip(self.module.state_dict().items(), model.state_dict().values()):
+                first = 0 if average.is_floating_point() and name not in self.infinite else 2
                 self.pairs[first].append(average)
                 self.pairs[first + 1].append(value)
         averages, values, own_counts, counts = self.pairs

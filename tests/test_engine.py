@@ -231,6 +231,22 @@ def test_moving_average_is_timms_to_the_last_bit(dtype, device):
     assert not same(dict(ours.module.state_dict()), dict(theirs.module.state_dict()))
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_moving_average_takes_over_limits_that_are_none(device):
+    """Gemma's layers keep theirs in buffers: infinity less infinity would not be a number."""
+    model = nn.Linear(3, 2)
+    model.register_buffer("input_max", torch.tensor(math.inf))
+    average = MovingAverage(model, 0.5, device=device and torch.device(device))
+    before = model.weight.detach().clone()
+    for limit in (math.inf, 4.0):
+        with torch.no_grad():
+            model.weight.add_(1)
+            model.input_max.fill_(limit)
+        average.update(model)
+        assert average.module.input_max == limit
+    torch.testing.assert_close(average.module.weight, before + 1.25)
+
+
 def test_train_mode_off_trains_without_dropout_and_drop_path():
     data = batches(2)
     random = {"drop_path_rate": 0.9, "proj_drop_rate": 0.5, "depth": 2}

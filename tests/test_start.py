@@ -176,6 +176,17 @@ def test_weights_that_are_not_finite_are_no_start(tmp_path, capsys):
         weights_of(load_file(file), file)
 
 
+def test_a_limit_that_is_none_is_a_good_value():
+    """As timm's Gemma has them until they are set; infinite on the other side, nothing would pass."""
+    low, high = torch.tensor(-torch.inf), torch.tensor(torch.inf)
+    state = {"q_proj.input_min": low, "q_proj.output_max": high}
+    assert weights_of({"model": state}, "x.pth") == state
+    for name, value in (("input_min", high), ("output_max", low), ("input_max", low * 0), ("scale", high),
+                        ("norm.weight_max", high[None])):
+        with pytest.raises(UserError, match=f"{name} are not finite"):
+            weights_of({"model": {name: value}}, "x.pth")
+
+
 def test_finetune_from_nothing_known():
     for source in ("no/such/file.pth", "resnet5000", "checkpoint.pth"):
         assert f"--finetune {source} is neither" in sentence(read_start, parse_args(["--finetune", source]))
