@@ -108,7 +108,7 @@ LARGE: dict[str, tuple[str, int, dict[str, Any]]] = {
     "naflexvit": ("naflexvit_base_patch16_siglip", 32, dict(depth=2, embed_dim=48, num_heads=3)),
     "nasnet": ("nasnetalarge", 64, dict(stem_size=16, num_features=384)),
     "qwen3_vit": ("qwen3_vit_88m", 32, dict(depth=2, embed_dim=48, num_heads=3)),
-    "vgg": ("vgg11_bn", 64, dict(num_features=64)),
+    "vgg": ("vgg11_bn", 64, dict(mlp_ratio=1 / 64)),
     "vision_transformer_sam": ("samvit_base_patch16_224", 32, dict(depth=2, embed_dim=48, num_heads=3, global_attn_indexes=(1,))),
 }
 FAST = ("beit", "cait", "eva")
