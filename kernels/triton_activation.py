@@ -406,8 +406,8 @@ def _tile(device: Device, itemsize: int, channels: int, groups: int, points: int
     """Constexprs of a tile."""
     per_group, warp = channels // groups, 64 if device.backend == "hip" else 32
     wide = 16 // itemsize
-    if points > 8 and not pairs:
-        wide = min(wide, 4)         # else too few registers
+    if points > 8 and not pairs:        # else too few registers
+        wide = 2 if device.family == "tcgen05" else min(wide, 4)
     while wide > 4 and per_group % wide:
         wide //= 2
     shared = wide >= 4 and per_group % wide == 0
