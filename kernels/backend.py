@@ -82,8 +82,8 @@ def _constant_in_graphs(function: Callable) -> Callable:
 def exporting() -> bool:
     """Whether torch.export is at work, strict or not: its graph is to be of PyTorch's own operations, for any batch size.
 
-    Not `torch.compiler.is_exporting()`: before torch 2.12 Dynamo takes it for True under torch.compile too. The flag behind
-    it tells them apart, but for a strict export before torch 2.9, in which Dynamo's own state does."""
+    Not `torch.compiler.is_exporting()`: torch 2.7 to 2.11 take it for True under torch.compile too. The flag behind it tells
+    them apart, but for a strict export by torch 2.7, which Dynamo's own state knows."""
     if torch.compiler._is_exporting_flag:
         return True
     tracer = sys.modules.get("torch._dynamo.symbolic_convert")

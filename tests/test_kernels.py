@@ -349,3 +349,11 @@ assert sorted(set(calls)) == sorted(["kernels.triton_activation.forward", "kerne
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_hosts_time_is_measured_without_a_gpu():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "benchmarks/host.py", "--rounds", "2", "--calls", "2"], capture_output=True, text=True,
+                          cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split("  ")[0] for line in done.stdout.splitlines()[:3]] == ["gelu", "custom op", "eager"]
