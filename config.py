@@ -859,7 +859,7 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
             if value is not None:
                 values[dest], sources[dest] = value, "checkpoint"
             continue
-        if value is None:                               # it was trained with the model's own value
+        if value is None and values[dest] is not None:  # it was trained with the model's own value, as args.yaml says by null
             value = (models_own or {}).get(dest, model_defaults.get(dest))
         if values[dest] != value and SCOPE[dest] != "place":
             flag, where = flag_name(dest), config.given[dest]

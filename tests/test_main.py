@@ -372,7 +372,7 @@ def test_a_group_kan_starts_from_its_twins_weights(data, tmp_path, watched, caps
     assert not changed(own, before) and all(before[key].abs().max() == 0 for key in before if "coefficients" in key)
 
 
-@pytest.mark.parametrize("model", ["vit_nano_patch8_32_ViT", "dla46x_c"])     # the latter has no stochastic depth
+@pytest.mark.parametrize("model", ["vit_nano_patch8_32_ViT", GKAN, "dla46x_c"])     # the last has no stochastic depth
 def test_a_runs_args_yaml_runs_again(model, data, tmp_path):
     """To the same result, and goes on with the run that wrote it."""
     flags = (*QUICK, "--model", model, "--input-size", 32, "--data-path", data, "--epochs", 1)

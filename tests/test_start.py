@@ -404,6 +404,10 @@ def test_what_the_checkpoints_model_has_of_its_own(tmp_path):
                       (["--kan-basis", "covering"], "original")):
         assert f"contradicts the checkpoint, which has {own}: " in sentence(settled, *argv, start=found)
     settled("--kan-h", 0.33, "--hdim_kan", 48, "--kan-grid-range", -2, 2, start=found)
+    # what a run's args.yaml says of an option that was left to the model
+    (tmp_path / "args.yaml").write_text("hdim_kan: null\nkan_h: null\nkan_grid_range: null\n")
+    for words in ((), ("--eval",)):
+        settled("--config", tmp_path / "args.yaml", *words, start=replace(found, purpose="eval" if words else "resume"))
 
 
 def test_settling_changes_nothing_that_it_is_given():
