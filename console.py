@@ -58,8 +58,8 @@ def guarded(program: Callable[[], int]) -> int:
             raise
         return EXIT_UNREAD
     finally:
-        if starts:
-            signal.signal(signal.SIGINT, _end)
+        if starts:      # all is said and kept: Ctrl-C would only change the exit code while Python takes itself down
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------- characters

@@ -59,6 +59,14 @@ def test_a_program_that_imports_another_keeps_its_handler():
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_ctrl_c_after_the_end_leaves_the_exit_code():
+    script = ("import atexit, os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nimport console\n"
+              "console.starting('__main__')\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+              "sys.exit(console.guarded(lambda: 75))")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+
+
 def test_an_interrupt_in_a_tool_says_nothing_of_a_training(capsys):
     def tool():
         os.kill(os.getpid(), signal.SIGINT)
