@@ -118,6 +118,9 @@ def unwrapped(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
 def in_our_layout(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """A checkpoint of another program under this one's keys: `model`, `model_ema`, and `args` that name the model. One of this
     program's stays as it is. Says on stderr what was chosen where there was a choice."""
+    if "results" in checkpoint and "model_args" not in checkpoint:      # another program's, of whatever kind
+        checkpoint = {name: value for name, value in checkpoint.items() if name != "results"}
+
     def holds_tensors(value: Any) -> bool:
         return isinstance(value, Mapping) and any(isinstance(item, torch.Tensor) for item in value.values())
 

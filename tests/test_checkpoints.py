@@ -114,6 +114,16 @@ def test_a_checkpoint_of_ours_is_left_as_it_is():
         assert in_our_layout(ours, "f") is ours
 
 
+def test_results_of_another_program_are_not_taken_for_ours():
+    """Many a loop keeps something under that name."""
+    for results in ("71.3", {"top1": 71.3}, [0.5]):
+        ours = in_our_layout({"model": VIT, "results": results}, "f")
+        assert "results" not in ours
+        check_entries(ours, "f")
+        damaged = in_our_layout({"model": VIT, "model_args": {"name": "vit"}, "results": results}, "f")
+        assert "'results' is not results of evaluations" in sentence(check_entries, damaged, "f")
+
+
 def test_a_checkpoint_of_timms_train_script():
     told = Namespace(model="resnet18", img_size=None, input_size=[3, 64, 64], lr=0.1)
     ours = in_our_layout({"state_dict": VIT, "state_dict_ema": named("module."), "arch": "resnet18", "args": told}, "f")
