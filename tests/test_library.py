@@ -306,4 +306,5 @@ def test_the_document():
     shape = {key: tuple(names[key].shape) for key in ("logits", "tokens", "embedding", "last", "final")}
     assert shape == {"logits": (2, 10), "tokens": (2, 17, 96), "embedding": (2, 96), "last": (2, 16, 96), "final": (2, 17, 96)}
     assert [tuple(m.shape) for m in names["maps"]] == names["shapes"] == [(2, 96, 4, 4)] * 2
+    assert tuple(names["outputs"]["blocks.1.mlp"].shape) == (2, 17, 96)
     assert names["channels"] == [96, 96] and names["replaced"] == 4 and len(kans_of(names["mixer"])) == 4

@@ -928,8 +928,8 @@ def test_unreadable_images_are_named_counted_and_survived(data, tmp_path, capsys
     assert [(r["train_unreadable"], r["test_unreadable"], r["test_images"]) for r in log(tmp_path / "out")] == [(1, 2, 24)] * 2
     assert "(24 images)" in out
     evaluated = ("--eval", "--resume", tmp_path / "out/checkpoint.pth", "--data-path", copy, "--device", "cpu")
-    assert "2 of the" in sentence(capsys, *evaluated)       # more than 1%
-    assert run(*evaluated, "--max-unreadable", 0.1) == 0
+    assert "2 of the" in sentence(capsys, *evaluated, "--max-unreadable", 0)
+    assert run(*evaluated) == 0             # more than 1%, but only two
     out = capsys.readouterr().out
     assert "2 images could not be read" in out and evaluation(out) == logged(log(tmp_path / "out")[-1])
 

@@ -251,15 +251,16 @@ def test_points_keep_the_ratio_of_width_to_spacing():
 # ---------------------------------------------------------------- real checkpoints
 @pytest.mark.parametrize("kind, what", [("group", "hidden"), ("full_edge", "hidden"), ("full_edge", "edges")])
 def test_the_order_is_better_than_chance(kind, what, digits, group, full_edge):
-    """With 5% (edges: 20%) of the units left, what the validation images are taken for has changed less than by chance: the
-    divergence of the predictions from the whole model's. Measured: 4 and 12 times less than the mean of four random orders
-    for hidden, a third less for edges, another measure of the same units."""
+    """With 15% (edges: 20%) of the units left, what the validation images are taken for has changed less than by chance: the
+    divergence of the predictions from the whole model's. Measured: 2.4 times less than the best of four random orders for
+    hidden, a third less than their mean for edges, another measure of the same units. (With 5% left the full-edge model
+    is as good as broken, and one random order in four may be as good.)"""
     file = {"group": group, "full_edge": full_edge}[kind]
     trained = load_trained(str(file), device="cpu", flags=["--data-path", str(digits), "--num_workers", "0"])
     plan = prune.make_plan(trained, what, prune.calibration_loaders(trained, 240)[0], random=False)
     plans = [plan, *(pruning.Hidden(trained.model, trained.spec, plan.calibration, pruning.by_chance(plan.removals, seed))
                      for seed in range(4))]
-    level = round(len(plan) * (0.95 if what == "hidden" else 0.8))
+    level = round(len(plan) * (0.85 if what == "hidden" else 0.8))
     images = torch.cat([images for images, _ in trained.loaders().val])
     with torch.no_grad():
         before = trained.model(images).softmax(1)
