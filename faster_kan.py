@@ -19,7 +19,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels import MAX_HALF_RANGE, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
+from vision_kan.kernels import MAX_HALF_RANGE, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
 
 torch.fx.wrap("rswaf_linear")      # one call in a graph of torch.fx
 

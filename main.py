@@ -1,42 +1,54 @@
 """Train, evaluate, resume or fine-tune a vision transformer: `python main.py --help`."""
 import sys
 
-import console
+from vision_kan.common import console
 
 console.starting(__name__)
 import torch
 
-import captured
 import models_kan
-import peers
-import speed
-import start as starting
 import utils
-from augment import build_mixup
-from checkpoints import weights_of
-from config import Config, describe_sources, dump_yaml, get_args_parser, parse_args, validate
-from datasets import Loaders, build_loaders
-from debug_nan import KeptBatches
-from device_data import on_device
-from engine import (
-    NonFinite,
-    StopRequested,
-    TrainState,
-    Wishes,
-    choose_amp_dtype,
-    distributed,
-    ema_model,
-    evaluate,
-    replay_non_finite,
-    result_of,
-    summary,
-    train_one_epoch,
-)
-from interruption import UNREAD, Interruption, name_of
+from datasets import build_loaders, calibration_batch
+from engine import ema_model, evaluate, result_of, summary, train_one_epoch
 from losses import build_criterion
 from models_kan import ModelSpec
-from run_folder import RunFolder
-from utils import EXIT_PREEMPTED, Preempted, Process, UserError, say
+from vision_kan.checkpoints.read import weights_of
+from vision_kan.common import peers
+from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
+from vision_kan.common.interruption import UNREAD, Interruption, name_of
+from vision_kan.common.process import Process, world_size_of_launch
+from vision_kan.common.seeds import seed_everything
+from vision_kan.common.text import say
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import get_args_parser
+from vision_kan.config.recipes import dump_yaml
+from vision_kan.config.resolve import Config, describe_sources, parse_args
+from vision_kan.data.device import on_device
+from vision_kan.data.loaders import Loaders, validation_images
+from vision_kan.data.transforms import build_mixup
+from vision_kan.models.cost import count_flops, count_parameters
+from vision_kan.models.infer import load_exactly
+from vision_kan.run.build import (
+    build_model,
+    build_teacher,
+    choose_backend,
+    class_weights,
+    load_start,
+    model_spec,
+    model_table,
+)
+from vision_kan.run.build import (
+    description as describe_run,
+)
+from vision_kan.run.folder import RunFolder
+from vision_kan.run.starting import Start, read_start, settle
+from vision_kan.training import captured, speed
+from vision_kan.training.debug_nan import KeptBatches
+from vision_kan.training.optim import build_state, freeze_all_but_attention, scaled_lr, schedule_warnings
+from vision_kan.training.precision import choose_amp_dtype
+from vision_kan.training.speed import StepProfiler, compile_model
+from vision_kan.training.state import TrainState, distributed
+from vision_kan.training.updates import NonFinite, StopRequested, Wishes, replay_non_finite
 
 __all__ = ["get_args_parser", "main"]
 
@@ -49,15 +61,15 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str]) -> int:
     config = parse_args(argv)
     if config.args.list_models:
-        say(starting.model_table())
+        say(model_table())
         return 0
     if not config.args.resume:      # else the checkpoint still fills in what is missing
-        validate(config.args, utils.world_size_of_launch())
+        validate(config.args, world_size_of_launch())
     process = peers.init_process(config.args.device, config.args.dist_url, config.args.dist_timeout)
     with utils.stop_together(process):
         with utils.main_process_first(process):     # one download, then the cached file
-            start = starting.read_start(config)
-        config = starting.settle(config, start, process)
+            start = read_start(config)
+        config = settle(config, start, process)
         args = config.args
         validate(args, process.world_size)
     if args.deterministic:
@@ -69,12 +81,12 @@ def run(argv: list[str]) -> int:
 
     with utils.stop_together(process):
         loaders = on_device(build_loaders(args, process, start.class_names), args, process)
-        utils.seed_everything(args.seed)
-        model, spec = starting.build_model(starting.model_spec(config, start, loaders.nb_classes), config)
-        starting.choose_backend(config, spec, model, process.device)
-        table = starting.load_start(model, spec, start, loaders, args.seed)
+        seed_everything(args.seed)
+        model, spec = build_model(model_spec(config, start, loaders.nb_classes), config)
+        choose_backend(config, spec, model, process.device)
+        table = load_start(model, spec, start, lambda: calibration_batch(loaders, args.seed))
         if args.compile:
-            speed.compile_model(model, process.device, mode=args.compile)
+            compile_model(model, process.device, mode=args.compile)
     if table:
         say(f"weights from {start.path}:\n{table}")
     if args.eval:
@@ -82,14 +94,14 @@ def run(argv: list[str]) -> int:
     return train(config, argv, start, model.to(process.device), spec, loaders, process, amp_dtype)
 
 
-def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.Module, loaders: Loaders,
+def evaluate_checkpoint(config: Config, start: Start, model: torch.nn.Module, loaders: Loaders,
                         process: Process, amp_dtype: torch.dtype) -> int:
     """Evaluate `model` and `model_ema` of a checkpoint, or a model just made from --finetune."""
     keys = [key for key in ("model", "model_ema") if start.purpose == "eval" and start.checkpoint.get(key)]
     lines: list[str] = []
     for key in keys or ["model"]:
         if start.purpose == "eval":
-            models_kan.load_exactly(model, weights_of(start.checkpoint, start.path, key),
+            load_exactly(model, weights_of(start.checkpoint, start.path, key),
                                     f"{key} in checkpoint {start.path}")
         result = evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=config.args.dist_eval, title=key)
         with utils.stop_together(process):
@@ -101,7 +113,7 @@ def evaluate_checkpoint(config: Config, start: starting.Start, model: torch.nn.M
     return 0
 
 
-def train(config: Config, argv: list[str], start: starting.Start, model: torch.nn.Module, spec: ModelSpec,
+def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module, spec: ModelSpec,
           loaders: Loaders, process: Process, amp_dtype: torch.dtype) -> int:
     args = config.args
     with utils.stop_together(process):
@@ -111,14 +123,14 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
             raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or "
                             "choose another folder")
     if args.attn_only:
-        starting.freeze_all_but_attention(model)
+        freeze_all_but_attention(model)
     mixup = build_mixup(args, loaders.nb_classes)
-    teacher = starting.build_teacher(args, loaders.nb_classes, process.device)
+    teacher = build_teacher(args, loaders.nb_classes, process.device)
     criterion = build_criterion(args, loaders.nb_classes, mixup is not None, teacher,
-                                starting.class_weights(args, loaders, process.device))
-    lr = starting.scaled_lr(args, process.world_size)
+                                class_weights(args, loaders, process.device))
+    lr = scaled_lr(args, process.world_size)
     updates = -(-len(loaders.train) // args.grad_accum)
-    state = starting.build_state(args, model, lr, updates, process.device, amp_dtype)
+    state = build_state(args, model, lr, updates, process.device, amp_dtype)
     if start.purpose == "resume":
         state.load_state_dict(start.checkpoint)
         loaders.load_unreadable_state(start.checkpoint.get("unreadable") or [])
@@ -139,18 +151,18 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
     with utils.stop_together(process):
         updater = captured.build_updater(args, net, state, criterion, process, amp_dtype)
 
-    for warning in starting.schedule_warnings(args, lr):
+    for warning in schedule_warnings(args, lr):
         say(f"warning: {warning}", file=sys.stderr)
     n_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops = models_kan.count_flops(model) if models_kan.split_name(spec.name)[0] else None
+    flops = count_flops(model) if models_kan.split_name(spec.name)[0] else None
     cost = f", {flops.matmul / 1e6:,.1f} M matmul and {flops.elementwise / 1e6:,.2f} M elementwise FLOPs" if flops else ""
-    say(f"{spec.name}: {models_kan.count_parameters(model):,} parameters, {n_parameters:,} trained{cost}; "
+    say(f"{spec.name}: {count_parameters(model):,} parameters, {n_parameters:,} trained{cost}; "
         f"{loaders.data_set}, {loaders.nb_classes} classes; lr {lr:.3g} for "
         f"{args.batch_size * process.world_size * args.grad_accum} images an update")
-    description = starting.description(config, spec, loaders)
+    description = describe_run(config, spec, loaders)
     ideal_rate = speed.ideal_rate(flops and flops.matmul, process, amp_dtype)
     profiled = args.profile and process.is_main
-    profiler = speed.StepProfiler(args.output_dir, len(loaders.train), process.device) if profiled else None
+    profiler = StepProfiler(args.output_dir, len(loaders.train), process.device) if profiled else None
     kept = KeptBatches(args.grad_accum) if args.debug_nan else None
 
     def save(also: tuple[str, ...] = ()) -> None:
@@ -207,9 +219,9 @@ def train(config: Config, argv: list[str], start: starting.Start, model: torch.n
                         "epoch_seconds": trained["seconds"],
                         **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
             if args.log_kan and process.is_main and state.epoch % args.log_kan == 0:
-                from understand import log_functions  # matplotlib is slow to import
+                from vision_kan.analysis.training_log import log_functions  # matplotlib is slow to import
                 peers.mark(f"the functions learned in epoch {epoch}")
-                log_functions(model, starting.validation_images(loaders), folder, epoch)
+                log_functions(model, validation_images(loaders), folder, epoch)
             save(also)
             if state.epoch < args.epochs and state.patience_is_over(args.patience, process):
                 folder.ended_by = stopped_early(state)

@@ -21,16 +21,19 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import console
+from vision_kan.common import console
 
 console.starting(__name__)
 import torch
 
-import peers
-from checkpoints import CHECKPOINT, PREVIOUS
-from config import Parser, get_args_parser, parse_args, validate
-from run_folder import STATUS
-from utils import EXIT_PREEMPTED, UserError
+from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS
+from vision_kan.common import peers
+from vision_kan.common.errors import EXIT_PREEMPTED, UserError
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import get_args_parser
+from vision_kan.config.parser import Parser
+from vision_kan.config.resolve import parse_args
+from vision_kan.run.folder import STATUS
 
 try:
     import submitit

@@ -4,21 +4,12 @@ Evaluation needs no class of its own: `range(rank, n, world_size)` is an exact s
 """
 import math
 from collections.abc import Iterator, Sized
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-
-class SampleKey(NamedTuple):
-    """One draw of the training order. (seed, epoch, position) seeds its augmentation, so the result
-    depends neither on the worker that makes it nor on how many workers or processes there are."""
-    index: int      # type: ignore[assignment]  # of the image in the data set; a tuple has a method of the name
-    seed: int
-    epoch: int
-    position: int   # in the epoch's order over all processes
-    repeat: int     # which repeat of this image: 0 .. num_repeats - 1
+from vision_kan.data.images import SampleKey
 
 
 class RASampler(Sampler[SampleKey]):

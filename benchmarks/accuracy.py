@@ -44,18 +44,23 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 from torchvision.datasets import ImageFolder
 
-import conversion
 import models_kan
-from checkpoints import CHECKPOINT, load_file, save_checkpoint
-from config import parse_args
 from engine import evaluate, train_one_epoch
-from faster_kan import FasterKANLayer, rswaf_basis
-from group_kan import GroupActivation
+from faster_kan import FasterKANLayer
 from losses import build_criterion
 from models_kan import ModelSpec
 from samplers import RASampler
-from start import build_state
-from utils import Process, seed_everything
+from vision_kan.checkpoints.read import CHECKPOINT, load_file
+from vision_kan.checkpoints.write import save_checkpoint
+from vision_kan.common.process import Process
+from vision_kan.common.seeds import seed_everything
+from vision_kan.config.resolve import parse_args
+from vision_kan.kernels import rswaf_basis
+from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.models import conversion
+from vision_kan.models.cost import cost_mismatch, count_flops, count_parameters
+from vision_kan.models.finetune import load_finetune
+from vision_kan.training.optim import build_state
 
 # name -> (model suffix, what differs). `act`: another fixed activation in the MLP. `frozen`: learned functions
 # that are not trained here, see `_load_functions`. `phi_qkv`, `phi_out`: a learned function before the qkv map, or
@@ -348,10 +353,10 @@ def run(setting: str, variant: str, seed: int, data: Path, work: Path, results: 
     else:
         model, columns["step0_error"] = pretrained(suffix, options, seed, images, folder)
         images = subset(images, CLASSES_B)
-    flops = models_kan.count_flops(model)
+    flops = count_flops(model)
     columns |= train(model, images, recipe, seed, folder / run_name(variant, recipe["epochs"], seed))
     columns |= {"setting": setting, "variant": variant, "seed": seed, "epochs": recipe["epochs"], "lr": recipe["lr"],
-                "parameters": models_kan.count_parameters(model), "matmul_mflops": round(flops.matmul / 1e6, 2),
+                "parameters": count_parameters(model), "matmul_mflops": round(flops.matmul / 1e6, 2),
                 "elementwise_mflops": round(flops.elementwise / 1e6, 3), "torch": torch.__version__,
                 "timm": timm.__version__}
     append(results / "runs.csv", columns)
@@ -370,7 +375,7 @@ def pretrained(suffix: str, options: dict[str, Any], seed: int, images: dict[str
         train(twin, first, dict(RECIPE), seed, folder)
     twin.load_state_dict(load_file(folder / CHECKPOINT)["model"])
     model = build(suffix, options, seed, len(CLASSES_A), None)
-    models_kan.load_finetune(model, twin.state_dict())
+    load_finetune(model, twin.state_dict())
     twin.eval(), model.eval()
     with torch.inference_mode():
         batch = normalise(first["val"][:500])
@@ -464,7 +469,7 @@ def table(rows: list[dict[str, Any]], baseline: str) -> str:
             + (f" n={len(pairs)}" if len(pairs) != len(runs) else ""))
         first = next(iter(runs.values()))
         if reference:
-            mismatch = models_kan.cost_mismatch(_cost(first), _cost(next(iter(reference.values()))))
+            mismatch = cost_mismatch(_cost(first), _cost(next(iter(reference.values()))))
             notes += [f"{variant} and {baseline} are {mismatch}"] if mismatch else []
         lines.append(f"| {variant} | {_spread(top1)} | {len(runs)} | {difference} | {_spread(averaged)} | "
                      f"{int(first['parameters']):,} | {first['matmul_mflops']} | {first['elementwise_mflops']} | "

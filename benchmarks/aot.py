@@ -39,9 +39,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from kernels.triton_common import TARGETS, AotCase, Device
+from vision_kan.kernels.triton_common import TARGETS, AotCase, Device
 
-MODULES = ("kernels.triton_linear", "kernels.triton_activation")
+MODULES = ("vision_kan.kernels.triton_linear", "vision_kan.kernels.triton_activation")
 TOKENS = 25_216                                 # 128 images of 197 tokens
 WIDTHS = (192, 384, 768)
 # Rates behind the lower bounds: flop/s of 16-bit matrix products, special functions/s (16 a clock and

@@ -30,8 +30,8 @@ from e2e import NANO, QUICK, differences, run, write_digits
 from hostile_checkpoints import Hostile, hostile_files
 from timing import machine
 
-from checkpoints import load_file
-from utils import UserError
+from vision_kan.checkpoints.read import load_file
+from vision_kan.common.errors import UserError
 
 WAYS = ("resume", "auto", "eval", "auto eval", "finetune", "teacher")
 LIMIT_S, LIMIT_BYTES = 120, 4 * 2 ** 30

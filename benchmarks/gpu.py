@@ -44,16 +44,17 @@ from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-import kernels
 import models_kan
-from captured import CapturedUpdater, CudaGraphs
-from config import parse_args
-from engine import Updater, Wishes
 from losses import ClassLoss
-from models_kan import count_flops
-from speed import peak_flops
-from start import build_state
-from utils import Process, seed_everything
+from vision_kan import kernels
+from vision_kan.common.process import Process
+from vision_kan.common.seeds import seed_everything
+from vision_kan.config.resolve import parse_args
+from vision_kan.models.cost import count_flops
+from vision_kan.training.captured import CapturedUpdater, CudaGraphs
+from vision_kan.training.optim import build_state
+from vision_kan.training.speed import peak_flops
+from vision_kan.training.updates import Updater, Wishes
 
 FIELDS = ("part", "name", "variant", "width", "dtype", "phase", "ms", "spread_percent", "n", "how", "ratio", "tflops",
           "tflops_percent", "gbps", "gbps_percent", "images_per_s", "mfu_percent", "kernels_ms",

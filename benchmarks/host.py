@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import kernels
-from group_kan import GroupActivation
-from kernels import backend, triton_activation
+from vision_kan import kernels
+from vision_kan.kernels import backend, triton_activation
+from vision_kan.layers.group_kan import GroupActivation
 
 
 class NoKernel:

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kernels
 from benchmarks.timing import machine, quantile, ratios, saved_bytes, time_in_turn
+from vision_kan import kernels
 
 POINTS, H = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist()), 6 / 7
 FIELDS = ("op", "tokens", "width", "dtype", "threads", "way", "part", "ms", "p25", "p75", "beside_ours", "n", "saved_mb",

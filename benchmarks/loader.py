@@ -24,10 +24,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from augment import Normalise
-from config import parse_args
-from datasets import build_loaders, load_image
-from utils import Process
+from datasets import build_loaders
+from vision_kan.common.process import Process
+from vision_kan.config.resolve import parse_args
+from vision_kan.data.images import load_image
+from vision_kan.data.transforms import Normalise
 
 RESULTS = Path(__file__).resolve().parent / "results/loader.csv"
 

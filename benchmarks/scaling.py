@@ -30,7 +30,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import models_kan  # noqa: F401  registers the models with timm
 from benchmarks.timing import quantile, saved_bytes, time_in_turn
 
 RESULTS = Path(__file__).resolve().parent / "results/scaling.csv"

@@ -29,7 +29,7 @@ import torch
 from e2e import Run, differences, launch, left
 from timing import machine
 
-from utils import EXIT_PREEMPTED
+from vision_kan.common.errors import EXIT_PREEMPTED
 
 FLAGS = ("--device", "cpu", "--num_workers", "1", "--data-set", "DIGITS", "--model", "vit_nano_patch8_32_GKAN", "--batch-size",
          "64", "--warmup-epochs", "1", "--lr", "1e-3", "--unscale-lr", "--drop", "0.1", "--drop-path", "0.1",

@@ -23,10 +23,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import kernels
-import models_kan  # noqa: F401  registers the models with timm
 from benchmarks.timing import machine, quantile, ratios, saved_bytes, time_in_turn
 from faster_kan import FasterKANLayer
+from vision_kan import kernels
+from vision_kan.models.cost import count_parameters  # noqa: F401  registers the models with timm
 
 FIELDS = ("model", "variant", "dtype", "threads", "batch", "ms", "p25", "p75", "ratio", "ratio_p25", "ratio_p75", "n",
           "saved_mb_per_image", "peak_mb", "parameters", "machine")
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, names: list[str]) -> list[dict]:
                      "ratio": round(middle, 3), "ratio_p25": round(low, 3), "ratio_p75": round(high, 3),
                      "n": len(seconds[name]), "saved_mb_per_image": round(kept / 1e6, 2),
                      "peak_mb": "" if grown is None else round(grown, 1),
-                     "parameters": models_kan.count_parameters(net), "machine": machine()})
+                     "parameters": count_parameters(net), "machine": machine()})
     return rows
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import main as program
-import peers
+from vision_kan.common import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = "vit_nano_patch8_32_KAN"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import get_args_parser
-from utils import UserError
+from vision_kan.common.errors import UserError
+from vision_kan.config.flags import get_args_parser
 
 
 def sentence(call, *args, **kwargs) -> str:

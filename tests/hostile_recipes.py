@@ -17,12 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hypothesis import strategies as st
+from timm.optim import list_optimizers
 
-import config
-from utils import UserError
+from vision_kan.common.errors import UserError
+from vision_kan.config.checks import _NAMES, LARGEST, validate
+from vision_kan.config.flags import ONE_SHOT, flags_by_dest
+from vision_kan.config.parser import HeightAndWidth, on_one_line
+from vision_kan.config.resolve import parse_args
 
-FLAGS = {dest: action for dest, action in config._flags().items() if dest not in config._ONE_SHOT}
-OPTIONS = sorted(option for action in config._flags().values() for option in action.option_strings)
+FLAGS = {dest: action for dest, action in flags_by_dest().items() if dest not in ONE_SHOT}
+OPTIONS = sorted(option for action in flags_by_dest().values() for option in action.option_strings)
 # What a run of a program may do that reading a file must not.
 FORBIDDEN = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.spawn", "os.posix_spawn", "os.startfile", "subprocess.Popen",
              "compile", "exec", "socket.connect", "os.remove", "os.rename", "os.mkdir", "pickle.find_class"}
@@ -78,8 +82,8 @@ def outcome(argv: list[str], canary: Path | None = None, world_size: int = 1, se
     canary: a file that a recipe tries to create."""
     try:
         with at_most(seconds), nothing_runs():
-            parsed = config.parse_args(argv)
-            config.validate(parsed.args, world_size)
+            parsed = parse_args(argv)
+            validate(parsed.args, world_size)
     except UserError as error:
         check_sentence(str(error), argv)
         return "refused"
@@ -112,20 +116,20 @@ def check_sentence(text: str, argv: list[str]) -> None:
     """One line of ordinary length that names a flag, a word of the command line or the recipe's file."""
     good = text and text.isprintable() and len(text) < 600 and "Traceback" not in text
     named = any(option in text for option in OPTIONS) or any(f"'{word}'"[:20] in text or word[:20] in text
-                                                             for word in map(config._on_one_line, argv))
+                                                             for word in map(on_one_line, argv))
     if not (good and named):
         raise Violation(f"no sentence: {text!r}: {shown(argv)}")
 
 
 def check_values(args: Namespace) -> None:
     """Every flag is there, of its own type, and every number is finite and of ordinary size."""
-    for dest, action in config._flags().items():
+    for dest, action in flags_by_dest().items():
         value = getattr(args, dest)
         if value is None:
             if action.default is not None:
                 raise Violation(f"{dest} is None")
             continue
-        if isinstance(action, config.HeightAndWidth):       # an oblong size alone is a list
+        if isinstance(action, HeightAndWidth):       # an oblong size alone is a list
             if isinstance(value, list) and (len(value) != 2 or value[0] == value[1]):
                 raise Violation(f"{dest} {value!r} is neither one number nor two that differ")
             value = value if isinstance(value, list) else [value]
@@ -175,8 +179,8 @@ def _within(dest: str, action: Action) -> st.SearchStrategy:
     if action.choices:
         one = st.sampled_from(list(action.choices))
         return st.lists(one, min_size=1, max_size=2) if action.nargs == "+" else one
-    if dest in config._NAMES:
-        return st.sampled_from(config._NAMES[dest])
+    if dest in _NAMES:
+        return st.sampled_from(_NAMES[dest])
     one = {int: st.integers(0, 64), float: st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1.0]))}.get(
         action.type, st.just(action.default or "none"))
     if action.nargs in ("+", 2, 3):
@@ -342,7 +346,7 @@ def number_text(value) -> str:
 def _odd_values() -> dict[str, list]:
     """dest -> values that `validate` lets through, most of them at a limit; a run with any of them takes a second. Left out: what
     compiles (a minute), downloads, DIGITS (ten seconds), and `--profile`."""
-    tiny, large = 1e-300, float(config.LARGEST)
+    tiny, large = 1e-300, float(LARGEST)
     models = [f"vit_nano_patch8_32_{kind}" for kind in ("KAN", "GKAN", "EKAN", "ViT")]
     values = {
         "model": models * 2 + ["test_vit", "test_resnet", "test_convnext", "test_nfnet", "resnet18.nothing", "vit_nano.x_KAN",
@@ -352,11 +356,11 @@ def _odd_values() -> dict[str, list]:
         "drop": [0, 0.5, 1 - 1e-16], "drop_path": [0, 0.5, 1 - 1e-16],
         "hdim_kan": [1, 3, 64], "kan_grid_range": [(-2, 2), (0, tiny), (-large, large), (5, 5.000001), (-tiny, tiny)],
         "kan_grid_points": [2, 3, 17, 33, 200], "kan_h": [tiny, 1e-6, 1, large], "kan_groups": [0, 1, 3, 8, 10 ** 9],
-        "model_ema_decay": [0, 0.5, 1 - 1e-16], "opt": sorted(name for name in config.list_optimizers() if "kron" not in name),
+        "model_ema_decay": [0, 0.5, 1 - 1e-16], "opt": sorted(name for name in list_optimizers() if "kron" not in name),
         "opt_eps": [tiny, 1e-8, 1, large], "opt_betas": [(0,), (0, 0), (0.9, 0.999), (0.9, 0.99, 0.999), (0.5,) * 5],
         "clip_grad": [tiny, 1e-3, 1, large], "momentum": [0, 0.9, 1 - 1e-16], "weight_decay": [0, 0.05, 1e3, large],
         "kan_lr_mult": [0, 1, large], "kan_weight_decay": [0, 1, large], "layer_decay": [tiny, 0.5, 1],
-        "sched": config._NAMES["sched"], "lr": [tiny, 1e-9, 1e-3, 1, 1e4, large], "lr_noise": [(0,), (0, 0), (0.2, 1), (1, 0)],
+        "sched": _NAMES["sched"], "lr": [tiny, 1e-9, 1e-3, 1, 1e4, large], "lr_noise": [(0,), (0, 0), (0.2, 1), (1, 0)],
         "lr_noise_pct": [0.01, 1], "lr_noise_std": [tiny, 1, large], "warmup_lr": [0, 1, large], "min_lr": [0, 1, large],
         "decay_epochs": [tiny, 1e-9, 0.5, 1, large], "warmup_epochs": [0, 1, 5, 10 ** 6], "cooldown_epochs": [0, 10 ** 6],
         "patience_epochs": [0, 10 ** 6], "decay_rate": [tiny, 0.1, 1, large], "color_jitter": [0, 0.3, 1, large],
@@ -364,10 +368,10 @@ def _odd_values() -> dict[str, list]:
         "aa": ["none", "", "rand", "rand-m0", "rand-m99-mstd999.9-n3", "rand-mmax1", "rand-p0", "rand-m9-inc1-n5", "augmix",
                "augmix-m99-w9-d9-a0.001-b1", "augmix-a999", "original-mstd999", "originalr", "v0", "v0r-mstd0.5", "3a",
                "rand-tweights", "rand-t3a", "rand-t3aw-n10", "rand-m9-m0-m5", "augmix-mstd0"],
-        "smoothing": [0, 0.1, 1 - 1e-16], "train_interpolation": config._NAMES["train_interpolation"],
-        "reprob": [0, tiny, 1], "remode": config._NAMES["remode"], "recount": [1, 50],
+        "smoothing": [0, 0.1, 1 - 1e-16], "train_interpolation": _NAMES["train_interpolation"],
+        "reprob": [0, tiny, 1], "remode": _NAMES["remode"], "recount": [1, 50],
         "mixup": [0, tiny, 1e-3, 1, large], "cutmix": [0, tiny, 1, large], "cutmix_minmax": [(0, 1), (0, tiny), (0.2, 0.8)],
-        "mixup_prob": [0, 0.5, 1], "mixup_switch_prob": [0, 0.5, 1], "mixup_mode": config._NAMES["mixup_mode"],
+        "mixup_prob": [0, 0.5, 1], "mixup_switch_prob": [0, 0.5, 1], "mixup_mode": _NAMES["mixup_mode"],
         "distillation_type": ["soft", "hard"], "distillation_alpha": [0, 1], "distillation_tau": [tiny, large],
         "teacher_model": ["nothing", "test_vit"], "teacher_path": ["nowhere.pth", ""],
         "finetune": ["nowhere.pth", "~nobody_here/x", "x" * 5000, "/dev/null", "http://[::1", "é\udcff", "a/" * 3000, "file:///x"],

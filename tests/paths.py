@@ -4,8 +4,8 @@ import contextlib
 import pytest
 import torch
 
-import kernels
-from kernels import backend, native
+from vision_kan import kernels
+from vision_kan.kernels import backend, native
 
 PATHS = ("native", "chunked", "reference", "compile")
 

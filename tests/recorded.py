@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import models_kan  # noqa: F401  registers the models with timm
-from captured import CapturedUpdater, CudaGraphs
-from checkpoints import plain
-from config import parse_args
-from engine import TrainState, Updater, evaluate, train_one_epoch
-from losses import Criterion, build_criterion
-from start import build_state
-from utils import Process, TrainingFailed
+from engine import evaluate, train_one_epoch
+from losses import build_criterion
+from vision_kan.common.errors import TrainingFailed
+from vision_kan.common.process import Process
+from vision_kan.common.text import plain
+from vision_kan.config.resolve import parse_args
+from vision_kan.training.captured import CapturedUpdater, CudaGraphs
+from vision_kan.training.criterion import Criterion
+from vision_kan.training.optim import build_state
+from vision_kan.training.state import TrainState
+from vision_kan.training.updates import Updater
 
 READS_THE_DEVICE = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default,
                     torch.ops.aten.is_nonzero.default)

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from scipy import stats
 
-import models_kan
 from benchmarks import accuracy
-from kernels import native
 from samplers import RASampler
+from vision_kan.kernels import native
+from vision_kan.models.cost import twin_mismatch
 
 
 def model(text: str, seed: int = 0):
@@ -22,12 +22,12 @@ def model(text: str, seed: int = 0):
 @pytest.mark.parametrize("text", ["gkan", "kan", "kan-original", "relu2", "silu", "gkan,kan_groups=32",
                                   "kan,kan_grid_points=4,hdim_kan=96"])
 def test_the_variants_are_fair_twins_of_the_mlp(text):
-    assert models_kan.twin_mismatch(model(text), model("mlp")) is None
+    assert twin_mismatch(model(text), model("mlp")) is None
 
 
 def test_an_unfair_one_is_told():
     """efficient-KAN scales each edge's spline by a number that takes part in no product: 10 parameters, 9 FLOPs."""
-    assert "FLOPs" in models_kan.twin_mismatch(model("ekan"), model("mlp"))
+    assert "FLOPs" in twin_mismatch(model("ekan"), model("mlp"))
     rows = [row("mlp", 0, 50.0), row("wide", 0, 55.0, parameters=110)]
     assert accuracy.table(rows, "mlp").splitlines()[-1] == (
         "wide and mlp are not twins: 110 against 100 parameters, a difference of 9.1%")

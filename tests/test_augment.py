@@ -11,9 +11,9 @@ from timm.layers import to_2tuple
 from timm.models import get_pretrained_cfg
 from torchvision import transforms
 
-from augment import GREY_SCALE, Normalise, build_transform, shorten, to_rgb
-from config import get_args_parser
-from utils import UserError
+from vision_kan.common.errors import UserError
+from vision_kan.config.flags import get_args_parser
+from vision_kan.data.transforms import GREY_SCALE, Normalise, build_transform, shorten, to_rgb
 
 
 def make_args(**changes):

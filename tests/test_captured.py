@@ -12,20 +12,21 @@ from recorded import K, Net, Reading, RecordedGraphs, assert_same, batches, eval
 from timm.data import Mixup
 from torch import nn
 
-import captured
-import engine
-import models_kan  # noqa: F401  registers the models with timm
-from captured import CapturedUpdater, reason_against
-from checkpoints import plain
-from debug_nan import KeptBatches
-from engine import NonFinite, Updater, Wishes, replay_non_finite, train_one_epoch
+from engine import train_one_epoch
 from losses import ClassLoss, CosubLoss, DistillationLoss
-from utils import EXIT_PREEMPTED, Process, UserError
+from vision_kan.common.errors import EXIT_PREEMPTED, UserError
+from vision_kan.common.process import Process
+from vision_kan.common.text import plain
+from vision_kan.training import captured
+from vision_kan.training import updates as updates_module
+from vision_kan.training.captured import CapturedUpdater, reason_against
+from vision_kan.training.debug_nan import KeptBatches
+from vision_kan.training.updates import NonFinite, StopRequested, Updater, Wishes, replay_non_finite
 
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch):
-    monkeypatch.setattr(engine, "can_read_late", lambda state, device: True)
+    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: True)
 
 
 def replays(updater) -> tuple[int, int]:
@@ -145,7 +146,7 @@ def test_a_resume_is_to_the_last_bit():
 
     first = state_of(flags())
     updater = updater_of(first, criterion, True)
-    with pytest.raises(engine.StopRequested):
+    with pytest.raises(StopRequested):
         train_one_epoch(first.model, first, criterion, batches(8), Process(), epochs=9, updater=updater,
                         wishes=lambda: Wishes(signal=15 if first.step >= 4 else 0))
     assert replays(updater)[1] >= 1

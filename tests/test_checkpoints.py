@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,22 +21,19 @@ from e2e import differences
 from helpers import epochs, forked, sentence
 from safetensors.torch import save_file
 
-import checkpoints
-from checkpoints import (
+from vision_kan.checkpoints.read import (
     CHECKPOINT,
     PREVIOUS,
     check_entries,
     checkpoint_args,
     in_our_layout,
     load_file,
-    plain,
-    save_checkpoint,
-    save_safetensors,
-    saved_checkpoints,
     weights_of,
-    whole,
 )
-from utils import UserError
+from vision_kan.checkpoints.write import save_checkpoint, save_safetensors, saved_checkpoints
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import whole
+from vision_kan.common.text import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
@@ -350,7 +348,7 @@ def test_a_failure_at_any_moment_leaves_the_earlier_files_whole(tmp_path, monkey
             patch.setattr(torch, "save", some_bytes_and_then(RuntimeError("[enforce fail] unexpected pos 64 vs 0\n...")))
         elif moment == "copy":
             patch.setattr(os, "link", full)
-            patch.setattr(checkpoints.shutil, "copyfile", half_a_copy)
+            patch.setattr(shutil, "copyfile", half_a_copy)
         else:
             patch.setattr(os, moment, full)
         with pytest.raises(OSError) as e:

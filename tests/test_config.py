@@ -14,9 +14,14 @@ from e2e import write_digits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import config
-from config import ADDED_CHOICES, CHANGED_DEFAULTS, SCOPE, Config, dump_yaml, parse_args, resolve, validate
-from utils import UserError
+from vision_kan.common.errors import UserError
+from vision_kan.config import checks as checks_module
+from vision_kan.config import flags as flags_module
+from vision_kan.config import recipes as recipes_module
+from vision_kan.config.checks import _refuse, validate
+from vision_kan.config.flags import _SCOPES, ADDED_CHOICES, CHANGED_DEFAULTS, SCOPE, get_args_parser
+from vision_kan.config.recipes import dump_yaml
+from vision_kan.config.resolve import Config, describe_sources, parse_args, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
@@ -48,7 +53,7 @@ def refusal(*argv: str, world_size: int = 1) -> str:
 # ---------------------------------------------------------------- DeiT's flags
 def test_deit_flags_frozen():
     assert len(DEIT) == 71
-    actions = {action.dest: action for action in config.get_args_parser()._actions}
+    actions = {action.dest: action for action in get_args_parser()._actions}
     for dest, deit in DEIT.items():
         action = actions[dest]
         assert set(deit["options"]) <= set(action.option_strings), dest
@@ -67,9 +72,9 @@ def test_changed_defaults_tell_deits_value_and_a_reason():
 
 
 def test_every_flag_has_a_scope_and_a_help_text():
-    actions = config.get_args_parser()._actions
+    actions = get_args_parser()._actions
     assert {a.dest for a in actions} == set(SCOPE)
-    assert sum(len(dests.split()) for dests in config._SCOPES.values()) == len(SCOPE)     # none in two scopes
+    assert sum(len(dests.split()) for dests in _SCOPES.values()) == len(SCOPE)     # none in two scopes
     assert all(a.help for a in actions)
 
 
@@ -85,7 +90,7 @@ def test_deit_command_line_is_understood():
 
 
 def test_both_spellings_of_every_flag():
-    for action in config.get_args_parser()._actions:
+    for action in get_args_parser()._actions:
         value = {None: ["1"], 0: [], "?": [], "+": ["1"], 2: ["1", "2"], 3: ["1", "2", "3"]}[action.nargs]
         if action.choices:
             value = [list(action.choices)[-1]]
@@ -155,7 +160,7 @@ def test_model_options_default_to_the_models_own():
 
 
 def test_parser_can_be_a_parent():
-    child = ArgumentParser(parents=[config.get_args_parser()])
+    child = ArgumentParser(parents=[get_args_parser()])
     assert child.parse_args(["--batch-size", "3"]).batch_size == 3
 
 
@@ -165,12 +170,12 @@ def test_help_shows_defaults_that_say_something(capsys):
     out = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert e.value.code == 0
     assert "(default: 64)" in out and "SUPPRESS" not in out and "default: None" not in out
-    assert out.count("(default: True)") == sum(a.default is True for a in config.get_args_parser()._actions)
+    assert out.count("(default: True)") == sum(a.default is True for a in get_args_parser()._actions)
 
 
 def test_the_defaults_of_help_are_the_parsers():
     """Typed as they are shown, they are the default; one that is not shown is nothing: none, off or empty."""
-    parser = config.get_args_parser()
+    parser = get_args_parser()
     formatter = parser._get_formatter()
     for action in parser._actions:
         text = " ".join(formatter._expand_help(action).split())
@@ -185,7 +190,7 @@ def test_the_defaults_of_help_are_the_parsers():
 
 
 def test_help_says_what_is_taken():
-    actions = {action.dest: " ".join(action.help.split()) for action in config.get_args_parser()._actions}
+    actions = {action.dest: " ".join(action.help.split()) for action in get_args_parser()._actions}
     for dest in ("finetune", "resume", "teacher_path"):
         assert "a file, a folder, a URL" in actions[dest] and "hf-hub:OWNER/NAME" in actions[dest]
     assert "timm" in actions["model"] and "timm" in actions["finetune"] and "cores" in actions["num_workers"]
@@ -445,19 +450,19 @@ def test_what_the_two_above_would_notice(tmp_path, monkeypatch):
     argv = ["--config", str(file)]
     file.write_text(f"model: !!python/object/apply:os.mkdir ['{canary}']")
     with monkeypatch.context() as patch:
-        patch.setattr(config, "_Loader", yaml.UnsafeLoader)
+        patch.setattr(recipes_module, "_Loader", yaml.UnsafeLoader)
         with pytest.raises(hostile_recipes.Violation, match="os.mkdir"):
             hostile_recipes.outcome(argv)
         assert canary.is_dir()
         with pytest.raises(hostile_recipes.Violation, match="a recipe has run code"):
             hostile_recipes.outcome([], canary)
     wrongs = {"KeyError": {}.__getitem__, "still busy": lambda path: time.sleep(9), "is no int": lambda path: {"epochs": 1.0},
-              "no ordinary number": lambda path: {"seed": 2 ** 63}, "no sentence": lambda path: config._refuse(None, "", "")}
-    monkeypatch.setattr(config, "validate", lambda *_: None)
-    monkeypatch.setattr(config, "flag_name", lambda dest: "that")
-    monkeypatch.setattr(config, "_refuse", lambda *_: (_ for _ in ()).throw(UserError("bad value")))
+              "no ordinary number": lambda path: {"seed": 2 ** 63}, "no sentence": lambda path: _refuse(None, "", "")}
+    monkeypatch.setattr(checks_module, "validate", lambda *_: None)
+    monkeypatch.setattr(flags_module, "flag_name", lambda dest: "that")
+    monkeypatch.setattr(checks_module, "_refuse", lambda *_: (_ for _ in ()).throw(UserError("bad value")))
     for words, load_recipe in wrongs.items():
-        monkeypatch.setattr(config, "load_recipe", load_recipe)
+        monkeypatch.setattr(recipes_module, "load_recipe", load_recipe)
         with pytest.raises(hostile_recipes.Violation, match=words):
             hostile_recipes.outcome(argv, canary, seconds=0.5)
 
@@ -637,13 +642,13 @@ def test_describe_sources(recipe):
     file = recipe("epochs: 7\nbatch_size: 64")
     got = resolve(parse_args(["--config", file, "--seed", "3"]), {"model": "m", "kan_grid_range": [-2, 2]},
                   {"input_size": 32}, "eval")
-    assert sorted(config.describe_sources(got).splitlines()) == [
+    assert sorted(describe_sources(got).splitlines()) == [
         "from the checkpoint: kan_grid_range -2.0 2.0, model m", "from the model: input_size 32",
         f"from the recipe {file}: epochs 7"]
-    assert config.describe_sources(parse_args(["--seed", "3"])) == ""
+    assert describe_sources(parse_args(["--seed", "3"])) == ""
     noted = resolve(parse_args(["--epochs", "9"]), OURS, {}, "resume")
-    assert config.describe_sources(noted).endswith("--epochs is 9 (command line); the checkpoint has 50")
-    assert "opt_betas" not in config.describe_sources(noted)
+    assert describe_sources(noted).endswith("--epochs is 9 (command line); the checkpoint has 50")
+    assert "opt_betas" not in describe_sources(noted)
 
 
 def test_config_is_frozen():

@@ -14,11 +14,10 @@ import pytest
 import torch
 from e2e import QUICK, ROOT, Run, checkpoint, command_line, log, write_digits
 
-import console
 import main as program
-import peers
-from interruption import Interruption
 from tools import evaluate, inspect_kan, predict, runs
+from vision_kan.common import console, peers
+from vision_kan.common.interruption import Interruption
 
 PROGRAMS = [ROOT / "main.py", ROOT / "run_with_submitit.py", *sorted((ROOT / "tools").glob("*.py"))]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -60,7 +59,8 @@ def test_a_program_that_imports_another_keeps_its_handler():
 
 
 def test_ctrl_c_after_the_end_leaves_the_exit_code():
-    script = ("import atexit, os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nimport console\n"
+    script = ("import atexit, os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+              "from vision_kan.common import console\n"
               "console.starting('__main__')\natexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
               "sys.exit(console.guarded(lambda: 75))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -4,10 +4,10 @@ import timm
 import torch
 from torch import nn
 
-import conversion
-import models_kan
 from models_kan import ModelSpec
-from utils import UserError
+from vision_kan.common.errors import UserError
+from vision_kan.models import conversion
+from vision_kan.models.finetune import load_finetune
 
 FULL = {"kan_basis": "covering", "kan_second_norm": "static", "hdim_kan": 384}
 NANO = "vit_nano_patch8_32"
@@ -50,7 +50,7 @@ def test_a_group_kan_computes_what_the_mlp_did(name, size):
     """Every family of DeiT, two blocks of it: each block is converted alike."""
     source = trained(f"{name}_ViT", depth=2)
     model = timm.create_model(f"{name}_GKAN", num_classes=10, depth=2).eval()
-    report = models_kan.load_finetune(model, source.state_dict())
+    report = load_finetune(model, source.state_dict())
     assert not report.dropped and not report.initial
     assert {key for key in report.converted} == {key for key in model.state_dict() if ".mlp.phi" in key}
     batch = images(1, size)
@@ -63,7 +63,7 @@ def test_a_group_kan_computes_what_the_mlp_did(name, size):
 def test_timms_own_deit_becomes_a_group_kan(timm_name):
     source = trained(timm_name, depth=2)
     model = timm.create_model(f"{timm_name}_GKAN", num_classes=10, depth=2).eval()
-    models_kan.load_finetune(model, source.state_dict())
+    load_finetune(model, source.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(model(images(1, 224)), source(images(1, 224)), atol=1e-5, rtol=1e-5)
 
@@ -74,7 +74,7 @@ def test_deit3s_own_key_names_become_a_group_kan():
     theirs = {key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
               for key, value in source.state_dict().items()}
     model = timm.create_model("deit3_small_patch16_224_GKAN", num_classes=10, depth=2).eval()
-    models_kan.load_finetune(model, theirs)
+    load_finetune(model, theirs)
     with torch.no_grad():
         torch.testing.assert_close(model(images(1, 224)), source(images(1, 224)), atol=1e-5, rtol=1e-5)
 

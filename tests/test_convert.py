@@ -10,10 +10,12 @@ from safetensors import safe_open
 from test_conversion import trained
 
 import main as program
-import models_kan
-from checkpoints import load_file
 from tools import convert
-from trained import load_trained
+from vision_kan.checkpoints.read import load_file
+from vision_kan.models import finetune as finetune_module
+from vision_kan.models.finetune import load_finetune
+from vision_kan.models.infer import load_exactly
+from vision_kan.run.trained import load_trained
 
 NANO = "vit_nano_patch8_32"
 FULL = ["--hdim_kan", "384", "--kan-basis", "covering", "--kan-second-norm", "static", "--kan-grid-range", "-4", "4"]
@@ -49,7 +51,7 @@ def test_group_kan(source, photos, tmp_path, capsys):
         about = json.loads(file.metadata()["vision_kan"])
         assert file.metadata()["format"] == "pt"
     model = timm.create_model(about["model_args"]["name"], **about["model_args"]["kwargs"])
-    models_kan.load_exactly(model, load_file(target)["model"], "the target")
+    load_exactly(model, load_file(target)["model"], "the target")
     with torch.no_grad():
         x = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(model.eval()(x), trained()(x), atol=1e-5, rtol=1e-5)
@@ -91,7 +93,7 @@ def test_main_converts_by_itself(source, photos, tmp_path, capsys):
 
 
 def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, capsys):
-    exact = models_kan.load_finetune
+    exact = load_finetune
 
     def damaged(model, state, grid):
         report = exact(model, state, grid)
@@ -100,7 +102,7 @@ def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, 
                 model.blocks[0].mlp.phi2.coefficients += 0.1
         return report
 
-    monkeypatch.setattr(models_kan, "load_finetune", damaged)
+    monkeypatch.setattr(finetune_module, "load_finetune", damaged)
     assert convert.main([str(source), str(tmp_path / "g.safetensors"), "--model", f"{NANO}_GKAN", "--check",
                          str(photos / "val")]) == 1
     assert "differs from its source" in capsys.readouterr().err

@@ -41,11 +41,17 @@ from timm.task import ClassificationEvaluator
 from torch.utils.data import DataLoader
 from torchvision import datasets as torchvision_datasets
 
-import datasets
-from augment import build_transform
-from datasets import FileImages, batches, build_dataset, build_loaders, evaluated, guess_data_set, load_image
-from samplers import RASampler, SampleKey
-from utils import Process, UnreadableData, UserError
+from datasets import build_dataset, build_loaders
+from samplers import RASampler
+from vision_kan.common.errors import UnreadableData, UserError
+from vision_kan.common.process import Process
+from vision_kan.data import images as images_module
+from vision_kan.data.class_folders import hold_out
+from vision_kan.data.images import FileImages, SampleKey, load_image
+from vision_kan.data.known import _digits_file, _digits_of
+from vision_kan.data.names import evaluated, guess_data_set
+from vision_kan.data.transforms import build_transform
+from vision_kan.data.workers import batches
 
 CIFARS = {"CIFAR": torchvision_datasets.CIFAR100, "CIFAR10": torchvision_datasets.CIFAR10}
 
@@ -232,7 +238,7 @@ def test_the_hash_is_as_written():
     names, targets = [f"c{i % 2}/{i}.jpg" for i in range(40)], np.arange(40) % 2
     order = sorted(names, key=lambda name: hashlib.blake2b(f"7/{name}".encode(), digest_size=8).hexdigest())
     expected = {name for c in "01" for name in [name for name in order if name.startswith(f"c{c}")][:6]}
-    held_out = datasets.hold_out(names, targets, 0.3, 7)
+    held_out = hold_out(names, targets, 0.3, 7)
     assert {name for name, chosen in zip(names, held_out) if chosen} == expected
 
 
@@ -726,7 +732,7 @@ def test_epochs_differ_whatever_the_number_of_workers(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_does_not_read_ahead_into_the_next_epoch(folder, tmp_path, monkeypatch, workers):
     read = tmp_path / "read"
-    monkeypatch.setattr(datasets, "load_image", lambda path, *how, real=load_image: (
+    monkeypatch.setattr(images_module, "load_image", lambda path, *how, real=load_image: (
         os.write(log, f"{path}\n".encode()), real(path, *how))[1])
     log = os.open(read, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     loaders = build_loaders(make_args(folder, num_workers=workers), Process())
@@ -820,7 +826,7 @@ def no_permissions(monkeypatch):
         if not os.stat(path).st_mode & 0o400:
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, *args, **options)
-    monkeypatch.setattr(datasets, "open", refuse, raising=False)
+    monkeypatch.setattr(images_module, "open", refuse, raising=False)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -909,7 +915,7 @@ def test_a_machine_out_of_handles_is_not_an_unreadable_image(folder, monkeypatch
         raise OSError(24, "Too many open files", path)
 
     loaders = build_loaders(make_args(folder), Process())
-    monkeypatch.setattr(datasets, "open", fail, raising=False)
+    monkeypatch.setattr(images_module, "open", fail, raising=False)
     with pytest.raises(OSError, match="Too many open files"):
         epoch_of(loaders)
     assert loaders.unreadable_train() == 0
@@ -1539,10 +1545,10 @@ def test_a_worker_seeds_each_image_as_the_main_process_does(tmp_path):
 
 def test_digits_are_scikit_learns_and_so_is_their_split(monkeypatch):
     digits = load_digits()
-    pixels, targets = datasets._digits_file()
+    pixels, targets = _digits_file()
     assert np.array_equal(pixels, digits.images) and np.array_equal(targets, digits.target)
     halves = train_test_split(np.arange(1797), test_size=360, stratify=targets, random_state=0)
     for is_train, theirs in zip((True, False), halves):
-        assert np.array_equal(datasets._digits_of(is_train, targets), np.sort(theirs))
-    monkeypatch.setattr(datasets.os.path, "isfile", lambda path: False)        # another version may keep it elsewhere
-    assert np.array_equal(datasets._digits_file()[0], pixels)
+        assert np.array_equal(_digits_of(is_train, targets), np.sort(theirs))
+    monkeypatch.setattr(os.path, "isfile", lambda path: False)        # another version may keep it elsewhere
+    assert np.array_equal(_digits_file()[0], pixels)

@@ -7,10 +7,11 @@ import torch
 from e2e import QUICK, run, write_digits
 from torch import nn
 
-import engine
-import models_kan  # noqa: F401  registers the models
-from debug_nan import KeptBatches, replay
 from losses import ClassLoss
+from vision_kan.common.process import Process
+from vision_kan.training.debug_nan import KeptBatches, replay
+from vision_kan.training.precision import autocast
+from vision_kan.training.updates import NonFinite, replay_non_finite
 
 CPU = torch.device("cpu")
 CRITERION = ClassLoss(nn.CrossEntropyLoss())
@@ -19,7 +20,7 @@ CRITERION = ClassLoss(nn.CrossEntropyLoss())
 def told(model, images=None, batches=None) -> str:
     images = torch.rand(4, 3, 32, 32) if images is None else images
     batches = batches or [(4, images, torch.tensor([0, 1, 2, 1]))]
-    return replay(model, CRITERION, batches, lambda: engine.autocast(CPU, torch.float32), 1.0, (0, 3, 0), None)
+    return replay(model, CRITERION, batches, lambda: autocast(CPU, torch.float32), 1.0, (0, 3, 0), None)
 
 
 @pytest.fixture
@@ -81,6 +82,6 @@ def test_a_folder_that_is_gone_is_told(model, tmp_path):
     state = type("State", (), {"model": model, "epoch": 0, "scaler": torch.amp.GradScaler("cpu", enabled=False)})
     kept = KeptBatches()
     kept.note(0, torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 1]))
-    text = engine.replay_non_finite(engine.NonFinite("", 0), state, CRITERION, kept, engine.Process(), torch.float32, 0,
+    text = replay_non_finite(NonFinite("", 0), state, CRITERION, kept, Process(), torch.float32, 0,
                                     str(tmp_path / "gone"))
     assert "could not be written" in text

@@ -11,11 +11,10 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import models_kan  # noqa: F401  registers the models with timm
-from efficient_kan import EfficientKAN
 from faster_kan import FasterKAN
-from group_kan import GroupKAN
-from kernels import rswaf_activation
+from vision_kan.kernels import rswaf_activation
+from vision_kan.layers.efficient_kan import EfficientKAN
+from vision_kan.layers.group_kan import GroupKAN
 
 KANS = {
     "group": functools.partial(GroupKAN, groups=2, trainable_base=True),

@@ -11,11 +11,21 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
 from torchvision import transforms
 
-import device_data
-from config import parse_args
 from datasets import build_loaders
-from device_data import Augmentation, NotOnDevice, TrainLoader, build_augmentation, on_device, resampling, uniforms
-from utils import Process
+from vision_kan.common.process import Process
+from vision_kan.config.resolve import parse_args
+from vision_kan.data import device as device_module
+from vision_kan.data.device import NotOnDevice, TrainLoader, build_augmentation, on_device
+from vision_kan.data.device_augment import (
+    Augmentation,
+    _crop_box,
+    _grey,
+    _jitter,
+    _resampled,
+    _three,
+    resampling,
+    uniforms,
+)
 
 PLAIN = ("--aa", "none", "--reprob", "0", "--color-jitter", "0")
 CPU = Process()
@@ -78,7 +88,7 @@ def test_a_resized_cut_is_pils(kind, size):
         want = image.crop((left, top, left + width, top + height)).resize((size, size), str_to_pil_interp(kind))
         rows, columns = (resampling(kind, torch.tensor([float(start)]), torch.tensor([float(length)]), 48, size)
                          for start, length in ((top, height), (left, width)))
-        difference = (device_data._resampled(pixels(image).float(), rows, columns) - pixels(want)).abs()
+        difference = (_resampled(pixels(image).float(), rows, columns) - pixels(want)).abs()
         if kind == "nearest":       # between two pixels PIL's accumulated rounding decides
             assert (difference == 0).float().mean() > 0.8
         else:
@@ -101,9 +111,9 @@ def test_a_padded_crop_is_torchvisions(mode):
 def test_colours_are_pils():
     image = photo()
     x = pixels(image).float()
-    assert (device_data._grey(x)[0, 0] - torch.from_numpy(np.array(image.convert("L")))).abs().max() <= 1
+    assert (_grey(x)[0, 0] - torch.from_numpy(np.array(image.convert("L")))).abs().max() <= 1
     third = torch.tensor([[0.1, 0.5], [0.5, 0.5], [0.9, 0.5]])
-    solarised, grey, blurred = device_data._three(x.expand(3, -1, -1, -1), third)
+    solarised, grey, blurred = _three(x.expand(3, -1, -1, -1), third)
     assert torch.equal(solarised.byte(), pixels(ImageOps.solarize(image, 128))[0])
     assert (grey - pixels(image.convert("L").convert("RGB"))[0]).abs().max() <= 1
     assert (blurred - pixels(image.filter(ImageFilter.GaussianBlur(1.05)))[0]).abs().mean() < 1
@@ -113,7 +123,7 @@ def test_colours_are_pils():
             draws[0, kind] = u
             draws[0, 3 + kind] = 0.9            # this one last
             want = getattr(ImageEnhance, name)(image).enhance(factor)
-            assert (device_data._jitter(x, draws, 0.4) - pixels(want)).abs().max() <= 2
+            assert (_jitter(x, draws, 0.4) - pixels(want)).abs().max() <= 2
 
 
 # ---------------------------------------------------------------- distributions
@@ -125,7 +135,7 @@ def moments(boxes) -> np.ndarray:
 @pytest.mark.parametrize("high, wide", [(32, 32), (20, 60)])
 def test_crops_are_distributed_as_timms(high, wide):
     u = uniforms(0, 0, torch.arange(4000), 24)
-    ours = torch.stack(device_data._crop_box(u, high, wide), 1)
+    ours = torch.stack(_crop_box(u, high, wide), 1)
     random.seed(0)
     image = Image.new("L", (wide, high))
     theirs = [RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
@@ -183,7 +193,7 @@ def test_the_order_and_the_targets_are_the_loaders(data):
 # ---------------------------------------------------------------- resume, processes
 @pytest.mark.parametrize("words", [(), ("--input-size", "40", "--reprob", "0.5")], ids=str)
 def test_a_resumed_epoch_is_the_rest_of_it_bit_by_bit(data, words, monkeypatch):
-    monkeypatch.setattr(device_data, "CHUNK_BYTES", 3 * 16 * 3 * 40 ** 2 * 4)      # three batches at a time
+    monkeypatch.setattr(device_module, "CHUNK_BYTES", 3 * 16 * 3 * 40 ** 2 * 4)      # three batches at a time
     whole, rest = loaders(data, *words), loaders(data, *words)
     whole.train_sampler.set_epoch(1)
     images = [images.clone() for images, _ in whole.train]
@@ -237,7 +247,7 @@ def test_what_has_no_counterpart_is_refused_or_left_to_the_loader(data, words, t
     made = build_loaders(args, CPU)
     before = made.train
     assert on_device(made, args, CPU).train is before and not capsys.readouterr().out      # on a CPU not even tried
-    monkeypatch.setattr(device_data, "_memory", lambda device: 2 ** 40)
+    monkeypatch.setattr(device_module, "_memory", lambda device: 2 ** 40)
     with pytest.raises(NotOnDevice, match=told.split()[0]):
         TrainLoader(made.train.dataset, made.train_sampler, args, CPU)
 
@@ -247,7 +257,7 @@ def test_images_of_several_sizes_and_too_many_are_refused(data, tmp_path, monkey
     odd = sorted((folder / "train").rglob("*.png"))[-1]
     Image.open(odd).resize((50, 32)).save(odd)
     assert odd.name in sentence(loaders, folder)
-    monkeypatch.setattr(device_data, "_memory", lambda device: 1000)
+    monkeypatch.setattr(device_module, "_memory", lambda device: 1000)
     assert "GiB" in sentence(loaders, data)
 
 

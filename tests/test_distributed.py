@@ -29,7 +29,7 @@ from e2e import (
 )
 
 import main as program
-from utils import EXIT_FAILED, EXIT_PREEMPTED
+from vision_kan.common.errors import EXIT_FAILED, EXIT_PREEMPTED
 
 # Plain SGD keeps a rounding error small; what is drawn for each process rather than for each image is off.
 ALIKE = ("--opt", "momentum", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--unscale-lr", "--lr", "0.1",
@@ -348,7 +348,7 @@ def test_a_process_that_is_killed_takes_torchrun_down(data, tmp_path):
 def sent_to_rank_1_at(where: str, what: str):
     """The program, which in process 1 meets `what` where it marks that it comes to `where`."""
     def call(argv: list[str]) -> int:
-        import peers
+        from vision_kan.common import peers
         real, out = peers.mark, Path(argv[argv.index("--output_dir") + 1])
 
         def mark(doing: str) -> None:
@@ -427,7 +427,7 @@ def test_the_number_of_processes_may_change_in_the_middle_of_an_epoch(before, af
 
 
 def stop_alone(argv: list[str]) -> int:
-    import peers
+    from vision_kan.common import peers
     peers.mark = lambda doing: os.kill(os.getpid(), signal.SIGTERM) if doing == "the update of step 2 of epoch 1" else None
     return program.main(argv)
 

@@ -17,7 +17,10 @@ from e2e import QUICK, ROOT, run, write_digits
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import run_with_submitit
-from config import Parser, get_args_parser, parse_args, validate
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import get_args_parser
+from vision_kan.config.parser import Parser
+from vision_kan.config.resolve import parse_args
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)

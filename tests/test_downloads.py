@@ -17,9 +17,9 @@ from e2e import Run
 from e2e import sentence as program_sentence
 from helpers import sentence
 
-import downloads
-from checkpoints import load_file
-from downloads import fetch
+from vision_kan.checkpoints import downloads
+from vision_kan.checkpoints.downloads import fetch
+from vision_kan.checkpoints.read import load_file
 
 W = torch.arange(6.).view(2, 3)
 

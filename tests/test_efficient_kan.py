@@ -10,9 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import efficient_kan
-import models_kan  # noqa: F401 - registers the models
-from efficient_kan import EfficientKAN, EfficientKANLayer, bspline_basis, uniform_knots
+from vision_kan.layers import efficient_kan
+from vision_kan.layers.efficient_kan import EfficientKAN, EfficientKANLayer, bspline_basis, uniform_knots
 
 # About three times the largest error of an output that was measured against fp64; gradients have 8 times that.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}

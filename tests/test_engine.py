@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import re
 import sys
+import time
 from argparse import Namespace
 from copy import deepcopy
 from itertools import islice
@@ -20,32 +21,23 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import engine
-import models_kan  # noqa: F401  registers the models with timm
-from augment import build_mixup
-from checkpoints import plain
-from config import parse_args
-from datasets import ImageSet, Split, _digits, build_loaders
-from engine import (
-    MovingAverage,
-    NonFinite,
-    StopRequested,
-    TrainState,
-    Wishes,
-    autocast,
-    can_read_late,
-    choose_amp_dtype,
-    ema_model,
-    evaluate,
-    lr_of,
-    summary,
-    train_one_epoch,
-)
-from kernels import native
+from datasets import build_loaders
+from engine import ema_model, evaluate, summary, train_one_epoch
 from losses import ClassLoss, CosubLoss, build_criterion
 from samplers import RASampler
-from start import build_state
-from utils import Process, TrainingFailed, UserError
+from vision_kan.common.errors import TrainingFailed, UserError
+from vision_kan.common.process import Process
+from vision_kan.common.text import plain
+from vision_kan.config.resolve import parse_args
+from vision_kan.data.images import ImageSet, Split
+from vision_kan.data.known import open_digits
+from vision_kan.data.transforms import build_mixup
+from vision_kan.kernels import native
+from vision_kan.training import updates as updates_module
+from vision_kan.training.optim import build_state
+from vision_kan.training.precision import autocast, choose_amp_dtype
+from vision_kan.training.state import MovingAverage, TrainState, lr_of
+from vision_kan.training.updates import NonFinite, StopRequested, Wishes, can_read_late
 
 CPU = torch.device("cpu")
 NANO = "vit_nano_patch8_32_KAN"
@@ -193,7 +185,7 @@ def test_moving_average():
 @pytest.mark.parametrize("late", [False, True])
 def test_warm_up_of_the_moving_average(late, monkeypatch):
     """As timm's: of the n-th update 1 - n^(-2/3) is kept, at most the decay; a resume goes on counting."""
-    monkeypatch.setattr(engine, "can_read_late", lambda state, device: late)
+    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: late)
     argv = ("--opt", "adamw", "--model-ema", "--model-ema-decay", 0.75, "--model-ema-warmup")
     data, average = batches(6), None
     state, reference = state_of(nano(), *argv, lr=1e-2), state_of(nano(), "--opt", "adamw", lr=1e-2)
@@ -317,7 +309,7 @@ def test_the_device_is_waited_for_once_an_interval(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, counting)
     torch.zeros(1).item()
     assert waits.pop() == "item"
-    monkeypatch.setattr(engine, "can_read_late", lambda state, device: True)
+    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: True)
     state = state_of(nano(), "--model-ema")
     options = {"mixup": Mixup(0.8, 1.0, num_classes=K), "clip_grad": 1.0, "accumulate": 2}
     criterion = build_criterion(flags(), K, True)
@@ -410,9 +402,8 @@ def test_only_the_first_process_prints(capsys):
 
 
 def test_eta_counts_the_epochs_that_are_left(capsys, monkeypatch):
-    import engine
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     state = state_of(nano())
     state.epoch = 1
     epoch_of(state, batches(2), print_freq=1, epochs=4)
@@ -480,7 +471,7 @@ def spoiled_at(step: int, value: float = math.nan):
 @pytest.mark.parametrize("opt", ["adamw", "momentum", "adam"])
 def test_an_update_that_is_not_finite_changes_nothing(opt, late, monkeypatch):
     """Neither weights nor average nor the optimizer's state; read late, too, as on a GPU."""
-    monkeypatch.setattr(engine, "can_read_late", lambda state, device: late)
+    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: late)
     argv = ("--opt", opt, "--momentum", 0.9, "--model-ema", "--model-ema-decay", 0.5)
     before, spoiled = state_of(nano(), *argv, lr=1e-3), state_of(nano(), *argv, lr=1e-3)
     epoch_of(before, batches(2))
@@ -494,7 +485,7 @@ def test_an_update_that_is_not_finite_changes_nothing(opt, late, monkeypatch):
 def test_read_late_is_the_same_run(argv, monkeypatch):
     states = []
     for late in (False, True):
-        monkeypatch.setattr(engine, "can_read_late", lambda state, device, late=late: late)
+        monkeypatch.setattr(updates_module, "can_read_late", lambda state, device, late=late: late)
         # late, the rate is read in float32, as this one is
         state = state_of(nano(), *argv, "--model-ema", "--model-ema-decay", 0.5, lr=2.0 ** -10)
         epoch_of(state, batches(7), accumulate=2, clip_grad=0.5)
@@ -516,7 +507,7 @@ def test_when_an_update_may_be_read_late():
 
 @pytest.mark.parametrize("late", [False, True])
 def test_float16_skips_are_survived_and_a_run_of_them_is_not(late, monkeypatch):
-    monkeypatch.setattr(engine, "can_read_late", lambda state, device: late)
+    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: late)
     state = state_of(nano(), "--model-ema", "--model-ema-decay", 0.5, "--momentum", 0.9, dtype=torch.float16)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 30)       # overflows until it has come down
     before = weights(state.model)
@@ -815,7 +806,7 @@ class Run:
     def __init__(self, *argv, seed: int = 0):
         self.args = flags("--opt", "adamw", "--drop-path", 0.3, "--model-ema", "--model-ema-decay", 0.9, "--warmup-epochs", 1,
                           "--batch-size", 16, "--input-size", 32, *argv)
-        split = _digits(True)
+        split = open_digits(True)
         few = Split(type(split.images)(split.images.pixels[:48]), split.targets[:48], split.classes)
         data = ImageSet(few, True, self.args)
         self.sampler = RASampler(data, seed=self.args.seed)

@@ -15,10 +15,12 @@ from torch import nn
 
 import datasets
 import main as program
-from config import parse_args
-from datasets import ArrayImages, Split, build_loaders
+from datasets import build_loaders
 from engine import evaluate
-from utils import Process
+from vision_kan.common.process import Process
+from vision_kan.config.resolve import parse_args
+from vision_kan.data.images import ArrayImages, Split
+from vision_kan.data.known import open_digits
 
 GROUPS = "vit_nano_patch8_32_GKAN"
 SIZES, WORLDS = range(1, 65), range(1, 5)
@@ -39,7 +41,7 @@ def results_of(rank: int, world: int, shared: bool, folder: Path, queue) -> None
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}{shared}", rank=rank, world_size=world)
     process = Process(rank, world, rank)
-    whole = datasets._digits(is_train=False)
+    whole = open_digits(is_train=False)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     args = parse_args(["--eval", "--data-set", "DIGITS", "--input-size", "32", "--num_workers", "0", "--batch-size", "4",
@@ -47,7 +49,7 @@ def results_of(rank: int, world: int, shared: bool, folder: Path, queue) -> None
     results = []
     for size in SIZES:
         split = Split(SomeUnreadable(whole.images.pixels[:size]), whole.targets[:size], whole.classes)
-        datasets._digits = lambda is_train, split=split: split
+        datasets.open_digits = lambda is_train, split=split: split
         loaders = build_loaders(args, process)
         loaders.val.dataset.quiet = True
         results.append(evaluate(model, loaders.val, process, shared=shared))

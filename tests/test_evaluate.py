@@ -15,10 +15,11 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, log_loss, precision_score, top_k_accuracy_score
 
-from config import get_args_parser
 from datasets import build_loaders
-from trained import load_trained
-from utils import Process
+from tools.common import loaders_of
+from vision_kan.common.process import Process
+from vision_kan.config.flags import get_args_parser
+from vision_kan.run.trained import load_trained
 
 sys.path.insert(0, str(ROOT / "tools"))
 import evaluate  # noqa: E402
@@ -73,7 +74,7 @@ def outputs(trained_run):
     """Logits float32 [N, 10], targets and files of all readable images, one by one."""
     folder, data, broken = trained_run
     trained = load_trained(str(folder / "checkpoint.pth"), device="cpu", flags=["--data-path", str(data), "--num_workers", "0"])
-    images = trained.loaders().val.dataset
+    images = loaders_of(trained).val.dataset
     rows = [(trained.model(image[None])[0], target, images.images.name(i)) for i, (image, target) in
             ((i, images[i]) for i in range(len(images))) if target >= 0]
     assert len(rows) == 119

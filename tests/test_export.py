@@ -17,10 +17,10 @@ from safetensors.torch import save
 from test_trained import RELEASED
 from timm.layers import to_2tuple
 
-from augment import EvalTransform
-from checkpoints import load_file
 from tools import export, push_to_hub
-from trained import Pictures, image_files, load_trained
+from vision_kan.checkpoints.read import load_file
+from vision_kan.data.transforms import EvalTransform
+from vision_kan.run.trained import Pictures, image_files, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = "vit_nano_patch8_32"

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import faster_kan
-from faster_kan import FasterKAN, FasterKANLayer, rswaf_linear
+from faster_kan import FasterKAN, FasterKANLayer
+from vision_kan.kernels import rswaf_linear
 
 # About three times the largest error of an output that was measured against fp64; gradients have 8 times that.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

@@ -23,13 +23,13 @@ from helpers import scalars
 from PIL import Image
 from torch import nn
 
-import augment
-import kernels
 import main as program
-from config import SCOPE
 from datasets import build_loaders
 from engine import train_one_epoch
-from utils import Process
+from vision_kan import kernels
+from vision_kan.common.process import Process
+from vision_kan.config.flags import SCOPE
+from vision_kan.data import transforms
 
 DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
 GROUPS = "--model vit_nano_patch8_32_GKAN"
@@ -322,7 +322,7 @@ def saves(line):
     """How many checkpoints a run of one epoch writes."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("run_folder.save_checkpoint", lambda *args: calls.append(args))
+        patch.setattr("vision_kan.run.folder.save_checkpoint", lambda *args: calls.append(args))
         assert run(*QUICK, "--epochs", 1, "--data-path", PLACES["data"], *words(line)) == 0
     return len(calls)
 
@@ -689,9 +689,9 @@ def test_the_crop_of_the_evaluation():
     args = program.parse_args([]).args
     args.input_size, args.eval_crop_ratio = 64, 0.5
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
-    middle = augment.build_transform(False, args)(image)
+    middle = transforms.build_transform(False, args)(image)
     args.eval_crop_ratio = 1.0
-    assert torch.equal(middle, augment.build_transform(False, args)(image.crop((32, 32, 96, 96))))
+    assert torch.equal(middle, transforms.build_transform(False, args)(image.crop((32, 32, 96, 96))))
 
 
 def test_the_log_has_no_lines_beyond_print_freq():

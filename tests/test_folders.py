@@ -9,11 +9,13 @@ from helpers import make_args
 from hostile_images import picture, write_folder, write_image
 from PIL import Image, features
 
-import datasets
-import folders
-from datasets import build_dataset, build_loaders, guess_data_set, load_image
-from trained import image_files
-from utils import Process, UserError
+from datasets import build_dataset, build_loaders
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process
+from vision_kan.data import folders
+from vision_kan.data.images import load_image
+from vision_kan.data.names import guess_data_set, needs_splitting
+from vision_kan.run.trained import image_files
 
 
 @pytest.fixture(autouse=True)
@@ -213,4 +215,4 @@ def test_what_is_asked_for_only_once_is_read_lazily(data, monkeypatch):
     opened = []
     monkeypatch.setattr(folders.os, "scandir", lambda path, real=os.scandir: (opened.append(path), real(path))[1])
     assert folders.has_images(str(data / "train"), ["cat", "dog"]) and opened == [str(data / "train/cat")]
-    assert not folders.has_images(str(data), []) and datasets.needs_splitting(make_args(data, data_set="FOLDER")) is False
+    assert not folders.has_images(str(data), []) and needs_splitting(make_args(data, data_set="FOLDER")) is False

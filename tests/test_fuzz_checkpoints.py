@@ -31,7 +31,8 @@ NOTICED = {
     "crashed": "f.hostile_files = lambda good, *_: [Hostile('k', 'w', saved(good))]",
     "ran code": """
 import pickle
-checkpoints.untrusted.read = lambda path: pickle.loads(path.read_bytes())
+from vision_kan.checkpoints import untrusted
+untrusted.read = lambda path: pickle.loads(path.read_bytes())
 f.hostile_files = lambda good, canary, *_: [Hostile('k', 'w', pickle.dumps(_Call(__import__('os').mkdir, str(canary))))]""",
     "hung": """
 import time
@@ -46,7 +47,6 @@ def test_what_it_notices(what):
     code, said = python("-c", f"""
 import sys
 import fuzz_checkpoints as f
-import checkpoints
 from hostile_checkpoints import Hostile, _Call, saved
 {NOTICED[what]}
 sys.exit(f.main(["--n", "1"]))""")

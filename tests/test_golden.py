@@ -22,8 +22,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from e2e import run  # noqa: E402
 
-import kernels  # noqa: E402
 import main as program  # noqa: E402
+from vision_kan import kernels  # noqa: E402
 
 FILE = ROOT / "tests/data/golden_losses.json"
 FLAGS = ("--data-set DIGITS --device cpu --num_workers 0 --batch-size 32 --epochs 1 --warmup-epochs 0 --sched-on-updates "

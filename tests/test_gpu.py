@@ -18,8 +18,8 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from engine import MovingAverage
-from utils import EXIT_PREEMPTED
+from vision_kan.common.errors import EXIT_PREEMPTED
+from vision_kan.training.state import MovingAverage
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import gpu  # noqa: E402

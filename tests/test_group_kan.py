@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-import models_kan  # noqa: F401  registers the models with timm
-from group_kan import BASES, GroupActivation, GroupKAN
+from vision_kan.kernels import BASES
+from vision_kan.layers.group_kan import GroupActivation, GroupKAN
 
 
 def exact(u, c, points, h):

@@ -11,8 +11,8 @@ from e2e import QUICK, run, write_digits
 
 import hubconf
 import models_kan
-from trained import load_trained
-from utils import UserError
+from vision_kan.common.errors import UserError
+from vision_kan.run.trained import load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = f"""
@@ -67,12 +67,12 @@ def test_a_checkpoint_tells_its_images_and_classes(checkpoint):
 
 def test_dependencies_are_what_is_imported():
     """Every package beside the standard library that our modules import when they are loaded, in a program of their own."""
-    program = ("import sys, hubconf, trained; "
+    program = ("import sys, hubconf, vision_kan.run.trained; "
                "print(*(getattr(module, '__file__', None) for module in list(sys.modules.values())), sep='\\n')")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    ours = [path for path in map(Path, done.stdout.splitlines()) if path.parent in (ROOT, ROOT / "kernels")
-            and "triton" not in path.name]
+    ours = [path for path in map(Path, done.stdout.splitlines()) if path.is_relative_to(ROOT)
+            and not path.is_relative_to(ROOT / ".venv") and "triton" not in path.name]
     imported = {line.split()[1].split(".")[0] for path in ours for line in path.read_text().splitlines()
                 if line.startswith(("import ", "from "))}
     others = imported - set(sys.stdlib_module_names) - {path.stem for path in ROOT.glob("*.py")} - {"kernels"}

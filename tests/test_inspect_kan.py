@@ -15,9 +15,12 @@ from matplotlib.textpath import TextPath
 from PIL import Image
 from test_trained import RELEASED
 
-import understand
 from tools import inspect_kan
-from trained import beside, load_trained
+from tools.common import loaders_of
+from vision_kan.analysis.arriving import Collected, collect_inputs
+from vision_kan.analysis.functions import function_layers
+from vision_kan.analysis.measures import Measured, measure
+from vision_kan.run.trained import beside, load_trained
 
 ONE = ("--layer", "blocks.0")       # few panels are drawn quickly
 
@@ -99,14 +102,14 @@ def test_a_group_kan_on_its_data(places, tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "deep/out").iterdir()) == sorted([*names, "report.html"])
     # the numbers are those of the model on the validation images
     trained = load_trained(str(file), device="cpu", flags=["--data-path", str(data)])
-    found = understand.collect_inputs(trained.model, [torch.cat([images for images, _ in trained.loaders().val])])
+    found = collect_inputs(trained.model, [torch.cat([images for images, _ in loaders_of(trained).val])])
     rows = {row[0]: row[1:] for row in page.rows}
     assert rows["measured on"] == ["24 images"] and rows["epochs done"] == ["2"] and rows["model"] == ["vit_nano_patch8_32_GKAN"]
     assert rows["parameters"] == [f"{sum(p.numel() for p in trained.model.parameters()):,}"]
     for block in range(4):
         assert rows[f"blocks.{block}"] == [f"{found.outputs[f'blocks.{block}{part}']:.3g}" for part in (".attn", ".mlp", "")]
-    for name, layer in understand.function_layers(trained.model).items():
-        measured = understand.measure(layer, found.inputs[name])
+    for name, layer in function_layers(trained.model).items():
+        measured = measure(layer, found.inputs[name])
         assert rows[name][:2] == ["8", "8 on [-3, 3]"] and rows[name][4] == f"{measured.off_grid:.1%}"
         assert float(rows[name][5]) == pytest.approx(measured.distance, rel=0.01) and float(rows[name][5]) > 0
         assert rows[name][-1] == "0 of 8 groups"
@@ -210,7 +213,7 @@ def test_a_file_of_the_original_code(places, tmp_path, capsys):
 # ---------------------------------------------------------------- mistakes, and what strangers write
 def test_the_widest_table_fits_a_page_of_1500_pixels():
     """The layers' table with longer words than a full-edge KAN of 12 blocks has, in the widest of the usual fonts."""
-    layer = understand.Measured(functions=2_359_296, low=-2, high=2, points=16, mean=-12.34, std=12.34, smallest=-123.45,
+    layer = Measured(functions=2_359_296, low=-2, high=2, points=16, mean=-12.34, std=12.34, smallest=-123.45,
                                 largest=123.45, p5=-12.34, p95=12.34, off_grid=0.1234, distance=0.000123, furthest=0.000123,
                                 units="inputs", gain=torch.tensor([1.2e-05] * 3072))
     rows = inspect_kan.layers_table(SimpleNamespace(measured={"blocks.11.mlp.layers.0": layer}))
@@ -232,7 +235,7 @@ def test_the_widest_table_fits_a_page_of_1500_pixels():
 # A model without learned functions, and no image.
 NOTHING = inspect_kan.Findings(
     SimpleNamespace(path="a.pth", spec=SimpleNamespace(name="vit", kwargs={}), about={}, results={}, model=torch.nn.Linear(1, 1)),
-    understand.Collected({}), {}, None, [], "none")
+    Collected({}), {}, None, [], "none")
 
 
 def test_names_are_escaped(places, tmp_path):

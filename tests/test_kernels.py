@@ -20,12 +20,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import kernels
-import models_kan  # noqa: F401  registers the models with timm
-from efficient_kan import EfficientKAN
 from faster_kan import FasterKAN, FasterKANLayer
-from group_kan import GroupActivation, GroupKAN
-from kernels import backend, basis, native, rswaf_activation, rswaf_basis
+from vision_kan import kernels
+from vision_kan.kernels import backend, basis, native, rswaf_activation, rswaf_basis
+from vision_kan.layers.efficient_kan import EfficientKAN
+from vision_kan.layers.group_kan import GroupActivation, GroupKAN
 
 POINTS = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist())
 
@@ -164,7 +163,7 @@ def test_a_file_in_the_cache_that_is_no_library(fresh):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_one_openmp_in_the_process(threads):
     """A second OpenMP library would double the threads; ours takes the one that PyTorch has loaded."""
-    code = ("import torch, kernels\n"
+    code = ("import torch\nfrom vision_kan import kernels\n"
             f"torch.set_num_threads({threads})\n"
             "torch.randn(500, 500) @ torch.randn(500, 500)\n"
             "u = torch.randn(3000, 64, requires_grad=True)\n"
@@ -269,7 +268,7 @@ def test_eager_calls_pass_by_the_dispatcher_and_what_looks_on_sees_the_ops(op, m
     """To the same bits."""
     layer, x = LAYERS[op](), torch.randn(4, 16, requires_grad=True)
     leaves, calls = [x, *layer.parameters()], []
-    module = importlib.import_module(f"kernels.{op}")
+    module = importlib.import_module(f"vision_kan.kernels.{op}")
     for name in ("_activation", "_activation_grad") if op == "rswaf_activation" else ("_linear", "_linear_grad"):
         def counted(*args, real, name):
             calls.append(name)
@@ -314,7 +313,7 @@ def test_the_ops_reach_their_triton_kernels():
     pytest.importorskip("triton")
     code = """
 import torch, kernels
-from kernels import triton_activation, triton_linear
+from vision_kan.kernels import triton_activation, triton_linear
 calls = []
 for module, names in ((triton_activation, ("forward", "backward")),
                       (triton_linear, ("forward", "backward_u", "backward_weight", "backward_grid"))):
@@ -342,9 +341,8 @@ kernels.use("reference")
 for a, b in zip(got, everything(), strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     assert (a - b).abs().max() <= 2e-5 * b.abs().max(), (a - b).abs().max() / b.abs().max()
-assert sorted(set(calls)) == sorted(["kernels.triton_activation.forward", "kernels.triton_activation.backward",
-    "kernels.triton_linear.forward", "kernels.triton_linear.backward_u", "kernels.triton_linear.backward_weight",
-    "kernels.triton_linear.backward_grid"]), calls
+assert {name.removeprefix("vision_kan.kernels.") for name in calls} == {"triton_activation.forward", "triton_activation.backward",
+    "triton_linear.forward", "triton_linear.backward_u", "triton_linear.backward_weight", "triton_linear.backward_grid"}, calls
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TRITON_INTERPRET": "1"})

@@ -12,10 +12,10 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import nn
 
 import models_kan
-from conversion import replace_mlps
-from efficient_kan import EfficientKAN
 from faster_kan import FasterKAN
-from group_kan import GroupActivation, GroupKAN
+from vision_kan.layers.efficient_kan import EfficientKAN
+from vision_kan.layers.group_kan import GroupActivation, GroupKAN
+from vision_kan.models.conversion import replace_mlps
 
 ROOT = Path(__file__).resolve().parent.parent
 FEED_FORWARDS = list(models_kan.FEED_FORWARDS)

@@ -11,11 +11,15 @@ from helpers import forked, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_understand import nano
 
-import start as starting
-import understand
-from run_folder import RunFolder
-from trained import load_trained
-from utils import Process
+from tools.common import loaders_of
+from vision_kan.analysis.arriving import collect_inputs
+from vision_kan.analysis.functions import function_layers
+from vision_kan.analysis.measures import measure
+from vision_kan.analysis.training_log import log_functions
+from vision_kan.common.process import Process
+from vision_kan.data.loaders import validation_images
+from vision_kan.run.folder import RunFolder
+from vision_kan.run.trained import load_trained
 
 GROUP = ("--model", "vit_nano_patch8_32_GKAN")
 ALL = ("kan_off_grid", "kan_dead_groups", "kan_distance")
@@ -68,12 +72,12 @@ def test_tensorboard_has_functions_coverage_and_dead_groups(runs, data):
 
 def test_the_numbers_are_those_of_the_last_checkpoint(runs, data):
     trained = load_trained(str(runs / "with/checkpoint.pth"), device="cpu", flags=["--data-path", str(data)])
-    images = starting.validation_images(trained.loaders())
+    images = validation_images(loaders_of(trained))
     assert len(images) == 24
-    inputs = understand.collect_inputs(trained.model, [images]).inputs
+    inputs = collect_inputs(trained.model, [images]).inputs
     events = board(runs / "with")
-    for name, layer in understand.function_layers(trained.model).items():
-        found = understand.measure(layer, inputs[name])
+    for name, layer in function_layers(trained.model).items():
+        found = measure(layer, inputs[name])
         assert events.Scalars(f"kan_distance/{name}")[-1].value == pytest.approx(found.distance, rel=1e-4)
         assert events.Scalars(f"kan_off_grid/{name}")[-1].value == pytest.approx(found.off_grid, abs=1e-4)
         assert events.Scalars(f"kan_dead_groups/{name}")[-1].value == found.dead
@@ -146,11 +150,11 @@ def on_a_full_disk(folder: Path) -> tuple[str, str, float]:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     folder_of_run.events(0, lambda board: None)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    understand.log_functions(model, torch.randn(4, 3, 32, 32), folder_of_run, 0)
-    understand.log_functions(model, torch.randn(4, 3, 32, 32), folder_of_run, 1)
+    log_functions(model, torch.randn(4, 3, 32, 32), folder_of_run, 0)
+    log_functions(model, torch.randn(4, 3, 32, 32), folder_of_run, 1)
     failed = folder_of_run.failed
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    understand.log_functions(model, torch.randn(4, 3, 32, 32), folder_of_run, 2)
+    log_functions(model, torch.randn(4, 3, 32, 32), folder_of_run, 2)
     folder_of_run.close()
     return failed, said.getvalue(), sum(float((value - before[key]).abs().sum()) for key, value in model.state_dict().items())
 

@@ -10,9 +10,9 @@ from timm.task import TokenDistillationTask
 from torch import nn
 from torch.nn import functional as F
 
-import losses
-import models_kan  # noqa: F401  registers the models with timm
-from losses import ClassWeights, CosubLoss, DistillationLoss, balanced, build_criterion, positive_threshold
+from losses import CosubLoss, DistillationLoss, build_criterion, positive_threshold
+from vision_kan.training import criterion as criterion_module
+from vision_kan.training.criterion import ClassWeights, balanced
 
 B, K = 6, 7
 
@@ -310,7 +310,8 @@ def test_a_teacher_sees_the_images_as_it_knows_them(size):
     pixels = torch.rand(B, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     normalised = {of: (pixels - torch.tensor(of[0]).view(3, 1, 1)) / torch.tensor(of[1]).view(3, 1, 1) for of in (own, students)}
     expected = F.interpolate(normalised[own], size, mode="bicubic", antialias=True) if size != (8, 8) else normalised[own]
-    seen = losses.Teacher(nn.Identity(), size, *own, *students)(normalised[students])
+    seen = criterion_module.Teacher(nn.Identity(), size, *own, *students)(normalised[students])
     torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
-    assert torch.equal(losses.Teacher(nn.Identity(), (8, 8), *own, *own)(pixels), pixels)
-    assert not losses.Teacher(nn.Linear(1, 1), size, *own, *students).state_dict().keys() - {"model.weight", "model.bias"}
+    assert torch.equal(criterion_module.Teacher(nn.Identity(), (8, 8), *own, *own)(pixels), pixels)
+    teacher = criterion_module.Teacher(nn.Linear(1, 1), size, *own, *students)
+    assert not teacher.state_dict().keys() - {"model.weight", "model.bias"}

@@ -44,7 +44,8 @@ from safetensors.torch import save_file
 import main as program
 import models_kan
 from tools import inspect_kan, predict
-from utils import EXIT_PREEMPTED
+from vision_kan.common.errors import EXIT_PREEMPTED
+from vision_kan.models.cost import count_flops
 
 GKAN = "vit_nano_patch8_32_GKAN"
 REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
@@ -289,7 +290,7 @@ def test_interrupts_are_answered_at_once_and_a_second_one_ends_the_run(deaf, dat
 
 def slow_steps(argv: list[str], wait=time.sleep) -> int:
     """The program with a forward pass that never ends."""
-    import peers
+    from vision_kan.common import peers
 
     def mark(doing: str) -> None:
         if doing.startswith("the forward"):
@@ -401,7 +402,7 @@ def test_an_oblong_input_size(data, tmp_path, capsys):
     assert f"pos_embed  ((1, 17, {width}) -> (1, 25, {width}))" in out and "left as initialised: 0 tensors" in out
     stored = checkpoint(tmp_path / "run")
     assert stored["args"]["input_size"] == stored["model_args"]["kwargs"]["img_size"] == [32, 48]
-    assert f"{models_kan.count_flops(timm.create_model(GKAN, img_size=(32, 48), num_classes=3)).matmul / 1e6:.1f} M matmul" in out
+    assert f"{count_flops(timm.create_model(GKAN, img_size=(32, 48), num_classes=3)).matmul / 1e6:.1f} M matmul" in out
 
     file = tmp_path / "run" / "checkpoint.pth"
     assert run("--eval", "--resume", file, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0

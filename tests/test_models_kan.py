@@ -19,21 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models_kan
 from benchmarks.timing import saved_bytes
-from efficient_kan import EfficientKAN, uniform_knots
 from faster_kan import FasterKAN, FasterKANLayer
-from group_kan import GroupKAN
-from models_kan import (
-    ModelSpec,
-    cost_mismatch,
-    count_flops,
-    count_parameters,
-    infer_model,
-    load_exactly,
-    load_finetune,
-    split_name,
-    twin_mismatch,
-)
-from utils import UserError
+from models_kan import ModelSpec, split_name
+from vision_kan.checkpoints.layouts import rename_keys
+from vision_kan.common.errors import UserError
+from vision_kan.layers.efficient_kan import EfficientKAN, uniform_knots
+from vision_kan.layers.group_kan import GroupKAN
+from vision_kan.models.cost import cost_mismatch, count_flops, count_parameters, twin_mismatch
+from vision_kan.models.finetune import load_finetune
+from vision_kan.models.infer import infer_model, load_exactly, patch_grid
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px"
@@ -672,10 +666,10 @@ def test_keys_that_the_model_itself_has_stay():
     for name in ("cait_xxs24_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"):
         model = timm.create_model(name, device="meta")
         state = model.state_dict()
-        assert models_kan.rename_keys(state, state).keys() == state.keys()
+        assert rename_keys(state, state).keys() == state.keys()
         load_exactly(model, state, "it")
         wrapped = {f"module._orig_mod.{key}": value for key, value in state.items()}
-        assert models_kan.rename_keys(wrapped, state).keys() == state.keys()
+        assert rename_keys(wrapped, state).keys() == state.keys()
 
 
 @pytest.mark.parametrize("name, kwargs, inferred", [
@@ -921,7 +915,7 @@ def test_a_released_kan_is_a_source_too():
     report = load_finetune(model, released_layout(source))
     unused = {key for key in released_layout(source) if ".mlp." in key}
     assert unused and {report.dropped.pop(key) for key in unused} == {"never used by the original"}
-    check_complete(report, model, models_kan.rename_keys(released_layout(source)))
+    check_complete(report, model, rename_keys(released_layout(source)))
     assert torch.equal(model.blocks[1].mlp.layers[0].spline_linear.weight,
                        source.blocks[1].mlp.layers[0].spline_linear.weight)
     assert set(report.initial) == {"head.weight", "head.bias", "blocks.0.attn.qkv.bias", "blocks.1.attn.qkv.bias"}
@@ -958,9 +952,9 @@ def test_positions_of_an_oblong_image_with_a_square_number_of_patches(distilled)
     with torch.no_grad():
         source.pos_embed[:, prefix:] = torch.arange(9.).repeat(4)[None, :, None]
     told = {"model_args": {"name": name, "kwargs": {"img_size": [64, 144]}}}
-    assert models_kan.patch_grid(told, source.state_dict()) == (4, 9)
-    assert models_kan.patch_grid({"args": {"input_size": 96}}, source.state_dict()) == (6, 6)
-    assert models_kan.patch_grid({}, source.state_dict()) is None
+    assert patch_grid(told, source.state_dict()) == (4, 9)
+    assert patch_grid({"args": {"input_size": 96}}, source.state_dict()) == (6, 6)
+    assert patch_grid({}, source.state_dict()) is None
     same = small(name, 1, img_size=(64, 144))
     load_finetune(same, source.state_dict(), (4, 9))
     assert torch.equal(same.pos_embed, source.pos_embed)

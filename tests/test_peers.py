@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from e2e import free_port
 
-import peers
-from console import EXIT_UNREAD
-from utils import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TrainingFailed, UserError
+from vision_kan.common import peers
+from vision_kan.common.console import EXIT_UNREAD
+from vision_kan.common.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TrainingFailed, UserError
 
 
 def child(program, rank: int, world: int, url: str, folder: Path, timeout: float) -> None:

@@ -12,8 +12,7 @@ import timm
 import torch
 from e2e import ROOT, checkpoint, evaluation, run, write_digits
 
-import models_kan  # noqa: F401  registers the models
-from trained import Pictures, image_files, load_trained
+from vision_kan.run.trained import Pictures, image_files, load_trained
 
 sys.path.insert(0, str(ROOT / "tools"))
 import predict  # noqa: E402

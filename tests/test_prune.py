@@ -16,16 +16,22 @@ from test_models_kan import spread
 from test_trained import RELEASED
 from torch.nn import functional as F
 
-import models_kan
-import pruning
-from checkpoints import load_file
-from config import load_recipe
 from faster_kan import FasterKANLayer
-from group_kan import GroupActivation
-from models_kan import ModelSpec, count_parameters
-from pruning import EdgeHalf, GroupHalf, halves
+from models_kan import ModelSpec
 from tools import prune
-from trained import Pictures, image_files, load_trained
+from tools.common import loaders_of
+from vision_kan.analysis.pruning import fit as fit_module
+from vision_kan.analysis.pruning.calibrate import calibrate
+from vision_kan.analysis.pruning.fit import fit_edges, fit_functions, group_coefficients, group_features, refit
+from vision_kan.analysis.pruning.halves import EdgeHalf, GroupHalf, edge_features, halves
+from vision_kan.analysis.pruning.plans import Hidden, make_plan
+from vision_kan.analysis.pruning.rank import by_chance, edge_deviations, removal_order
+from vision_kan.checkpoints.read import load_file
+from vision_kan.config.recipes import load_recipe
+from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.models.cost import count_parameters
+from vision_kan.models.infer import one_or_each
+from vision_kan.run.trained import Pictures, image_files, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ("--num_workers", "0", "--device", "cpu")
@@ -73,7 +79,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 def test_units_go_as_an_exhaustive_search_says(monkeypatch):
     """The rise is that of the best weights without the unit, found by numpy from the samples; so is the order."""
-    monkeypatch.setattr(pruning, "RIDGE", 0.0)
+    monkeypatch.setattr(fit_module, "RIDGE", 0.0)
     outputs, units, points = 3, 6, 2
     f = (normal(500, units * points) @ normal(units * points, units * points, seed=1)).numpy()
     f -= f.mean(0)
@@ -86,7 +92,7 @@ def test_units_go_as_an_exhaustive_search_says(monkeypatch):
         r = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
         return np.trace(fisher.numpy() @ (r.T @ r)) / len(f)
 
-    order = pruning.removal_order(torch.from_numpy(f.T @ f / len(f)), weight, fisher, 1)
+    order = removal_order(torch.from_numpy(f.T @ f / len(f)), weight, fisher, 1)
     kept, total = list(range(units)), 0.0
     for removed, rise in order:
         best = min(kept, key=lambda unit: loss([other for other in kept if other != unit]))
@@ -100,7 +106,7 @@ def test_units_go_as_an_exhaustive_search_says(monkeypatch):
 def test_one_unit_of_each_group_goes_at_a_time():
     f = normal(400, 12)
     f[:, 7] = f[:, 4] * 2       # of the second group: one can stand for the other
-    order = pruning.removal_order(f.T @ f / 400, normal(3, 12, 1, seed=1), torch.eye(3, dtype=torch.float64), 3)
+    order = removal_order(f.T @ f / 400, normal(3, 12, 1, seed=1), torch.eye(3, dtype=torch.float64), 3)
     assert len(order) == 3 and all(sorted(unit // 4 for unit in units) == [0, 1, 2] for units, _ in order)
     assert order[0][0][1] in (4, 7) and len({unit for units, _ in order for unit in units}) == 9
 
@@ -116,7 +122,7 @@ def make_half(kind: str):
 
 @pytest.mark.parametrize("kind", ["group", "biased", "original"])
 def test_the_fit_is_numpys(kind, monkeypatch):
-    monkeypatch.setattr(pruning, "RIDGE", 1e-9)
+    monkeypatch.setattr(fit_module, "RIDGE", 1e-9)
     half = make_half(kind)
     x, target, weights = normal(900, 6).float(), normal(900, 4, seed=1).float(), normal(900, seed=2).float().abs()
     with torch.no_grad():
@@ -126,7 +132,7 @@ def test_the_fit_is_numpys(kind, monkeypatch):
     columns = np.c_[features, np.ones(900)] if half.bias is not None else features.numpy()
     root = weights.sqrt()[:, None].double().numpy()
     best = np.linalg.lstsq(root * columns, root * target.double().numpy(), rcond=None)[0]
-    pruning.refit(half, x.split(400), target.split(400), weights.split(400))
+    refit(half, x.split(400), target.split(400), weights.split(400))
     with torch.no_grad():
         np.testing.assert_allclose(half(x), columns @ best, atol=2e-3)
 
@@ -136,14 +142,14 @@ def test_functions_on_fewer_points_are_numpys(trainable_base):
     old, new = (GroupActivation(4, groups=2, num_grids=n, base="gelu", trainable_base=trainable_base) for n in (8, 5))
     torch.nn.init.normal_(old.coefficients)
     u, weights, matters = normal(3000, 4).float(), normal(3000, seed=1).float().abs(), torch.tensor([1., 4., 2., 0.5])
-    pruning.fit_functions(new, old, u, weights, matters)
+    fit_functions(new, old, u, weights, matters)
     for group in (0, 1):
         channels = slice(2 * group, 2 * group + 2)
-        columns = pruning.group_features(new, u[:, channels]).flatten(0, 1)
-        target = pruning.group_features(old, u[:, channels]).flatten(0, 1) @ pruning.group_coefficients(old)[group].detach()
+        columns = group_features(new, u[:, channels]).flatten(0, 1)
+        target = group_features(old, u[:, channels]).flatten(0, 1) @ group_coefficients(old)[group].detach()
         root = (weights[:, None] * matters[channels]).flatten().sqrt()[:, None]
         best = np.linalg.lstsq((root * columns).double().numpy(), (root[:, 0] * target).double().numpy(), rcond=None)[0]
-        ours = columns @ pruning.group_coefficients(new)[group].detach()
+        ours = columns @ group_coefficients(new)[group].detach()
         np.testing.assert_allclose(root[:, 0] * ours, root.numpy()[:, 0] * (columns.numpy() @ best), atol=5e-3, rtol=2e-3)
 
 
@@ -151,12 +157,12 @@ def test_edges_on_another_basis_are_numpys():
     torch.manual_seed(0)
     old, new = (EdgeHalf(FasterKANLayer(3, 2, num_grids=n, bias=True, h=None)) for n in (8, 4))
     x = normal(2000, 3).float()
-    pruning.fit_edges(new, old, x, torch.ones(2000))
+    fit_edges(new, old, x, torch.ones(2000))
     with torch.no_grad():
         u = old.layer.layernorm(x)
         for output, i in ((0, 0), (1, 2)):
             edge = old.features(x)[:, i] @ old.weight[output, i]
-            columns = np.c_[pruning.edge_features(new.layer, u)[:, i], np.ones(2000)].astype(np.float64)
+            columns = np.c_[edge_features(new.layer, u)[:, i], np.ones(2000)].astype(np.float64)
             best = np.linalg.lstsq(columns, edge.double().numpy(), rcond=None)[0]
             ours = columns[:, :-1] @ new.weight[output, i].numpy()
             np.testing.assert_allclose(ours - ours.mean(), columns @ best - (columns @ best).mean(), atol=5e-3)
@@ -167,7 +173,7 @@ def test_deviations_of_edges_are_those_of_their_values():
     x = normal(700, 6).float()
     with torch.no_grad():
         values = torch.einsum("tip,oip->toi", half.features(x), half.weight)
-        torch.testing.assert_close(pruning.edge_deviations(half, x.split(300)).float(), values.std(0, correction=0))
+        torch.testing.assert_close(edge_deviations(half, x.split(300)).float(), values.std(0, correction=0))
 
 
 # ---------------------------------------------------------------- what must not change the model
@@ -176,8 +182,8 @@ def pictures(n=32, size=32):
 
 
 def plan_for(model, name, kwargs, what):
-    calibration = pruning.calibrate(model.requires_grad_(False), iter(pictures().split(16)))
-    return pruning.make_plan(model, ModelSpec(name, kwargs), what, calibration)
+    calibration = calibrate(model.requires_grad_(False), iter(pictures().split(16)))
+    return make_plan(model, ModelSpec(name, kwargs), what, calibration)
 
 
 @pytest.mark.parametrize("name, kwargs", [
@@ -204,7 +210,7 @@ def test_units_that_do_nothing_go_first_and_are_not_missed(name, kwargs):
     gone = {number: sorted(unit for r in plan.removals[:level] if r.block == number for unit in r.units) for number in dead}
     assert gone == dead
     widths = [kwargs["hdim_kan"] - len(dead[0]), kwargs["hdim_kan"] - len(dead[1])]
-    assert spec.kwargs["hdim_kan"] == models_kan.one_or_each(widths)
+    assert spec.kwargs["hdim_kan"] == one_or_each(widths)
     assert [halves(block.mlp)[1].weight.shape[1] for block in smaller.blocks] == widths
     assert count_parameters(smaller) < count_parameters(model) and plan.size(level) == plan.prunable(smaller)
     with torch.no_grad():
@@ -258,10 +264,10 @@ def test_the_order_is_better_than_chance(kind, what, digits, group, full_edge):
     file = {"group": group, "full_edge": full_edge}[kind]
     trained = load_trained(str(file), device="cpu", flags=["--data-path", str(digits), "--num_workers", "0"])
     plan = prune.make_plan(trained, what, prune.calibration_loaders(trained, 240)[0], random=False)
-    plans = [plan, *(pruning.Hidden(trained.model, trained.spec, plan.calibration, pruning.by_chance(plan.removals, seed))
+    plans = [plan, *(Hidden(trained.model, trained.spec, plan.calibration, by_chance(plan.removals, seed))
                      for seed in range(4))]
     level = round(len(plan) * (0.85 if what == "hidden" else 0.8))
-    images = torch.cat([images for images, _ in trained.loaders().val])
+    images = torch.cat([images for images, _ in loaders_of(trained).val])
     with torch.no_grad():
         before = trained.model(images).softmax(1)
         ours, *chance = [F.kl_div(p.build(level)[0](images).log_softmax(1), before, reduction="batchmean").item() for p in plans]
@@ -359,10 +365,10 @@ def test_a_file_of_the_original_code(digits, tmp_path):
     """Its layout; its weights are random, so that little can be taken from it without a difference."""
     trained = load_trained(str(RELEASED), device="cpu", flags=["--num_workers", "0"])
     images, _ = next(iter(Pictures(image_files([digits / "train"])[::4], trained.args, 64)))
-    calibration = pruning.calibrate(trained.model, iter(images.split(32)))
+    calibration = calibrate(trained.model, iter(images.split(32)))
     loaders = Namespace(class_names=None, data_set="CIFAR", nb_classes=100)
     for what in ("hidden", "edges", "points"):
-        plan = pruning.make_plan(trained.model, trained.spec, what, calibration)
+        plan = make_plan(trained.model, trained.spec, what, calibration)
         smaller, spec = plan.build(1)
         prune.save(smaller, spec, trained, loaders, tmp_path / "small.pth")
         again = load_trained(str(tmp_path / "small.pth"), device="cpu")

@@ -9,11 +9,16 @@ import pytest
 import timm
 import torch
 
-import conversion
 import models_kan
-import start
-from config import dump_yaml, get_args_parser, parse_args, validate
-from utils import Process
+from vision_kan.common.process import Process
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import get_args_parser
+from vision_kan.config.recipes import dump_yaml
+from vision_kan.config.resolve import parse_args
+from vision_kan.models import conversion
+from vision_kan.models.cost import count_flops, count_parameters, twin_mismatch
+from vision_kan.run.build import build_model, choose_backend, model_spec
+from vision_kan.run.starting import Start, settle, with_own_input_size
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -78,12 +83,12 @@ def recipe(name: str) -> Path:
 @cache
 def build(path: Path, model: str | None = None):
     """The recipe's model, or another one of its size and without KAN options, on no device."""
-    config = start.with_own_input_size(parse_args(["--config", str(path)]))
-    spec = start.model_spec(config, start.Start(), CLASSES[config.args.data_set])
+    config = with_own_input_size(parse_args(["--config", str(path)]))
+    spec = model_spec(config, Start(), CLASSES[config.args.data_set])
     if model:
         spec = models_kan.ModelSpec(model, {key: spec.kwargs[key] for key in ("num_classes", "img_size")})
         return timm.create_model(spec.name, device="meta", **spec.kwargs)
-    return start.build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), config)[0]
+    return build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), config)[0]
 
 
 def test_all_recipes_are_known():
@@ -157,7 +162,7 @@ def test_what_benchmarks_accuracy_measured_is_not_called_unmeasured():
         measured = {int(row["parameters"]) for row in csv.DictReader(file)}
     assert len(measured) > 5
     for path in RECIPES:
-        if path.stem.startswith("cifar10_") and models_kan.count_parameters(build(path)) in measured:
+        if path.stem.startswith("cifar10_") and count_parameters(build(path)) in measured:
             assert "not measured" not in header(path)["expected"]
 
 
@@ -180,20 +185,20 @@ def test_the_model_is_built(path):
     computed = re.search(r"Computed: ([\d.]+) GMAC per image", cost)
     assert bool(computed) == ("not measured" in cost)
     if computed:
-        assert computed.group(1) == f"{models_kan.count_flops(model).matmul / 2e9:.2f}"
+        assert computed.group(1) == f"{count_flops(model).matmul / 2e9:.2f}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_args_yaml_of_a_run_is_a_recipe_of_the_same_run(path, tmp_path):
     """What a run by the recipe writes is taken by --config, means the same, and contradicts nothing of the model."""
-    written = start.settle(parse_args(["--config", str(path)]), start.Start(), Process())
+    written = settle(parse_args(["--config", str(path)]), Start(), Process())
     (tmp_path / "args.yaml").write_text(dump_yaml(written.args))
-    again = start.settle(parse_args(["--config", str(tmp_path / "args.yaml")]), start.Start(), Process())
+    again = settle(parse_args(["--config", str(tmp_path / "args.yaml")]), Start(), Process())
     validate(again.args)
     assert {**vars(again.args), "config": ""} == {**vars(written.args), "config": ""}
-    spec = start.model_spec(again, start.Start(), CLASSES[again.args.data_set])
-    model, kept = start.build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), again)
-    start.choose_backend(again, kept, model, torch.device("cpu"))
+    spec = model_spec(again, Start(), CLASSES[again.args.data_set])
+    model, kept = build_model(models_kan.ModelSpec(spec.name, {**spec.kwargs, "device": "meta"}), again)
+    choose_backend(again, kept, model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("name", sorted(FOR_GPUS))
@@ -224,7 +229,7 @@ def test_kan_and_mlp_are_comparable(name):
         assert conversion.why_not(model, twin) is None
         assert "8 times the MLP's parameters" in header(recipe(name))["settings"]
     else:
-        assert models_kan.twin_mismatch(model, twin) is None
+        assert twin_mismatch(model, twin) is None
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -9,10 +9,11 @@ import torch
 from e2e import QUICK, at, checkpoint, differences, left, log, run, trained, write_digits
 from timm.optim import list_optimizers
 
-import engine
-import models_kan  # noqa: F401  registers the models
-import utils
-from utils import EXIT_PREEMPTED
+from vision_kan.common import seeds as seeds_module
+from vision_kan.common.errors import EXIT_PREEMPTED
+from vision_kan.common.seeds import seed_everything
+from vision_kan.data import workers as workers_module
+from vision_kan.data.workers import batches
 
 DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 16 --distillation-type {} --teacher-model resnet10t " \
             "--teacher-path {{teacher}}"
@@ -143,21 +144,21 @@ def test_a_spoiled_position_step_seed_or_key_gives_other_weights(whole, data, tm
     assert not differences(expected, ends_with())
     assert differences(expected, ends_with(position=saved["position"] + 16, step=2))
     assert differences(expected, ends_with(args={**saved["args"], "seed": 1}))
-    original = utils.seed_everything
-    monkeypatch.setattr(engine, "seed_everything", lambda seed, epoch, step, rank: original(seed, epoch, step + 7, rank))
+    original = seed_everything
+    monkeypatch.setattr(seeds_module, "seed_everything", lambda seed, epoch, step, rank: original(seed, epoch, step + 7, rank))
     assert differences(expected, ends_with())       # mixup and dropout
 
 
 def test_another_batch_size_goes_on_where_the_order_was(data, tmp_path, monkeypatch, capsys):
     seen = []
-    original = engine.batches
+    original = batches
 
     def watched(loader):
         for images, targets in original(loader):
             seen.extend(images.flatten(1).sum(1).tolist())
             yield images, targets
 
-    monkeypatch.setattr(engine, "batches", watched)
+    monkeypatch.setattr(workers_module, "batches", watched)
     assert trained(data, tmp_path / "whole", "") == 0
     first = seen[:48]
     del seen[:]

@@ -7,9 +7,9 @@ import torch
 from paths import PATHS, error, gradients, saved, through
 from torch.utils.checkpoint import checkpoint
 
-from kernels import BASES, backend, native, rswaf_activation, rswaf_activation_reference
+from vision_kan.kernels import BASES, backend, native, rswaf_activation, rswaf_activation_reference
 
-op = importlib.import_module("kernels.rswaf_activation")
+op = importlib.import_module("vision_kan.kernels.rswaf_activation")
 # About three times the largest error of an output that was measured against fp64; gradients have 8 times that.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 # first and last point, points, width of a bump

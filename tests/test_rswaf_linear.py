@@ -8,9 +8,9 @@ from paths import PATHS, error, gradients, saved, through
 from torch.utils.flop_counter import FlopCounterMode
 
 from faster_kan import RSWAFGrid
-from kernels import native, rswaf_basis, rswaf_linear, rswaf_linear_reference
+from vision_kan.kernels import native, rswaf_basis, rswaf_linear, rswaf_linear_reference
 
-op = importlib.import_module("kernels.rswaf_linear")
+op = importlib.import_module("vision_kan.kernels.rswaf_linear")
 # About three times the largest error of an output that was measured against fp64; gradients have 8 times that.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 GRIDS = {

@@ -11,9 +11,10 @@ import torch
 import yaml
 from helpers import epochs, forked, names, scalars, sentence
 
-from checkpoints import CHECKPOINT, PREVIOUS, load_file, save_checkpoint
-from run_folder import RunFolder, _run_id
-from utils import Process
+from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS, load_file
+from vision_kan.checkpoints.write import save_checkpoint
+from vision_kan.common.process import Process
+from vision_kan.run.folder import RunFolder, _run_id
 
 
 # ---------------------------------------------------------------- the run's folder

@@ -10,7 +10,6 @@ import pytest
 from e2e import QUICK, log, run, write_digits
 from PIL import Image
 
-import models_kan  # noqa: F401  registers the models
 from tools import runs
 
 MLP = "vit_nano_patch8_32_ViT"

@@ -5,7 +5,8 @@ import pytest
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from samplers import RASampler, SampleKey
+from samplers import RASampler
+from vision_kan.data.images import SampleKey
 
 
 def keys(sampler, epoch=0, position=0):

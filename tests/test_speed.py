@@ -2,8 +2,10 @@
 import gzip
 import json
 import shutil
+import sysconfig
 from argparse import Namespace
 from copy import deepcopy
+from importlib import util as util_module
 
 import numpy as np
 import pytest
@@ -16,14 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import models_kan  # noqa: F401  registers the models with timm
-import speed
-from config import parse_args, validate
 from engine import train_one_epoch
 from losses import build_criterion
-from speed import StepProfiler, compile_model, ideal_rate, peak_flops
-from start import build_optimizer, build_state
-from utils import Process, UserError
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process
+from vision_kan.config.checks import validate
+from vision_kan.config.resolve import parse_args
+from vision_kan.training import speed as speed_module  # noqa: F401  registers the models with timm
+from vision_kan.training.optim import build_optimizer, build_state
+from vision_kan.training.speed import StepProfiler, compile_model, ideal_rate, peak_flops
 
 CPU = torch.device("cpu")
 MODELS = ["vit_nano_patch8_32_ViT", "vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"]
@@ -146,7 +149,7 @@ def test_compiling_changes_neither_keys_nor_copies():
 
 def test_a_compiled_run_its_checkpoint_and_its_evaluation(data, tmp_path, monkeypatch, capsys):
     original, compiled = compile_model, []
-    monkeypatch.setattr(speed, "compile_model", lambda model, device, mode: compiled.append(mode) or original(
+    monkeypatch.setattr(speed_module, "compile_model", lambda model, device, mode: compiled.append(mode) or original(
         model, device, backend="eager"))
     options = (*QUICK, "--epochs", 1, "--data-path", data, "--drop-path", 0)
     for name, more in (("plain", []), ("compiled", ["--compile"])):
@@ -171,17 +174,17 @@ def test_without_a_compiler_one_sentence(data, monkeypatch, capsys):
     assert run(*QUICK, "--epochs", 1, "--data-path", data, "--compile") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --compile needs a C++ compiler") and error.count("\n") == 1
-    monkeypatch.setattr(speed, "find_spec", lambda name: None)
+    monkeypatch.setattr(util_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--compile needs Triton"):
         compile_model(small(NANO), torch.device("cuda"))
-    monkeypatch.setattr(speed, "find_spec", lambda name: True)
+    monkeypatch.setattr(util_module, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="--compile needs a C compiler"):
         compile_model(small(NANO), torch.device("cuda"))
 
 
 def test_without_headers_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(speed.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(UserError, match="Python.h is not found"):
         compile_model(small(NANO), CPU)
 
@@ -272,7 +275,7 @@ def test_each_line_has_the_rate_and_where_it_is_known_the_utilisation(data, tmp_
     assert run(*options) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 6 and all("img/s" in line and "MFU" not in line for line in lines)
-    monkeypatch.setattr(speed, "ideal_rate", lambda flops, process, dtype: 1e4 if flops > 1e6 else None)
+    monkeypatch.setattr(speed_module, "ideal_rate", lambda flops, process, dtype: 1e4 if flops > 1e6 else None)
     assert run(*options, "--output_dir", tmp_path / "out") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     for line in lines:

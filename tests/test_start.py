@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import util as util_module
 from pathlib import Path
 
 import huggingface_hub
@@ -22,29 +23,29 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-import kernels
-import models_kan
-import start
-import vetting
-from checkpoints import CHECKPOINT, PREVIOUS, load_file, plain, weights_of
-from config import PREPARATION, describe_sources, dump_yaml, parse_args, validate
-from engine import TrainState, lr_of
 from models_kan import ModelSpec
-from start import (
-    Start,
-    build_model,
+from vision_kan import kernels
+from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS, load_file, weights_of
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process
+from vision_kan.common.text import plain
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import PREPARATION
+from vision_kan.config.recipes import dump_yaml
+from vision_kan.config.resolve import describe_sources, parse_args
+from vision_kan.models import vetting
+from vision_kan.models.infer import load_exactly
+from vision_kan.run.build import build_model, build_teacher, description, load_start, model_spec
+from vision_kan.run.starting import Start, read_start, settle
+from vision_kan.training.optim import (
     build_optimizer,
     build_scheduler,
     build_state,
-    build_teacher,
     freeze_all_but_attention,
-    load_start,
-    model_spec,
-    read_start,
     scaled_lr,
-    settle,
+    schedule_warnings,
 )
-from utils import Process, UserError
+from vision_kan.training.state import TrainState, lr_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
@@ -81,7 +82,7 @@ def run_content(sched: str = "cosine") -> dict:
     state = build_state(config.args, model, 1.0, 4, torch.device("cpu"), torch.float32)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     state.optimizer.step()
-    said = start.description(config, spec, Namespace(nb_classes=4, class_names=list("abcd")))
+    said = description(config, spec, Namespace(nb_classes=4, class_names=list("abcd")))
     return {**state.state_dict(), **said, "epoch": 0}
 
 
@@ -315,7 +316,7 @@ def test_spec_of_a_deit_checkpoint_is_inferred_from_its_shapes(tmp_path):
             spec = spec_of(tmp_path, model=weights, args=args)
             assert spec.name == TWIN
             assert spec.kwargs["num_classes"] == 7 and spec.kwargs["depth"] == 1 and spec.kwargs["img_size"] == 32
-            models_kan.load_exactly(timm.create_model(spec.name, **spec.kwargs), weights, "it")
+            load_exactly(timm.create_model(spec.name, **spec.kwargs), weights, "it")
 
 
 @pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
@@ -762,13 +763,13 @@ def test_optimizers_that_cannot_be_set_up():
     ("kron", "opt_einsum", "pip install opt_einsum"), ("lookahead_kronw", "opt_einsum", "pip install opt_einsum"),
     ("bnbadam8bit", "bitsandbytes", "pip install bitsandbytes"), ("fusedadam", "apex", "https://github.com/NVIDIA/apex")])
 def test_optimizers_that_need_a_package(opt, package, remedy, monkeypatch):
-    monkeypatch.setattr(start, "find_spec", lambda name: None)
+    monkeypatch.setattr(util_module, "find_spec", lambda name: None)
     text = sentence(build_optimizer, flags("--opt", opt), nano(), 1e-3)
     assert f"--opt {opt} needs the package {package}, which is not installed: " in text and remedy in text
 
 
 def test_optimizers_for_gpus_alone(monkeypatch):
-    monkeypatch.setattr(start, "find_spec", lambda name: True)
+    monkeypatch.setattr(util_module, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for opt in ("bnbadam", "fusedlamb"):
         assert "on CUDA GPUs only" in sentence(build_optimizer, flags("--opt", opt), nano(), 1e-3)
@@ -1094,11 +1095,11 @@ def test_description_is_plain_and_leads_back_to_the_model():
     config = settled("--model", NANO, "--kan-grid-range", -1, 1, "--opt-betas", 0.8, 0.9)
     model, spec = build_model(model_spec(config, Start(), 3), config)
     loaders = Namespace(nb_classes=3, class_names=["a", "b", "c"])
-    said = start.description(config, spec, loaders)
+    said = description(config, spec, loaders)
     assert said["args"]["nb_classes"] == 3 and said["args"]["opt_betas"] == [0.8, 0.9]
     assert said["class_names"] == ["a", "b", "c"] and "timm" in said["versions"]
     again = timm.create_model(said["model_args"]["name"], **said["model_args"]["kwargs"])
-    models_kan.load_exactly(again, model.state_dict(), "it")
+    load_exactly(again, model.state_dict(), "it")
     assert isinstance(again, VisionTransformer)
 
 
@@ -1116,7 +1117,7 @@ def test_a_schedule_that_goes_the_wrong_way_is_told(argv, said):
     """And the rate does what the warning says."""
     args = flags(*argv)
     lr = scaled_lr(args, 1)
-    warnings = start.schedule_warnings(args, lr)
+    warnings = schedule_warnings(args, lr)
     assert len(warnings) == len(said) and all(re.search(*both) for both in zip(said, warnings))
     optimizer = build_optimizer(args, nano(), lr)
     scheduler, rates = build_scheduler(args, optimizer, 1), []

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from group_kan import GroupActivation
 from tools import symbolic
+from tools.common import loaders_of
 from tools.symbolic import DEFINITIONS, FORMS, Formula, SymbolicActivation, fit_symbolic
-from trained import load_trained
+from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.run.trained import load_trained
 
 RELEASED = Path(__file__).resolve().parent.parent.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 GKAN = "vit_nano_patch8_32_GKAN"
@@ -194,7 +195,7 @@ def evaluated(file: Path, data: Path, capsys) -> float:
 
 
 def top1_of(model: nn.Module, trained) -> float:
-    right = torch.cat([model(images).argmax(1) == targets for images, targets in trained.loaders().val])
+    right = torch.cat([model(images).argmax(1) == targets for images, targets in loaders_of(trained).val])
     return 100 * right.float().mean().item()
 
 
@@ -203,7 +204,7 @@ def arriving(trained) -> dict[str, torch.Tensor]:
     for name, module in trained.model.named_modules():
         if isinstance(module, GroupActivation):
             module.register_forward_pre_hook(lambda module, args, name=name: seen.setdefault(name, []).append(args[0]))
-    for images, _ in trained.loaders().val:
+    for images, _ in loaders_of(trained).val:
         trained.model(images)
     for module in trained.model.modules():
         module._forward_pre_hooks.clear()
@@ -228,7 +229,7 @@ def test_the_saved_functions_are_the_nearest_ones_of_the_grid(small, data):
     # the learned function in a formula's place gives the model back
     learned = [symbolic.replace(each, formula=lambda u, each=each: each.y) for each in found]
     same, fits = symbolic.with_fitted_basis(trained.model, learned)
-    images, _ = next(iter(trained.loaders().val))
+    images, _ = next(iter(loaders_of(trained).val))
     assert min(fits) > 1 - 1e-6
     torch.testing.assert_close(same(images), trained.model(images), rtol=0.02, atol=0.02)
     assert all(torch.equal(value, before[key]) for key, value in trained.model.state_dict().items())
@@ -260,12 +261,12 @@ def test_the_strongest_edges_of_a_full_edge_kan(model, more, data, tmp_path, cap
     assert len(records) == 8 and {(r["block"], r["activation"]) for r in records} == {
         (str(block), f"layers.{layer}") for block in range(4) for layer in range(2)}
     trained = load_trained(str(file), device="cpu", flags=flags)
-    found = symbolic.find_formulas(trained, [images for images, _ in trained.loaders().val], 1, edges=1)
+    found = symbolic.find_formulas(trained, [images for images, _ in loaders_of(trained).val], 1, edges=1)
     seen = []
     layer = trained.model.blocks[1].mlp.layers[0]
     norm = getattr(layer, "layernorm", nn.Identity())
     hook = layer.register_forward_pre_hook(lambda module, args: seen.append(norm(args[0]).flatten(0, 1)))
-    for images, _ in trained.loaders().val:
+    for images, _ in loaders_of(trained).val:
         trained.model(images)
     hook.remove()
     u = torch.cat(seen)

@@ -5,19 +5,25 @@ import pickle
 import random
 import shutil
 import tarfile
+from importlib import metadata as metadata_module
 
 import numpy as np
 import pytest
 import torch
 from e2e import QUICK, checkpoint, differences, evaluation, launch, log, run, sentence, write_digits
 from PIL import Image
+from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
-import datasets
-import timm_datasets
-from config import get_args_parser
 from datasets import build_loaders
-from utils import Process, UserError
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process
+from vision_kan.config.flags import get_args_parser
+from vision_kan.data import hub as hub_module
+from vision_kan.data.hub import huggingface_datasets, package_spec
+from vision_kan.data.known import _digits_file
+from vision_kan.data.streams import HuggingFaceStream, WebDataset
+from vision_kan.data.workers import batches
 
 STREAM = ("hfids", "wds")
 
@@ -44,9 +50,9 @@ def files_of(folder, half):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """Hugging Face's package, without the hub and with a cache of its own."""
-    if timm_datasets._spec("datasets") is None:
+    if package_spec("datasets") is None:
         pytest.skip("needs pip install datasets")
-    datasets = timm_datasets._datasets()
+    datasets = huggingface_datasets()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)      # it waits at the end of a shuffled stream
@@ -58,9 +64,9 @@ def hub(tmp_path_factory):
 def table(datasets, files, names=("zero", "one", "two")):
     """A data set with the bytes of each file in it."""
     label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
-    return datasets.Dataset.from_dict({"picture": [{"bytes": file.read_bytes(), "path": file.name} for file, _ in files],
+    return Dataset.from_dict({"picture": [{"bytes": file.read_bytes(), "path": file.name} for file, _ in files],
                                        "label": [c for _, c in files], "number": list(range(len(files)))},
-                                      datasets.Features({"picture": datasets.Image(), "label": label,
+                                      datasets.Features({"picture": Image(), "label": label,
                                                          "number": datasets.Value("int64")}))
 
 
@@ -164,7 +170,7 @@ def test_torchvisions_arrays(tmp_path):
     """MNIST in its own files, made of digits."""
     raw = tmp_path / "MNIST/raw"
     raw.mkdir(parents=True)
-    images, targets = datasets._digits_file()
+    images, targets = _digits_file()
     large = np.kron(images[:30].astype(np.uint8) * 15, np.ones((4, 4), np.uint8))[:, 2:30, 2:30]
     for half in ("train", "t10k"):
         for kind, array in (("images-idx3", large), ("labels-idx1", targets[:30].astype(np.uint8))):
@@ -276,7 +282,7 @@ def test_more_processes_than_shards_share_the_records(kind, request, folder):
     place = request.getfixturevalue("shards" if kind == "wds" else "parquet")
     args = make_args("wds/x" if kind == "wds" else f"hfids/{place}", place if kind == "wds" else "",
                      data_split=WDS_SPLIT if kind == "wds" else HFIDS_SPLIT)
-    stream = (timm_datasets.WebDataset if kind == "wds" else timm_datasets.HuggingFaceStream)(args, True)
+    stream = (WebDataset if kind == "wds" else HuggingFaceStream)(args, True)
     for parts in (2, 5):
         found = [[record.image["bytes"] for record in stream.records(7, part, parts)] for part in range(parts)]
         assert min(map(len, found)) >= 48 // (parts + 2)
@@ -297,7 +303,7 @@ def test_a_wrong_length_is_noticed(shards, told, words, workers):
     loaders = loaders_of(["--data-set", "wds/x", "--data-path", shards, "--data-split", WDS_SPLIT[0], f"val-{{0..2}}.tar|{told}",
                           "--num-classes", 3], num_workers=workers)
     with pytest.raises(UserError, match=words) as error:
-        list(datasets.batches(loaders.val))
+        list(batches(loaders.val))
     assert "\n" not in str(error.value)
 
 
@@ -363,13 +369,13 @@ def test_no_shard_is_a_shell_command(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what is missing
 @pytest.mark.parametrize("kind, package", [("hfds", "datasets"), ("hfids", "datasets"), ("wds", "webdataset")])
 def test_a_missing_package_is_named(kind, package, monkeypatch, tmp_path):
-    monkeypatch.setattr(timm_datasets, "_spec", lambda name: None)
+    monkeypatch.setattr(hub_module, "package_spec", lambda name: None)
     with pytest.raises(UserError, match=f"needs the package {package}.*: pip install '{package}"):
         build_loaders(make_args(f"{kind}/x", tmp_path), Process())
 
 
 def test_an_old_version_would_run_scripts(monkeypatch, hub):
-    monkeypatch.setattr(timm_datasets, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(metadata_module, "version", lambda name: "3.6.0")
     with pytest.raises(UserError, match="datasets 4 or newer"):
         build_loaders(make_args("hfds/x"), Process())
 

@@ -9,13 +9,14 @@ import pytest
 import yaml
 from e2e import QUICK, Run, log, run, sentence, write_digits
 
-import tracking
-from run_folder import RunFolder
-from tracking import About, Tracker
-from utils import Preempted, Process
+from vision_kan.common.errors import Preempted
+from vision_kan.common.process import Process
+from vision_kan.run import tracking
+from vision_kan.run.folder import RunFolder
+from vision_kan.run.tracking import About, Tracker
 
 needs = {name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
-         for name in tracking.TRACKERS}
+         for name in tracking.SERVICES}
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,8 @@ def test_mistakes(data, tmp_path, capsys, monkeypatch):
     (tmp_path / "recipe.yaml").write_text("track: wandb\n")
     assert "a list of one or more names" in sentence(capsys, *given, "--config", tmp_path / "recipe.yaml")
     present = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in tracking.TRACKERS else present(name))
-    for name in tracking.TRACKERS:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in tracking.SERVICES else present(name))
+    for name in tracking.SERVICES:
         assert f"pip install {name}" in sentence(capsys, *given, "--track", name)
     assert run(*given) == 0
 

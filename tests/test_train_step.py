@@ -5,8 +5,8 @@ import importlib.util
 import torch
 from e2e import ROOT
 
-import kernels
 from benchmarks import timing, train_step
+from vision_kan import kernels
 
 _spec = importlib.util.spec_from_file_location("benchmarks_kernels", ROOT / "benchmarks/kernels.py")
 op_benchmark = importlib.util.module_from_spec(_spec)

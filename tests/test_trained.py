@@ -11,11 +11,11 @@ from helpers import sentence
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-import models_kan  # noqa: F401  registers the models
 from engine import evaluate
 from tools import export
-from trained import Pictures, as_seen, class_names, image_files, load_trained
-from utils import Process
+from tools.common import loaders_of
+from vision_kan.common.process import Process
+from vision_kan.run.trained import Pictures, as_seen, class_names, image_files, load_trained
 
 RELEASED = Path(__file__).resolve().parent.parent.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 
@@ -39,7 +39,7 @@ def test_the_model_is_the_checkpoints_and_evaluates_as_main_does(trained_run, ca
         assert trained.class_names == ["digit0", "digit1", "digit2"] and trained.args.input_size == 32
         assert not trained.about.keys() & {"model", "model_ema", "optimizer"} and trained.about["epoch"] == 0
         assert trained.spec.name == NANO
-        result = evaluate(trained.model, trained.loaders().val, Process())
+        result = evaluate(trained.model, loaders_of(trained).val, Process())
         capsys.readouterr()
         assert run("--eval", "--resume", file, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
         assert evaluation(capsys.readouterr().out)[weights][0] == f"{result['acc1']:.2f}"
@@ -91,7 +91,7 @@ def test_pictures(trained_run, tmp_path, capfd):
     images, indices = map(torch.cat, zip(*pictures))
     assert indices.tolist() == [*range(5), *range(6, 25)] and pictures.unreadable == [broken]
     assert str(broken) in capfd.readouterr().err
-    expected = torch.cat([batch for batch, _ in trained.loaders().val])
+    expected = torch.cat([batch for batch, _ in loaders_of(trained).val])
     assert torch.equal(images, expected) and os.fspath(pictures.files[5]) == str(broken)
 
 
@@ -111,7 +111,7 @@ def test_photos_are_turned_as_in_the_training(trained_run, tmp_path):
         trained = load_trained(str(file), device="cpu", flags=["--data-path", str(tmp_path), *flags])
         (expected, _), = Pictures([whole], trained.args)
         (images, _), = Pictures([upside_down], trained.args)
-        (evaluated, _), = trained.loaders().val
+        (evaluated, _), = loaders_of(trained).val
         return bool(torch.equal(evaluated, expected)), bool(torch.equal(images, expected))
 
     content = checkpoint(folder)

@@ -14,8 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from faster_kan import rswaf_basis  # noqa: E402
-from group_kan import BASES  # noqa: E402
+from vision_kan.kernels import BASES, rswaf_basis  # noqa: E402
 
 UNIFORM = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist())
 H = 6 / 7
@@ -39,7 +38,7 @@ def reference(u, c, scale, points, h, base, dv):
 
 def check(rows=21, channels=48, groups=3, points=UNIFORM, h=H, base="gelu", scaled=False, dtype=torch.float32,
           spread=2.0, u=None, parts=False, cdtype=torch.float32) -> None:
-    from kernels import triton_activation as ops
+    from vision_kan.kernels import triton_activation as ops
     torch.manual_seed(rows + channels)
     u = (torch.randn(rows, channels) * spread if u is None else u).to(dtype)
     dv = torch.randn(u.shape).to(dtype)
@@ -73,7 +72,7 @@ def far() -> None:
 
 def not_a_number() -> None:
     """NaN stays NaN, and in its own place."""
-    from kernels import triton_activation as ops
+    from vision_kan.kernels import triton_activation as ops
     u = torch.zeros(3, 4)
     u[1, 2] = float("nan")
     for base in ("none", "gelu", "relu"):
@@ -85,7 +84,7 @@ def not_a_number() -> None:
 
 
 def empty() -> None:
-    from kernels import triton_activation as ops
+    from vision_kan.kernels import triton_activation as ops
     u, c, scale = torch.zeros(0, 12), torch.ones(3, 8), torch.ones(3)
     assert ops.forward(u, c, scale, UNIFORM, H, "gelu").shape == (0, 12)
     du, dc, ds = ops.backward(u, u, c, scale, UNIFORM, H, "gelu")
@@ -93,7 +92,7 @@ def empty() -> None:
 
 
 def twice() -> None:
-    from kernels import triton_activation as ops
+    from vision_kan.kernels import triton_activation as ops
     u, dv, c, scale = torch.randn(75, 64), torch.randn(75, 64), torch.randn(2, 8), torch.randn(2)
     runs = [(ops.forward(u, c, scale, UNIFORM, H, "gelu"), *ops.backward(dv, u, c, scale, UNIFORM, H, "gelu"))
             for _ in range(2)]
@@ -101,7 +100,7 @@ def twice() -> None:
 
 
 def refused() -> None:
-    from kernels import triton_activation as ops
+    from vision_kan.kernels import triton_activation as ops
     u, c = torch.zeros(3, 12), torch.ones(3, 8)
     for wrong in ((u.double(), c, UNIFORM, "gelu"), (u.t(), c, UNIFORM, "gelu"), (u, torch.ones(5, 8), UNIFORM, "gelu"),
                   (u, c, UNIFORM[:5], "gelu"), (u, c, UNIFORM, "tanh"), (u, torch.ones(3, 17), (0.0,) * 17, "gelu")):
@@ -116,7 +115,7 @@ def approximate() -> None:
     """With errors as large as those of NVIDIA's approximate instructions, which the interpreter does not have."""
     from triton import language as tl
 
-    from kernels import triton_activation as ops
+    from vision_kan.kernels import triton_activation as ops
     exact = ops.fast_exp2, ops.fast_reciprocal
 
     def rough(function, error):
@@ -164,7 +163,7 @@ CHECKS = {
 
 
 def main() -> None:
-    from kernels import triton_activation as ops
+    from vision_kan.kernels import triton_activation as ops
 
     def filled(*shape, dtype, device):
         return torch.full(shape, float("nan"), dtype=dtype, device=device)

@@ -29,7 +29,7 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def ops(monkeypatch):
-    from kernels import triton_linear
+    from vision_kan.kernels import triton_linear
 
     monkeypatch.setattr(triton_linear, "_empty", lambda *shape, dtype, device: torch.full(
         shape, float("nan"), dtype=dtype, device=device))
@@ -212,7 +212,7 @@ def test_parts(ops, monkeypatch, parts):
 
 @interpreted
 def test_every_device_has_tiles(ops):
-    from kernels.triton_common import TARGETS
+    from vision_kan.kernels.triton_common import TARGETS
     for device in TARGETS.values():
         for op in ("forward", "backward_u", "backward_weight", "backward_grid"):
             for kind in ("half", "tf32", "float"):

@@ -9,12 +9,32 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-import models_kan  # noqa: F401  (registers the models)
-import understand
-from efficient_kan import EfficientKANLayer
 from faster_kan import FasterKANLayer
-from group_kan import GroupActivation
-from understand import Inputs, collect_inputs, edge_functions, function_layers, group_functions, measure
+from vision_kan.analysis.arriving import Inputs, collect_inputs
+from vision_kan.analysis.attention import (
+    attention_maps,
+    attention_panels,
+    attention_rollout,
+    draw_attention,
+    token_maps,
+)
+from vision_kan.analysis.drawing import draw_functions, draw_groups, functions_figure, png
+from vision_kan.analysis.functions import (
+    chosen_layers,
+    edge_basis,
+    edge_weights,
+    function_layers,
+    grid_of,
+    group_functions,
+)
+from vision_kan.analysis.measures import drawn_range, edge_deviations, edge_functions, measure
+from vision_kan.analysis.training_log import (
+    off_grid_warning,
+    wide_grid_note,  # noqa: F401  (registers the models)
+)
+from vision_kan.kernels import BASES, rswaf_basis
+from vision_kan.layers.efficient_kan import EfficientKANLayer
+from vision_kan.layers.group_kan import GroupActivation
 
 U = torch.linspace(-4, 4, 50)
 
@@ -47,7 +67,7 @@ def edge_layers() -> dict[str, nn.Module]:
 
 
 def filled(layer: nn.Module, u: torch.Tensor) -> Inputs:
-    inputs = Inputs(u.shape[-1], understand.grid_of(layer))
+    inputs = Inputs(u.shape[-1], grid_of(layer))
     inputs.add(u)
     return inputs
 
@@ -58,7 +78,7 @@ def filled(layer: nn.Module, u: torch.Tensor) -> Inputs:
 def test_group_functions_are_the_activation(kwargs):
     phi = activation(**kwargs)
     base, values = group_functions(phi, U)
-    torch.testing.assert_close(base, understand.BASES[phi.base](U))
+    torch.testing.assert_close(base, BASES[phi.base](U))
     with torch.no_grad():
         each = phi(U[:, None].expand(-1, 12))
     assert len(values) == len(phi.coefficients)
@@ -96,10 +116,10 @@ def test_strengths_are_deviations_under_the_data(name):
     layer = edge_layers()[name]
     u = torch.randn(20_000, 3) * torch.tensor([0.3, 0.8, 1.0]) + torch.tensor([0.0, 0.5, -0.1])
     inputs = filled(layer, u)
-    found = understand.edge_deviations(layer, inputs.shares(3), inputs.centres)
-    weight = understand.edge_weights(layer)
+    found = edge_deviations(layer, inputs.shares(3), inputs.centres)
+    weight = edge_weights(layer)
     for i in range(3):
-        values = understand.edge_basis(layer, u[:, i].double()) @ weight[:, i].T
+        values = edge_basis(layer, u[:, i].double()) @ weight[:, i].T
         torch.testing.assert_close(found[:, i], values.std(0, correction=0), rtol=5e-3, atol=1e-4)
 
 
@@ -108,10 +128,10 @@ def test_layers_by_name():
     assert list(function_layers(nano("KAN", depth=1))) == ["blocks.0.mlp.layers.0", "blocks.0.mlp.layers.1"]
     assert function_layers(nano("ViT")) == {}
     model = nano("GKAN")
-    assert list(understand.chosen_layers(model, ["blocks.1.mlp.phi2", "blocks.3"])) == [
+    assert list(chosen_layers(model, ["blocks.1.mlp.phi2", "blocks.3"])) == [
         "blocks.1.mlp.phi2", "blocks.3.mlp.phi1", "blocks.3.mlp.phi2"]
-    assert "--layer blocks.9" in sentence(understand.chosen_layers, model, ["blocks.9"])
-    assert "no learned functions" in sentence(understand.chosen_layers, nano("ViT"), ["blocks.1"])
+    assert "--layer blocks.9" in sentence(chosen_layers, model, ["blocks.9"])
+    assert "no learned functions" in sentence(chosen_layers, nano("ViT"), ["blocks.1"])
 
 
 # ---------------------------------------------------------------- what arrives
@@ -196,7 +216,7 @@ def test_measures_of_a_group_kan_by_hand():
         phi.coefficients[1, 3] = 2.0
     u = torch.randn(40_000, 12) * 0.8
     found = measure(phi, filled(phi, u))
-    bump = 2 * understand.rswaf_basis(u[:, 6:], torch.tensor(phi.points), phi.h)[..., 3]
+    bump = 2 * rswaf_basis(u[:, 6:], torch.tensor(phi.points), phi.h)[..., 3]
     assert (found.functions, found.units, found.dead, found.points) == (2, "groups", 0, 8)
     assert found.furthest == pytest.approx(bump.square().mean().sqrt().item(), rel=1e-3)
     assert found.distance == pytest.approx(found.furthest / 2)
@@ -237,7 +257,7 @@ def test_attention_maps_are_what_the_model_computes(name):
     torch.manual_seed(0)
     kwargs = {"img_size": 56} if "eva" in name else {"img_size": 32}
     model, images = timm.create_model(name, num_classes=3, **kwargs).eval(), torch.randn(2, 3, *2 * [kwargs["img_size"]])
-    maps = understand.attention_maps(model, images)
+    maps = attention_maps(model, images)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     assert maps.shape == (12 if "nano" not in name else 4, 2, 6 if "small" in name else 3, tokens, tokens)
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
@@ -257,7 +277,7 @@ def test_attention_maps_are_what_the_model_computes(name):
 
 def test_models_without_one_sequence_of_tokens_are_told():
     for name, size in (("resnet10t", 32), ("swin_tiny_patch4_window7_224", 224)):
-        assert "no attention" in sentence(understand.attention_maps, timm.create_model(name), torch.randn(1, 3, size, size))
+        assert "no attention" in sentence(attention_maps, timm.create_model(name), torch.randn(1, 3, size, size))
 
 
 def test_rollout_by_hand():
@@ -266,37 +286,37 @@ def test_rollout_by_hand():
     maps = torch.stack([a, b])[:, None]
     first, second = ([[0.75, 0.25], [0.25, 0.75]], [[0.7, 0.3], [0.25, 0.75]])
     expected = torch.tensor(second) @ torch.tensor(first)
-    torch.testing.assert_close(understand.attention_rollout(maps), expected[None])
+    torch.testing.assert_close(attention_rollout(maps), expected[None])
 
 
 def test_rollout_follows_a_chain():
     """Each token takes from the next one: after two blocks a quarter comes from the one after that."""
     shift = torch.eye(4).roll(1, 1).expand(2, 1, 3, 4, 4)
-    rollout = understand.attention_rollout(shift)[0]
+    rollout = attention_rollout(shift)[0]
     torch.testing.assert_close(rollout[0], torch.tensor([0.25, 0.5, 0.25, 0.0]))
 
 
 def test_token_maps():
     model = timm.create_model("deit_tiny_distilled_patch16_224_KAN", img_size=32, hdim_kan=8)
     attention = torch.arange(36.0).view(1, 6, 6)
-    maps = understand.token_maps(model, attention)
+    maps = token_maps(model, attention)
     assert {name: value.tolist() for name, value in maps.items()} == {
         "class token": [[[2, 3], [4, 5]]], "distillation token": [[[8, 9], [10, 11]]]}
     pooled = timm.create_model("vit_nano_patch8_32_ViT", img_size=16, class_token=False, global_pool="avg")
-    assert understand.token_maps(pooled, torch.eye(4)[None])["mean over patches"].tolist() == [[[0.25, 0.25], [0.25, 0.25]]]
+    assert token_maps(pooled, torch.eye(4)[None])["mean over patches"].tolist() == [[[0.25, 0.25], [0.25, 0.25]]]
 
 
 def test_panels():
-    panels = understand.attention_panels(nano("GKAN"), torch.randn(3, 32, 32))
+    panels = attention_panels(nano("GKAN"), torch.randn(3, 32, 32))
     assert list(panels) == ["rollout\nclass token", *(f"block {n}\nclass token" for n in range(4)),
                             *(f"block 3\nhead {n}" for n in range(3))]
     torch.testing.assert_close(panels["block 3\nclass token"], sum(panels[f"block 3\nhead {n}"] for n in range(3)) / 3)
-    figure = understand.draw_attention(torch.rand(3, 32, 32), panels, "the $image\\$ of <a> class")
+    figure = draw_attention(torch.rand(3, 32, 32), panels, "the $image\\$ of <a> class")
     rollout = panels["rollout\nclass token"]
     assert len(figure.axes) == 9
     assert figure.axes[1].get_title() == f"rollout\nclass token\n{rollout.min():.1%} – {rollout.max():.1%}"
     assert torch.equal(torch.tensor(figure.axes[1].images[1].get_array()), rollout)
-    assert len(understand.png(figure)) > 1000
+    assert len(png(figure)) > 1000
 
 
 # ---------------------------------------------------------------- pictures
@@ -305,7 +325,7 @@ def test_the_groups_that_left_the_base_are_drawn():
     with torch.no_grad():
         phi.coefficients[2:10, 0] = torch.arange(8.0) + 1
     axes = Figure().subplots()
-    understand.draw_functions(axes, "it.phi2", phi)
+    draw_functions(axes, "it.phi2", phi)
     drawn = axes.lines[:9]
     assert [line.get_label() for line in drawn] == [*map(str, range(2, 10)), "base"]
     u = torch.tensor(drawn[-1].get_xdata())
@@ -321,7 +341,7 @@ def test_which_groups_are_furthest_depends_on_what_arrives():
         phi.coefficients[:, -1] = torch.arange(12.0) + 1        # all of it at the upper end
         phi.coefficients[:4, 0] = 1.0
     axes = Figure().subplots()
-    understand.draw_groups(axes, "it", phi, filled(phi, torch.randn(1000, 24) * 0.1 - 3))       # where nothing arrives
+    draw_groups(axes, "it", phi, filled(phi, torch.randn(1000, 24) * 0.1 - 3))       # where nothing arrives
     assert [line.get_label() for line in axes.lines[:9]][:4] == list("0123")
 
 
@@ -329,9 +349,9 @@ def test_which_groups_are_furthest_depends_on_what_arrives():
 def test_drawn_edges_are_the_functions(name):
     layer, u = edge_layers()[name], torch.randn(500, 3)
     inputs = filled(layer, u)
-    figure = understand.functions_figure({"blocks.0": layer}, {"blocks.0": inputs})
+    figure = functions_figure({"blocks.0": layer}, {"blocks.0": inputs})
     axes, below = figure.axes
-    expected = edge_functions(layer, understand.drawn_range(layer, inputs), inputs)
+    expected = edge_functions(layer, drawn_range(layer, inputs), inputs)
     for line, (label, values) in zip(axes.lines, expected.items()):
         assert line.get_label() == label
         torch.testing.assert_close(torch.tensor(line.get_ydata()), values)
@@ -346,9 +366,9 @@ def test_functions_are_drawn_over_what_arrives(scale, wide):
     torch.manual_seed(0)
     phi, u = activation(), torch.randn(2000, 12) * scale + 0.2
     axes = Figure().subplots()
-    understand.draw_functions(axes, "it", phi, filled(phi, u))
+    draw_functions(axes, "it", phi, filled(phi, u))
     low, p5, p95, high = u.flatten().quantile(torch.tensor([0.001, 0.05, 0.95, 0.999])).tolist()
-    bin = Inputs(12, understand.grid_of(phi)).width
+    bin = Inputs(12, grid_of(phi)).width
     assert axes.get_xlim() == pytest.approx((low, high), abs=bin)
     curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
     assert len(curves) == 5
@@ -372,9 +392,9 @@ def test_quantiles():
 def test_what_the_note_on_wide_grids_says():
     phi = activation()
     narrow, fitting = (measure(phi, filled(phi, torch.randn(500, 12) * scale)) for scale in (0.1, 1))
-    assert narrow.too_wide and not fitting.too_wide and understand.wide_grid_note({"a": fitting}) == ""
+    assert narrow.too_wide and not fitting.too_wide and wide_grid_note({"a": fitting}) == ""
     assert narrow.p5 == pytest.approx(-0.164, abs=0.03) and narrow.p95 == pytest.approx(0.164, abs=0.03)
-    text = understand.wide_grid_note({"a": fitting, "b": narrow, "c": narrow})
+    text = wide_grid_note({"a": fitting, "b": narrow, "c": narrow})
     assert f"inputs of b lie within [{narrow.p5:.2g}, {narrow.p95:.2g}], its grid is [-3, 3]" in text
     assert "1 of the other 2 layers" in text and "8 points" in text and "--kan-grid-range" in text and "\n" not in text
 
@@ -382,6 +402,6 @@ def test_what_the_note_on_wide_grids_says():
 def test_what_a_warning_says():
     layer = FasterKANLayer(3, 2)
     near, far = (measure(layer, filled(layer, torch.randn(500, 3) * scale)) for scale in (0.5, 3))
-    assert understand.off_grid_warning({"a": near}) == ""
-    text = understand.off_grid_warning({"a": near, "b": far, "c": near, "d": far})
+    assert off_grid_warning({"a": near}) == ""
+    text = off_grid_warning({"a": near, "b": far, "c": near, "d": far})
     assert "of b fall off its grid [-2, 2]" in text and "1 of the other 3 layers" in text and "\n" not in text

@@ -15,9 +15,9 @@ from e2e import differences
 from hostile_checkpoints import executing, hostile_files, repickled, saved
 from torch import nn
 
-import untrusted
-from checkpoints import load_file
-from utils import UserError
+from vision_kan.checkpoints import untrusted
+from vision_kan.checkpoints.read import load_file
+from vision_kan.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,10 @@ import torch.distributed as dist
 from helpers import sentence
 
 import utils
-from utils import Process, UserError, choose_device, seed_everything
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process, choose_device
+from vision_kan.common.seeds import seed_everything
+from vision_kan.common.text import say, to_json
 
 
 # ---------------------------------------------------------------- device, processes, random numbers
@@ -54,7 +57,7 @@ def meet(rank: int, folder: Path, queue) -> None:
             time.sleep(0.5)
             (folder / "first").write_text("done")
         told.append((folder / "first").read_text())
-    utils.say(f"said by {rank}")
+    say(f"said by {rank}")
     for failing in (0, 1):
         try:
             with utils.stop_together(process):
@@ -110,6 +113,6 @@ def test_seed():
 def test_json_keeps_letters(value):
     """All of it comes back from a UTF-8 file, also what UTF-8 cannot hold as it is."""
     for indent in (None, 1):
-        text = utils.to_json(value, indent)
+        text = to_json(value, indent)
         assert json.loads(text.encode("utf-8")) == value
-    assert all(letter in utils.to_json(value) for letter in ("ö猫" if "ö" in value else "ä" if "ä" in value else ""))
+    assert all(letter in to_json(value) for letter in ("ö猫" if "ö" in value else "ä" if "ä" in value else ""))

@@ -16,21 +16,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import console
+from vision_kan.common import console
+from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import timm
 import torch
 from torch import Tensor, nn
 
-import conversion
-import models_kan
-import peers
-import start as starting
-from checkpoints import checkpoint_args, plain, save_safetensors, weights_of
-from config import PREPARATION, Parser, parse_args, resolve, validate
-from trained import Pictures, image_files
-from utils import UserError, say
+from vision_kan.checkpoints.read import checkpoint_args, weights_of
+from vision_kan.checkpoints.write import save_safetensors
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.common.text import plain, say
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import PREPARATION
+from vision_kan.config.parser import Parser
+from vision_kan.config.resolve import parse_args, resolve
+from vision_kan.models import conversion
+from vision_kan.models.cost import count_parameters
+from vision_kan.models.finetune import load_finetune
+from vision_kan.models.infer import infer_model, patch_grid
+from vision_kan.run.build import build_model, model_spec
+from vision_kan.run.starting import Start, read_source, with_own_input_size
+from vision_kan.run.trained import Pictures, image_files
 
 EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
 AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
@@ -69,25 +78,25 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, metavar="NAME", help="what to turn it into")
     parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="images that a full-edge KAN is fitted on")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="images whose logits are compared")
-    own, flags = parser.parse_beside_main(argv)
+    own, flags = parse_beside_main(parser, argv)
     if own.target.suffix != ".safetensors":
         raise UserError(f"TARGET {own.target} must end in .safetensors")
     config = parse_args(["--model", own.model, "--drop-path", "0", *flags])
-    path, checkpoint = starting.read_source(own.source)
+    path, checkpoint = read_source(own.source)
     state = weights_of(checkpoint, path)
     told = {key: value for key, value in checkpoint_args(checkpoint).items() if key in PREPARATION}
-    config = resolve(starting.with_own_input_size(config), told, purpose="finetune")
+    config = resolve(with_own_input_size(config), told, purpose="finetune")
     validate(config.args)
-    found = models_kan.infer_model(state, checkpoint_args(checkpoint))
-    spec = starting.model_spec(config, starting.Start(), found.kwargs["num_classes"])
-    model, spec = starting.build_model(spec, config)
+    found = infer_model(state, checkpoint_args(checkpoint))
+    spec = model_spec(config, Start(), found.kwargs["num_classes"])
+    model, spec = build_model(spec, config)
 
     def calibration() -> Tensor:
         if not own.calibrate:
             raise UserError(f"{own.model} is fitted to the MLPs on images: give --calibrate FOLDER")
         return images_in(own.calibrate, config.args, 64)
 
-    grid = models_kan.patch_grid(checkpoint, state)
+    grid = patch_grid(checkpoint, state)
     report, errors = conversion.load_converted(model, spec, state, calibration, grid)
     say(report.table())
     if errors:
@@ -99,11 +108,11 @@ def run(argv: list[str]) -> int:
     if checkpoint.get("class_names"):
         about["class_names"] = checkpoint["class_names"]
     save_safetensors(model.state_dict(), about, own.target)
-    say(f"{own.target}: {spec.name}, {models_kan.count_parameters(model):,} parameters")
+    say(f"{own.target}: {spec.name}, {count_parameters(model):,} parameters")
     if not own.check:
         return 0
     source = timm.create_model(found.name, **{**found.kwargs, "img_size": config.args.input_size})
-    models_kan.load_finetune(source, state, grid)
+    load_finetune(source, state, grid)
     return compare(source, model, images_in(own.check, config.args), exact=not errors)
 
 

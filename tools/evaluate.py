@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import console
+from tools.common import add_model_arguments, loaders_of
+from vision_kan.common import console
+from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import matplotlib
@@ -30,14 +32,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-import peers
-from checkpoints import whole
-from config import Parser
-from datasets import Images, ImageSet
 from engine import evaluate, summary
-from run_folder import versions
-from trained import Trained, add_model_arguments, as_seen, beside, load_trained
-from utils import Process, printable, to_json
+from vision_kan.common import peers
+from vision_kan.common.files import whole
+from vision_kan.common.process import Process
+from vision_kan.common.text import printable, to_json
+from vision_kan.config.parser import Parser
+from vision_kan.data.images import Images, ImageSet
+from vision_kan.run.folder import versions
+from vision_kan.run.trained import Trained, as_seen, beside, load_trained
 
 BINS = 15           # of the calibration error, as Guo et al. have it
 MISTAKES = 24       # on the contact sheet
@@ -249,11 +252,11 @@ def run(argv: list[str]) -> int:
     parser = Parser("evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes")
-    own, flags = parser.parse_beside_main(argv)
+    own, flags = parse_beside_main(parser, argv)
     output = own.output or default_output(own.checkpoint, own.weights)
     with whole(output / "report.json") as file, plt.rc_context({"text.parse_math": False}):
         trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
-        loaders = trained.loaders()
+        loaders = loaders_of(trained)
         tally = Tally(len(trained.class_names))
         result = evaluate(trained.model, loaders.val, Process(device=trained.device), title=own.weights, see=tally.add)
         loaders.check_unreadable()

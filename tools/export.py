@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import console
+from tools.common import add_model_arguments, loaders_of
+from vision_kan.common import console
+from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import timm
@@ -36,14 +38,20 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import models_kan
-import peers
-from checkpoints import checkpoint_args, plain, save_safetensors, whole
-from config import PREPARATION, SCOPE, Parser, get_args_parser
 from engine import evaluate, result_of
-from run_folder import versions
-from trained import Pictures, Trained, add_model_arguments, image_files, load_trained, told
-from untrusted import SAFETENSORS_KEY
-from utils import Process, TrainingFailed, UserError, say, shown_size, to_json
+from vision_kan.checkpoints.read import checkpoint_args
+from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
+from vision_kan.checkpoints.write import save_safetensors
+from vision_kan.common import peers
+from vision_kan.common.errors import TrainingFailed, UserError
+from vision_kan.common.files import whole
+from vision_kan.common.process import Process
+from vision_kan.common.text import plain, say, shown_size, to_json
+from vision_kan.config.flags import PREPARATION, SCOPE, get_args_parser
+from vision_kan.config.parser import Parser
+from vision_kan.models.cost import count_flops, count_parameters
+from vision_kan.run.folder import versions
+from vision_kan.run.trained import Pictures, Trained, image_files, load_trained, told
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -266,9 +274,9 @@ def model_card(trained: Trained) -> str:
                            eval_results=evaluated)
     parts = [f"---\n{header.to_yaml()}\n---", f"# {name}"]
     if suffix:
-        flops = models_kan.count_flops(trained.model)
+        flops = count_flops(trained.model)
         parts.append(f"A vision transformer with the feed-forward {_FEED_FORWARD[suffix]}. "
-                     f"{models_kan.count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
+                     f"{count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
                      f"FLOPs an image of {shown_size(trained.args.input_size, ' x ')} px.")
     parts += ["## Results", results,
               "## Model", f"It holds the {held[trained.weights]}.",
@@ -330,12 +338,12 @@ def run(argv: list[str]) -> int:
     parser.set_defaults(device="cpu")       # a program keeps the device that it was exported on
     parser.add_argument("target", type=Path, metavar="TARGET", help="the ending is the format")
     parser.add_argument("--check", nargs="+", metavar="IMAGE|FOLDER", help="images whose logits are compared, besides noise")
-    own, flags = parser.parse_beside_main(argv)
+    own, flags = parse_beside_main(parser, argv)
     chosen = format_of(own.target)          # before anything takes time
     files = image_files(own.check) if own.check else []
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
     if trained.args.data_path:
-        loaders = trained.loaders()
+        loaders = loaders_of(trained)
         measured = evaluate(trained.model, loaders.val, Process(device=trained.device))
         loaders.check_unreadable(together=True)
         trained.results = result_of(measured, trained.args)
@@ -343,7 +351,7 @@ def run(argv: list[str]) -> int:
     found = export(trained, own.target, files)
     same = "equal bit by bit" if chosen.exact else \
         f"equal up to {found.error:.1e} of the largest logit (PyTorch's float32 from its float64: {found.own:.1e})"
-    say(f"{own.target}: {trained.spec.name}, {models_kan.count_parameters(trained.model):,} parameters; logits of {found.images} "
+    say(f"{own.target}: {trained.spec.name}, {count_parameters(trained.model):,} parameters; logits of {found.images} "
         f"images in batches of several sizes are {same}")
     return 0
 

@@ -16,7 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import console
+from tools.common import add_model_arguments, loaders_of
+from vision_kan.common import console
 
 console.starting(__name__)
 import torch
@@ -24,15 +25,28 @@ from matplotlib.figure import Figure
 from timm.layers import to_2tuple
 from torch import Tensor
 
-import models_kan
-import peers
-import understand
-from checkpoints import whole
-from config import Parser
-from start import validation_images
-from trained import Pictures, Trained, add_model_arguments, as_seen, beside, image_files, load_trained, told
-from understand import Collected, Measured
-from utils import UserError, say
+from vision_kan.analysis.arriving import Collected, collect_inputs
+from vision_kan.analysis.attention import attention_panels, draw_attention
+from vision_kan.analysis.drawing import functions_figure, png
+from vision_kan.analysis.functions import chosen_layers
+from vision_kan.analysis.measures import DEAD_GAIN, Measured, measure
+from vision_kan.analysis.training_log import off_grid_warning, wide_grid_note
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import whole
+from vision_kan.common.text import say
+from vision_kan.config.parser import Parser
+from vision_kan.data.loaders import validation_images
+from vision_kan.models.cost import count_parameters
+from vision_kan.run.trained import (
+    Pictures,
+    Trained,
+    as_seen,
+    beside,
+    image_files,
+    load_trained,
+    told,
+)
 
 SAMPLES = 256       # images that what arrives is measured on
 SHOWN = 6           # images whose attention is shown
@@ -52,16 +66,16 @@ class Findings:
 # ---------------------------------------------------------------- what there is to see
 def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequence[str]) -> Findings:
     """Measure one checkpoint on images that are prepared as it takes them."""
-    layers = understand.chosen_layers(trained.model, names)
-    loaders = trained.loaders() if trained.has_data else None
+    layers = chosen_layers(trained.model, names)
+    loaders = loaders_of(trained) if trained.has_data else None
     images, indices = _read(trained, files := _spread(files, SHOWN if loaders else samples))
     titles = [files[index].name for index in indices.tolist()]
     calibration = validation_images(loaders, samples) if loaders else images
-    collected = understand.collect_inputs(trained.model, calibration.split(32) if len(calibration) else ())
-    measured = {name: understand.measure(layer, collected.inputs[name]) for name, layer in layers.items()
+    collected = collect_inputs(trained.model, calibration.split(32) if len(calibration) else ())
+    measured = {name: measure(layer, collected.inputs[name]) for name, layer in layers.items()
                 if name in collected.inputs}
     found = Findings(trained, collected, measured,
-                     understand.functions_figure(layers, collected.inputs) if layers else None)
+                     functions_figure(layers, collected.inputs) if layers else None)
     shown = _spread(list(zip(images, titles)), SHOWN)
     if loaders and not files:
         data: Any = loaders.val.dataset
@@ -98,7 +112,7 @@ def _attention(trained: Trained, image: Tensor, title: str) -> Figure:
             share, number = trained.model(image[None].to(trained.device)).softmax(-1)[0].max(-1)
         title += f"\n→ {trained.class_names[number].partition(',')[0]} ({share:.0%})"
     title = "".join(c if c.isprintable() or c == "\n" else "?" for c in title)       # a file's name may be anything
-    return understand.draw_attention(as_seen(image, trained.args), understand.attention_panels(trained.model, image), title)
+    return draw_attention(as_seen(image, trained.args), attention_panels(trained.model, image), title)
 
 
 def share_limits(a: Figure, b: Figure) -> None:
@@ -116,7 +130,7 @@ def about(found: Findings) -> list[list[str]]:
     trained = found.trained
     options = ", ".join(f"{key} {value}" for key, value in trained.spec.kwargs.items())
     rows = [["checkpoint", trained.path], ["model", trained.spec.name], ["options", options or "none"],
-            ["parameters", f"{models_kan.count_parameters(trained.model):,}"]]
+            ["parameters", f"{count_parameters(trained.model):,}"]]
     epoch = trained.about.get("epoch")
     if type(epoch) is int:
         rows.append(["epochs done", str(epoch + 1)])
@@ -169,7 +183,7 @@ NOTES = {
         "where what is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a "
         "full-edge KAN: of the spline beside its base branch, where it has one), the mean over the functions, and the furthest. "
         "Gain: deviation of what a group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what "
-        f"arrives; dead: below {understand.DEAD_GAIN:g}.",
+        f"arrives; dead: below {DEAD_GAIN:g}.",
     "Learned functions":
         "Group KAN: each group's function over its base (dashed). Full-edge KAN: the edges whose functions vary most under what "
         "arrives, exact from the weights. Drawn is where all but a thousandth of the inputs on either side lie. Grey lines: grid "
@@ -204,7 +218,7 @@ def page(columns: Sequence[Findings], pictures: Sequence[dict[str, bytes]]) -> s
         return _table(rows) if rows else f"<p>{html.escape(otherwise)}</p>"
 
     def facts(found: Findings) -> str:
-        told = {"warning": understand.off_grid_warning(found.measured), "note": understand.wide_grid_note(found.measured)}
+        told = {"warning": off_grid_warning(found.measured), "note": wide_grid_note(found.measured)}
         return _table(about(found), head=False) + "".join(f'<p class="{kind}">{html.escape(text)}</p>'
                                                           for kind, text in told.items() if text)
 
@@ -238,7 +252,7 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
     for prefix, found in zip(("", "other_"), columns):
         figures = ({f"{prefix}functions.png": found.functions} if found.functions else {}) | {
             f"{prefix}attention_{number}.png": figure for number, figure in enumerate(found.attention, 1)}
-        pictures.append({name: understand.png(figure, dpi=90) for name, figure in figures.items()})
+        pictures.append({name: png(figure, dpi=90) for name, figure in figures.items()})
     for name, content in (item for drawn in pictures for item in drawn.items()):
         with whole(folder / name) as file:
             file.write_bytes(content)
@@ -273,7 +287,7 @@ def run(argv: list[str]) -> int:
         share_limits(*figures)
     report = write(columns, args.output or beside(args.checkpoint, "_inspect"))
     for found in columns:
-        if warning := understand.off_grid_warning(found.measured):
+        if warning := off_grid_warning(found.measured):
             say(f"warning: {found.trained.path}: {warning}", file=sys.stderr)
     say(report)
     return 0

@@ -7,19 +7,24 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import console
+from tools.common import loaders_of
+from vision_kan.common import console
 
 console.starting(__name__)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import peers
-from checkpoints import CHECKPOINT, whole
-from config import Parser
-from start import validation_images
-from trained import load_trained
-from understand import collect_inputs, draw_functions, function_layers, png
-from utils import UserError, say
+from vision_kan.analysis.arriving import collect_inputs
+from vision_kan.analysis.drawing import draw_functions, png
+from vision_kan.analysis.functions import function_layers
+from vision_kan.checkpoints.read import CHECKPOINT
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import whole
+from vision_kan.common.text import say
+from vision_kan.config.parser import Parser
+from vision_kan.data.loaders import validation_images
+from vision_kan.run.trained import load_trained
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -75,7 +80,7 @@ def plot_runs(folders: list[Path], picture: Path, arriving: bool = False) -> Pat
     models = (load_trained(str(folder / CHECKPOINT), device="cpu") for folder in folders if (folder / CHECKPOINT).is_file())
     kan = next((trained for trained in models if function_layers(trained.model)), None)
     layers = list(function_layers(kan.model).items()) if kan else []
-    inputs = collect_inputs(kan.model, [validation_images(kan.loaders())]).inputs if kan and arriving else {}
+    inputs = collect_inputs(kan.model, [validation_images(loaders_of(kan))]).inputs if kan and arriving else {}
     shown = layers if len(layers) <= 4 else [*layers[:2], *layers[-2:]]
     rows = 1 + -(-len(shown) // 2)
     figure = Figure((11, 3.6 * rows), layout="constrained")

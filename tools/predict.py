@@ -17,16 +17,19 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import console
+from tools.common import add_model_arguments
+from vision_kan.common import console
+from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import torch
 
-import peers
-from checkpoints import whole
-from config import Parser
-from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
-from utils import UserError, printable, to_json
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import whole
+from vision_kan.common.text import printable, to_json
+from vision_kan.config.parser import Parser
+from vision_kan.run.trained import Pictures, Trained, image_files, load_trained
 
 FORMATS = ("table", "json", "csv")
 
@@ -97,7 +100,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--format", choices=FORMATS, help="default: what the name of --output ends in, else table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    own, flags = parser.parse_beside_main(argv)
+    own, flags = parse_beside_main(parser, argv)
     for flag, value in (("--top", own.top), ("--batch-size", own.batch_size)):
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")

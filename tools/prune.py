@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import console
+from tools.common import add_model_arguments, loaders_of, training_images
+from vision_kan.common import console
+from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import matplotlib
@@ -28,17 +30,26 @@ from matplotlib import pyplot as plt
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-import models_kan
-import peers
-import pruning
-from checkpoints import checkpoint_args, plain, save_pth, save_safetensors, whole
-from config import Parser
-from datasets import Loaders, batches
-from engine import choose_amp_dtype, evaluate
+from engine import evaluate
 from models_kan import KAN_OPTIONS, ModelSpec
-from run_folder import versions
-from trained import Trained, add_model_arguments, load_trained
-from utils import Process, UserError, say
+from vision_kan.analysis.pruning import plans
+from vision_kan.analysis.pruning.calibrate import calibrate
+from vision_kan.analysis.pruning.plans import KINDS, Hidden, Plan, weakest
+from vision_kan.analysis.pruning.rank import by_chance
+from vision_kan.checkpoints.read import checkpoint_args
+from vision_kan.checkpoints.write import save_pth, save_safetensors
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import whole
+from vision_kan.common.process import Process
+from vision_kan.common.text import plain, say
+from vision_kan.config.parser import Parser
+from vision_kan.data.loaders import Loaders
+from vision_kan.data.workers import batches
+from vision_kan.models.cost import count_flops, count_parameters
+from vision_kan.run.folder import versions
+from vision_kan.run.trained import Trained, load_trained
+from vision_kan.training.precision import choose_amp_dtype
 
 SHARES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
 COUNTED = {"hidden": "parameters of the feed-forwards", "edges": "parameters of the feed-forwards",
@@ -59,7 +70,7 @@ class Measured(NamedTuple):
 
 def calibration_loaders(trained: Trained, count: int) -> tuple[DataLoader, DataLoader]:
     """Two loaders of `count` training images each, or half of what there is; none is in both. Chosen by --seed."""
-    data, args = trained.training_images(), trained.args
+    data, args = training_images(trained), trained.args
     count = min(count, len(data) // 2)
     if not count:
         raise UserError(f"there are {len(data)} training images, too few to calibrate with: check --data-path")
@@ -68,15 +79,15 @@ def calibration_loaders(trained: Trained, count: int) -> tuple[DataLoader, DataL
     return first, second
 
 
-def make_plan(trained: Trained, what: str, loader: DataLoader, random: bool) -> pruning.Plan:
+def make_plan(trained: Trained, what: str, loader: DataLoader, random: bool) -> Plan:
     """The levels of pruning, in the order of what the images of `loader` say, or (random) by chance."""
     readable = (images[targets >= 0].to(trained.device) for images, targets in batches(loader))
-    calibration = pruning.calibrate(trained.model, (images for images in readable if len(images)), trained.args.seed)
+    calibration = calibrate(trained.model, (images for images in readable if len(images)), trained.args.seed)
     if not calibration.inputs:
         raise UserError("no image to calibrate with can be read: check the data folder")
-    plan = pruning.make_plan(trained.model, trained.spec, what, calibration)
-    if random and isinstance(plan, pruning.Hidden):
-        plan = pruning.Hidden(trained.model, trained.spec, calibration, pruning.by_chance(plan.removals, trained.args.seed))
+    plan = plans.make_plan(trained.model, trained.spec, what, calibration)
+    if random and isinstance(plan, Hidden):
+        plan = Hidden(trained.model, trained.spec, calibration, by_chance(plan.removals, trained.args.seed))
     return plan
 
 
@@ -85,18 +96,18 @@ def accuracy(trained: Trained, model: nn.Module, loader: DataLoader, title: str)
                     amp_dtype=choose_amp_dtype(trained.args.amp_dtype, trained.device))
 
 
-def measure(trained: Trained, plan: pruning.Plan, model: nn.Module, loader: DataLoader) -> Measured:
+def measure(trained: Trained, plan: Plan, model: nn.Module, loader: DataLoader) -> Measured:
     result, left = accuracy(trained, model, loader, "validation"), plan.prunable(model)
-    return Measured(left / plan.prunable(trained.model), left, models_kan.count_parameters(model),
-                    models_kan.count_flops(model).matmul, result["acc1"], result["acc5"], result["loss"], int(result["images"]))
+    return Measured(left / plan.prunable(trained.model), left, count_parameters(model),
+                    count_flops(model).matmul, result["acc1"], result["acc5"], result["loss"], int(result["images"]))
 
 
-def level_within(plan: pruning.Plan, share: float) -> int:
+def level_within(plan: Plan, share: float) -> int:
     """The first level with at most that share of what can be pruned; len(plan) where there is none."""
-    return pruning.weakest(plan, lambda level: plan.size(level) <= share * plan.size(0))
+    return weakest(plan, lambda level: plan.size(level) <= share * plan.size(0))
 
 
-def level_losing(trained: Trained, plan: pruning.Plan, points: float, loader: DataLoader) -> int:
+def level_losing(trained: Trained, plan: Plan, points: float, loader: DataLoader) -> int:
     """By bisection the last level whose top-1 on these images is at most so many points below the model's."""
     before = accuracy(trained, trained.model, loader, "held out")["acc1"]
 
@@ -107,7 +118,7 @@ def level_losing(trained: Trained, plan: pruning.Plan, points: float, loader: Da
         say(f"{plan.size(level) / plan.size(0):.1%} kept: {acc1 - before:+.2f} points on the held-out images")
         return acc1 < before - points - 1e-9
 
-    return pruning.weakest(plan, loses_more) - 1
+    return weakest(plan, loses_more) - 1
 
 
 def header(what: str) -> str:
@@ -163,7 +174,7 @@ def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Pa
     return picture
 
 
-def draw_curve(own: argparse.Namespace, trained: Trained, plan: pruning.Plan, validation: DataLoader) -> None:
+def draw_curve(own: argparse.Namespace, trained: Trained, plan: Plan, validation: DataLoader) -> None:
     levels = sorted({0, *(min(level_within(plan, share), len(plan) - 1) for share in own.curve or SHARES)})
     rows = []
     say(header(own.what))
@@ -182,7 +193,7 @@ def arguments() -> Parser:
     parser = Parser("prune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("target", metavar="TARGET", type=Path, help="what to write: .pth or .safetensors; .csv with --curve")
-    parser.add_argument("--what", required=True, choices=pruning.KINDS,
+    parser.add_argument("--what", required=True, choices=KINDS,
                         help="hidden units; groups or grid points of the learned functions; the units of a full-edge KAN "
                         "whose edges are all weak")
     budget = parser.add_mutually_exclusive_group(required=True)
@@ -216,11 +227,11 @@ def check(own: argparse.Namespace) -> None:
 
 
 def run(argv: list[str]) -> int:
-    own, flags = arguments().parse_beside_main(argv)
+    own, flags = parse_beside_main(arguments(), argv)
     check(own)
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
-    pruning.check(trained.spec, own.what)
-    loaders = trained.loaders()
+    plans.check(trained.spec, own.what)
+    loaders = loaders_of(trained)
     calibration, held_out = calibration_loaders(trained, own.images)
     plan = make_plan(trained, own.what, calibration, own.random)
     if own.curve is not None:

@@ -11,16 +11,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import console
+from vision_kan.common import console
 
 console.starting(__name__)
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-import peers
-from checkpoints import one_line
-from config import Parser
-from utils import UserError, say
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError, one_line
+from vision_kan.common.text import say
+from vision_kan.config.parser import Parser
 
 FILES = ("config.json", "model.safetensors", "README.md")
 PLACE = "USER/NAME"     # what a model card calls the model until it has a place

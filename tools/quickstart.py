@@ -16,17 +16,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import console
+from vision_kan.common import console
 
 console.starting(__name__)
 import timm
 import torch
 
-import models_kan
-import peers
-from config import Parser
 from tools.plot_run import plot_runs, read_log
-from utils import UserError
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.config.parser import Parser
+from vision_kan.models.cost import count_flops, count_parameters, twin_mismatch
 
 TWINS = {"GKAN": "vit_nano_patch8_32_GKAN", "MLP": "vit_nano_patch8_32_ViT"}
 STEP = re.compile(r"epoch \d+/(\d+) ")      # of what main.py prints
@@ -137,12 +137,12 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     for name, runs in results.items():
         top1 = [run["top1"] for run in runs]
         spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
-        flops = models_kan.count_flops(models[name])
+        flops = count_flops(models[name])
         seconds, rate = (statistics.mean(run[key] for run in runs) for key in ("seconds", "img_per_s"))
         lines.append(f"{name:6}{statistics.mean(top1):>{16 - len(spread)}.2f}{spread}"
-                     f"{models_kan.count_parameters(models[name]):>13,}{flops.matmul / 1e6:>15.2f}"
+                     f"{count_parameters(models[name]):>13,}{flops.matmul / 1e6:>15.2f}"
                      f"{flops.elementwise / 1e6:>13.2f}{seconds:>9.0f}{rate:>8.0f}")
-    mismatch = models_kan.twin_mismatch(*models.values())
+    mismatch = twin_mismatch(*models.values())
     return "\n".join(lines + ([mismatch] if mismatch else []))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import console
+from vision_kan.common import console
 
 console.starting(__name__)
 import matplotlib
@@ -26,12 +26,15 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-import peers
-from checkpoints import whole
-from config import SCOPE, Parser, load_recipe
-from run_folder import STATUS
 from tools.plot_run import draw_curve, names_of, read_log
-from utils import UserError, say
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import whole
+from vision_kan.common.text import say
+from vision_kan.config.flags import SCOPE
+from vision_kan.config.parser import Parser
+from vision_kan.config.recipes import load_recipe
+from vision_kan.run.folder import STATUS
 
 LOG, FLAGS = "log.txt", "args.yaml"
 DIFFERENT = {dest for dest, scope in SCOPE.items() if scope != "place"} | {"finetune", "teacher_path", "compile", "kan_backend"}

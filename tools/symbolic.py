@@ -23,7 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import console
+from tools.common import add_model_arguments, loaders_of
+from vision_kan.common import console
+from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import matplotlib
@@ -38,17 +40,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 
-import peers
-from checkpoints import plain, save_safetensors, whole
-from config import SCOPE, Parser
-from datasets import batches
 from engine import evaluate, summary
-from group_kan import GroupActivation
-from kernels import rswaf_activation_reference, rswaf_basis
 from models_kan import FunctionLayer
-from trained import Pictures, Trained, add_model_arguments, image_files, load_trained
-from understand import EdgeLayer, edge_basis, edge_weights, function_layers, grid_of, watching
-from utils import Process, UserError, say, to_json
+from vision_kan.analysis.arriving import watching
+from vision_kan.analysis.functions import EdgeLayer, edge_basis, edge_weights, function_layers, grid_of
+from vision_kan.checkpoints.write import save_safetensors
+from vision_kan.common import peers
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import whole
+from vision_kan.common.process import Process
+from vision_kan.common.text import plain, say, to_json
+from vision_kan.config.flags import SCOPE
+from vision_kan.config.parser import Parser
+from vision_kan.data.workers import batches
+from vision_kan.kernels import rswaf_activation_reference, rswaf_basis
+from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.run.trained import Pictures, Trained, image_files, load_trained
 
 UNEXPLAINED = 1e-6      # of the variance: to explain more than all but this is worth nothing
 DEGREE = 5              # highest of a polynomial
@@ -466,7 +473,7 @@ def with_fitted_basis(model: nn.Module, found: Sequence[Learned]) -> tuple[nn.Mo
 def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) -> str:
     """Evaluate a group KAN as it is, with formulas for its functions, and as it is then saved to `target`, which
     `main.py --eval` reads; returns the table of the three."""
-    loaders, process = trained.loaders(), Process(device=trained.device)
+    loaders, process = loaders_of(trained), Process(device=trained.device)
     fitted, fits = with_fitted_basis(trained.model, found)
     about = {"model_args": plain({"name": trained.spec.name, "kwargs": trained.spec.kwargs}),
              "args": plain({dest: value for dest, value in vars(trained.args).items() if SCOPE[dest] in ("model", "data")})}
@@ -568,7 +575,7 @@ def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable
         return (images for images, _ in pictures), -(-len(pictures) // 64)
     if not trained.has_data:
         return None, 0
-    data: Any = trained.loaders().val.dataset
+    data: Any = loaders_of(trained).val.dataset
     some = Subset(data, range(0, len(data), -(-len(data) // limit)))
     loader = DataLoader(some, 64, generator=torch.Generator())
     return (images[targets >= 0] for images, targets in batches(loader) if (targets >= 0).any()), len(loader)
@@ -587,7 +594,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="the table as text, CSV, JSON and LaTeX, and a picture")
     parser.add_argument("--replace", type=Path, metavar="TARGET", help="put the formulas in the functions' place, evaluate, "
                         "and save the nearest model that main.py reads (.safetensors; group KAN)")
-    own, flags = parser.parse_beside_main(argv)
+    own, flags = parse_beside_main(parser, argv)
     for name in ("limit", "edges"):
         if getattr(own, name) < 1:
             raise UserError(f"--{name} {getattr(own, name)} must be at least 1")

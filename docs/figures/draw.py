@@ -10,8 +10,8 @@ from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
-from faster_kan import fit_basis, rswaf_basis
-from group_kan import BASES
+from faster_kan import fit_basis
+from vision_kan.kernels import BASES, rswaf_basis
 
 GRIDS = {"original: [-2, 2], h 0.33": (-2.0, 2.0, 0.33), "covering: [-3, 3], h the spacing": (-3.0, 3.0, 6 / 7)}
 

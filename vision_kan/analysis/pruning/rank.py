@@ -1,0 +1,106 @@
+"""In which order units go."""
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vision_kan.analysis.pruning.calibrate import Calibration
+from vision_kan.analysis.pruning.fit import RIDGE, feed_forward_inputs
+from vision_kan.analysis.pruning.halves import Half, Model, double, halves
+
+
+# ---------------------------------------------------------------- which units matter least
+class Removal(NamedTuple):
+    """Hidden units of a block that go together, one of each group, and what the loss rises by, up to a factor."""
+    block: int
+    units: list[int]
+    rise: float
+
+
+def removal_order(covariance: Tensor, weight: Tensor, fisher: Tensor, groups: int) -> list[tuple[list[int], float]]:
+    """Hidden units of a block in the order in which they are missed least, all but the last of each group.
+
+    Args:
+        covariance: float64 [HP, HP]. weight: [O, H, P]. fisher: float64 [O, O].
+        groups: so many runs of neighbouring units of which one goes at a time.
+    Returns: units, and by what tr(M D C D^T) rises when they go and the others' weights make up for them.
+    """
+    outputs, units, features = weight.shape
+    values, vectors = torch.linalg.eigh(fisher)
+    rows = (vectors * values.clamp_min(0).sqrt()).T @ double(weight).flatten(1)             # M^1/2 W, [O, HP]
+    inverse = torch.linalg.inv(covariance + RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), device=rows.device))
+    gone = torch.zeros(units, dtype=torch.bool, device=rows.device)
+    offsets = torch.arange(features, device=rows.device)
+    first = torch.arange(groups, device=rows.device) * (units // groups)
+    order = []
+    for _ in range(units // groups - 1):
+        own = inverse.view(units, features, units, features).diagonal(dim1=0, dim2=2).permute(2, 0, 1)     # [H, P, P]
+        own = torch.where(gone[:, None, None], torch.eye(features, dtype=own.dtype, device=own.device), own)
+        each = rows.view(outputs, units, features).permute(1, 0, 2)                         # [H, O, P]
+        rise = (torch.linalg.solve(own, each, left=False) * each).sum((1, 2)).masked_fill(gone, torch.inf)
+        chosen = rise.view(groups, -1).argmin(1) + first
+        index = (chosen[:, None] * features + offsets).flatten()
+        removed = torch.linalg.solve(inverse[index][:, index], rows[:, index], left=False)  # [O, GP]
+        order.append((chosen.tolist(), (removed * rows[:, index]).sum().item()))
+        rows -= removed @ inverse[index]
+        inverse -= inverse[:, index] @ torch.linalg.solve(inverse[index][:, index], inverse[index])
+        rows[:, index] = 0
+        inverse[index] = 0
+        inverse[:, index] = 0
+        gone[chosen] = True
+    return order
+
+
+def rank_hidden(model: Model, calibration: Calibration, groups: int) -> list[Removal]:
+    """Hidden units of all blocks, those first without which the loss rises least; one unit of each group stays."""
+    removals = []
+    for number, block in enumerate(model.blocks):
+        order = removal_order(calibration.covariance[number], halves(block.mlp)[1].weight, calibration.fisher[number], groups)
+        # what goes first in its block must come first: a rise counts as no less than those before it
+        highest = np.maximum.accumulate([rise for _, rise in order] or [0.0])
+        removals += [Removal(number, units, float(rise)) for (units, _), rise in zip(order, highest)]
+    return sorted(removals, key=lambda removal: removal.rise)
+
+
+def edge_deviations(half: Half, inputs: Sequence[Tensor]) -> Tensor:
+    """Standard deviation of every edge function phi_oi over what arrives, x [T, I] in parts: [O, I]."""
+    total, first, second = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for x in inputs:
+        f = double(half.features(x))
+        total, first = total + len(f), first + f.sum(0)
+        second = second + torch.einsum("tip,tiq->ipq", f, f)
+    mean = first / total
+    covariance = second / total - mean[:, :, None] * mean[:, None]
+    weight = double(half.weight)
+    return torch.einsum("oip,ipq,oiq->oi", weight, covariance, weight).clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def rank_edges(model: Model, calibration: Calibration) -> list[Removal]:
+    """Hidden units of all blocks, those first whose edges are weak: the smaller of the strongest edge that comes in and the
+    strongest that goes out, each relative to its layer's (Liu et al., arXiv:2404.19756, section 2.5: a unit stays that has
+    a strong edge on both sides)."""
+    removals = []
+    for number, inputs in enumerate(feed_forward_inputs(model, calibration.inputs)):
+        first, second = halves(model.blocks[number].mlp)
+        into, out = (d / d.square().mean().sqrt() for d in (
+            edge_deviations(first, inputs), edge_deviations(second, [first(x) for x in inputs])))
+        strength = torch.minimum(into.amax(1), out.amax(0))
+        weakest = strength.argsort(stable=True)[:-1].tolist()
+        removals += [Removal(number, [unit], strength[unit].item()) for unit in weakest]
+    return sorted(removals, key=lambda removal: removal.rise)
+
+
+def by_chance(removals: list[Removal], seed: int) -> list[Removal]:
+    """The same number of units in a random order: what a ranking has to beat."""
+    random = np.random.default_rng(seed)
+    groups: dict[int, list[list[int]]] = {}
+    for removal in removals:
+        groups.setdefault(removal.block, []).append(removal.units)
+    shuffled = []
+    for number, units in groups.items():
+        columns = [random.permutation(column) for column in zip(*units)]
+        shuffled += [Removal(number, [int(unit) for unit in row], 0.0) for row in zip(*columns)]
+    return [shuffled[i] for i in random.permutation(len(shuffled))]

@@ -1,0 +1,83 @@
+"""What --log-kan writes while a model trains."""
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from models_kan import FunctionLayer
+from vision_kan.analysis.arriving import Inputs, collect_inputs
+from vision_kan.analysis.drawing import functions_figure
+from vision_kan.analysis.functions import function_layers
+from vision_kan.analysis.measures import Measured, measure
+from vision_kan.common.text import say
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from vision_kan.run.folder import RunFolder
+
+
+MOST_OFF_GRID = 0.05    # share of a layer's inputs, above it training warns
+
+
+# ---------------------------------------------------------------- while training
+def log_functions(model: nn.Module, images: Tensor, folder: "RunFolder", epoch: int) -> None:
+    """Functions, what arrives, grid coverage and dead units into the run's TensorBoard events, and a warning on stderr where
+    more than `MOST_OFF_GRID` of a layer's inputs fall off the grid. Neither the model nor any random number is touched.
+
+    images: [B, 3, S, S] as the model takes them."""
+    layers, inputs = function_layers(model), collect_inputs(model, images.split(32)).inputs
+    measured = {name: measure(layers[name], inputs[name]) for name in inputs}
+    blocks: dict[str, dict[str, FunctionLayer]] = {}
+    for name in inputs:
+        blocks.setdefault(name.split(".mlp.")[0], {})[name] = layers[name]
+
+    def write(board: "SummaryWriter") -> None:
+        for name, found in measured.items():
+            board.add_scalar(f"kan_off_grid/{name}", found.off_grid, epoch)
+            board.add_scalar(f"kan_dead_{found.units}/{name}", found.dead, epoch)
+            if found.distance is not None:
+                board.add_scalar(f"kan_distance/{name}", found.distance, epoch)
+            _add_histogram(board, f"kan_inputs/{name}", inputs[name], found, epoch)
+        for block, part in blocks.items():
+            board.add_figure(f"kan_functions/{block}", functions_figure(part, inputs), epoch, close=False)
+
+    folder.events(epoch, write)
+    if warning := off_grid_warning(measured):
+        say(f"warning: epoch {epoch}: {warning}", file=sys.stderr)
+
+
+def off_grid_warning(measured: Mapping[str, Measured]) -> str:
+    """A sentence on the layers of which more than `MOST_OFF_GRID` of the inputs fall off the grid, or ''."""
+    far = sorted((name for name in measured if measured[name].off_grid > MOST_OFF_GRID),
+                 key=lambda name: -measured[name].off_grid)
+    if not far:
+        return ""
+    worst = measured[far[0]]
+    others = f", and more than {MOST_OFF_GRID:.0%} in {len(far) - 1} of the other {len(measured) - 1} layers"
+    more = others if len(far) > 1 else ""
+    return (f"{worst.off_grid:.1%} of the inputs of {far[0]} fall off its grid [{worst.low:g}, {worst.high:g}]{more}: what is "
+            "learned fades out there, a new run with a wider --kan-grid-range would cover them")
+
+
+def wide_grid_note(measured: Mapping[str, Measured]) -> str:
+    """A sentence on the layers whose grid is far wider than what arrives (`Measured.too_wide`), or ''."""
+    wide = sorted((name for name in measured if measured[name].too_wide), key=lambda name: measured[name].used_width)
+    if not wide:
+        return ""
+    worst = measured[wide[0]]
+    more = f", and {len(wide) - 1} of the other {len(measured) - 1} layers have such a grid, too" if len(wide) > 1 else ""
+    return (f"nine in ten inputs of {wide[0]} lie within [{worst.p5:.2g}, {worst.p95:.2g}], its grid is "
+            f"[{worst.low:g}, {worst.high:g}]{more}: few of its {worst.points} points shape the function where "
+            "inputs arrive, a narrower --kan-grid-range (of all layers) or more --kan-grid-points would put more there")
+
+
+def _add_histogram(board: "SummaryWriter", tag: str, inputs: Inputs, found: Measured, epoch: int) -> None:
+    counts = inputs.counts.sum(0).cpu()
+    full = counts.nonzero().flatten()
+    part = slice(int(full[0]), int(full[-1]) + 1)       # TensorBoard draws all buckets that it is given
+    total = int(counts.sum())
+    board.add_histogram_raw(tag, found.smallest, found.largest, total, found.mean * total,
+                            (found.std ** 2 + found.mean ** 2) * total, inputs.edges[1:][part].tolist(),
+                            counts[part].tolist(), epoch)

@@ -1,0 +1,216 @@
+"""Files from URLs: kept whole and checked, or not at all. A server may be slow, lie, break off or send elsewhere."""
+import hashlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from http.client import HTTPException
+from pathlib import Path
+from threading import Thread
+from typing import BinaryIO
+from urllib.error import URLError
+from urllib.parse import unquote, urlparse
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+import torch
+
+from vision_kan.checkpoints.read import FOLDER_CONFIG, FOLDER_WEIGHTS, load_file
+from vision_kan.common.errors import UserError, one_line
+from vision_kan.common.text import say
+
+try:
+    import fcntl
+except ImportError:         # Windows: there a partial file of a killed process stays
+    fcntl = None        # type: ignore[assignment]
+HUB, LOCAL = "hf-hub:", "local-dir:"        # as timm.create_model names models that it has not registered
+STALL_S, STALL_BYTES = 60.0, 2 ** 16        # a download that brings less in that time is given up
+
+
+def is_url(location: str) -> bool:
+    return urlparse(location).scheme in ("http", "https", "file")
+
+
+def quiet_hub() -> None:
+    """Let the Hub's client not tell of each of its retries."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def fetch(location: str) -> Path:
+    """A local path for `location`: a file or folder, a URL that is downloaded once, whole or not at all, or timm's
+    `hf-hub:OWNER/NAME[@REVISION]`, a model's folder out of the Hub's cache, and `local-dir:FOLDER`.
+
+    DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked whenever the file is
+    used. A file without must be a whole checkpoint to be kept: a server need not say how long it is."""
+    if location.startswith(HUB):
+        return _from_hub(location)
+    if location.startswith(LOCAL):
+        return Path(location.removeprefix(LOCAL)).expanduser()
+    if not is_url(location):
+        return Path(location).expanduser()
+    url = urlparse(location)
+    if url.scheme == "file":
+        return Path(unquote(url.path))
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    name = Path(url.path).name[-150:]
+    found = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", name)
+    digest = found.group(1) if found else ""
+    # no hash in the name: two servers may offer different files under one name
+    target = folder / (name if digest else f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}")
+    if target.is_file():
+        if _sha256(target).startswith(digest):
+            return target
+        say(f"warning: {target} is damaged: its SHA-256 is not that of its name, so it is downloaded again", file=sys.stderr)
+    say(f"downloading {location} to {target}")
+    try:
+        _download(location, target, digest)
+    except (HTTPException, URLError, OSError, ValueError) as error:
+        reason = one_line(getattr(error, "reason", None) or error)
+        raise UserError(f"{location} cannot be downloaded ({reason}): check the address and the connection, or "
+                        "download it elsewhere and give the file") from error
+    return target
+
+
+def _from_hub(location: str) -> Path:
+    from huggingface_hub import hf_hub_download  # slow to import
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    quiet_hub()
+    name, _, revision = location.removeprefix(HUB).partition("@")
+    try:
+        config = Path(hf_hub_download(name, FOLDER_CONFIG, revision=revision or None))
+        for number, file in enumerate(FOLDER_WEIGHTS, 1):
+            try:
+                hf_hub_download(name, file, revision=revision or None)
+                break
+            except EntryNotFoundError:
+                if number == len(FOLDER_WEIGHTS):
+                    raise
+        return config.parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(f"{location} cannot be had from the Hub ({one_line(error)}): check the name and the connection, or "
+                        "give a downloaded folder") from error
+
+
+def _download(location: str, target: Path, digest: str) -> None:
+    """`torch.hub.download_url_to_file` would keep what comes before a connection breaks off."""
+    with _Disk(location, target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary, handle = _partial(target)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _Transfer(location, file, target.parent).finish()
+            with _Disk(location, target.parent):
+                os.chmod(temporary, 0o644)
+                file.flush()
+                os.fsync(handle)
+            _check(location, temporary, digest)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> tuple[Path, int]:
+    """A new file beside the target, locked while this process lives; those of processes that were killed are removed."""
+    for leftover in target.parent.glob(f"{re.sub(r'[][*?]', '?', target.name)}.*.partial{target.suffix}"):
+        if fcntl:
+            try:
+                with open(leftover, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    leftover.unlink()
+            except OSError:     # another process downloads it now, or has removed it
+                pass
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=f".partial{target.suffix}", dir=target.parent)
+        if fcntl:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:     # a file system without locks
+                pass
+        if os.path.exists(name):        # nobody took it for a leftover before it was locked
+            return Path(name), handle
+        os.close(handle)
+
+
+def _check(location: str, file: Path, digest: str) -> None:
+    if digest:
+        actual = _sha256(file)
+        if not actual.startswith(digest):
+            raise UserError(f"{location} is not the file that its name promises (its SHA-256 is {actual}): nothing "
+                            "was kept, check the address")
+        return
+    try:
+        load_file(file)
+    except UserError as error:
+        raise UserError(f"{location} is no whole checkpoint ({one_line(error.__cause__ or error)}): nothing was kept, check "
+                        "the address and the connection") from error
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Disk:
+    """What fails inside is not the connection's fault."""
+
+    def __init__(self, location: str, folder: Path):
+        self.location, self.folder = location, folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, OSError):
+            raise UserError(f"{self.location} cannot be kept in {self.folder} ({error.strerror or error}): free some space "
+                            "there, or set TORCH_HOME to another folder") from error
+
+
+class _Transfer(Thread):
+    """The download in a thread of its own: wherever it waits, in names, connections, headers or a trickle of bytes, the
+    main thread sees that nothing comes."""
+
+    def __init__(self, location: str, file: BinaryIO, folder: Path):
+        super().__init__(daemon=True)
+        self.location, self.file, self.folder = location, file, folder
+        self.received, self.missing = 0, None
+        self.failure: Exception | None = None
+        self.given_up = False
+
+    def run(self) -> None:
+        try:
+            request = Request(self.location, headers={"User-Agent": "torch.hub"})
+            with build_opener(_Redirects).open(request, timeout=STALL_S) as response:
+                while (chunk := response.read1(2 ** 16)) and not self.given_up:
+                    with _Disk(self.location, self.folder):
+                        self.file.write(chunk)
+                    self.received += len(chunk)
+                self.missing = response.length      # counts down from Content-Length, None without one
+        except Exception as error:
+            self.failure = error
+
+    def finish(self) -> None:
+        """Until everything is written. Raises UserError, OSError, HTTPException or ValueError."""
+        self.start()
+        before = 0
+        while True:
+            self.join(STALL_S)
+            if not self.is_alive():
+                break
+            if self.received - before < STALL_BYTES:
+                self.given_up = True
+                raise OSError(f"{self.received - before} bytes in {STALL_S:g} s, after {self.received} before")
+            before = self.received
+        if self.failure:
+            raise self.failure
+        if self.missing:
+            raise OSError(f"the connection broke off {self.missing} bytes before the end")
+
+
+class _Redirects(HTTPRedirectHandler):
+    """urllib follows to ftp: too, and from https: to http:."""
+
+    def redirect_request(self, request, response, code, message, headers, location):
+        scheme = urlparse(location).scheme
+        if scheme not in ("http", "https") or (request.type, scheme) == ("https", "http"):
+            raise URLError(f"it sends from {request.type}: on to {scheme}:, which is not followed")
+        return super().redirect_request(request, response, code, message, headers, location)

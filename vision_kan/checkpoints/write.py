@@ -1,0 +1,103 @@
+"""Checkpoints as they are written and kept."""
+import errno
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from vision_kan.checkpoints import untrusted
+from vision_kan.checkpoints.read import BEST, CHECKPOINT, PREVIOUS
+from vision_kan.common.errors import one_line
+from vision_kan.common.files import sync_folder, whole
+from vision_kan.common.text import to_json
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, newest first: checkpoint.pth, checkpoint_previous.pth,
+    checkpoint_previous_2.pth and so on, then the best ones, which may be of any epoch. Gaps are allowed."""
+    stem = Path(PREVIOUS).stem
+    numbered = {int(match.group(1)): path for path in folder.glob(f"{stem}_*.pth")
+                if (match := re.fullmatch(rf"{stem}_([1-9]\d{{0,8}})\.pth", path.name))}
+    ordered = [folder / CHECKPOINT, folder / PREVIOUS, *(numbered[number] for number in sorted(numbered)),
+               *(folder / name for name in BEST)]
+    return [path for path in ordered if path.exists()]
+
+
+# ---------------------------------------------------------------- writing checkpoints
+def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = (), keep: int = 2) -> None:
+    """Write `checkpoint.pth`, keep the `keep` - 1 before under the names of `saved_checkpoints`, and give the new file
+    the names in `also`. A kill or a full disk at any moment leaves the earlier files whole. Raises OSError."""
+    path = folder / CHECKPOINT
+    handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            _dump(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        for name in also:
+            _link(temporary, folder / name)
+        _age(folder, keep)
+        os.replace(temporary, path)
+        sync_folder(folder)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _dump(checkpoint: dict[str, Any], file: BinaryIO) -> None:
+    try:
+        torch.save(checkpoint, file)
+    except RuntimeError as error:       # torch's zip writer hides the reason
+        raise OSError(errno.ENOSPC, f"writing failed ({str(error).splitlines()[0][:80]})") from error
+
+
+def save_pth(checkpoint: dict[str, Any], target: Path) -> None:
+    """One checkpoint under a name of its own, whole or not at all. Raises UserError where it cannot be written."""
+    with whole(target) as place, open(place, "wb") as file:
+        _dump(checkpoint, file)
+
+
+def save_safetensors(state: Mapping[str, torch.Tensor], about: Mapping[str, Any], target: Path) -> None:
+    """Weights as .safetensors, with what a checkpoint says beside them (plain values) in the metadata, whole or not at all.
+    `load_file` gives both back."""
+    with whole(target) as temporary:
+        try:
+            save_file({key: value.contiguous() for key, value in state.items()}, temporary,
+                      metadata={"format": "pt", untrusted.SAFETENSORS_KEY: to_json(about)})
+        except SafetensorError as error:
+            raise OSError(errno.EIO, one_line(error)) from error
+        os.chmod(temporary, 0o644)
+
+
+def _age(folder: Path, keep: int) -> None:
+    """Each of the last checkpoints takes the name of the one before it; those beyond `keep` go. `checkpoint.pth` stays
+    in place until it is replaced, so that at every moment each name holds a whole file."""
+    stem = Path(PREVIOUS).stem
+    names = [CHECKPOINT, PREVIOUS, *(f"{stem}_{number}.pth" for number in range(2, keep))][:keep]
+    for newer, older in zip(names[-2::-1], names[:0:-1]):
+        if (folder / newer).exists():
+            _link(folder / newer, folder / older)
+    for path in saved_checkpoints(folder):
+        if path.name.startswith(stem) and path.name not in names:
+            path.unlink()
+
+
+def _link(source: str | Path, target: Path) -> None:
+    """A second name for a file, put in place in one step; a copy where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,115 @@
+"""What a process and its terminal have to do with each other: Ctrl-C during the imports, characters that the output's encoding
+lacks, and a reader that has left (`| head`). Imports nothing that takes time."""
+import codecs
+import io
+import json
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141        # 128 + SIGINT and SIGPIPE, as shells count
+# Of a training: called when nobody reads the output any more, in place of an error. It has something to save first.
+on_unread: Callable[[], None] | None = None
+
+
+def starting(name: str) -> None:
+    """For the first lines of a program, with its `__name__`: until `guarded` takes over, Ctrl-C ends it in one line. To import
+    PyTorch takes seconds."""
+    # another handler: it is ignored, as in a script's background jobs
+    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def _end(number: int, frame) -> None:
+    tell("stopped: interrupted")
+    os._exit(EXIT_INTERRUPTED)
+
+
+def tell(line: str) -> None:
+    """A line on stderr from a signal handler or another thread, where `print` may not be entered again."""
+    try:
+        start = os.linesep if os.isatty(2) else ""      # a terminal shows ^C there
+        os.write(2, f"{start}{line}{os.linesep}".encode(errors="backslashreplace"))
+    except OSError:
+        pass
+
+
+def guarded(program: Callable[[], int]) -> int:
+    """program(), with Ctrl-C as KeyboardInterrupt and streams that take every character; `EXIT_UNREAD` where nobody reads what it
+    prints, without a word."""
+    starts = signal.getsignal(signal.SIGINT) is _end
+    if starts:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE)
+    try:
+        try:
+            return program()
+        finally:
+            for stream in filter(None, (sys.stdout, sys.stderr)):       # what cannot be written fails here, not at the very end
+                stream.flush()
+    except BrokenPipeError:
+        if not silence():
+            raise
+        return EXIT_UNREAD
+    finally:
+        if starts:      # all is said and kept: Ctrl-C would only change the exit code while Python takes itself down
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# ---------------------------------------------------------------- characters
+ESCAPE = "vision_kan.escape"
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """A character that the encoding lacks as JSON writes it, so that printed JSON stays JSON."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start:error.end])[1:-1], error.end
+
+
+codecs.register_error(ESCAPE, _escaped)
+
+
+# ---------------------------------------------------------------- readers
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """Around printing: during a training a reader that has left is told to `on_unread`, else it is a BrokenPipeError."""
+    try:
+        yield
+    except BrokenPipeError:
+        if on_unread is None or not silence():
+            raise
+        on_unread()
+
+
+def silence() -> bool:
+    """Let nothing more come of the standard streams whose reader has left; returns whether there are such."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            number = stream.fileno()
+        except (OSError, ValueError, AttributeError):      # a stream of this process's memory
+            continue
+        if _unread(stream, number):
+            found = True
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            os.close(null)
+    return found
+
+
+def _unread(stream, number: int) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()        # a stream without a buffer has nothing left to flush
+    poll.register(number, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,0 +1,329 @@
+"""How the processes of a run meet, and how each knows how far the others are: a process that dies, hangs or never comes is
+named instead of waited for in silence."""
+import faulthandler
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from urllib.parse import urlparse
+
+import torch
+import torch.distributed as dist
+
+from vision_kan.common import console
+from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
+from vision_kan.common.process import Process, choose_device, world_size_of_launch
+
+LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|socket")
+# torch's own limit of a collective lies a little above --dist-timeout: this module speaks first, and can name who is missing.
+MARGIN_S = 60
+KEPT = "; the last checkpoint is whole, --resume auto goes on from it"
+
+
+# ---------------------------------------------------------------- meeting
+def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """The store at --dist_url (env://, tcp://host:port, file:///path), once all processes are there.
+
+    Raises UserError that names those which did not come within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    try:
+        # torchrun's own store lives on when it starts all processes again, and with it what those before have left
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", _store(url, rank, world_size, timeout))
+        store.set(f"here/{rank}", socket.gethostname())
+    except TimeoutError as error:
+        raise UserError(f"process 0 of {world_size}, which keeps the address {error}, did not come within --dist-timeout "
+                        f"{timeout:g} s: check its log and its machine, MASTER_ADDR, MASTER_PORT and the firewall") from None
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        reason = f"{error} is not set" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        raise _cannot_meet(url, world_size, reason) from error
+    missing = list(range(world_size))
+    while True:
+        gone = False
+        try:
+            missing = [other for other in missing if not store.check([f"here/{other}"])]
+        except RuntimeError:        # process 0 has given up and taken the store with it
+            gone = True
+        if not missing:
+            return store
+        if gone or time.monotonic() > deadline:
+            raise UserError(f"{names(missing)} of {world_size} did not come within --dist-timeout {timeout:g} s: check the log "
+                            "and the machine of what is missing, or raise --dist-timeout")
+        time.sleep(0.05)
+
+
+def _cannot_meet(url: str, world_size: int, reason: str) -> UserError:
+    return UserError(f"the {world_size} processes cannot meet at --dist_url {url} ({reason[:200]}): check MASTER_ADDR, "
+                     "MASTER_PORT and the firewall")
+
+
+def _store(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
+    parts = urlparse(url)
+    if parts.scheme == "file":
+        return dist.FileStore(parts.path, world_size)
+    host, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if parts.scheme == "env" \
+        else (parts.hostname, parts.port)
+    if host is None or port is None:
+        raise ValueError("it names no host and port")
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and \
+        (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")) == (host, str(port))       # by torchrun
+    if rank > 0 or served:
+        _wait_for(host, port, timeout)
+    return dist.TCPStore(host, port, is_master=rank == 0 and not served, timeout=timedelta(seconds=timeout),
+                         wait_for_workers=False, multi_tenant=True)
+
+
+def _wait_for(host: str, port: int, timeout: float) -> None:
+    """Until somebody listens there: torch's own client may take twice the time, and prints its C++ stack. TimeoutError"""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return
+        except OSError as error:
+            if isinstance(error, socket.gaierror):
+                raise
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{host}:{port}") from error
+            time.sleep(0.05)
+
+
+def names(ranks: list[int]) -> str:
+    return f"process {ranks[0]}" if len(ranks) == 1 else f"processes {', '.join(map(str, ranks))}"
+
+
+# ---------------------------------------------------------------- watching
+@dataclass
+class _Seen:
+    """What is known of another process."""
+    beat: int = -1
+    marks: int = 0
+    changed: float = 0.0        # when its beat last went on, on this process's clock
+
+
+class Peers:
+    """A thread that tells the others how far this process is and looks how far they are.
+
+    The training calls `mark` wherever a process may be waited for; the process that is behind when one has waited for
+    `timeout` seconds is the one that hangs. A process that ends with an error says so by `leave`.
+
+    Args:
+        store: where they met. timeout: seconds. on_loss: called with the sentence before this process ends itself, because
+            its main thread waits in a collective that nothing will complete.
+    """
+    GRACE_S = 10    # for the main thread to notice by itself that another process has left
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
+        self.store = dist.PrefixStore("peers", store.clone())      # its own connection: the main thread may wait in its own
+        self.rank, self.world_size, self.timeout = rank, world_size, timeout
+        self.interval = min(1.0, timeout / 10)
+        self.on_loss: Callable[[str], None] = lambda reason: None
+        self.marks, self.marked, self.doing = 0, time.monotonic(), "starting"
+        self.seen = {other: _Seen(changed=time.monotonic()) for other in range(world_size) if other != rank}
+        self.left: dict[int, str] = {}
+        self.left_at = 0.0
+        self.store_lost = 0.0
+        self.closing = threading.Event()
+        self.lock = threading.Lock()
+        self.beat = 0
+        self.thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self.thread.start()
+
+    def mark(self, doing: str) -> None:
+        """The main thread has come so far; doing: what comes next, for the sentence."""
+        self.marks += 1
+        self.marked, self.doing = time.monotonic(), doing
+
+    def leave(self, reason: str) -> None:
+        """Tell the others why this process ends."""
+        try:
+            self.store.set(f"left/{self.rank}", reason[:300])
+        except (RuntimeError, OSError):
+            pass        # nobody is left to be told
+        deadline = time.monotonic() + 2.5 * self.interval
+        while self.rank == 0 and len(self.left) < len(self.seen) and time.monotonic() < deadline:
+            self.look()         # with this process the store may end: let the others read it first
+            time.sleep(0.02)
+        self.close()
+
+    def close(self) -> None:
+        self.closing.set()
+        if threading.current_thread() is not self.thread:
+            self.thread.join(5)
+
+    # ---- what is known
+    def look(self) -> None:
+        """Say where this process is and read where the others are."""
+        with self.lock:
+            now = time.monotonic()
+            self.beat += 1
+            try:
+                self.store.set(f"at/{self.rank}", f"{self.beat} {self.marks}")
+                for other, seen in self.seen.items():
+                    if self.store.check([f"at/{other}"]):
+                        beat, marks = map(int, self.store.get(f"at/{other}").split())
+                        if beat != seen.beat:
+                            seen.beat, seen.marks, seen.changed = beat, marks, now
+                    if other not in self.left and self.store.check([f"left/{other}"]):
+                        self.left[other] = self.store.get(f"left/{other}").decode()
+                        self.left_at = self.left_at or now
+                self.store_lost = 0.0
+            except (RuntimeError, OSError):
+                self.store_lost = self.store_lost or now
+
+    def missing(self, silence: float) -> str:
+        """A sentence on who is to blame for a wait, or '': left with a reason, silent for so many seconds, or behind."""
+        now = time.monotonic()
+        if self.left:
+            other, reason = min(self.left.items())
+            return f"process {other} has stopped ({reason})"
+        if self.store_lost:     # then nothing is known of the others
+            return "process 0 (or the launcher), which keeps the processes together, is gone" \
+                if now - self.store_lost > silence else ""
+        silent = [other for other, seen in self.seen.items() if now - seen.changed > silence]
+        if silent:
+            return f"{names(silent)} of {self.world_size} gave no sign of life for {silence:.0f} s: killed, out of " \
+                   "memory, or cut off"
+        behind = [other for other, seen in self.seen.items() if seen.marks < self.marks]
+        if behind and now - self.marked > self.timeout:
+            return f"{names(behind)} of {self.world_size} did not come to where the others have waited for --dist-timeout " \
+                   f"{self.timeout:g} s ({self.doing})"
+        return ""
+
+    def explain(self, error: Exception) -> TrainingFailed | None:
+        """What a failed collective means: who is missing. None where the error is of another kind."""
+        if not LOST.search(str(error)) and not isinstance(error, dist.DistError):
+            return None
+        silence = 3.5 * self.interval
+        deadline = time.monotonic() + silence + self.interval
+        reason = ""
+        while not reason and time.monotonic() < deadline:
+            self.look()
+            reason = self.missing(silence)
+            time.sleep(self.interval / 4)
+        reason = reason or f"the connection to the other processes was lost ({str(error).splitlines()[0][:150]})"
+        return TrainingFailed(reason + KEPT)
+
+    # ---- the thread
+    def _watch(self) -> None:
+        while not self.closing.wait(self.interval):
+            self.look()
+            now = time.monotonic()
+            waited = now - self.marked
+            if self.left and now - self.left_at > self.GRACE_S and waited > self.GRACE_S:
+                self._end(self.missing(self.timeout))
+            elif waited > self.timeout:
+                if reason := self.missing(self.timeout):
+                    self._end(reason)
+                elif any(seen.marks > self.marks for seen in self.seen.values()):
+                    faulthandler.dump_traceback(sys.stderr)     # the others leave; where it hangs is worth knowing
+                    self._end(f"this process, {self.rank} of {self.world_size}, has hung for --dist-timeout {self.timeout:g} s "
+                              f"({self.doing}) while the others wait")
+
+    def _end(self, reason: str) -> None:
+        """End this process from here: its main thread can no more be reached."""
+        if self.closing.is_set():
+            return
+        whole = reason + KEPT
+        console.tell(f"stopped: {whole}")
+        try:
+            self.on_loss(whole)
+            self.store.set(f"left/{self.rank}", reason[:300])
+        except (RuntimeError, OSError):
+            pass
+        os._exit(EXIT_FAILED)
+
+
+# ---------------------------------------------------------------- this process
+_peers: Peers | None = None
+
+
+def init_process(device_name: str, dist_url: str = "env://", timeout: float = 600) -> Process:
+    """Join the process group where a launcher started several processes: NCCL on GPUs, gloo on CPUs.
+
+    timeout: seconds (--dist-timeout) that a process waits for the others, here and later. Raises UserError."""
+    global _peers
+    if "RANK" not in os.environ:
+        return Process(device=choose_device(device_name))
+    rank, world_size = int(os.environ["RANK"]), world_size_of_launch()
+    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    store = meet(dist_url, rank, world_size, timeout)
+    _peers = Peers(store, rank, world_size, timeout)        # one may be lost while the group is made, too
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
+                                rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + MARGIN_S))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _cannot_meet(dist_url, world_size, str(error).splitlines()[0]) from error
+    return Process(rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), device)
+
+
+def mark(doing: str) -> None:
+    """This process has come to a point where the others may wait for it; doing: what comes next."""
+    if _peers:
+        _peers.mark(doing)
+
+
+def on_loss(call: Callable[[str], None]) -> None:
+    """Call `call(sentence)` before this process ends because others are gone."""
+    if _peers:
+        _peers.on_loss = call
+
+
+def lost(error: Exception) -> TrainingFailed | None:
+    """The error to raise in place of a collective's own that failed because a process is gone; None for another error."""
+    return _peers.explain(error) if _peers else None
+
+
+def exit_code(program: Callable[[], int]) -> int:
+    """What `program` returns, or after an error, told in one sentence, that error's `exit_code`; 130 where Ctrl-C ended it, 141
+    where nobody reads its output any more. Leaves the process group, and tells the other processes why."""
+    return console.guarded(lambda: _exit_code(program))
+
+
+def _exit_code(program: Callable[[], int]) -> int:
+    try:
+        code = program()
+    except UserError as error:
+        return _leave(error.exit_code, f"error: {error}")
+    except (TrainingFailed, Preempted) as error:
+        unread = error.exit_code == console.EXIT_UNREAD
+        return _leave(error.exit_code, "" if unread else f"stopped: {error}", together=isinstance(error, Preempted))
+    except torch.OutOfMemoryError:
+        return _leave(EXIT_FAILED, "stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add "
+                                   "--grad-checkpointing")
+    except KeyboardInterrupt as error:
+        return _leave(console.EXIT_INTERRUPTED, f"stopped: {str(error) or 'interrupted'}")
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and console.silence():
+            return _leave(console.EXIT_UNREAD, "", "nobody reads its output any more")
+        failure = lost(error)
+        if failure is None:
+            _leave(EXIT_FAILED, "", str(error) or type(error).__name__)
+            raise
+        return _leave(failure.exit_code, f"stopped: {failure}")
+    return _leave(code, together=True)
+
+
+def _leave(code: int, text: str = "", reason: str = "", together: bool = False) -> int:
+    """together: the others end at the same point, so the group can be taken down in order."""
+    global _peers
+    alone = not dist.is_initialized()
+    if text and (alone or not together or dist.get_rank() == 0):
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            console.silence()
+    if _peers:
+        if together:
+            _peers.close()
+        else:
+            _peers.leave((reason or text.partition(": ")[2]).splitlines()[0])
+        _peers = None
+    if not alone:
+        dist.destroy_process_group()
+    return code

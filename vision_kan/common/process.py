@@ -1,0 +1,74 @@
+"""This process's place in the group, and the device that it computes on."""
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vision_kan.common.errors import UserError
+
+
+# ---------------------------------------------------------------- process group
+@dataclass(frozen=True)
+class Process:
+    """This process's place in the group and the device that it computes on."""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def cores() -> int:
+    """That this process may use: its part of the machine's, where a launcher has started several here."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def world_size_of_launch() -> int:
+    """Processes that torchrun (or a launcher that sets the same variables) has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`--device`: auto is CUDA where there is a GPU, else MPS, else the CPU. UserError if it isn't there."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is no device: use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is not supported: use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or index >= count:
+            raise UserError(f"--device {name}: this process needs GPU {index}, and PyTorch sees {count} of them; use "
+                            "--device cpu, or start fewer processes")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Apple GPU that PyTorch can use; use --device cpu")
+    return device
+
+
+def gather_number(number: Tensor, process: Process) -> list[float]:
+    """A scalar of each process, on all of them."""
+    numbers = [number]
+    if process.world_size > 1:
+        numbers = [torch.empty_like(number) for _ in range(process.world_size)]
+        dist.all_gather(numbers, number)
+    return [value.item() for value in numbers]
+
+
+def mean_over_processes(mean: Tensor, process: Process) -> float:
+    """The mean over processes."""
+    if process.world_size > 1:
+        dist.all_reduce(mean)
+        mean = mean / process.world_size
+    return mean.item()

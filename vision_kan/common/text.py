@@ -1,0 +1,54 @@
+"""What is printed and written: lines on rank 0, names, JSON."""
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from vision_kan.common.console import readers_may_leave
+
+
+def say(*words, **kwargs) -> None:
+    """Print on rank 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with readers_may_leave():
+            print(*words, **{"flush": True, **kwargs})
+
+
+def printable(name: str, most: int = 100_000) -> str:
+    """A file's name, or its end, on one line, in characters that any stream can write."""
+    name = name if name.isprintable() else repr(name)[1:-1]
+    return name if len(name) <= most else f"...{name[3 - most:]}"
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON for a UTF-8 file. Letters stay letters; of a file's name, bytes that are not UTF-8 are escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")     # which is how JSON escapes a lone surrogate, too
+
+
+def one_or_two(sides: Sequence[Any]) -> Any:
+    """Height and width as `args.input_size` has them: one number for a square, else a list of two. `timm.layers.to_2tuple` gives
+    both again."""
+    return sides[0] if all(type(side) is int and side == sides[0] for side in sides) else list(sides)
+
+
+def shown_size(size: int | Sequence[int], between: str = " ") -> str:
+    """A size as --input-size takes it, or with another text between height and width."""
+    return between.join(map(str, [size] if isinstance(size, int) else size))
+
+
+def plain(value: Any) -> Any:
+    """`value` with tuples, mappings and numpy numbers as plain types, so that any program loads a checkpoint
+    with `torch.load(weights_only=True)` and no allow-list."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (torch.Tensor, str, int, float, bool, type(None))):
+        return value
+    return str(value)

@@ -1,0 +1,197 @@
+"""The parser of the flags: its errors are one sentence."""
+import argparse
+import difflib
+import re
+import reprlib
+import sys
+from collections.abc import Iterable
+
+from vision_kan.common.errors import UserError
+from vision_kan.common.text import one_or_two
+
+ONE_OR_EACH = {"hdim_kan"}                 # in a recipe or a checkpoint (of a pruned model) also a list, one for each block
+
+
+# ---------------------------------------------------------------- parser
+class SwitchOrMode(argparse.Action):
+    """`--X [MODE]` and `--no-X`: the mode, the first of the choices without one, None where it is off. In a recipe also true or
+    false, as a switch has them."""
+
+    def __init__(self, option_strings, dest, choices, **kwargs):
+        options = [*option_strings, *("--no-" + option.removeprefix("--") for option in option_strings)]
+        super().__init__(options, dest, nargs="?", choices=choices, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        off = (option_string or "").startswith("--no-")
+        if off and values is not None:
+            parser.error(f"{option_string} takes no value: leave out {values}")
+        setattr(namespace, self.dest, self.mode(values or not off))
+
+    def mode(self, value: str | bool) -> str | None:
+        """The mode that the value of a recipe means."""
+        return value if isinstance(value, str) else next(iter(self.choices or ())) if value else None
+
+
+class HeightAndWidth(argparse.Action):
+    """`--X PIXELS [WIDTH]`: one number, the side of a square, or two; kept as `one_or_two` has them."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs="+", **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            setattr(namespace, self.dest, typed_value(self, values))
+        except ValueError as error:
+            parser.error(f"{option_string} {error}")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows defaults that say something (not None, "" or off; 0 does), as they are typed."""
+
+    def _get_help_string(self, action):
+        help_text = (action.help or "").replace(" (default: %(default)s)", "")
+        if action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS):
+            return help_text
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else "%(default)s"
+        return f"{help_text} (default: {shown})"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that takes dashes and underscores alike, knows no abbreviations, and raises
+    `UserError` with one sentence (and the nearest flag) in place of a usage dump."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs})
+        # argparse knows -3 and -0.5 as numbers, but takes -1e3 for a flag
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
+
+    def parse_known_args(self, args=None, namespace=None):
+        spelled = {with_underscores(option): option for option in self._option_string_actions}
+        respelled = []
+        for token in sys.argv[1:] if args is None else args:
+            name, equals, value = token.partition("=")
+            if name.startswith("--") and name not in self._option_string_actions:
+                name = spelled.get(with_underscores(name), name)
+            respelled.append(name + equals + value)
+        return super().parse_known_args(respelled, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        self.refuse_unknown(unknown, self._option_string_actions)
+        if unknown:
+            hint = "there is no place for it" if self._get_positional_actions() else "every option here is a --flag"
+            self.error(f"unexpected argument '{on_one_line(unknown[0])}': {hint}")
+        return parsed
+
+    def refuse_unknown(self, words: Iterable[str], known: Iterable[str]) -> None:
+        """Raises UserError for the first of the words that is a flag; known: the flags that there are."""
+        for word in words:
+            if word.startswith("-") and not self._negative_number_matcher.match(word):
+                name = word.partition("=")[0]
+                self.error(f"unknown flag {on_one_line(name)}{did_you_mean(name, known)}")
+
+    def error(self, message):
+        message = re.sub(r"^argument ", "", on_one_line(message, 500))
+        choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
+        if choice:
+            flag, value = choice.groups()
+            choices = list(self._option_string_actions[flag.split("/")[0]].choices or ())
+            message = f"{flag}: '{value}' is not one of {', '.join(choices)}{did_you_mean(value, choices)}"
+        raise UserError(message)
+
+
+def with_underscores(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def on_one_line(text: str, most: int = 200) -> str:
+    """The text without line breaks and other characters that have no picture, and its middle left out if it is long."""
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 4:]}"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """': did you mean X?', or '' where nothing is near."""
+    close = nearest(word, words)
+    return f": did you mean {close}?" if close else ""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """That of the words which `word` was probably meant to be, or ''. Dashes say nothing, and most short words have two letters
+    in common."""
+    folded = {with_underscores(w).strip("_").lower(): w for w in words}
+    close = difflib.get_close_matches(with_underscores(word).strip("_").lower(), folded, n=1, cutoff=0.7)
+    return folded[close[0]] if close else ""
+
+
+def describe_value(value) -> str:
+    if value is None:
+        return "empty"
+    kinds = {bool: "the switch", int: "the number", float: "the number", str: "the text", list: "the list",
+             dict: "the mapping"}
+    text = str(value).lower() if isinstance(value, bool) else _short.repr(value)
+    return f"{kinds.get(type(value), 'the ' + type(value).__name__)} {text[:80]}"
+
+
+# repr() of a few lines of YAML whose lists hold each other is endless
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
+
+
+def typed_value(action: argparse.Action, value):
+    """A recipe's or checkpoint's `value` as the flag's type. ValueError: 'must be ..., not ...'."""
+    if value is None:
+        if action.default is None:
+            return None
+        raise ValueError("has no value")
+    if action.dest in ONE_OR_EACH and isinstance(value, (list, tuple)) and value:
+        return [_typed_one(action, item) for item in value]
+    if isinstance(action, HeightAndWidth):
+        sides = value if isinstance(value, (list, tuple)) else [value]
+        if len(sides) not in (1, 2):
+            raise ValueError(f"must be a whole number, or two (height and width), not {describe_value(value)}")
+        return one_or_two([_typed_one(action, side) for side in sides])
+    if action.nargs in ("+", 2, 3):
+        if not isinstance(value, (list, tuple)) or not value or action.nargs not in ("+", len(value)):
+            kind = "numbers" if action.type else "names"
+            many = f"{ {'+': 'one or more', 2: 'two', 3: 'three'}[action.nargs]} {kind}"
+            raise ValueError(f"must be a list of {many}, not {describe_value(value)}")
+        return [_typed_one(action, item) for item in value]
+    return _typed_one(action, value)
+
+
+def _typed_one(action: argparse.Action, value):
+    if isinstance(action, SwitchOrMode) and isinstance(value, bool):
+        return action.mode(value)
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {describe_value(value)}")
+    elif action.type is int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"must be a whole number, not {describe_value(value)}")
+    elif action.type is float:
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"must be a number, not {describe_value(value)}")
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("must be a number of ordinary size") from None
+    elif not isinstance(value, str):
+        raise ValueError(f"must be a text, not {describe_value(value)} (put it in quotes)")
+    elif "\0" in value or re.search("[\ud800-\udfff]", value):     # on the command line: bytes that are no UTF-8
+        raise ValueError(f"has a character that can be in no UTF-8 name: {describe_value(value)}")
+    if action.choices is not None and value not in action.choices:
+        near = did_you_mean(value, action.choices)
+        raise ValueError(f"must be one of {', '.join(action.choices)}, not '{show_value(value)}'{near}")
+    return value
+
+
+def show_value(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(show_value, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    try:
+        return on_one_line(str(value)) or "''"
+    except ValueError:      # Python writes no more than 4300 digits
+        return "a number of thousands of digits"

@@ -1,0 +1,202 @@
+"""Small data sets that live on the device."""
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torchvision.transforms.functional import resize
+
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process
+from vision_kan.common.text import say, shown_size
+from vision_kan.data.device_augment import Augmentation, uniforms
+from vision_kan.data.images import ImageSet
+from vision_kan.data.loaders import Loaders
+from vision_kan.data.transforms import is_small
+
+# The share of the device's memory that images may take, and what a batch of augmented ones may take at a time: several batches
+# are made at once, because a small one costs more to launch than to compute.
+LARGEST_SHARE = 0.25
+CHUNK_BYTES = 48 * 2 ** 20
+
+
+# ---------------------------------------------------------------- images on the device
+class NotOnDevice(Exception):
+    """Why these images, or what is done to them, cannot be on the device: a clause."""
+
+
+def on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
+    """`loaders` of a training with the images on the device, as --data-on-device says; auto: on a GPU, wherever it can be.
+
+    Raises UserError where it has to be and cannot."""
+    if args.eval or args.data_on_device == "off" or (args.data_on_device == "auto" and process.device.type == "cpu"):
+        return loaders
+    try:
+        if loaders.train.dataset.is_stream:
+            raise NotOnDevice(f"--data-set {loaders.data_set} is a stream")
+        loaders.train = TrainLoader(loaders.train.dataset, loaders.train_sampler, args, process)
+    except NotOnDevice as error:
+        if args.data_on_device == "on":
+            raise UserError(f"--data-on-device on: {error}; change that, or leave the flag out") from None
+        say(f"images come from loader processes: {error}")
+        return loaders
+    where = "training and validation images"
+    try:
+        loaders.val = EvalLoader(loaders.val.dataset, loaders.val.sampler, args, process)
+    except NotOnDevice:
+        where = "training images"
+    say(f"{where} are on {process.device}, and augmented there")
+    return loaders
+
+
+def build_augmentation(args: Namespace) -> Augmentation:
+    """The flags' augmentation. Raises NotOnDevice for a policy that is not written for tensors, and for oblong inputs."""
+    if not isinstance(args.input_size, int):
+        raise NotOnDevice(f"images of --input-size {shown_size(args.input_size)} are augmented by PIL only: square ones can be "
+                          "on the device")
+    policy = "3a" if args.ThreeAugment else args.aa or "none"
+    if policy not in ("none", "3a"):
+        raise NotOnDevice(f"--aa {policy} is computed by PIL only: --aa none and --aa 3a can be on the device")
+    return Augmentation(
+        size=args.input_size, padded=args.src or is_small(args.input_size), padding=args.crop_padding,
+        padding_mode="reflect" if args.src else "constant",
+        kinds=("bilinear", "bicubic") if args.train_interpolation == "random" else (args.train_interpolation,),
+        flip=args.hflip, three=policy == "3a", jitter=args.color_jitter, erase=args.reprob, erase_mode=args.remode,
+        erase_count=args.recount, spare_first=args.resplit)
+
+
+def load_pixels(data: ImageSet, fit: Callable[[Image.Image], Image.Image], device: torch.device, name: bool) -> Tensor:
+    """uint8 [N, 3, H, W] on the device; zeros for an image that cannot be read, which is marked and, with `name`, named.
+
+    fit: applied to each image. Raises NotOnDevice for images of different sizes, or too many for the device."""
+    def load(index: int) -> np.ndarray | None:
+        image = data._load(index, name)
+        return None if image is None else np.asarray(fit(image))
+
+    def shown(image: np.ndarray) -> str:
+        return f"{image.shape[1]} x {image.shape[0]}"
+
+    first = next((image for image in map(load, range(len(data))) if image is not None), None)
+    if first is None:
+        raise NotOnDevice("none of the images can be read")
+    size, limit = len(data) * first.nbytes, LARGEST_SHARE * _memory(device)
+    if size > limit:
+        raise NotOnDevice(f"{len(data):,} images of {shown(first)} pixels take {size / 2 ** 30:,.1f} GiB, more than the "
+                          f"{limit / 2 ** 30:,.1f} that are a quarter of the memory of {device}")
+    pixels = np.zeros((len(data), *first.shape), np.uint8)
+
+    def keep(index: int) -> None:
+        image = load(index)
+        if image is not None and image.shape != first.shape:
+            raise NotOnDevice(f"all images must have one size, and {data.shown(index)} has {shown(image)} pixels where others "
+                              f"have {shown(first)}")
+        if image is not None:
+            pixels[index] = image
+
+    with ThreadPoolExecutor() as pool:      # PIL decodes without Python's lock
+        try:
+            for _ in pool.map(keep, range(len(data))):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).contiguous()
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the device in all, so that the same machine always decides alike."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2 ** 30
+
+
+class _Normalise:
+    """(pixel / 255 - mean) / std to the last bit as `augment.Normalise`. Divisors are tensors: by a number, a GPU multiplies
+    with its reciprocal."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.most = torch.tensor(255.0, device=device)
+        self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1) for value in (mean, std))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.float().div(self.most).sub_(self.mean).div_(self.std)
+
+
+class TrainLoader:
+    """Augmented batches (float32 [B, 3, S, S], int64 [B]) on the device in the sampler's order, the last incomplete one
+    dropped; in the place of a DataLoader."""
+
+    def __init__(self, data: ImageSet, sampler: Any, args: Namespace, process: Process):
+        self.dataset, self.sampler, self.batch_size = data, sampler, args.batch_size
+        self.augment = build_augmentation(args)
+        device = process.device
+        self.pixels = load_pixels(data, self._fit, device, name=process.is_main)
+        self.targets = torch.from_numpy(data.targets).to(device)
+        self.sources = _replaced(data)
+        self.normalise = _Normalise(args.mean, args.std, device)
+        each = 4 * 3 * args.input_size ** 2
+        self.chunk = max(1, CHUNK_BYTES // (each * args.batch_size))
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        """With its shorter side as long as the input where the crop is one of the padded image."""
+        if not self.augment.padded or min(image.size) == self.augment.size:
+            return image
+        if len(self.augment.kinds) > 1:
+            raise NotOnDevice("the images are resized once, and --train-interpolation random resizes each time")
+        return resize(image, self.augment.size, str_to_interp_mode(self.augment.kinds[0]))
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        sampler, device, size = self.sampler, self.pixels.device, self.batch_size
+        indices, positions, repeats = sampler.order()
+        order = torch.from_numpy(np.stack([self.sources[indices], positions, repeats])).to(device)
+        batches = order.shape[1] // size
+        for first in range(0, batches, self.chunk):
+            # Always of one size, so that a GPU takes the same kernels, and gives the same bits, wherever a run was resumed.
+            place = torch.arange(first * size, (first + self.chunk) * size, device=device).clamp(max=order.shape[1] - 1)
+            index, position, repeat = order[:, place]
+            u = uniforms(sampler.seed, sampler.epoch, position, self.augment.draws)
+            x = self.normalise(self.augment(self.pixels[index], u))
+            x, targets = self.augment.erased(x, u, repeat), self.targets[index]
+            for batch in range(min(self.chunk, batches - first)):
+                yield x[batch * size:(batch + 1) * size], targets[batch * size:(batch + 1) * size]
+
+
+class EvalLoader:
+    """Batches (float32 [B, 3, S, S] on the device, int64 [B] on the host) of these images; -1 for an unreadable one."""
+
+    def __init__(self, data: ImageSet, shard: range, args: Namespace, process: Process):
+        self.dataset, self.shard, self.batch_size = data, shard, max(1, int(1.5 * args.batch_size))
+        self.pixels = load_pixels(data, self._fit, process.device, name=not data.quiet)
+        self.targets = torch.from_numpy(np.where(data.unreadable.numpy(), -1, data.targets))
+        self.normalise = _Normalise(args.mean, args.std, process.device)
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        size = self.dataset.input_size
+        if not is_small(size) or image.size != (size, size):
+            raise NotOnDevice("images that are resized for an evaluation come from the loader, as in published figures")
+        return image
+
+    def __len__(self) -> int:
+        return -(-len(self.shard) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, len(self.shard), self.batch_size):
+            chosen = torch.tensor(self.shard[first:first + self.batch_size])
+            yield self.normalise(self.pixels[chosen.to(self.pixels.device)]), self.targets[chosen]
+
+
+def _replaced(data: ImageSet) -> np.ndarray:
+    """int64 [N]: which image is taken for each, another one for an unreadable one."""
+    sources, readable = np.arange(len(data)), np.flatnonzero(data.unreadable.numpy() == 0)
+    for index in np.flatnonzero(data.unreadable.numpy()):
+        sources[index] = readable[np.random.default_rng([index]).integers(len(readable))]
+    return sources

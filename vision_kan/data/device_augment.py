@@ -1,0 +1,240 @@
+"""Augmentation on the device, drawn by a counter-based hash."""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Random numbers of an image by what they are for; TRIES candidates of a box before the last resort, as in timm.
+TRIES = 10
+CROP, FLIP, THREE, JITTER, ERASE = 0, 24, 26, 30, 40
+ERASE_EACH = 2 * TRIES + 6
+
+
+# ---------------------------------------------------------------- random numbers
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers (int64 tensors) that flips about half of the bits for each one changed: lowbias32 of
+    https://github.com/skeeto/hash-prospector, constants by TheIronBorn."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return x ^ (x >> 15)
+
+
+def uniforms(seed: int, epoch: int, positions: Tensor, count: int) -> Tensor:
+    """float32 [B, count] in [0, 1), a hash of (seed, epoch, position, column). positions: int64 [B]."""
+    first, second = (int(word) for word in np.random.SeedSequence([seed, epoch]).generate_state(2))
+    rows = _mix(_mix(positions ^ first) ^ second)
+    columns = _mix(torch.arange(1, count + 1, device=positions.device))
+    return (_mix(rows[:, None] ^ columns) >> 8).float() * 2.0 ** -24
+
+
+def _integer(u: Tensor, count: Tensor | int) -> Tensor:
+    """A uniform whole number of 0 .. count - 1 from u in [0, 1)."""
+    return (u * count).floor().long()
+
+
+# ---------------------------------------------------------------- resampling
+# PIL's filters: half a support and the function, both at scale 1 (Pillow, src/libImaging/Resample.c).
+def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
+    x = x.abs()
+    return torch.where(x < 1, ((a + 2) * x - (a + 3)) * x * x + 1,
+                       torch.where(x < 2, (((x - 5) * x + 8) * x - 4) * a, 0.0))
+
+
+def _lanczos(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 3, torch.sinc(x) * torch.sinc(x / 3), 0.0)
+
+
+def _hamming(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 1, torch.sinc(x) * (0.54 + 0.46 * torch.cos(math.pi * x)), 0.0)
+
+
+FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bilinear": lambda x: (1 - x.abs()).clamp(min=0),
+    "bicubic": _cubic,
+    "box": lambda x: ((x > -0.5) & (x <= 0.5)).float(),
+    "hamming": _hamming,
+    "lanczos": _lanczos,
+}
+
+
+def resampling(kind: str, start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
+    """[B, out, size]: the linear maps that cut `length` [B] of `size` pixels from `start` [B] on and resize them to `out`, as
+    PIL does: pixels outside the cut are not seen, and a reduction averages."""
+    start, length = start.double(), length.double()         # at an edge the last bit decides which pixel is seen
+    ratio = (length / out)[:, None]
+    centre = (torch.arange(out, device=start.device) + 0.5) * ratio                     # [B, out], in the cut
+    pixel = torch.arange(size, device=start.device) - start[:, None]                    # [B, size], in the cut
+    if kind == "nearest":
+        return (pixel[:, None] == centre.floor()[..., None]).float()
+    inside = (pixel >= 0) & (pixel < length[:, None])
+    weights = FILTERS[kind]((pixel[:, None] - centre[..., None] + 0.5) * (1 / ratio.clamp(min=1))[..., None]) * inside[:, None]
+    return (weights / weights.sum(-1, keepdim=True)).float()
+
+
+# ---------------------------------------------------------------- augmentation
+@dataclass(frozen=True)
+class Augmentation:
+    """What `augment.build_transform` does to a training image, as numbers."""
+    size: int
+    padded: bool                        # a random crop of the padded image; else a random resized crop
+    padding: int
+    padding_mode: str                   # "constant" or "reflect"
+    kinds: tuple[str, ...]              # interpolations to choose from
+    flip: float
+    three: bool                         # 3-Augment: solarise, grey or blur
+    jitter: float                       # brightness, contrast, saturation
+    erase: float                        # probability
+    erase_mode: str
+    erase_count: int
+    spare_first: bool                   # no erasing of an image's first repeat
+
+    @property
+    def draws(self) -> int:
+        return ERASE + (ERASE_EACH * self.erase_count if self.erase else 0)
+
+    def __call__(self, images: Tensor, u: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W], uniforms [B, K] -> float32 [B, 3, S, S] of 0 .. 255, before normalisation and erasing."""
+        x = self._padded_crop(images, u) if self.padded else self._resized_crop(images, u)
+        if self.three:
+            x = _three(x, u[:, THREE:])
+        if self.jitter:
+            x = _jitter(x, u[:, JITTER:], self.jitter)
+        return x
+
+    def erased(self, x: Tensor, u: Tensor, repeat: Tensor) -> Tensor:
+        """Random erasing of normalised images [B, 3, S, S], after timm's RandomErasing. repeat: int64 [B]."""
+        if not self.erase:
+            return x
+        u, size = u[:, ERASE:], x.shape[-1]
+        chosen = u[:, 0] < self.erase
+        if self.spare_first:
+            chosen &= repeat > 0
+        count = _integer(u[:, 1], self.erase_count) + 1
+        line = torch.arange(size, device=x.device)
+        for nth in range(self.erase_count):
+            v = u[:, 2 + ERASE_EACH * nth:]
+            area = (0.02 + (1 / 3 - 0.02) * v[:, :TRIES]) * (size * size) / count[:, None]
+            ratio = torch.exp(math.log(0.3) * (2 * v[:, TRIES:2 * TRIES] - 1))
+            high, wide = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+            fits = (high < size) & (wide < size)
+            first = fits.byte().argmax(1, keepdim=True)
+            height, width = high.gather(1, first)[:, 0], wide.gather(1, first)[:, 0]
+            top, left = _integer(v[:, 2 * TRIES], size - height + 1), _integer(v[:, 2 * TRIES + 1], size - width + 1)
+            rows = (line >= top[:, None]) & (line < (top + height)[:, None])
+            columns = (line >= left[:, None]) & (line < (left + width)[:, None])
+            these = chosen & fits.any(1) & (nth < count)
+            there = these[:, None, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
+            x = torch.where(there, self._fill(x, v[:, 2 * TRIES + 2]), x)
+        return x
+
+    def _padded_crop(self, images: Tensor, u: Tensor) -> Tensor:
+        (high, wide), size, pad = images.shape[2:], self.size, self.padding
+        rows = _integer(u[:, CROP, None], high + 2 * pad - size + 1) + torch.arange(size, device=u.device) - pad
+        columns = _integer(u[:, CROP + 1, None], wide + 2 * pad - size + 1) + torch.arange(size, device=u.device) - pad
+        columns = torch.where(u[:, FLIP, None] < self.flip, columns.flip(1), columns)
+        seen = ((rows >= 0) & (rows < high))[:, None, :, None] & ((columns >= 0) & (columns < wide))[:, None, None, :]
+        if self.padding_mode == "reflect":
+            rows, columns = (index.abs() - 2 * (index - length + 1).clamp(min=0)
+                             for index, length in ((rows, high), (columns, wide)))
+        each = torch.arange(len(images), device=u.device)[:, None, None, None]
+        channel = torch.arange(3, device=u.device)[:, None, None]
+        x = images[each, channel, rows.clamp(0, high - 1)[:, None, :, None], columns.clamp(0, wide - 1)[:, None, None, :]].float()
+        return x if self.padding_mode == "reflect" else x * seen
+
+    def _resized_crop(self, images: Tensor, u: Tensor) -> Tensor:
+        high, wide = images.shape[2:]
+        top, left, height, width = _crop_box(u[:, CROP:], high, wide)
+        second = (u[:, FLIP + 1] < 0.5)[:, None, None]
+
+        def maps(start: Tensor, length: Tensor, size: int) -> Tensor:
+            first, *others = (resampling(kind, start, length, size, self.size) for kind in self.kinds)
+            return torch.where(second, others[0], first) if others else first
+
+        rows, columns = maps(top, height, high), maps(left, width, wide)
+        columns = torch.where((u[:, FLIP] < self.flip)[:, None, None], columns.flip(1), columns)
+        return _resampled(images.float(), rows, columns)
+
+    def _fill(self, x: Tensor, u: Tensor) -> Tensor:
+        if self.erase_mode == "const":
+            return torch.zeros_like(x[:1])
+        shape = x.shape[1:] if self.erase_mode == "pixel" else (x.shape[1], 1, 1)
+        table = _normals(x.device)
+        places = torch.arange(math.prod(shape), device=x.device) + _integer(u[:, None], len(table))
+        return table[places % len(table)].view(-1, *shape)
+
+
+_TABLES: dict[torch.device, Tensor] = {}
+
+
+def _normals(device: torch.device, count: int = 2 ** 21) -> Tensor:
+    """A table of normal numbers; an image takes a stretch of it from a drawn place on."""
+    if device not in _TABLES:
+        _TABLES[device] = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
+    return _TABLES[device]
+
+
+def _resampled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[B, 3, H, W] by the maps [B, S, H] and [B, S, W], as PIL: columns first, rounded to whole numbers after each."""
+    for step in (lambda x: x @ columns.transpose(1, 2)[:, None], lambda x: rows[:, None] @ x):
+        x = (step(x) + 0.5).floor().clamp(0, 255)
+    return x
+
+
+def _crop_box(u: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """top, left, height, width [B] of timm's RandomResizedCropAndInterpolation."""
+    area = (0.08 + 0.92 * u[:, :TRIES]) * (high * wide)
+    ratio = torch.exp(math.log(4 / 3) * (2 * u[:, TRIES:2 * TRIES] - 1))
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (width <= wide) & (height <= high)
+    first = fits.byte().argmax(1, keepdim=True)
+    width, height = width.gather(1, first)[:, 0], height.gather(1, first)[:, 0]
+    found = fits.any(1)
+    whole_width, whole_height = min(wide, round(high * 4 / 3)), min(high, round(wide * 4 / 3))
+    width, height = torch.where(found, width, float(whole_width)), torch.where(found, height, float(whole_height))
+    top = torch.where(found, (u[:, 2 * TRIES] * (high - height + 1)).floor(), float((high - whole_height) // 2))
+    left = torch.where(found, (u[:, 2 * TRIES + 1] * (wide - width + 1)).floor(), float((wide - whole_width) // 2))
+    return top, left, height, width
+
+
+def _grey(x: Tensor) -> Tensor:
+    """[B, 3, S, S] -> [B, 1, S, S]: PIL's mode L."""
+    return (0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).round()
+
+
+def _three(x: Tensor, u: Tensor) -> Tensor:
+    """DeiT III's 3-Augment, one of the three for each image: inverted from 128 on, grey, or blurred (deviation 0.1 to 2)."""
+    choice = _integer(u[:, 0], 3)[:, None, None, None]
+    solarised = torch.where(x < 128, x, 255 - x)
+    return torch.where(choice == 0, solarised, torch.where(choice == 1, _grey(x), _blurred(x, 0.1 + 1.9 * u[:, 1])))
+
+
+def _blurred(x: Tensor, deviation: Tensor, reach: int = 6) -> Tensor:
+    """A Gaussian of this deviation [B] in pixels (at most 2); beyond the edge its pixels go on."""
+    offset = torch.arange(-reach, reach + 1, device=x.device)
+    weights = torch.exp(-0.5 * (offset / deviation[:, None]).square())
+    weights = weights / weights.sum(1, keepdim=True)
+    for dims in ((reach, reach, 0, 0), (0, 0, reach, reach)):
+        padded = F.pad(x, dims, "replicate")
+        size, dim = (x.shape[3], 3) if dims[0] else (x.shape[2], 2)
+        x = torch.zeros_like(x)
+        for k in range(2 * reach + 1):
+            x = torch.addcmul(x, padded.narrow(dim, k, size), weights[:, k, None, None, None])
+    return x.round()
+
+
+def _jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
+    """torchvision's ColorJitter of brightness, contrast and saturation, in an order of its own for each image."""
+    low = max(0.0, 1 - strength)
+    factors = (low + (1 + strength - low) * u[:, :3])[:, :, None, None, None]
+    order = torch.argsort(u[:, 3:6], 1)
+    for place in range(3):
+        kind = order[:, place, None, None, None]
+        factor = factors.gather(1, order[:, place, None, None, None, None]).squeeze(1)
+        grey = _grey(x)
+        towards = torch.where(kind == 0, 0.0, torch.where(kind == 1, (grey.mean((2, 3), keepdim=True) + 0.5).floor(), grey))
+        x = (factor * x + (1 - factor) * towards).clamp(0, 255).floor()
+    return x

@@ -1,0 +1,205 @@
+"""Image transforms: DeiT's for training and evaluation and DeiT III's 3-Augment, out of timm's parts."""
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, auto_augment, create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
+from timm.layers import to_2tuple
+from torchvision import transforms
+
+from vision_kan.common.errors import UserError
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    return auto_augment.posterize(image, max(1, bits_to_keep))
+
+
+# DeiT's own policy, rand-m9-mstd0.5-inc1, asks for 0 bits at strength 10: black in old versions of Pillow,
+# an error since version 13.
+auto_augment.NAME_TO_OP.update(dict.fromkeys(
+    [name for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")], _posterize))
+GREY_SCALE = "32-bit grey up to"      # in the `info` of an image that `to_rgb` has scaled by its values: up to what, an int
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as 8-bit RGB: an animation's first frame, alpha dropped, 16-bit grey scaled to 8.
+
+    32-bit grey (TIFF) does not say what white is: values 0 to 255 are taken as they are, others up to 65535 as 16 bits, and
+    those of floating point up to 1 as shares of white. Raises ValueError for any others. The EXIF orientation is ignored.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image.convert("RGB")
+    values = np.asarray(image)      # PIL would clip all at 255
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    white = 65535 if sixteen else _white(values)
+    # a piece at a time: the arithmetic takes 24 bytes a pixel
+    pieces = np.array_split(values.reshape(-1), max(1, values.size >> 20))
+    grey = Image.fromarray(np.concatenate([_to_8_bits(piece, white) for piece in pieces]).reshape(values.shape))
+    rgb = grey.convert("RGB")
+    if not sixteen:
+        rgb.info[GREY_SCALE] = white
+    return rgb
+
+
+def _white(values: np.ndarray) -> int:
+    """What 32-bit grey values can be meant to reach."""
+    low, high = values.min(), values.max()
+    for white in (1, 255, 65535)[values.dtype.kind != "f":]:
+        if 0 <= low and high <= white:
+            return white
+    raise ValueError(f"32-bit grey from {low:g} to {high:g}, not 0 to 1, 255 or 65535: convert it to 8 or 16 bits")
+
+
+def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
+    if values.dtype.kind == "f":
+        return np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
+    values = values.astype(np.int64)
+    return (values if white == 255 else (values + 128) // 257).astype(np.uint8)
+
+
+# Resized by its shorter side to 256 pixels, an image of 20,000 x 1 would take 4 GB. Of an image longer than so many times its
+# shorter side no more is resized: photographs end at panoramas of 10, and a square crop shows a twentieth of it at most.
+LONGEST = 20
+
+
+def shorten(image: Image.Image, choose: Callable[[int], int], most: int = LONGEST, size: int | Sequence[int] = 1) -> Image.Image:
+    """The image, or so much of its longer side that this is `most` times the shorter, both as multiples of those of `size`.
+
+    choose: called with the number of pixels to spare, returns how many of them are left out before the part that is kept.
+    size: of the input, or its height and width."""
+    (width, height), (rows, columns) = image.size, to_2tuple(size)
+    for wide, long, limit in ((True, width, most * height * columns // rows), (False, height, most * width * rows // columns)):
+        keep = max(1, limit) + (long - max(1, limit)) % 2       # of the long side's parity: the two centres are the same
+        if keep < long:
+            first = choose(long - keep)
+            return image.crop((first, 0, first + keep, height) if wide else (0, first, width, first + keep))
+    return image
+
+
+def is_small(size: int | Sequence[int]) -> bool:
+    """Whether images of this --input-size are taken as they are, or cropped with a padding, instead of resized crops."""
+    return max(to_2tuple(size)) <= 32
+
+
+class Normalise:
+    """PIL RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std of each channel; those of ImageNet where not given.
+
+    To the last bit what torchvision's ToTensor and Normalize give, in a quarter of their time: those reorder the
+    channels a byte at a time and copy once more.
+    """
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
+        self.mean = np.array(mean, np.float32).reshape(3, 1, 1)
+        self.std = np.array(std, np.float32).reshape(3, 1, 1)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        values = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
+        values /= np.float32(255)
+        values -= self.mean
+        values /= self.std
+        return torch.from_numpy(values)
+
+
+class TrainTransform:
+    """PIL RGB image -> normalised float32 [3, H, W]; `erase=False` leaves random erasing out."""
+
+    def __init__(self, steps: list[Callable], erasing: Callable | None):
+        self.steps = transforms.Compose(steps)
+        self.erasing = erasing
+
+    def __call__(self, image: Image.Image, erase: bool = True) -> torch.Tensor:
+        tensor = self.steps(image)
+        return self.erasing(tensor) if erase and self.erasing else tensor
+
+
+class EvalTransform:
+    """PIL RGB image -> normalised float32 [3, H, W]: resize, centre crop. At 32 px or below an image
+    that already is H x W is taken as it is.
+
+    size: the side of a square, or height and width.
+    mode: of the crop as timm has it: "center" resizes by the shorter side, "squash" both sides, "border" by the longer side and
+        fills up with the mean."""
+
+    def __init__(self, size: int | Sequence[int], crop_ratio: float, mode: str = "center", interpolation: str = "bicubic",
+                 mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
+        self.size = size
+        high, wide = to_2tuple(size)
+        self.as_it_is = (wide, high) if is_small(size) else None        # in PIL's order
+        whole = create_transform((3, high, wide), is_training=False, crop_pct=crop_ratio, crop_mode=mode,
+                                 interpolation=interpolation, mean=tuple(mean))
+        self.resize = transforms.Compose(whole.transforms[:-2])         # all but timm's tensor and normalisation
+        # of an image that is resized by its longer side a pixel of the shorter one must be left
+        self.most = {"center": LONGEST, "border": min(LONGEST, high, wide), "squash": sys.maxsize}[mode]
+        self.finish = Normalise(mean, std)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if image.size != self.as_it_is:
+            image = self.resize(shorten(image, lambda spare: spare // 2, self.most, self.size))
+        return self.finish(image)
+
+
+def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTransform:
+    """The transform of a training or an evaluation image (PIL, RGB) after DeiT.
+
+    Training: a crop (random resized crop; `--src` or an input of 32 px and below: the shorter side
+    resized to the input size, `--crop-padding` around it, random crop), flip, colours (`--ThreeAugment`
+    in place of `--aa`; `--color-jitter` with 3-Augment or without `--aa`), normalisation, random erasing
+    (with 3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`). A resized crop has a ratio of width to height
+    of 3/4 to 4/3 times the input's: an oblong input keeps proportions as a square one does.
+
+    Raises UserError for an `--aa` policy, `--remode` or `--train-interpolation` that timm does not know.
+    """
+    if not is_train:
+        return EvalTransform(args.input_size, args.eval_crop_ratio, args.crop_mode, args.interpolation, args.mean, args.std)
+    policy = "3a" if args.ThreeAugment else "" if args.aa in (None, "none") else args.aa
+    high, wide = to_2tuple(args.input_size)
+    shape = wide / high
+    try:
+        primary, secondary, final = create_transform(
+            input_size=(3, high, wide), is_training=True, ratio=(3 / 4 * shape, 4 / 3 * shape), hflip=args.hflip,
+            color_jitter=args.color_jitter, auto_augment=policy,
+            interpolation=args.train_interpolation, separate=True, mean=tuple(args.mean),
+            re_prob=args.reprob, re_mode=args.remode, re_count=args.recount)
+    except (AssertionError, KeyError, ValueError, IndexError) as error:  # timm's parser raises any of them
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--aa {policy} (or --remode {args.remode}, --train-interpolation "
+                        f"{args.train_interpolation}) is not one that timm knows ({reason}): give a policy "
+                        "such as rand-m9-mstd0.5-inc1, augmix-m3, original or none") from error
+    steps = primary.transforms + secondary.transforms + final.transforms
+    erasing = steps.pop() if args.reprob > 0 else None
+    steps[-2:] = [Normalise(args.mean, args.std)]      # in place of timm's tensor and normalisation
+    if args.src:
+        steps[0] = _pad_and_crop(args, "reflect")
+    elif is_small(args.input_size):
+        steps[0] = _pad_and_crop(args, "constant")
+    return TrainTransform(steps, erasing)
+
+
+def _pad_and_crop(args: Namespace, padding_mode: str) -> Callable:
+    size, interpolation, padding = args.input_size, args.train_interpolation, args.crop_padding
+    kinds = ("bilinear", "bicubic") if interpolation == "random" else (interpolation,)
+    resizes = [transforms.Resize(size, str_to_interp_mode(kind)) if isinstance(size, int)
+               else ResizeKeepRatio(size, longest=0., interpolation=kind) for kind in kinds]
+    crop = transforms.RandomCrop(size, padding=padding or None, padding_mode=padding_mode)
+    return transforms.Compose([partial(_shorten_anywhere, size=size), transforms.RandomChoice(resizes), crop])
+
+
+def _shorten_anywhere(image: Image.Image, size: int | Sequence[int]) -> Image.Image:
+    return shorten(image, lambda spare: int(torch.randint(spare + 1, ())), size=size)
+
+
+def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix of a batch, or None where the flags switch both off.
+
+    It draws from numpy's generator.
+    """
+    if args.mixup == 0 and args.cutmix == 0 and args.cutmix_minmax is None:
+        return None
+    return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                 args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)

@@ -1,0 +1,11 @@
+"""The ops of the KAN layers, one a file: a plain reference, C++ kernels for CPUs, Triton kernels for GPUs.
+
+Nothing here knows of models. `use` chooses what computes them, see `kernels.backend`.
+"""
+from vision_kan.kernels.backend import BACKENDS, chosen, describe, exporting, use
+from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
+from vision_kan.kernels.rswaf_activation import rswaf_activation, rswaf_activation_reference
+from vision_kan.kernels.rswaf_linear import rswaf_linear, rswaf_linear_reference
+
+__all__ = ["BACKENDS", "BASES", "MAX_HALF_RANGE", "chosen", "describe", "exporting", "rswaf_activation",
+           "rswaf_activation_reference", "rswaf_basis", "rswaf_linear", "rswaf_linear_reference", "use"]

@@ -1,0 +1,207 @@
+"""The CPU kernels of cpu.cpp: compiled with the machine's C++ compiler at their first use, kept in a cache.
+
+Nothing here is needed: where there is no compiler, or it fails, `library` returns None and warns once, and the
+ops take their plain PyTorch path.
+"""
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_kan.kernels.basis import MAX_POINTS, pair_constants
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+DTYPES = (torch.float32, torch.bfloat16)
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
+# The machine's own instructions and OpenMP where the compiler knows them.
+OPTIONS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+_warned = False
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, g++, clang++ or c++; None where there is none."""
+    if sys.platform == "win32":         # whose compiler knows no vector extensions
+        return None
+    return next((found for name in (os.environ.get("CXX"), "g++", "clang++", "c++")
+                 if name and (found := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $VISION_KAN_CACHE, else vision-kan in the user's cache folder."""
+    own = os.environ.get("VISION_KAN_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-kan"
+
+
+@functools.lru_cache
+def library(points: int, base: str | None = None) -> ctypes.CDLL | None:
+    """The kernels for grids of so many points: the activation's with a base function, without one the basis's."""
+    command = compiler()
+    if command is None:
+        _without("no C++ compiler (g++ or clang++) was found")
+        return None
+    try:
+        found = _load(command, points, base)
+    except (OSError, subprocess.SubprocessError) as error:
+        _without(f"{command} could not build them ({str(error).strip().splitlines()[-1][:200]})")
+        return None
+    pointer: Any = ctypes.c_void_p      # lists of these hold several types
+    integer, long, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    constants: list[Any] = [pointer, real, real]
+    matrix: list[Any] = [long, long]
+    if base is None:
+        found.rswaf_basis.argtypes = [pointer, integer, pointer, integer, *matrix, *constants]
+        found.rswaf_basis_grad.argtypes = [pointer, integer, pointer, integer, pointer, *matrix, *constants]
+    else:
+        found.rswaf_activation.argtypes = [pointer] * 2 + [integer, *matrix, pointer, pointer, long, *constants]
+        found.rswaf_activation_grad.argtypes = ([pointer] * 3 + [integer, *matrix, pointer, pointer, long, *constants,
+                                                                 pointer, pointer])
+    return found
+
+
+def _without(reason: str) -> None:
+    """Say once why the slower path is taken."""
+    global _warned
+    if not _warned:
+        warnings.warn(f"KAN layers compute in plain PyTorch, slower than their C++ kernels: {reason}", stacklevel=2)
+    _warned = True
+
+
+def _load(command: str, points: int, base: str | None) -> ctypes.CDLL:
+    _share_openmp()
+    file = _compiled(command, points, base)
+    try:
+        found = ctypes.CDLL(str(file))
+    except OSError:                     # what an earlier process left is no library: build it anew
+        file.unlink()
+        found = ctypes.CDLL(str(_compiled(command, points, base)))
+    if file.parent != cache_folder():
+        shutil.rmtree(file.parent, ignore_errors=True)
+    return found
+
+
+def _compiled(command: str, points: int, base: str | None) -> Path:
+    """The shared library, from the cache or built; its name tells source, compiler and processor apart."""
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), version, _processor(), repr((FLAGS, OPTIONS))]).encode())
+    file = cache_folder() / f"{base or 'basis'}-{points}points-{key.hexdigest()[:16]}.so"
+    macros = [f"-DPOINTS={points}", *([] if base is None else [f"-DBASE={base.upper()}"])]
+    if file.exists():
+        return file
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=file.parent)
+    except OSError:                                 # a home that cannot be written to
+        folder = tempfile.mkdtemp()
+        file = Path(folder) / file.name
+    objects, shared = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
+    error: subprocess.CalledProcessError | None = None
+    for options in OPTIONS:
+        try:
+            for arguments in ([*FLAGS, *options, *macros, "-c", str(SOURCE), "-o", str(objects)],
+                            # without -fopenmp: OpenMP is to be the one that PyTorch has loaded, not a second one
+                            ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
+                             str(objects), "-o", str(shared)]):
+                subprocess.run([command, *arguments], capture_output=True, text=True, check=True, timeout=300)
+            break
+        except subprocess.CalledProcessError as failed:
+            error = failed
+    else:
+        assert error is not None
+        raise OSError(error.stderr.strip() or str(error))
+    os.replace(shared, file)                        # whole or not at all, whoever else builds it now
+    objects.unlink()
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+    return file
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache in a shared home must not serve another kind of machine."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+    return platform.processor() + platform.machine()
+
+
+def _share_openmp() -> None:
+    """Make the functions of PyTorch's own OpenMP library visible to ours."""
+    for file in (*Path(torch.__file__).parent.glob("lib/lib*omp*.so*"),
+                 *Path(torch.__file__).parent.parent.glob("torch.libs/lib*omp*.so*")):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(str(file), ctypes.RTLD_GLOBAL)
+
+
+# ---------------------------------------------------------------- what the ops call
+def supports(points: tuple[float, ...], h: float) -> bool:
+    """Whether the kernels know the grid."""
+    return 2 <= len(points) <= MAX_POINTS and pair_constants(points, h) is not None
+
+
+@functools.lru_cache(maxsize=256)
+def _grid(points: tuple[float, ...], h: float) -> tuple[ctypes.Array, float, float]:
+    constants = pair_constants(points, h)
+    assert constants is not None        # `supports` has said so
+    return (ctypes.c_float * len(constants))(*constants), (points[0] + points[-1]) / 2, 2 / h
+
+
+def _found(points: int, base: str | None = None) -> ctypes.CDLL:
+    """`library`, where it is there: `backend.resolve` has seen to that."""
+    found = library(points, base)
+    assert found is not None
+    return found
+
+
+def _half(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
+
+
+def activation(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
+               base: str) -> Tensor:
+    """v [T, C] in u's dtype from contiguous u [T, C] (`DTYPES`), coefficients [groups, G], scale [groups] float32."""
+    v = torch.empty_like(u)
+    if u.numel():
+        _found(len(points), base).rswaf_activation(
+            u.data_ptr(), v.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(), _address(scale), len(coefficients),
+            *_grid(points, h))
+    return v
+
+
+def activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...],
+                    h: float, base: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """du [T, C] in u's dtype, and in float32 dC [groups, G] and, with a scale, its gradient [groups]."""
+    du, dc = torch.empty_like(u), torch.zeros(coefficients.shape, dtype=torch.float64)
+    dscale = None if scale is None else torch.zeros(len(coefficients), dtype=torch.float64)
+    if u.numel():
+        _found(len(points), base).rswaf_activation_grad(
+            dv.data_ptr(), u.data_ptr(), du.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(), _address(scale),
+            len(coefficients), *_grid(points, h), dc.data_ptr(), _address(dscale))
+    return du, dc.float(), None if dscale is None else dscale.float()
+
+
+def basis(u: Tensor, points: tuple[float, ...], h: float, out: Tensor) -> None:
+    """out [T, I, G] = B_k(u) from contiguous u [T, I]; both of `DTYPES`."""
+    if u.numel():
+        _found(len(points)).rswaf_basis(u.data_ptr(), _half(u), out.data_ptr(), _half(out), *u.shape, *_grid(points, h))
+
+
+def basis_grad(values: Tensor, u: Tensor, points: tuple[float, ...], h: float, out: Tensor) -> None:
+    """out [T, I] = sum_k values_k dB_k/du, values [T, I, G] being the gradient of the basis; then values = the basis."""
+    if u.numel():
+        _found(len(points)).rswaf_basis_grad(values.data_ptr(), _half(values), u.data_ptr(), _half(u), out.data_ptr(),
+                                             *u.shape, *_grid(points, h))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

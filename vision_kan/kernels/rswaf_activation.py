@@ -1,0 +1,259 @@
+"""`rswaf_activation`: an elementwise function that is learned, one for each group of channels.
+
+    v = s_g * base(u) + sum_k C[g, k] * B_k(u),    B_k(u) = 1 - tanh((u - g_k)/h)^2
+
+Saved for the backward pass: u and the parameters. It computes the basis again and gives all gradients in one pass.
+"""
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
+
+from vision_kan.kernels import backend, native
+from vision_kan.kernels.backend import as_matrix, cast
+from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
+
+# Values of u that the PyTorch path works on at once on a CPU: the few arrays of this size stay in its L2 cache.
+CHUNK_VALUES = 2 ** 17
+
+
+def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
+                     scale: Tensor | None = None) -> Tensor:
+    """s * base(u) + sum_k C[g, k] B_k(u), by the backend that `kernels.use` chose.
+
+    Args:
+        u: [..., I], any floating dtype; under autocast rounded to its dtype first. Computed in at least float32.
+        coefficients: [groups, G]; group g has the channels g * I/groups to (g + 1) * I/groups - 1.
+        points: the G grid points, with max |g_k - middle|/h <= MAX_HALF_RANGE. h: width of a bump.
+        base: none or a key of `BASES`. scale: s [groups]; None: 1.
+    Returns: [..., I] in u's dtype.
+    Raises: ValueError if the groups do not divide the channels, or for another base or an impossible grid.
+    """
+    if u.shape[-1] % coefficients.shape[0]:
+        raise ValueError(f"{coefficients.shape[0]} groups do not divide {u.shape[-1]} channels")
+    if base != "none" and base not in BASES:
+        raise ValueError(f"base {base} is not one of none, {', '.join(BASES)}")
+    if len(points) != coefficients.shape[1] or (points[-1] - points[0]) / 2 > MAX_HALF_RANGE * h * (1 + 1e-9):
+        raise ValueError(f"{coefficients.shape[1]} coefficients a group need as many grid points, at most "
+                         f"{MAX_HALF_RANGE:g} h from their middle; got {len(points)} and h = {h:g}")
+    device = u.device.type
+    if torch.is_autocast_enabled(device):
+        u = cast(u, torch.get_autocast_dtype(device))
+    name = backend.chosen()
+    if name == "reference" or backend.transformed():
+        return rswaf_activation_reference(u, coefficients, points, h, base, scale)
+    if name == "compile":
+        return _compiled_reference()(u, coefficients, points, h, base, scale)
+    if backend.traced(u, coefficients, scale):
+        return _activation(u, coefficients, scale, list(points), h, base, name)
+    return _Activation.apply(u, coefficients, scale, (points, h, base, name))
+
+
+def rswaf_activation_reference(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
+                               scale: Tensor | None = None) -> Tensor:
+    """The same in plain PyTorch with its autograd, which keeps several arrays [..., I, G]."""
+    x = u.to(torch.promote_types(u.dtype, torch.float32))
+    each = u.shape[-1] // len(coefficients)
+    grid = torch.tensor(points, dtype=x.dtype, device=u.device)
+    v = (rswaf_basis(x, grid, h) * coefficients.to(x.dtype).repeat_interleave(each, 0)).sum(-1)
+    if base != "none":
+        b = BASES[base](x)
+        v = v + (b if scale is None else b * scale.to(x.dtype).repeat_interleave(each))
+    return v.to(u.dtype)
+
+
+@functools.lru_cache
+def _compiled_reference():
+    return torch.compile(rswaf_activation_reference)
+
+
+# ---------------------------------------------------------------- the op
+def _value(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
+           backend_name: str) -> Tensor:
+    points = tuple(points)
+    how = backend.resolve(backend_name, u, len(points), points, h, base)
+    if how == "triton":
+        return _triton().forward(u.contiguous(), coefficients, scale, points, h, base)
+    flat, c, s = _prepare(u, coefficients, scale, how)
+    v = (native.activation if how == "native" else _chunked)(flat, c, s, points, h, base)
+    return cast(v, u.dtype).resize_(u.shape)            # a view might not be changed in place outside
+
+
+def _gradients(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float,
+               base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of u, coefficients and scale (None without one)."""
+    points = tuple(points)
+    how = backend.resolve(backend_name, u, len(points), points, h, base)
+    du: Any
+    dc: Any
+    ds: Tensor | None
+    if how == "triton":
+        du, dc, ds = _triton().backward(cast(dv, u.dtype).contiguous(), u.contiguous(), coefficients, scale, points, h, base)
+    else:
+        flat, c, s = _prepare(u, coefficients, scale, how)
+        du, dc, ds = (native.activation_grad if how == "native" else _chunked_grad)(
+            cast(as_matrix(dv), flat.dtype), flat, c, s, points, h, base)
+        du = cast(du, u.dtype).view(u.shape)
+    return du, cast(dc, coefficients.dtype), None if scale is None or ds is None else cast(ds, scale.dtype)
+
+
+def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, how: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """u [T, I] as the path takes it, and parameters in the dtype of the maths."""
+    flat = as_matrix(u)
+    if how == "native" and u.dtype not in native.DTYPES:
+        flat = flat.float()
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return flat, cast(coefficients, dtype).contiguous(), None if scale is None else cast(scale, dtype).contiguous()
+
+
+@functools.lru_cache
+def _triton():
+    from vision_kan.kernels import triton_activation
+    return triton_activation
+
+
+def _backward(ctx, dv: Tensor):
+    u, coefficients, scale = ctx.saved_tensors
+    constants = ctx.constants
+    if backend.differentiable_backward(dv):
+        points, h, base, _ = constants
+        du, dc, ds = backend.gradients(lambda u, c, s: rswaf_activation_reference(u, c, points, h, base, s),
+                                       (u, coefficients, scale), ctx.needs_input_grad, dv)
+    elif backend.traced(dv, u):
+        du, dc, ds = _activation_grad(dv, u, coefficients, scale, *constants)
+    else:
+        du, dc, ds = _gradients(dv, u, coefficients, scale, *constants)
+    return du, dc, None if scale is None else ds, *ctx.no_gradients
+
+
+class _Activation(torch.autograd.Function):
+    """The op in eager mode, where nothing traces: see `backend.traced`."""
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(ctx, u: Tensor, coefficients: Tensor, scale: Tensor | None, constants: tuple) -> Tensor:
+        ctx.save_for_backward(u, coefficients, scale)
+        ctx.constants, ctx.no_gradients = constants, (None,)
+        return _value(u, coefficients, scale, *constants)
+
+
+@custom_op("vision_kan::rswaf_activation", mutates_args=())
+def _activation(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
+                backend_name: str) -> Tensor:
+    return _value(u, coefficients, scale, points, h, base, backend_name)
+
+
+@custom_op("vision_kan::rswaf_activation_grad", mutates_args=())
+def _activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float],
+                     h: float, base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor]:
+    du, dc, ds = _gradients(dv, u, coefficients, scale, points, h, base, backend_name)
+    return du, dc, u.new_empty(0) if ds is None else ds
+
+
+@_activation.register_fake
+def _(u, coefficients, scale, points, h, base, backend_name):
+    return torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+@_activation_grad.register_fake
+def _(dv, u, coefficients, scale, points, h, base, backend_name):
+    return (torch.empty_like(u, memory_format=torch.contiguous_format),
+            torch.empty_like(coefficients, memory_format=torch.contiguous_format),
+            u.new_empty(0) if scale is None else torch.empty_like(scale, memory_format=torch.contiguous_format))
+
+
+def _save(ctx, inputs, output) -> None:
+    u, coefficients, scale, *ctx.constants = inputs
+    ctx.save_for_backward(u, coefficients, scale)
+    ctx.no_gradients = (None,) * 4
+
+
+_activation.register_autograd(_backward, setup_context=_save)
+
+
+# ---------------------------------------------------------------- PyTorch, one grid point after the other
+# With E = exp(2(u - m)/h), m the middle of the grid, p_k = exp(-2(g_k - m)/h)/4, q_k = exp(2(g_k - m)/h)/4:
+#     B_k = 1/D_k,    D_k = p_k E + q_k/E + 1/2,    dB_k/du = (2/h) (q_k/E - p_k E) / D_k^2
+def _chunked(u: Tensor, c: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float, base: str) -> Tensor:
+    v = torch.empty_like(u)
+    c, scale = _by_channel(u, c, scale)
+    for rows in _chunks(u):
+        x, e, inv_e = _exponentials(u[rows], points, h)
+        part = torch.zeros_like(e)
+        if base != "none":
+            part = BASES[base](x) if scale is None else BASES[base](x) * scale
+            part = part.clone() if part is x else part
+        for c_k, (p, q) in zip(c, _weights(points, h)):
+            part.addcdiv_(c_k, _denominator(e, inv_e, p, q))
+        v[rows] = part
+    return v
+
+
+def _chunked_grad(dv: Tensor, u: Tensor, c: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
+                  base: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    groups, each = len(c), u.shape[1] // max(1, len(c))
+    c, s = _by_channel(u, c, scale)
+    du, dc = torch.empty_like(u), torch.zeros_like(c)
+    ds = torch.zeros_like(c[0]) if scale is not None else None
+    weights = [(p, q, c_k * p, c_k * q, dc_k) for c_k, dc_k, (p, q) in zip(c, dc, _weights(points, h))]
+    for rows in _chunks(u):
+        x, e, inv_e = _exponentials(u[rows], points, h)
+        g = dv[rows].to(e.dtype)
+        p_sum, q_sum = torch.zeros_like(e), torch.zeros_like(e)
+        for p, q, c_p, c_q, dc_k in weights:
+            basis = _denominator(e, inv_e, p, q).reciprocal_()
+            g_basis = g * basis
+            dc_k += g_basis.sum(0)
+            g_basis.mul_(basis)
+            p_sum.addcmul_(g_basis, c_p)
+            q_sum.addcmul_(g_basis, c_q)
+        slope = (q_sum.mul_(inv_e) - p_sum.mul_(e)).mul_(2 / h)
+        if base != "none":
+            slope += _base_grad(base, g if s is None else g * s, x)
+            if ds is not None:
+                ds += (g * BASES[base](x)).sum(0)
+        du[rows] = slope
+    dc = dc.view(len(c), groups, each).sum(2).t().contiguous()
+    return du, dc, None if ds is None else ds.view(groups, each).sum(1)
+
+
+def _base_grad(base: str, g: Tensor, x: Tensor) -> Tensor:
+    if base == "gelu":
+        return torch.ops.aten.gelu_backward(g, x)
+    if base == "silu":
+        return torch.ops.aten.silu_backward(g, x)
+    return {"identity": lambda: g, "relu": lambda: g * (x > 0), "relu2": lambda: 2 * g * F.relu(x)}[base]()
+
+
+def _by_channel(u: Tensor, c: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Coefficients [G, I] and scales [I] of every channel."""
+    each = u.shape[1] // max(1, len(c))
+    return c.t().repeat_interleave(each, 1), None if scale is None else scale.repeat_interleave(each)
+
+
+def _weights(points: tuple[float, ...], h: float) -> list[tuple[float, float]]:
+    offsets = [2 * (g - (points[0] + points[-1]) / 2) / h for g in points]
+    return [(math.exp(-offset) / 4, math.exp(offset) / 4) for offset in offsets]
+
+
+def _exponentials(u: Tensor, points: tuple[float, ...], h: float) -> tuple[Tensor, Tensor, Tensor]:
+    """u, E and 1/E [t, I] in at least float32."""
+    u = u.to(torch.promote_types(u.dtype, torch.float32))
+    # beyond e^40 every B_k is below 1e-8 and E * p_k must not overflow
+    e = torch.exp(((u - (points[0] + points[-1]) / 2) * (2 / h)).clamp_(-40, 40))
+    return u, e, e.reciprocal()
+
+
+def _denominator(e: Tensor, inv_e: Tensor, p: float, q: float) -> Tensor:
+    return (e * p).add_(inv_e, alpha=q).add_(0.5)
+
+
+def _chunks(u: Tensor) -> list[slice]:
+    """Rows of u [T, I] to work on at once; all of them on a GPU."""
+    step = max(1, CHUNK_VALUES // max(1, u.shape[1])) if u.device.type == "cpu" else max(1, len(u))
+    return [slice(start, start + step) for start in range(0, len(u), step)]

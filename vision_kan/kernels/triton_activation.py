@@ -1,0 +1,575 @@
+"""The group KAN's activation on a GPU: one pass over u forward, one pass for every gradient.
+
+    v[t, c] = s[g] * base(u[t, c]) + sum_k C[g, k] * B_k(u[t, c]),    g = c // (channels / groups)
+
+GELU's memory traffic, if the arithmetic keeps out of its way. On a grid that is symmetric about its middle m (every
+uniform one is) the points m + d and m - d share their denominator: with z = 2(u - m)/h, A = e^z + e^-z,
+S = e^z - e^-z, kappa = cosh(2d/h), sigma = sinh(2d/h) and R = 1/(A + 2 kappa), from the product of two cosh,
+
+    B+ = R^2 (8 + 4 kappa A + 4 sigma S)        B- = R^2 (8 + 4 kappa A - 4 sigma S)
+
+and the middle point of an odd number is B+ with kappa = 1, sigma = 0. With P = C+ + C- and M = C+ - C- a pair adds
+
+    R^2 (8 P + y A + w S) = y R + x R^2 + w S R^2,      y = 4 kappa P,  x = -8 sigma^2 P,  w = 4 sigma M
+
+to v, because R A = 1 - 2 kappa R and 1 - kappa^2 = -sigma^2. Its derivative to z, from dA/dz = S, dS/dz = A and
+dR/dz = -S R^2, is S * (-2 R^2 (y/2 + R (x + w S))) + A * (w R^2). Two exponentials an element and, as two pairs share
+a reciprocal, one reciprocal for four points. Any other grid, or h far below its spacing, takes an exponential and a
+reciprocal a point (`PAIRS` off).
+
+A tile is [N, VEC]: N vectors of VEC neighbouring columns, of 16 bytes where the groups allow it. Only axis 1 is
+contiguous, so every version of Triton gives a thread one whole vector. Where VEC divides the columns of a group
+(`SHARED`) a thread keeps one set of coefficients and of sums for all its columns, else one for each. Grid and width are
+compile-time constants, which become immediates. A program owns some columns and goes down some rows; the sums for dC
+stay in the thread until the program's last step. They go to an array of partial sums, which a second kernel adds in a
+fixed order: no atomics, the same bits on every run.
+"""
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vision_kan.kernels.backend import cast
+from vision_kan.kernels.basis import BASES, MAX_POINTS, pair_constants
+from vision_kan.kernels.triton_common import AotCase, Device, Launch, Work, device_at, fast_exp2, fast_reciprocal
+
+WARPS = 4
+# Programs for each multiprocessor. 8 and 7 fit at once; more are faster, since they do not end together. Measured on an H100,
+# 25,216 x 768, bf16, forward + backward: 127 us with 8 and 7, 117 with 16, 118 with 24 and with 32.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24.0, 16.0
+FINISH_BLOCK = 1024
+TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+ROOT = tl.constexpr(math.sqrt(0.5 * math.log2(math.e)))         # exp(-u^2/2) = 2^-(ROOT u)^2
+DENSITY_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))
+TAIL_0, TAIL_1, TAIL_2, TAIL_3, TAIL_4, TAIL_5 = map(tl.constexpr, (
+    0.004808242432773113, 0.08140655606985092, 0.31023338437080383, -0.2594813108444214, 0.49190667271614075,
+    -0.1288735717535019))
+# At |z| = 60 log(2) every B_k is below 2^-29, and squares of e^z are still far from the end of float32.
+MAX_Z = tl.constexpr(60.0)
+
+
+# ---------------------------------------------------------------- base functions
+@triton.jit
+def _normal_tail(u, APPROX: tl.constexpr):
+    """exp(-u^2/2), and 1 - Phi(|u|) of the normal distribution to within 1e-7: a fit of ours to erfcx. The exact erf
+    compiles to thirty instructions, with a branch."""
+    root = u * ROOT
+    e = fast_exp2(-(root * root), APPROX)
+    t = fast_reciprocal(1.0 + 0.32 * tl.abs(u), APPROX)
+    p = TAIL_4 + TAIL_5 * t
+    p = TAIL_3 + p * t
+    p = TAIL_2 + p * t
+    p = TAIL_1 + p * t
+    return e, e * (TAIL_0 + p * t)
+
+
+@triton.jit
+def _base(u, BASE: tl.constexpr, APPROX: tl.constexpr):
+    if BASE == "gelu":
+        _, tail = _normal_tail(u, APPROX)
+        return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL) - tl.abs(u) * tail
+    elif BASE == "silu":
+        return u * fast_reciprocal(1.0 + fast_exp2(u * -LOG2_E, APPROX), APPROX)
+    elif BASE == "relu":
+        return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif BASE == "relu2":
+        positive = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return positive * positive
+    else:
+        return u
+
+
+@triton.jit
+def _base_slope(u, BASE: tl.constexpr, APPROX: tl.constexpr):
+    if BASE == "gelu":
+        e, tail = _normal_tail(u, APPROX)
+        sign = u.to(tl.int32, bitcast=True) & -2147483648       # Phi(|u|) - 1/2 takes it by one instruction
+        half = ((0.5 - tail).to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+        return u * (DENSITY_0 * e) + (half + 0.5)
+    elif BASE == "silu":
+        gate = fast_reciprocal(1.0 + fast_exp2(u * -LOG2_E, APPROX), APPROX)
+        return gate * (1.0 + u * (1.0 - gate))
+    elif BASE == "relu":
+        return tl.where(u > 0.0, 1.0, 0.0)
+    elif BASE == "relu2":
+        return 2.0 * tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return tl.full(u.shape, 1.0, tl.float32)
+
+
+# ---------------------------------------------------------------- the points
+# RATE = 2/(h log(2)), SHIFT = -m RATE, PER_H = 2/h. GRID: 2 kappa and sigma of each pair, the innermost first; for any
+# other grid -g RATE of each point.
+@triton.jit
+def _hyperbolic(u, RATE: tl.constexpr, SHIFT: tl.constexpr, APPROX: tl.constexpr):
+    """A and S."""
+    z = tl.clamp(u * RATE + SHIFT, -MAX_Z, MAX_Z, propagate_nan=tl.PropagateNan.ALL)
+    e = fast_exp2(z, APPROX)
+    inverse = fast_exp2(-z, APPROX)
+    return e + inverse, e - inverse
+
+
+@triton.jit
+def _reciprocals(a, GRID: tl.constexpr, PAIRED: tl.constexpr, APPROX: tl.constexpr):
+    """R of every pair, two from one reciprocal."""
+    all_r = ()
+    for j in tl.static_range(0, PAIRED - 1, 2):
+        d0 = a + GRID[2 * j]
+        d1 = a + GRID[2 * j + 2]
+        r = fast_reciprocal(d0 * d1, APPROX)
+        all_r = all_r + (r * d1, r * d0)
+    if PAIRED % 2 == 1:
+        all_r = all_r + (fast_reciprocal(a + GRID[2 * PAIRED - 2], APPROX),)
+    return all_r
+
+
+@triton.jit
+def _single(u, RATE: tl.constexpr, SHIFT: tl.constexpr, APPROX: tl.constexpr):
+    """z log2(e), B_k, and q with dB_k/dz = -sign(z) q B_k, z = 2(u - g_k)/h, from an exponential of its own."""
+    z = u * RATE + SHIFT
+    e = fast_exp2(-tl.abs(z), APPROX)
+    r = fast_reciprocal(1.0 + e, APPROX)
+    return z, (4.0 * e) * (r * r), (1.0 - e) * r
+
+
+@triton.jit
+def _coefficients(c, group, mask, G: tl.constexpr, PAIRS: tl.constexpr):
+    """P and M of each pair, the innermost first; or every C[group, k]."""
+    own = ()
+    if PAIRS:
+        for j in tl.static_range((G + 1) // 2):
+            high = tl.load(c + group * G + (G // 2 + j), mask=mask, other=0.0)
+            if G % 2 == 1 and j == 0:
+                own = own + (high, 0.0 * high)
+            else:
+                low = tl.load(c + group * G + ((G - 1) // 2 - j), mask=mask, other=0.0)
+                own = own + (high + low, high - low)
+    else:
+        for k in tl.static_range(G):
+            own = own + (tl.load(c + group * G + k, mask=mask, other=0.0),)
+    return own
+
+
+# ---------------------------------------------------------------- kernels
+@triton.jit
+def _vectors(vectors, per_group, N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SHARED: tl.constexpr):
+    """Of the N vectors of a tile: row in the tile, number in the row, whether there is such a number, and the group of
+    each, [N, 1], or of its columns, [N, VEC]. per_group: of a group the vectors (SHARED) or the columns."""
+    n = tl.arange(0, N)
+    vector = tl.program_id(0) * LANES + n % LANES
+    if SHARED:
+        group = (vector // per_group)[:, None]
+    else:
+        group = (vector[:, None] * VEC + tl.arange(0, VEC)[None, :]) // per_group
+    return n // LANES, vector, vector < vectors, group
+
+
+@triton.jit
+def _add_2(total, x):
+    first, second = tl.split(x)
+    return total + first + second
+
+
+@triton.jit
+def _add_4(total, x, N: tl.constexpr):
+    first, second = tl.split(tl.reshape(x, (N, 2, 2)))
+    return _add_2(_add_2(total, first), second)
+
+
+@triton.jit
+def _add_row(total, x, N: tl.constexpr, VEC: tl.constexpr):
+    """total [N] + the sum of x [N, VEC] over its columns, one after the other: what made x becomes part of an FMA, and
+    nothing leaves the thread, which tl.sum does not promise. Not one function that calls itself: Triton 3.3 knows none."""
+    if VEC == 4:
+        return _add_4(total, x, N)
+    else:
+        first, second = tl.split(tl.reshape(x, (N, 4, 2)))
+        return _add_4(_add_4(total, first, N), second, N)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def forward_kernel(u, c, scale, v, rows, steps, vectors, per_group,
+                   G: tl.constexpr, BASE: tl.constexpr, PAIRS: tl.constexpr, SCALED: tl.constexpr,
+                   RATE: tl.constexpr, SHIFT: tl.constexpr, PER_H: tl.constexpr, GRID: tl.constexpr,
+                   N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, SHARED: tl.constexpr,
+                   APPROX: tl.constexpr):
+    """v. A program: LANES vectors wide, `steps` times UNROLL tiles of N/LANES rows high."""
+    PAIRED: tl.constexpr = (G + 1) // 2
+    ROWS: tl.constexpr = N // LANES
+    row, vector, there, group = _vectors(vectors, per_group, N, LANES, VEC, SHARED)
+    own = _coefficients(c, group, there[:, None], G, PAIRS)
+    if SCALED:
+        s = tl.load(scale + group, mask=there[:, None], other=0.0)
+    weights = ()                # 8 P, y and w of each pair: y A costs what x R does, and cancels less
+    if PAIRS:
+        for j in tl.static_range(PAIRED):
+            weights = weights + (8.0 * own[2 * j], (2.0 * GRID[2 * j]) * own[2 * j],
+                                 (4.0 * GRID[2 * j + 1]) * own[2 * j + 1])
+    first = tl.program_id(1) * (steps * (ROWS * UNROLL))
+    start = first.to(tl.int64) * vectors * VEC
+    u += start
+    v += start
+    offset = ((row * vectors + vector) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    left = rows - first - row
+    for _ in range(steps):
+        for part in tl.static_range(UNROLL):
+            mask = ((left > part * ROWS) & there)[:, None]
+            at = offset + part * ROWS * vectors * VEC
+            x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+            y = tl.zeros_like(x)
+            if PAIRS:
+                a, sinh = _hyperbolic(x, RATE, SHIFT, APPROX)
+                all_r = _reciprocals(a, GRID, PAIRED, APPROX)
+                for j in tl.static_range(PAIRED):
+                    r = all_r[j]
+                    y += (r * r) * (weights[3 * j] + weights[3 * j + 1] * a + weights[3 * j + 2] * sinh)
+            else:
+                for k in tl.static_range(G):
+                    _, basis, _ = _single(x, RATE, GRID[k], APPROX)
+                    y += own[k] * basis
+            if BASE != "none":
+                b = _base(x, BASE, APPROX)
+                if SCALED:
+                    y += s * b
+                else:
+                    y += b
+            tl.store(v + at, y.to(v.dtype.element_ty), mask=mask)
+        u += vectors * (VEC * ROWS * UNROLL)
+        v += vectors * (VEC * ROWS * UNROLL)
+        left -= ROWS * UNROLL
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def backward_kernel(dv, u, c, scale, du, partial, rows, steps, vectors, per_group,
+                    G: tl.constexpr, BASE: tl.constexpr, PAIRS: tl.constexpr, SCALED: tl.constexpr,
+                    RATE: tl.constexpr, SHIFT: tl.constexpr, PER_H: tl.constexpr, GRID: tl.constexpr,
+                    N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, SHARED: tl.constexpr,
+                    APPROX: tl.constexpr, NEED_U: tl.constexpr, NEED_C: tl.constexpr):
+    """du, and partial[program, k, vector or column]: the sums over the program's rows for dC[., k], after them that for
+    the scale. In the loop a pair's two are of dv times R^2 (1 + kappa A/2) and times R^2 S."""
+    PAIRED: tl.constexpr = (G + 1) // 2
+    ROWS: tl.constexpr = N // LANES
+    SUMS: tl.constexpr = G + (1 if SCALED else 0)
+    TERMS: tl.constexpr = (2 * PAIRED if PAIRS else G) + (1 if SCALED else 0)
+    row, vector, there, group = _vectors(vectors, per_group, N, LANES, VEC, SHARED)
+    own = _coefficients(c, group, there[:, None], G, PAIRS)
+    if SCALED:
+        s = tl.load(scale + group, mask=there[:, None], other=0.0)
+    weights = ()                # y/2, x and w times -2 PER_H, and w PER_H, of each pair
+    if PAIRS:
+        for j in tl.static_range(PAIRED):
+            w = (4.0 * PER_H * GRID[2 * j + 1]) * own[2 * j + 1]
+            weights = weights + ((-2.0 * PER_H * GRID[2 * j]) * own[2 * j],
+                                 (16.0 * PER_H * GRID[2 * j + 1] * GRID[2 * j + 1]) * own[2 * j], -2.0 * w, w)
+    sums = ()
+    for _k in tl.static_range(TERMS if NEED_C else 0):
+        if SHARED:
+            sums = sums + (tl.zeros((N,), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((N, VEC), tl.float32),)
+    first = tl.program_id(1) * (steps * (ROWS * UNROLL))
+    start = first.to(tl.int64) * vectors * VEC
+    dv += start
+    u += start
+    du += start
+    offset = ((row * vectors + vector) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    left = rows - first - row
+    for _ in range(steps):
+        for part in tl.static_range(UNROLL):
+            mask = ((left > part * ROWS) & there)[:, None]
+            at = offset + part * ROWS * vectors * VEC
+            x = tl.load(u + at, mask=mask, other=0.0).to(tl.float32)
+            g = tl.load(dv + at, mask=mask, other=0.0).to(tl.float32)       # 0 beyond the last row: adds nothing
+            shares = ()
+            if PAIRS:
+                a, sinh = _hyperbolic(x, RATE, SHIFT, APPROX)
+                all_r = _reciprocals(a, GRID, PAIRED, APPROX)
+                g_a, g_s = g * a, g * sinh
+                with_s, with_a = tl.zeros_like(x), tl.zeros_like(x)         # factors of S and of A in the slope
+                for j in tl.static_range(PAIRED):
+                    r = all_r[j]
+                    r2 = r * r
+                    if NEED_U:
+                        with_s += r2 * (weights[4 * j] + r * (weights[4 * j + 1] + weights[4 * j + 2] * sinh))
+                        with_a += r2 * weights[4 * j + 3]
+                    if NEED_C:
+                        shares = shares + (r2 * (g + (0.25 * GRID[2 * j]) * g_a), r2 * g_s)
+                d = g_s * with_s + g_a * with_a
+            else:
+                slope = tl.zeros_like(x)
+                for k in tl.static_range(G):
+                    z, basis, q = _single(x, RATE, GRID[k], APPROX)
+                    if NEED_U:
+                        slope -= (own[k] * basis) * tl.where(z < 0.0, -q, q)
+                    if NEED_C:
+                        shares = shares + (g * basis,)
+                d = g * (PER_H * slope)
+            if NEED_U:
+                if BASE != "none":
+                    b = _base_slope(x, BASE, APPROX)
+                    if SCALED:
+                        b = s * b
+                    d += g * b
+                tl.store(du + at, d.to(du.dtype.element_ty), mask=mask)
+            if NEED_C:
+                if SCALED:
+                    if BASE == "none":
+                        shares = shares + (tl.zeros_like(g),)
+                    else:
+                        shares = shares + (g * _base(x, BASE, APPROX),)
+                new = ()
+                for k in tl.static_range(TERMS):
+                    if SHARED:
+                        new = new + (_add_row(sums[k], shares[k], N, VEC),)
+                    else:
+                        new = new + (sums[k] + shares[k],)
+                sums = new
+        dv += vectors * (VEC * ROWS * UNROLL)
+        u += vectors * (VEC * ROWS * UNROLL)
+        du += vectors * (VEC * ROWS * UNROLL)
+        left -= ROWS * UNROLL
+    if NEED_C:
+        if PAIRS:
+            for j in tl.static_range(PAIRED):
+                even = 8.0 * _total(sums[2 * j], N, LANES, VEC, SHARED)
+                odd = (4.0 * GRID[2 * j + 1]) * _total(sums[2 * j + 1], N, LANES, VEC, SHARED)
+                _store_total(partial, even + odd, G // 2 + j, vectors, SUMS, LANES, VEC, SHARED)
+                if G % 2 == 0 or j > 0:
+                    _store_total(partial, even - odd, (G - 1) // 2 - j, vectors, SUMS, LANES, VEC, SHARED)
+        else:
+            for k in tl.static_range(G):
+                _store_total(partial, _total(sums[k], N, LANES, VEC, SHARED), k, vectors, SUMS, LANES, VEC, SHARED)
+        if SCALED:
+            scales = _total(sums[TERMS - 1], N, LANES, VEC, SHARED)
+            _store_total(partial, scales, G, vectors, SUMS, LANES, VEC, SHARED)
+
+
+@triton.jit
+def _total(x, N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SHARED: tl.constexpr):
+    """A program's sum over its rows, [LANES] or [LANES, VEC]."""
+    if SHARED:
+        return tl.sum(tl.reshape(x, (N // LANES, LANES)), 0)
+    else:
+        return tl.sum(tl.reshape(x, (N // LANES, LANES, VEC)), 0)
+
+
+@triton.jit
+def _store_total(partial, total, k, vectors, SUMS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+                 SHARED: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64) * SUMS + k
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    if SHARED:
+        tl.store(partial + row * vectors + lane, total, mask=lane < vectors)
+    else:
+        column = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+        tl.store(partial + row * vectors * VEC + column, total, mask=(lane < vectors)[:, None])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def finish_kernel(partial, dc, dscale, splits, columns, per_group, G: tl.constexpr, SUMS: tl.constexpr,
+                  BLOCK: tl.constexpr):
+    """partial [splits, sums, columns] -> dC [groups, G] and dscale [groups]. A program: one sum of a group."""
+    group, k = tl.program_id(0), tl.program_id(1)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, splits * per_group, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        row = (i // per_group).to(tl.int64) * SUMS + k
+        total += tl.load(partial + row * columns + group * per_group + i % per_group, mask=i < splits * per_group,
+                         other=0.0)
+    if k < G:
+        tl.store(dc + group * G + k, tl.sum(total, 0))
+    else:
+        tl.store(dscale + group, tl.sum(total, 0))
+
+
+# ---------------------------------------------------------------- what the launchers choose
+def _grid_constants(points: tuple[float, ...], h: float) -> dict[str, object]:
+    """Constexprs of the points, and whether they are taken in pairs."""
+    middle = (points[0] + points[-1]) / 2
+    rate = 2 / (h * math.log(2))
+    pairs = pair_constants(points, h) is not None       # the same grids as on a CPU
+    if pairs:
+        halves = [2 * (g - middle) / h for g in points[len(points) // 2:]]
+        grid = [value for z in halves for value in (2 * math.cosh(z), math.sinh(z))]
+    else:
+        grid = [-g * rate for g in points]
+    return {"PAIRS": pairs, "RATE": rate, "SHIFT": -middle * rate, "PER_H": 2 / h, "GRID": tuple(grid)}
+
+
+def _tile(device: Device, itemsize: int, channels: int, groups: int, points: int, pairs: bool) -> dict[str, int | bool]:
+    """Constexprs of a tile."""
+    per_group, warp = channels // groups, 64 if device.backend == "hip" else 32
+    wide = 16 // itemsize
+    if points > 8 and not pairs:        # else too few registers
+        wide = 2 if device.family == "tcgen05" else min(wide, 4)
+    while wide > 4 and per_group % wide:
+        wide //= 2
+    shared = wide >= 4 and per_group % wide == 0
+    if not shared:
+        wide = 2 if channels % 2 == 0 else 1
+    vectors = channels // wide
+    # at best 128 bytes of a row: narrow programs leave few partial sums; more where fewer lanes then lie idle
+    lanes = min((8, 16, 32, 4), key=lambda lanes: -(-vectors // lanes) * lanes)
+    return {"N": warp * WARPS, "LANES": lanes, "VEC": wide, "UNROLL": 1 if shared else 8 // wide, "SHARED": shared}
+
+
+class Plan(NamedTuple):
+    """What does not depend on the data: made once for a size, device and grid."""
+    launch: Launch | None           # None: nothing to compute
+    finish: Launch | None
+    partial: tuple[int, ...]        # shape of the partial sums
+    index: int | None               # of the GPU
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(dtype: torch.dtype, shape: torch.Size, groups: int, points: tuple[float, ...], h: float, base: str, scaled: bool,
+          where: torch.device, needs: tuple[bool, bool] | None) -> Plan:
+    """needs: None forward; else of u and of the coefficients."""
+    rows, channels = math.prod(shape[:-1]), shape[-1]
+    g = len(points)
+    device = device_at(where)
+    constants = _grid_constants(points, h)
+    tile = _tile(device, dtype.itemsize, channels, groups, g, bool(constants["PAIRS"]))
+    vectors = channels // tile["VEC"]
+    columns = vectors if tile["SHARED"] else channels
+    blocks = -(-vectors // tile["LANES"])
+    tiles = -(-rows // (tile["N"] // tile["LANES"] * tile["UNROLL"]))
+    programs = FORWARD_PROGRAMS if needs is None else BACKWARD_PROGRAMS
+    most = max(1, min(tiles, int(programs * device.processors) // max(1, blocks)))
+    steps = -(-tiles // most)
+    splits = -(-tiles // max(1, steps))
+    values = {"rows": rows, "steps": steps, "vectors": vectors, "per_group": columns // groups, "G": g, "BASE": base,
+              "SCALED": scaled, "APPROX": device.approx, **constants, **tile}
+    sums = g + scaled
+    launch = finish = None
+    if rows * channels and needs is None:
+        launch = Launch(forward_kernel, (blocks, splits, 1), values, WARPS)
+    elif rows * channels and needs is not None and any(needs):
+        need_u, need_c = needs
+        launch = Launch(backward_kernel, (blocks, splits, 1), values | {"NEED_U": need_u, "NEED_C": need_c}, WARPS)
+        if need_c:
+            size = splits * columns // groups
+            finish = Launch(finish_kernel, (groups, sums, 1), values | {
+                "splits": splits, "columns": columns, "SUMS": sums,
+                "BLOCK": min(FINISH_BLOCK, max(32, 1 << (size - 1).bit_length()))}, WARPS)
+    return Plan(launch, finish, (splits, sums, columns), where.index)
+
+
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _checked(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float, base: str,
+             needs: tuple[bool, bool] | None) -> tuple[Plan, Tensor, Tensor]:
+    """The plan, and coefficients and scale as the kernels read them."""
+    groups, g = coefficients.shape
+    if not u.is_contiguous() or u.dtype not in TYPES:
+        raise ValueError(f"u must be contiguous, of float32, float16 or bfloat16, got {list(u.shape)} {u.dtype}")
+    if not 2 <= g <= MAX_POINTS or g != len(points) or base not in ("none", *BASES):
+        raise ValueError(f"no kernel for {g} coefficients, {len(points)} points and base {base}")
+    if groups == 0 or u.shape[-1] % groups:
+        raise ValueError(f"{groups} groups do not divide {u.shape[-1]} channels")
+    plan = _plan(u.dtype, u.shape, groups, points, h, base, scale is not None, u.device, needs)
+    c = cast(coefficients, torch.float32).contiguous()
+    return plan, c, c if scale is None else cast(scale, torch.float32).contiguous()
+
+
+# ---------------------------------------------------------------- launchers
+def forward(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
+            base: str) -> Tensor:
+    """v [..., C] in u's dtype.
+
+    Args:
+        u: [..., C], contiguous, float32, float16 or bfloat16; computed in float32.
+        coefficients: [groups, G], 2 <= G <= 16. scale: [groups], or None for 1.
+        points: the G grid points, ascending. h: width of a bump. base: of `BASES`.
+    """
+    plan, c, s = _checked(u, coefficients, scale, points, h, base, None)
+    v = _empty(*u.shape, dtype=u.dtype, device=u.device)
+    if plan.launch is not None:
+        plan.launch(plan.index, u, c, s, v)
+    return v
+
+
+def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
+             base: str, need_u: bool = True, need_c: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients from dv [..., C] in u's dtype: du [..., C] in u's dtype (None unless need_u), dC [groups, G] and dscale
+    [groups] in float32 (None unless need_c; dscale None without a scale). The same bits on every run."""
+    plan, c, s = _checked(u, coefficients, scale, points, h, base, (need_u, need_c))
+    if dv.shape != u.shape or dv.dtype != u.dtype:
+        raise ValueError(f"dv must be {list(u.shape)} {u.dtype} as u is, got {list(dv.shape)} {dv.dtype}")
+    device = u.device
+    du = _empty(*u.shape, dtype=u.dtype, device=device) if need_u else None
+    partial = dc = ds = None
+    if need_c:
+        make: Any = _empty if plan.finish is not None else torch.zeros      # the sums over no rows are zero
+        dc = make(*coefficients.shape, dtype=torch.float32, device=device)
+        ds = make(len(coefficients), dtype=torch.float32, device=device) if scale is not None else None
+        partial = _empty(*plan.partial, dtype=torch.float32, device=device)
+    if plan.launch is not None:     # an address that is not used may be any
+        plan.launch(plan.index, dv.contiguous(), u, c, s, u if du is None else du, c if partial is None else partial)
+    if plan.finish is not None:
+        assert partial is not None and dc is not None
+        plan.finish(plan.index, partial, dc, dc if ds is None else ds)
+    return du, dc, ds
+
+
+# ---------------------------------------------------------------- ahead of time
+def aot_cases(device: Device) -> list[AotCase]:
+    """Each size of element with the costliest base and a scale, 8 and 16 points; 8 points also without a base's cost,
+    with a function for each channel, and the form for any grid. fp16 compiles as bf16 does, and fewer points or another
+    base need less of everything."""
+    variants = [(dtype, g, "gelu", True, True, 96) for dtype in ("bf16", "fp32") for g in (8, 16)]
+    variants += [("bf16", 8, base, True, False, 96) for base in ("gelu", "identity")]
+    variants += [("bf16", 8, "gelu", True, True, per_group) for per_group in (4, 1)]
+    variants += [("bf16", g, "gelu", False, True, 96) for g in (8, 16)]
+    finish = AotCase("rswaf_activation.finish", f"{FINISH_BLOCK} G8 scale", finish_kernel, {
+        "partial": "*fp32", "dc": "*fp32", "dscale": "*fp32", "splits": "i32", "columns": "i32", "per_group": "i32"},
+        {"G": 8, "SUMS": 9, "BLOCK": FINISH_BLOCK}, num_warps=WARPS, num_stages=1, quick=True)
+    return [case for variant in variants for case in _cases(device, *variant)] + [finish]
+
+
+def _cases(device: Device, dtype: str, g: int, base: str, pairs: bool, scaled: bool, per_group: int) -> list[AotCase]:
+    item = 4 if dtype == "fp32" else 2
+    spread = 0.0 if pairs else 0.1          # moves a point, and the grid is no longer symmetric
+    constants = _grid_constants((*(float(k) for k in range(g - 1)), g - 1 + spread, ), 1.0)
+    tile = _tile(device, item, 8 * per_group, 8, g, pairs)
+    words = (f"{dtype} G{g} {base}{' scale' if scaled else ''} {'pairs' if pairs else 'any grid'} "
+             f"{tile['N']}x{tile['VEC']}{'' if tile['SHARED'] else ' each'}")
+    quick = dtype == "bf16" and g == 8 and base == "gelu" and pairs and scaled and per_group == 96
+    sizes = {"rows": "i32", "steps": "i32", "vectors": "i32", "per_group": "i32"}
+    constexprs = {"G": g, "BASE": base, "SCALED": scaled, "APPROX": device.approx, **constants, **tile}
+    cases = []
+    for name, needs in (("forward", None), ("backward", (True, True)), ("backward_u", (True, False)),
+                        ("backward_c", (False, True))):
+        if needs is not None and needs != (True, True) and not quick:
+            continue
+        tensors = {"u": f"*{dtype}", "c": "*fp32", "scale": "*fp32"}
+        if needs is None:
+            signature, values = tensors | {"v": f"*{dtype}"} | sizes, constexprs
+        else:
+            signature = tensors | {"dv": f"*{dtype}", "du": f"*{dtype}", "partial": "*fp32"} | sizes
+            values = constexprs | {"NEED_U": needs[0], "NEED_C": needs[1]}
+        cases.append(AotCase(
+            f"rswaf_activation.{name}", words, forward_kernel if needs is None else backward_kernel, signature, values,
+            num_warps=WARPS, num_stages=1, quick=quick,
+            vector=int(tile["VEC"]) * item,
+            work=functools.partial(_work, specials=_specials(g, base, pairs, needs is not None), item=item,
+                                   arrays=2 + (needs is not None and needs[0]))))
+    return cases
+
+
+def _specials(g: int, base: str, pairs: bool, gradients: bool) -> float:
+    """Special functions an element."""
+    of_base = {"gelu": 2, "silu": 2}.get(base, 0)
+    return of_base + (2 + ((g + 1) // 2 + 1) // 2 if pairs else 2 * g)
+
+
+def _work(tokens: int, width: int, *, specials: float, item: int, arrays: int) -> Work:
+    return Work(specials=specials * tokens * width, bytes=float(item * arrays * tokens * width))

@@ -1,0 +1,142 @@
+"""The group KAN feed-forward: an MLP whose activations are learned functions, shared by groups of channels.
+
+    y = W2 phi2(W1 phi1(n) + b1) + b2,    phi(u) = s * base(u) + sum_k C[g, k] * B_k(u)
+
+n is the block's LayerNorm output, g the group of the channel that u is of, B_k FasterKAN's basis on a fixed
+grid, base of phi1 the identity and of phi2 GELU. Every edge function is w_oi * phi_g(u_i): a Kolmogorov-Arnold
+network (arXiv:2404.19756, with its residual base function) whose edges share their shape within a group, as
+the rationals of the Kolmogorov-Arnold transformer do (arXiv:2409.10594). C begins at 0, so it begins as the
+MLP, and an MLP's weights are its weights: `fc1` and `fc2` are named as in `timm.layers.Mlp`.
+
+Legend for shapes: T tokens (all leading dimensions flattened), I channels, G grid points.
+"""
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+
+from vision_kan.kernels import BASES, MAX_HALF_RANGE, exporting, rswaf_activation, rswaf_activation_reference
+
+torch.fx.wrap("rswaf_activation")      # one call in a graph of torch.fx
+
+
+# ---------------------------------------------------------------- modules
+class GroupActivation(nn.Module):
+    """phi(u) = s * base(u) + sum_k C[g, k] B_k(u), elementwise: [..., channels] -> the same shape.
+
+    Args:
+        groups: how many functions, each shared by channels / groups neighbouring channels; 0: one per channel.
+        base: a key of `BASES`.
+        grid_min, grid_max, num_grids: the uniform grid. h: width of a bump; None: the grid's spacing.
+        trainable_base: learn s (one per group, 1 at the start), else it is 1.
+    Raises: ValueError if the groups do not divide the channels, or for an impossible grid or base.
+    """
+
+    grid: Tensor
+
+    def __init__(self, channels: int, *, groups: int = 8, base: str = "gelu", grid_min: float = -3.0,
+                 grid_max: float = 3.0, num_grids: int = 8, h: float | None = None, trainable_base: bool = False,
+                 device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        groups = groups or channels
+        if groups < 0 or channels % groups:
+            raise ValueError(f"{groups} groups do not divide {channels} channels")
+        if base not in BASES:
+            raise ValueError(f"base {base} is not one of {', '.join(BASES)}")
+        if num_grids < 2 or not grid_min < grid_max or (h is not None and not h > 0):
+            raise ValueError(f"a grid needs at least 2 points, min < max and h > 0, got {num_grids} points on "
+                             f"[{grid_min}, {grid_max}] with h = {h}")
+        self.h = (grid_max - grid_min) / (num_grids - 1) if h is None else h
+        if (grid_max - grid_min) / 2 / self.h > MAX_HALF_RANGE:
+            raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least "
+                             f"{(grid_max - grid_min) / 2 / MAX_HALF_RANGE:g}")
+        self.channels, self.base = channels, base
+        # The points as numbers are what counts; the buffer tells a checkpoint's reader what they were.
+        self.points = tuple(torch.linspace(grid_min, grid_max, num_grids, dtype=torch.float64, device="cpu").tolist())
+        self.register_buffer("grid", torch.empty(num_grids, **dd))
+        self.coefficients = nn.Parameter(torch.empty(groups, num_grids, **dd))
+        self.scale = nn.Parameter(torch.empty(groups, **dd)) if trainable_base else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The base alone; timm calls it, also after `to_empty` from meta."""
+        self.grid.copy_(torch.tensor(self.points))
+        nn.init.zeros_(self.coefficients)
+        if self.scale is not None:
+            nn.init.ones_(self.scale)
+
+    def forward(self, u: Tensor) -> Tensor:
+        if exporting():
+            return self.reference_forward(u)
+        return rswaf_activation(u, self.coefficients, self.points, self.h, self.base, self.scale)
+
+    @property
+    def for_kernels(self) -> tuple:
+        """What `kernels.describe` must know of the layer."""
+        return len(self.points), self.points, self.h, self.base
+
+    def reference_forward(self, u: Tensor) -> Tensor:
+        """The same function through plain PyTorch and its autograd."""
+        return rswaf_activation_reference(u, self.coefficients, self.points, self.h, self.base, self.scale)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs) -> None:
+        grid = state_dict.get(f"{prefix}grid")
+        if grid is not None and (grid.shape != self.grid.shape or not torch.allclose(
+                grid.cpu(), torch.tensor(self.points, dtype=grid.dtype, device="cpu"), atol=1e-4)):
+            error_msgs.append(f"{prefix}grid has {len(grid)} points from {grid[0]:g} to {grid[-1]:g} where the model has "
+                              f"{len(self.points)} from {self.points[0]:g} to {self.points[-1]:g}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        return (f"{self.channels} channels, {len(self.coefficients)} groups, base={self.base}, {len(self.points)} "
+                f"points on [{self.points[0]:g}, {self.points[-1]:g}], h={self.h:.3g}")
+
+
+def _base_of(act_layer: Callable[[], nn.Module]) -> str:
+    """The key of `BASES` whose function the activation is; ValueError where it is none of them."""
+    activation, u = act_layer(), torch.linspace(-4, 4, 65, device="cpu")
+    for base, function in BASES.items():
+        if torch.allclose(activation(u.clone()), function(u), rtol=0, atol=1e-6):       # it may work in place
+            return base
+    raise ValueError(f"the activation {activation} is not one of {', '.join(BASES)}: choose one of them with base=")
+
+
+class GroupKAN(nn.Module):
+    """The group KAN in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
+
+    Args:
+        in_features, hidden_features, out_features: widths; hidden and out default to in_features.
+        hdim: the hidden width where it must differ from `hidden_features`, which timm always passes as
+            mlp_ratio * dim.
+        base: base function of phi2, a key of `BASES`; None: the one that `act_layer` is, GELU without any.
+        input_phi: False leaves out phi1.
+        bias: of W1 and W2, one choice or a pair. drop: dropout after phi2 and after W2, one rate or a pair.
+        norm_layer: accepted because timm passes it; an MLP's has no place here.
+        phi: keywords of `GroupActivation`.
+    Raises: ValueError as `GroupActivation`, and for an `act_layer` that is none of `BASES`.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
+                 act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True,
+                 drop: float | Sequence[float] = 0.0, device=None, dtype=None, *, hdim: int | None = None,
+                 base: str | None = None, input_phi: bool = True, **phi):
+        super().__init__()
+        hidden = hdim or hidden_features or in_features
+        if base is None:
+            base = "gelu" if act_layer is None else _base_of(act_layer)
+        biases, drops = to_2tuple(bias), to_2tuple(drop)
+        dd = {"device": device, "dtype": dtype}
+        self.phi1 = GroupActivation(in_features, base="identity", **phi, **dd) if input_phi else nn.Identity()
+        self.fc1 = nn.Linear(in_features, hidden, bias=biases[0], **dd)
+        self.phi2 = GroupActivation(hidden, base=base, **phi, **dd)
+        self.drop1 = nn.Dropout(drops[0])
+        self.fc2 = nn.Linear(hidden, out_features or in_features, bias=biases[1], **dd)
+        self.drop2 = nn.Dropout(drops[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.phi2(self.fc1(self.phi1(x))))
+        return self.drop2(self.fc2(x))

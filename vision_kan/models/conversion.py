@@ -1,0 +1,244 @@
+"""From a trained MLP to a KAN that computes the same.
+
+A group KAN holds the MLP's weights under the same names and begins as the MLP: nothing is left to convert
+(`models_kan.load_finetune`). A full-edge KAN of the MLP's hidden width can hold it up to a least-squares fit:
+
+    MLP                         y = W2 gelu(W1 n + b1) + b2,    n = LayerNorm(x)
+    first layer                 n_i = m_i + s_i u_i  ~  sum_k a_ik B_k(u_i) + a_i,      weight W1[o, i] a_ik
+    second layer                gelu(z_j)  ~  sum_k c_jk B_k(u_j) + c_j,  u_j = (z_j - m_j)/s_j,  weight W2[o, j] c_jk
+
+where mean m and deviation s of every input and every hidden unit, and what the fits are weighted by, come from a
+calibration batch. Constants and biases go into the layers' biases, the block norm's affine into W1 and b1.
+"""
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import models_kan
+from faster_kan import FasterKAN, FasterKANLayer, StaticNorm
+from models_kan import ModelSpec
+from vision_kan.common.errors import UserError
+from vision_kan.kernels import rswaf_basis
+from vision_kan.layers.group_kan import GroupKAN
+from vision_kan.models.finetune import LoadReport, load_finetune
+
+# Of a fit's weight this share is a standard normal's, so that the function is right too where no sample of the
+# calibration batch fell.
+GAUSSIAN_SHARE = 0.05
+RIDGE = 1e-7        # of the mean of E[B_k^2]
+TOKENS = 4096       # of the calibration batch, at most
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """What a converted block's feed-forward deviates on the calibration batch: root mean square, relative to the
+    root mean square of the MLP's output; and the share of its inputs that fall off the grid."""
+    block: int
+    error: float
+    outside: float
+
+
+def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
+    """Put a KAN in the place of every `timm.layers.Mlp` of linear maps, in a model of any architecture; returns how many.
+
+    Args:
+        layer: `GroupKAN`, `functools.partial(FasterKAN, hdim=96)` and the like, called as timm calls an `mlp_layer`. A group
+            KAN takes over the MLP's weights, so that the model computes what it did; others begin anew.
+    Raises: ValueError that names the module where the layer does not fit, before any is replaced. Warns where there is none.
+    """
+    found: dict[nn.Module, nn.Module] = {}
+    for where, mlp in model.named_modules():
+        if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
+            weight = mlp.fc1.weight
+            try:
+                kan = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
+                            out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
+                            bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
+                            device=weight.device, dtype=weight.dtype)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{where or 'the model itself'} ({mlp.fc1.in_features} x {mlp.fc1.out_features}): "
+                                 f"{error}") from error
+            if isinstance(kan, GroupKAN) and kan.fc1.weight.shape == weight.shape:
+                kan.load_state_dict(mlp.state_dict(), strict=False)
+            found[mlp] = kan.train(mlp.training)
+    if not found:
+        others = sorted({type(module).__name__ for module in model.modules() if "mlp" in type(module).__name__.lower()})
+        warnings.warn(f"nothing was replaced: {type(model).__name__} has no timm.layers.Mlp of linear maps"
+                      + (f" ({', '.join(others)} are left as they are)" if others else ""), stacklevel=2)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():     # an MLP may stand in several places
+            if child in found:
+                setattr(parent, name, found[child])
+    return len(found)
+
+
+def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], images: Callable[[], Tensor],
+                   grid: tuple[int, int] | None = None) -> tuple[LoadReport, list[BlockError]]:
+    """Weights of another model for `model`, MLPs turned into KANs where that is possible.
+
+    Args:
+        spec: how `model` was built. state: the other model's parameters.
+        images: gives a calibration batch [B, 3, H, W], and is called only if one is needed. grid: of the other model's patches
+        (`models_kan.patch_grid`).
+    Returns: what became of each tensor, and the error of each block whose KAN was fitted to an MLP.
+    Raises: UserError as `models_kan.load_finetune`.
+    """
+    report = load_finetune(model, state, grid)
+    blocks = getattr(model, "blocks", [])
+    mlps = [key for key in report.dropped if re.search(r"\.mlp\.fc[12]\.", key)]
+    if not mlps or not any(isinstance(block.mlp, FasterKAN) for block in blocks):
+        return report, []
+    twin = models_kan.mlp_twin(spec)
+    load_finetune(twin, state, grid)
+    reason = why_not(model, twin)
+    if reason:
+        report.dropped |= dict.fromkeys(mlps, f"no conversion: {reason}")
+        return report, []
+    errors = mlp_to_full_edge(model, twin, images())
+    for key in [key for key in report.initial if ".mlp.layers." in key]:
+        del report.initial[key]
+        report.converted[key] = "fitted to the MLP"
+    for key in [key for key in report.loaded if ".norm2." in key]:
+        del report.loaded[key]
+        report.converted[key] = "its affine is in the KAN's first layer"
+    for key in mlps:
+        del report.dropped[key]
+    return report, errors
+
+
+def why_not(model: Any, source: Any) -> str | None:
+    """Why `mlp_to_full_edge` cannot convert `source` into `model`, as a clause; None if it can."""
+    pairs = list(zip(getattr(model, "blocks", []), getattr(source, "blocks", [])))
+    if not pairs or len(model.blocks) != len(source.blocks):
+        return f"it has {len(getattr(source, 'blocks', []))} blocks, the model {len(getattr(model, 'blocks', []))}"
+    for kan, mlp in ((a.mlp, b.mlp) for a, b in pairs):
+        if not isinstance(kan, FasterKAN) or not isinstance(mlp, Mlp):
+            return "only an MLP can become a full-edge KAN"
+        if (mlp.fc1.in_features, mlp.fc1.out_features) != (kan.layers[0].in_features, kan.layers[0].out_features):
+            return (f"its MLP is {mlp.fc1.in_features} x {mlp.fc1.out_features}, the KAN {kan.layers[0].in_features} x "
+                    f"{kan.layers[0].out_features}: give --hdim_kan {mlp.fc1.out_features}")
+        if kan.layers[0].spline_linear.bias is None:
+            return "the original basis has no bias and does not cover its inputs: give --kan-basis covering"
+        if not isinstance(kan.layers[1].layernorm, StaticNorm):
+            return "a LayerNorm over the hidden units changes what they are: give --kan-second-norm static"
+    return None
+
+
+@torch.no_grad()
+def mlp_to_full_edge(model: Any, source: Any, images: Tensor) -> list[BlockError]:
+    """Give every KAN of `model` the function of the MLP in the same block of `source`.
+
+    Args:
+        model: a timm ViT whose feed-forwards are `FasterKAN`s with biases, a static second normalisation and the
+            hidden width of the MLPs. Only its block norms (norm2) and feed-forwards are changed.
+        source: the trained timm ViT, GELU MLPs. images: [B, 3, H, W], normalised; a few dozen are enough.
+    Returns: the error of each block, measured on the inputs that the source's block gets.
+    Raises: UserError where `why_not` finds a reason.
+    """
+    reason = why_not(model, source)
+    if reason:
+        raise UserError(f"the checkpoint's MLPs cannot be converted: {reason}")
+    inputs = _feed_forward_inputs(source, images)
+    errors = []
+    for number, (kan_block, mlp_block) in enumerate(zip(model.blocks, source.blocks)):
+        norm, mlp, kan = mlp_block.norm2, mlp_block.mlp, kan_block.mlp
+        n = F.layer_norm(inputs[number], norm.normalized_shape, eps=norm.eps)
+        # The KAN's own LayerNorm normalises: leave nothing for the block's, whose affine goes into the map.
+        nn.init.ones_(kan_block.norm2.weight), nn.init.zeros_(kan_block.norm2.bias)
+        kan_block.norm2.eps = norm.eps
+        w1 = mlp.fc1.weight.double() * norm.weight.double()
+        b1 = mlp.fc1.bias.double() + mlp.fc1.weight.double() @ norm.bias.double()
+        _fit_layer(kan.layers[0], n, w1, b1, _identity)
+        hidden = n.double() @ w1.T + b1
+        _fit_layer(kan.layers[1], hidden.float(), mlp.fc2.weight.double(), mlp.fc2.bias.double(), F.gelu)
+        target = mlp.fc2(F.gelu(mlp.fc1(norm(inputs[number]))))
+        got = kan(kan_block.norm2(n))           # n has mean 0 and deviation 1: normalising again changes nothing
+        errors.append(BlockError(number, ((got - target).square().mean() / target.square().mean()).sqrt().item(),
+                                 _share_outside(kan, n)))
+    return errors
+
+
+def _feed_forward_inputs(source: Any, images: Tensor) -> list[Tensor]:
+    """What enters the norm before the feed-forward of each block, [tokens, dim], at most `TOKENS` of them."""
+    inputs: list[Tensor] = []
+    hooks = [block.norm2.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+             for block in source.blocks]
+    training = source.training
+    try:
+        source.eval()(images)
+    finally:
+        source.train(training)
+        for hook in hooks:
+            hook.remove()
+    step = max(1, -(-len(inputs[0]) // TOKENS))
+    return [tokens[::step] for tokens in inputs]
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _fit_layer(layer: FasterKANLayer, x: Tensor, weight: Tensor, bias: Tensor,
+               function: Callable[[Tensor], Tensor]) -> None:
+    """layer(x) ~ weight function(x) + bias for inputs like x [T, I]; weight [O, I], bias [O], float64."""
+    mean, std = x.double().mean(0), x.double().std(0).clamp_min(1e-6)
+    norm: Any = layer.layernorm
+    scale, shift = (norm.scale, norm.shift) if isinstance(norm, StaticNorm) else (norm.weight, norm.bias)
+    scale.copy_(1 / std)
+    shift.copy_(-mean / std)
+    coefficients, constant = _fit(layer, x, mean, std, function)                    # [I, G], [I]
+    layer.spline_linear.weight.copy_((weight[..., None] * coefficients).flatten(1))
+    assert layer.spline_linear.bias is not None
+    layer.spline_linear.bias.copy_(bias + weight @ constant)
+    if layer.base_linear is not None:
+        nn.init.zeros_(layer.base_linear.weight)
+
+
+def _fit(layer: FasterKANLayer, x: Tensor, mean: Tensor, std: Tensor,
+         function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """For each input i: sum_k c_ik B_k(u) + c_i ~ function(m_i + s_i u) over the samples u = (x_i - m_i)/s_i and,
+    with `GAUSSIAN_SHARE` of the weight, a standard normal. Least squares with a small ridge, in float64."""
+    grid = layer.rbf.grid.detach().double()
+    h = layer.rbf.h.detach().double() if isinstance(layer.rbf.h, Tensor) else layer.rbf.h
+    normal = torch.linspace(-5, 5, 201, dtype=torch.float64, device=x.device)
+    density = torch.exp(-normal ** 2 / 2)
+    weights = torch.cat([torch.full((len(x),), (1 - GAUSSIAN_SHARE) / len(x), dtype=torch.float64, device=x.device),
+                         density * (GAUSSIAN_SHARE / density.sum())])[:, None]      # [T, 1]
+    coefficients = []
+    for some in torch.arange(x.shape[1], device=x.device).split(32):               # bounds the memory
+        m, s = mean[some], std[some]
+        u = torch.cat([(x[:, some].double() - m) / s, normal[:, None].expand(-1, len(some))]).T.contiguous()    # [i, T]
+        columns = F.pad(rswaf_basis(u, grid, h), (0, 1), value=1.0)                 # [i, T, G + 1]
+        weighted = (columns * weights).mT                                           # [i, G + 1, T]
+        gram = weighted @ columns
+        diagonal = gram.diagonal(dim1=1, dim2=2)[:, :-1]
+        diagonal += RIDGE * diagonal.mean(1, keepdim=True)
+        target = function(m[:, None] + s[:, None] * u)
+        coefficients.append(torch.linalg.solve(gram, weighted @ target[..., None]).squeeze(-1))
+    both = torch.cat(coefficients)
+    return both[:, :-1], both[:, -1]
+
+
+def _share_outside(kan: FasterKAN, n: Tensor) -> float:
+    """Share of what arrives at both layers' bases that lies off their grids."""
+    outside = []
+    x = n
+    for layer in kan.layers:
+        u = layer.layernorm(x)
+        outside.append((u < layer.rbf.grid.min()) | (u > layer.rbf.grid.max()))
+        x = layer(x)
+    return (sum(o.sum() for o in outside) / sum(o.numel() for o in outside)).item()
+
+
+def table(errors: list[BlockError]) -> str:
+    """A line for each block."""
+    return "\n".join(["  block  error of the feed-forward  inputs off the grid"]
+                     + [f"  {e.block:5}  {e.error:24.2%}  {e.outside:19.2%}" for e in errors])

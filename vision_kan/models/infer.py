@@ -1,0 +1,163 @@
+"""Which model a checkpoint holds, and its weights put into one."""
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from models_kan import _TWINS, SIZES, ModelSpec
+from vision_kan.checkpoints.layouts import rename_keys
+from vision_kan.checkpoints.read import checkpoint_args
+from vision_kan.common.errors import UserError
+from vision_kan.common.text import one_or_two
+
+_HEADS = {1280: 16, 1408: 16, 1664: 16}     # of ViT-H, -g and -G, whose heads are wider than 64
+
+
+def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
+    """The model that a ViT checkpoint without a model description holds, from its shapes.
+
+    Args:
+        state: parameters under any known key layout. args: the checkpoint's own flags; names the size, and tells that of its
+            images, which oblong ones need.
+    Raises: UserError if the keys are not those of a DeiT-like vision transformer.
+    """
+    released = any(".kan.layers." in key for key in state)
+    state = rename_keys(state)
+    missing = [key for key in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight",
+                               "blocks.0.norm1.weight") if key not in state]
+    if missing:
+        raise UserError(f"the checkpoint holds no vision transformer of a known layout (its weights: {sample_key(state)}; no key "
+                        f"{missing[0]!r}): if it is another model of timm's, name its architecture with --model")
+    dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    distilled, deit3 = "dist_token" in state, "blocks.0.ls1.gamma" in state
+    prefix = 0 if deit3 else 2 if distilled else 1
+    tokens = state["pos_embed"].shape[1]
+    side = round((tokens - prefix) ** 0.5)
+    rows, columns = (told // patch for told in two_sides(args.get("input_size")) or (side * patch, side * patch))
+    if rows == columns or rows * columns != tokens - prefix:
+        rows = columns = side
+    if rows * columns != tokens - prefix:
+        raise UserError(f"pos_embed of the checkpoint has {tokens} positions, which is no square image: if it is of oblong ones, "
+                        "give their --input-size, height and width")
+    kan = "blocks.0.mlp.layers.0.spline_linear.weight" in state
+    group = "blocks.0.mlp.phi2.coefficients" in state
+    suffix = "KAN" if kan else "GKAN" if group else "ViT"
+
+    size_name = _TWINS.get(args.get("model") or "")
+    if size_name is None:
+        shape = (dim, patch, depth, side * patch)      # the width first: it settles the number of heads
+        alike = {n: (s.embed_dim, s.patch_size, s.depth, s.img_size) for n, s in SIZES.items()
+                 if (s.distilled, s.deit3) == (distilled, deit3)}
+        size_name = min(alike, key=lambda n: [a != b for a, b in zip(alike[n], shape)])
+    size = SIZES[size_name]
+    kwargs: dict[str, Any] = {"img_size": one_or_two([rows * patch, columns * patch]), "num_classes": _num_classes(state)}
+    for key, value, own in (("embed_dim", dim, size.embed_dim), ("depth", depth, size.depth),
+                            ("patch_size", patch, size.patch_size)):
+        if value != own:
+            kwargs[key] = value
+    if dim != size.embed_dim:
+        kwargs["num_heads"] = _HEADS.get(dim) or max(1, dim // 64)
+    if "fc_norm.weight" in state:       # MAE's fine-tuned models: the mean of the patches, normalised after it is taken
+        kwargs["global_pool"] = "avg"
+    if "blocks.0.attn.qkv.bias" not in state:
+        kwargs["qkv_bias"] = False
+    if released:
+        kwargs["block_norm_eps"] = 1e-5
+    if kan:
+        kwargs["hdim_kan"] = _widths(state, depth, "layers.0.spline_linear.weight")
+        grid = state["blocks.0.mlp.layers.0.rbf.grid"]
+        kwargs["kan_grid_points"] = grid.numel()
+        kwargs["kan_grid_range"] = (round(float(grid[0]), 6), round(float(grid[-1]), 6))
+        if "blocks.0.mlp.layers.0.rbf.h" in state:
+            kwargs["kan_trainable_h"] = True
+        if "blocks.0.mlp.layers.0.spline_linear.bias" in state:
+            kwargs["kan_basis"] = "covering"
+        if "blocks.0.mlp.layers.0.base_linear.weight" in state:
+            kwargs["kan_base_branch"] = True
+        if "blocks.0.mlp.layers.1.layernorm.weight" not in state:
+            static = "blocks.0.mlp.layers.1.layernorm.scale" in state
+            kwargs["kan_second_norm"] = "static" if static else "none"
+    if suffix == "ViT" and (hidden := _widths(state, depth, "fc1.weight")) != 4 * dim and isinstance(hidden, int):
+        kwargs["mlp_ratio"] = hidden / dim
+    if group:
+        groups, points = state["blocks.0.mlp.phi2.coefficients"].shape
+        grid, hidden = state["blocks.0.mlp.phi2.grid"], _widths(state, depth, "fc1.weight")
+        one_each = _widths(state, depth, "phi2.coefficients") == hidden         # a function for each channel
+        kwargs |= {"kan_groups": 0 if one_each else groups, "kan_grid_points": points,
+                   "kan_grid_range": (round(float(grid[0]), 6), round(float(grid[-1]), 6)),
+                   "kan_input_phi": "blocks.0.mlp.phi1.coefficients" in state,
+                   "kan_trainable_base": "blocks.0.mlp.phi2.scale" in state}
+        if hidden != 4 * dim:
+            kwargs["hdim_kan"] = hidden
+    if "blocks.0.mlp.layers.0.spline_scaler" in state:
+        suffix = "EKAN"
+        kwargs["hdim_kan"] = _widths(state, depth, "layers.0.spline_weight")
+        points = state["blocks.0.mlp.layers.0.spline_weight"].shape[2]
+        knots = state["blocks.0.mlp.layers.0.grid"]
+        kwargs["kan_grid_points"] = points
+        kwargs["kan_grid_range"] = (round(float(knots[-1 - points]), 6), round(float(knots[points]), 6))
+    return ModelSpec(f"{size_name}_{suffix}", kwargs)
+
+
+def _widths(state: dict[str, Tensor], depth: int, first_map: str) -> int | list[int]:
+    """The hidden width of the feed-forwards, whose first linear map has it as its outputs; a list where blocks differ."""
+    keys = [f"blocks.{block}.mlp.{first_map}" for block in range(depth)]
+    return one_or_each([state[key].shape[0] for key in keys if key in state])
+
+
+def one_or_each(widths: list[int]) -> int | list[int]:
+    """Widths of the blocks as `hdim_kan`: one number where they are all the same."""
+    return widths[0] if len(set(widths)) == 1 else widths
+
+
+def sample_key(state: Mapping[str, Tensor]) -> str:
+    """Some names of its tensors, for a message: what they are called tells whose they are."""
+    return ", ".join(map(ascii, list(state)[:3])) + (f" and {len(state) - 3} more" if len(state) > 3 else "")
+
+
+def _num_classes(state: dict[str, Tensor]) -> int:
+    return state["head.weight"].shape[0] if "head.weight" in state else 0
+
+
+def load_exactly(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Every parameter of `model` from `state`, or a UserError that names the first that does not fit."""
+    own = model.state_dict()
+    state = rename_keys(state, own)
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    if missing or extra or wrong:
+        key = (wrong or missing or extra)[0]
+        reason = (f"has shape {tuple(state[key].shape)} where the model has {tuple(own[key].shape)}" if wrong
+                  else "is missing" if missing else "has no place in the model")
+        raise UserError(f"{what} does not fit the model: {key} {reason} "
+                        f"({len(missing)} keys missing, {len(extra)} unknown, {len(wrong)} of another shape)")
+    load_into(model, state, what)
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """What a module itself refuses, such as a learned function on another grid, is the user's matter too."""
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"{what} does not fit the model: {str(error).splitlines()[-1].strip()}: check --kan-grid-range "
+                        "and --kan-grid-points") from error
+
+
+def patch_grid(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of the patches that a checkpoint's `pos_embed` is for, where its description tells the image's size; else
+    None. state: its weights."""
+    told, kernel = checkpoint.get("model_args"), state.get("patch_embed.proj.weight")
+    sizes = [(told.get("kwargs") or {}).get("img_size") if isinstance(told, Mapping) else None,
+             checkpoint_args(checkpoint).get("input_size")]
+    size = two_sides(next((size for size in sizes if size), None))
+    if kernel is None or kernel.ndim != 4 or size is None:
+        return None
+    rows, columns = (side // patch for side, patch in zip(size, kernel.shape[2:]))
+    return rows, columns
+
+
+def two_sides(size: Any) -> tuple[int, int] | None:
+    """Height and width that a checkpoint tells of its images; None where that is neither one whole number nor two."""
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    return (sides[0], sides[1]) if len(sides) == 2 and all(type(side) is int for side in sides) else None

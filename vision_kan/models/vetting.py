@@ -1,0 +1,214 @@
+"""Whether a checkpoint is good for its purpose, found out before a model is built from it: it may be a stranger's."""
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from models_kan import ModelSpec
+from vision_kan.checkpoints.layouts import rename_keys
+from vision_kan.checkpoints.read import checkpoint_args, tensors_of, weights_of
+from vision_kan.common.errors import UserError, one_line
+from vision_kan.models.infer import load_exactly
+
+# timm's own arguments beside a model's: one names a file that it unpickles, others load from the network.
+_TIMMS_OWN = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+LARGEST_ARGUMENT = 2 ** 20
+# Flags of a checkpoint that make a model or an image larger than anything here: dest -> the largest that is taken over.
+_LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
+# What an optimizer keeps for each parameter, in its shape; the last group may be None.
+_MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq")}
+_OF_THE_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+_ONE_A_WEIGHT = (*_MOMENTS, torch.optim.SGD)
+_OF_BLOCKS = ("absmax", "qmap")     # of bitsandbytes: scales of blocks of 8-bit values, and what the 256 of them mean
+
+
+@contextmanager
+def strangers(what: str) -> Iterator[None]:
+    """Shapes that no model has make nearly anything go wrong: a UserError that names the file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{what} does not describe or fit a model ({type(error).__name__}: {one_line(error)}): get it from its "
+                        "source again, or name another") from error
+
+
+# ---------------------------------------------------------------- the model
+def described(checkpoint: Mapping[str, Any], path: str) -> ModelSpec | None:
+    """The model of `model_args`, None without; UserError for arguments that no model of this program is saved with."""
+    told = checkpoint.get("model_args")
+    if told is None:
+        return None
+    name, kwargs = (told.get("name"), told.get("kwargs") or {}) if isinstance(told, Mapping) else (None, None)
+    if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not timm.is_model(name.split(".")[0]):
+        raise UserError(f"checkpoint {path}: its model_args name no model that timm or this program knows ({ascii(name)[:60]}): "
+                        "get it from its source again, or take its weights with --finetune")
+    for key, value in kwargs.items():
+        if not isinstance(key, str) or key in _TIMMS_OWN or key.startswith("pretrained") or not _ordinary(value):
+            raise UserError(f"checkpoint {path}: its model_args have {key!r}, which is no argument of a model's shape or out of "
+                            "all bounds: get it from its source again, or take its weights with --finetune")
+    return ModelSpec(name, dict(kwargs))
+
+
+def _ordinary(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 100 and all(map(_ordinary, value))
+    if isinstance(value, (int, float)):
+        return abs(value) <= LARGEST_ARGUMENT       # not a number is not
+    return value is None or isinstance(value, str)
+
+
+def outline(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
+    """The model without values, on the meta device; UserError where it cannot be built or has far more than `tensors`
+    parameters, which is noticed while it is built."""
+    left = {"parameters": 2 * tensors + 100, "modules": 50 * tensors + 1000}
+
+    def count(kind: str) -> Callable:
+        def hook(*_) -> None:
+            left[kind] -= 1
+            if left[kind] < 0:
+                raise ValueError(f"it would have more {kind} than there are weights")
+        return hook
+
+    hooks = [torch_module.register_module_parameter_registration_hook(count("parameters")),
+             torch_module.register_module_module_registration_hook(count("modules"))]
+    try:
+        with strangers(what), torch.device("meta"):
+            return timm.create_model(spec.name, **spec.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key: str = "model", what: str = "") -> nn.Module:
+    """The outline of `spec`, which the weights under `key` fit: all of them, in shape and kind of number, and finite.
+    Raises UserError that names the first that does not; what: the file and key, for the sentence."""
+    state, what = weights_of(checkpoint, path, key), what or f"{key} in checkpoint {path}"
+    if not spec.kwargs:         # another model of timm's, whose description is its name: its class count is in the head
+        cfg = get_pretrained_cfg(spec.name)
+        heads = cfg and cfg.classifier or ()
+        sizes = [state[f"{head}.weight"].shape[0] for head in ([heads] if isinstance(heads, str) else heads)
+                 if f"{head}.weight" in state and state[f"{head}.weight"].ndim]
+        spec = ModelSpec(spec.name, {"num_classes": sizes[0]}) if sizes else spec
+    model = outline(spec, len(state), what)
+    with strangers(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # that a copy to the meta device does nothing
+        load_exactly(model, state, what)
+    own = model.state_dict()
+    for name, value in rename_keys(state, own).items():
+        if value.is_floating_point() != own[name].is_floating_point() or value.is_complex():
+            raise UserError(f"{what} does not fit the model: {name} is of type {str(value.dtype).removeprefix('torch.')} where "
+                            f"the model has {str(own[name].dtype).removeprefix('torch.')}: get it from its source again")
+    return model
+
+
+def check_flags(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Raises UserError for flags in `args` that would make a model, or an image, larger than the weights explain."""
+    stored = checkpoint_args(checkpoint)
+    widest = max((size for value in tensors_of(checkpoint, path).values() for size in value.shape), default=0)
+    for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
+        value = stored.get(dest)
+        for one in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may be one for each block
+            if isinstance(one, (int, float)) and not (dest == "hdim_kan") <= one <= largest:
+                raise UserError(f"checkpoint {path}: its args have {dest} {one}, out of all bounds: get it from its source again")
+
+
+# ---------------------------------------------------------------- the state of a run
+def check_optimizer(optimizer: torch.optim.Optimizer, stored: Any) -> None:
+    """Raises UserError for a stored state with which the first step of `optimizer` would fail or spoil the weights."""
+    reason = _optimizer_misfit(optimizer, stored)
+    if reason:
+        raise UserError(f"the checkpoint's optimizer state does not fit ({reason}): resume with the flags it was "
+                        "trained with, or start a new run from its weights with --finetune")
+
+
+def _optimizer_misfit(optimizer: torch.optim.Optimizer, stored: Any) -> str:
+    groups, state = (stored.get("param_groups"), stored.get("state")) if isinstance(stored, Mapping) else (None, None)
+    if not isinstance(groups, list) or not isinstance(state, Mapping) or not all(isinstance(g, Mapping) for g in groups):
+        return "it has no groups or no state"
+    own = optimizer.param_groups
+    if len(groups) != len(own):
+        return f"it has {len(groups)} groups of parameters instead of {len(own)}"
+    seen = set()
+    for number, (group, theirs) in enumerate(zip(own, groups)):
+        members = theirs.get("params")
+        if not isinstance(members, list) or len(members) != len(group["params"]):
+            return f"group {number} has other parameters"
+        for key, value in group.items():
+            if key not in ("params", "param_names") and key in theirs and not same_kind(value, theirs[key]):
+                return f"{key} of group {number} is no such setting"
+        for member, parameter in zip(members, group["params"]):
+            if not isinstance(member, int) or member in seen:
+                return f"group {number} has other parameters"
+            seen.add(member)
+            reason = _moments_misfit(optimizer, state.get(member), parameter) if member in state else ""
+            if reason:
+                return f"{reason} of parameter {member}"
+    if not state.keys() <= seen:
+        return "it has a state of other parameters"
+    return ""
+
+
+def _moments_misfit(optimizer: torch.optim.Optimizer, kept: Any, parameter: Tensor) -> str:
+    if not isinstance(kept, Mapping):
+        return "no state"
+    required = (*_MOMENTS.get(type(optimizer), ()), *(["max_exp_avg_sq"] if optimizer.defaults.get("amsgrad") else []))
+    for key in required:
+        if kept and not isinstance(kept.get(key), Tensor):
+            return f"no {key}"
+    for key, value in kept.items():
+        if isinstance(value, Tensor):
+            if value.is_complex() or not value.to(torch.float32).isfinite().all():
+                return f"{key} is not finite"
+            like = value.ndim == parameter.ndim > 0 and not key.startswith(_OF_BLOCKS) or key in _OF_THE_SHAPE
+            if type(optimizer) not in _ONE_A_WEIGHT and _one_for_many(value, parameter):
+                like = False
+            if like and value.shape != parameter.shape or key == "step" and value.numel() != 1:
+                return f"{key} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}"
+        elif isinstance(value, str) or isinstance(value, (int, float)) and not math.isfinite(value):
+            return f"{key} is no number"
+    return ""
+
+
+def _one_for_many(value: Tensor, parameter: Tensor) -> bool:
+    """Whether it has one number for the whole parameter, as NovoGrad's, or for each row or column, as Adafactor's."""
+    return value.ndim == 0 or value.ndim == parameter.ndim and all(n in (1, m) for n, m in zip(value.shape, parameter.shape))
+
+
+def same_kind(own: Any, theirs: Any) -> bool:
+    """Whether a stored setting can stand for one's own: both numbers, both switches, lists as long, a data type by name."""
+    if isinstance(theirs, Tensor):
+        return False
+    if isinstance(own, torch.dtype):
+        return theirs == str(own)
+    if own is None or theirs is None or isinstance(own, bool) or isinstance(theirs, bool):
+        return all(value is None or isinstance(value, bool) for value in (own, theirs)) or \
+            None in (own, theirs) and _ordinary(theirs)
+    if isinstance(own, (int, float)):
+        return isinstance(theirs, (int, float)) and not math.isnan(theirs) and (math.isfinite(theirs) or not math.isfinite(own))
+    if isinstance(own, (list, tuple)):
+        return isinstance(theirs, (list, tuple)) and len(own) == len(theirs) and all(map(same_kind, own, theirs))
+    if isinstance(own, Mapping):
+        return isinstance(theirs, Mapping) and theirs.keys() <= own.keys() and \
+            all(same_kind(own[key], value) for key, value in theirs.items())
+    return isinstance(theirs, type(own))
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def check_scaler(stored: Any, path: str) -> None:
+    """Raises UserError for a state of float16's loss scaling that is none. Empty: it was off."""
+    keys = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+    if stored and not (isinstance(stored, Mapping) and all(_positive(stored.get(key)) for key in keys)):
+        raise UserError(f"checkpoint {path}: its 'scaler' is no state of a loss scaling: get it from its source again")

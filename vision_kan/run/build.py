@@ -1,0 +1,226 @@
+"""The model of a run, its kernels, its teacher."""
+import re
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.layers import PatchEmbed, to_2tuple
+from torch import nn
+
+import models_kan
+from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
+from vision_kan import kernels
+from vision_kan.checkpoints.read import weights_of
+from vision_kan.common.errors import UserError, one_line
+from vision_kan.common.process import Process
+from vision_kan.common.text import one_or_two, plain, printable, say, shown_size
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import flag_name, get_args_parser
+from vision_kan.config.resolve import Config, parse_args
+from vision_kan.data.loaders import Loaders
+from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.models import conversion, vetting
+from vision_kan.models.cost import count_flops, count_parameters
+from vision_kan.models.infer import load_exactly, patch_grid
+from vision_kan.run.folder import versions
+from vision_kan.run.starting import Start, meant_model, read_checkpoint, settle
+from vision_kan.training.criterion import Teacher, balanced
+
+
+# ---------------------------------------------------------------- the model
+def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
+    """The architecture: the checkpoint's own to resume or evaluate it, else what the flags say."""
+    args = config.args
+    if start.spec:
+        stored = start.spec.kwargs.get("num_classes", num_classes)
+        if stored != num_classes:
+            raise UserError(f"the checkpoint has {stored} classes, the data {num_classes}: check --data-path and "
+                            "--data-set, or start from its weights with --finetune")
+        return ModelSpec(start.spec.name, {"num_classes": num_classes, **start.spec.kwargs})
+    kwargs = {"num_classes": num_classes, "img_size": args.input_size}
+    for key in KAN_OPTIONS:
+        if getattr(args, key) is not None:
+            kwargs[key] = getattr(args, key)
+    return ModelSpec(args.model, kwargs)
+
+
+def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
+    """The model with the flags' dropout and stochastic depth, and the spec without what it does not know.
+
+    Any timm classification model; a flag that was given and that the model has no use for is an error."""
+    args = config.args
+    if not timm.is_model(spec.name.split(".")[0]):
+        raise UserError(f"--model {spec.name} is unknown{meant_model(spec.name)}: --list-models prints this project's models, "
+                        "timm.list_models() all others")
+    model: Any
+    kwargs = {**_options_with_effect(spec, config), "drop_path_rate": args.drop_path}
+    if args.drop:       # DeiT's --drop: after the position embedding, in projections and feed-forwards
+        kwargs |= {"pos_drop_rate": args.drop, "proj_drop_rate": args.drop}
+    flags = {"img_size": "input_size", "drop_path_rate": "drop_path", "drop_rate": "drop"}
+    while True:
+        try:
+            model = timm.create_model(spec.name, **kwargs)
+            break
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'", str(error))    # Python, timm
+            if not unknown or unknown.group(1) not in kwargs:
+                raise
+            key = unknown.group(1)
+            if key in ("pos_drop_rate", "proj_drop_rate"):      # no transformer: its one rate is the head's
+                kwargs["drop_rate"] = args.drop
+            elif key != "img_size" and _asked_for(flags.get(key, ""), config):
+                raise _no_effect(flags[key], spec.name) from error
+            del kwargs[key]
+        except (ValueError, AssertionError) as error:
+            raise UserError(f"--model {spec.name} cannot be built ({one_line(error)}): check --model, "
+                            f"--input-size {shown_size(args.input_size)} and the KAN options") from error
+    if not args.eval and not any(isinstance(module, GroupActivation) for module in model.modules()):
+        for key in ("kan_lr_mult", "kan_weight_decay"):
+            if _asked_for(key, config):
+                raise _no_effect(key, spec.name, like="kan_groups")
+    if args.log_kan and not args.eval and not any(isinstance(module, FunctionLayer) for module in model.modules()):
+        raise _no_effect("log_kan", spec.name, like="kan_grid_points")
+    embed, sides = getattr(model, "patch_embed", None), to_2tuple(args.input_size)
+    if isinstance(embed, PatchEmbed) and any(side % patch for side, patch in zip(sides, embed.patch_size)):
+        fitting = one_or_two([side // patch * patch or patch for side, patch in zip(sides, embed.patch_size)])
+        raise UserError(f"--input-size {shown_size(args.input_size)} is not divisible by the model's patch size "
+                        f"{embed.patch_size[0]}: take {shown_size(fitting)}")
+    if not isinstance(args.input_size, int) and models_kan.split_name(spec.name)[0] is None:
+        _try_oblong(model, spec.name, args.input_size)
+    kept = {key: value for key, value in kwargs.items() if key in spec.kwargs}
+    if args.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"--grad-checkpointing: --model {spec.name} does not support it, leave it out") from error
+    if args.distillation_type != "none" and not args.eval:
+        if not hasattr(model, "set_distilled_training"):
+            raise UserError(f"--distillation-type {args.distillation_type} needs a model with a distillation token, "
+                            f"such as deit_tiny_distilled_patch16_224_KAN, not --model {spec.name}")
+        if not args.train_mode:
+            raise UserError(f"--distillation-type {args.distillation_type} needs both tokens' outputs, which a model "
+                            "gives in training mode only: leave out --no-train-mode")
+        model.set_distilled_training(True)
+    return model, ModelSpec(spec.name, kept)
+
+
+def _try_oblong(model: nn.Module, name: str, size: Sequence[int]) -> None:
+    """One empty image through the model: some of timm's can be built for an oblong one, and take square ones alone."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *size))
+    except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--model {name} takes no images of --input-size {shown_size(size)} ({one_line(error)}): give one "
+                        "number, the side of a square, or choose another model") from error
+    model.train()
+
+
+def _options_with_effect(spec: ModelSpec, config: Config) -> dict[str, Any]:
+    """The spec's arguments without the options that its model does not have: for one that was given, an error."""
+    without = set(KAN_OPTIONS) - set(models_kan.options_of(spec.name))
+    for key in KAN_OPTIONS:
+        if key in without and key in config.given and getattr(config.args, key) is not None:
+            raise _no_effect(key, spec.name)
+    return {key: value for key, value in spec.kwargs.items() if key not in without}
+
+
+def _asked_for(dest: str, config: Config) -> bool:
+    """Whether the user wants something by a flag: on the command line, or in a recipe another value than the default, which
+    stands in every run's args.yaml."""
+    where = config.given.get(dest)
+    return where == "command line" or where is not None and getattr(config.args, dest) != get_args_parser().get_default(dest)
+
+
+def _no_effect(dest: str, name: str, like: str | None = None) -> UserError:
+    """like: an option that the models have on which the flag has an effect."""
+    others = models_kan.models_with(like or dest, name)
+    return UserError(f"{flag_name(dest)} has no effect on --model {name}: leave it out"
+                     + (f", or choose {' or '.join(others)}" if others else ""))
+
+
+def load_start(model: nn.Module, spec: ModelSpec, start: Start, images: Callable[[], torch.Tensor]) -> str | None:
+    """Weights of --finetune into the model; returns the table of what became of each tensor. images: gives a batch to calibrate
+    on."""
+    if start.purpose != "finetune":
+        return None
+    with vetting.strangers(f"checkpoint {start.path}"):
+        state = weights_of(start.checkpoint, start.path)
+        report, errors = conversion.load_converted(model, spec, state, images,
+                                                   patch_grid(start.checkpoint, state))
+    return report.table() + (f"\n{conversion.table(errors)}" if errors else "")
+
+
+def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
+    """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode. It takes the student's images, and sees
+    them at its own size and normalisation: those that its checkpoint tells, else those of its timm configuration."""
+    if args.distillation_type == "none":
+        return None
+    path, checkpoint = read_checkpoint(args.teacher_path)
+    if not timm.is_model(args.teacher_model.split(".")[0]):
+        raise UserError(f"--teacher-model {args.teacher_model} is no timm model{meant_model(args.teacher_model)}: check the name")
+    described = vetting.described(checkpoint, path)
+    kwargs = described.kwargs if described and described.name == args.teacher_model else {}
+    spec = ModelSpec(args.teacher_model, {**kwargs, "num_classes": num_classes})
+    vetting.check_weights(spec, checkpoint, path, what=f"--teacher-path {path}")
+    teacher = timm.create_model(spec.name, **spec.kwargs)
+    load_exactly(teacher, weights_of(checkpoint, path), f"--teacher-path {path}")
+    vetting.check_flags(checkpoint, path)
+    told = settle(parse_args(["--eval", "--model", spec.name]), Start("eval", path, checkpoint, spec), Process()).args
+    validate(told)
+    if (told.input_size, told.mean, told.std) != (args.input_size, args.mean, args.std):
+        say(f"the teacher {spec.name} sees the images at {shown_size(told.input_size, ' x ')} px, mean "
+            f"{' '.join(map(str, told.mean))}, std {' '.join(map(str, told.std))}")
+        teacher = Teacher(teacher, to_2tuple(told.input_size), told.mean, told.std, args.mean, args.std)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> torch.Tensor | None:
+    """--class-weights: float32 [K] by the training images that there are of each class, or None. Alike on all processes."""
+    if args.class_weights == "none":
+        return None
+    data: Any = loaders.train.dataset
+    if data.is_stream:
+        raise UserError(f"--class-weights {args.class_weights} counts the images of each class, which the stream --data-set "
+                        f"{args.data_set} does not tell: leave it out")
+    counts = np.bincount(data.targets, minlength=loaders.nb_classes)
+    weights = balanced(counts)
+    few, many = counts.argmin(), counts.argmax()
+    say("class weights: " + ", ".join(f"{weights[number]:.3g} for {printable(loaders.class_names[number], 40)} ({counts[number]} "
+                                      "images)" for number in (few, many)) + (", others between" if len(counts) > 2 else ""))
+    return torch.from_numpy(weights).to(device)
+
+
+def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: torch.device) -> None:
+    """Let --kan-backend compute the model's KAN layers, and say what that is. Raises UserError where it cannot."""
+    name = config.args.kan_backend
+    if models_kan.split_name(spec.name)[1] not in ("KAN", "GKAN"):
+        if _asked_for("kan_backend", config):
+            raise _no_effect("kan_backend", spec.name)
+        return
+    try:
+        kernels.use(name)
+    except ValueError as error:
+        raise UserError(f"--kan-backend {name}: {error}") from error
+    grids: list[Any] = [module.for_kernels for module in model.modules() if hasattr(module, "for_kernels")]
+    say(f"KAN layers ({name}): {kernels.describe(device.type, grids)}")
+
+
+def description(config: Config, spec: ModelSpec, loaders: Loaders) -> dict[str, Any]:
+    """What a checkpoint says of itself beside the state: flags, architecture, classes, versions; plain types."""
+    return {"args": plain({**vars(config.args), "nb_classes": loaders.nb_classes}),
+            "model_args": plain({"name": spec.name, "kwargs": spec.kwargs}),
+            "class_names": loaders.class_names, "versions": versions()}
+
+
+def model_table() -> str:
+    """--list-models: names, parameters and FLOPs of this project's models at their own size."""
+    lines = [f"{'model':42}{'parameters':>14}{'matmul GFLOPs':>16}{'elementwise GFLOPs':>20}"]
+    for name in models_kan.registered_models():
+        model = timm.create_model(name, device="meta")
+        flops = count_flops(model)
+        lines.append(f"{name:42}{count_parameters(model):>14,}{flops.matmul / 1e9:>16.3f}"
+                     f"{flops.elementwise / 1e9:>20.4f}")
+    return "\n".join(lines)

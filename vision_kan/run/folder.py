@@ -1,0 +1,305 @@
+"""What a run leaves in its output folder: log lines, TensorBoard events, flags, versions, checkpoints."""
+import datetime
+import errno
+import json
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from vision_kan.checkpoints.read import CHECKPOINT
+from vision_kan.checkpoints.write import save_checkpoint, saved_checkpoints
+from vision_kan.common import console, peers
+from vision_kan.common.console import EXIT_INTERRUPTED
+from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
+from vision_kan.common.process import Process
+from vision_kan.common.text import say, to_json
+from vision_kan.run import tracking
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from vision_kan.training.state import TrainState
+
+
+STATUS = "status.json"
+INTERRUPTED = "SIGINT twice: ended at once, nothing is saved since the last checkpoint"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+    packages = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    return {"python": platform.python_version(), **packages, "platform": platform.platform(),
+            "cuda": torch.version.cuda or "none" if torch.cuda.is_available() else "none"}
+
+
+def git_commit() -> str:
+    """The commit of this code, with `-dirty` where the files differ from it, or 'unknown'."""
+    try:
+        answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], timeout=10,
+                                cwd=Path(__file__).parent, capture_output=True, text=True)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return answer.stdout.strip() or "unknown"
+
+
+class RunFolder:
+    """`log.txt` (a JSON object a line), TensorBoard events, `args.yaml` and `run.yaml` of one run; the checkpoints
+    are beside them. Does nothing without a folder and on ranks other than 0.
+
+    A write that fails (disk full, folder gone) is told once a time and does not end the training:
+    `failed` holds the last reason until a later write succeeds.
+
+    `status.json` says how the run stands, since torchrun hides its exit code: {"state": "running" | "finished" |
+    "preempted" | "failed", "epoch", "step", "reason", "exit_code", "processes", "host", "pid", "time"}.
+
+    keep: checkpoints, besides the best ones. save_minutes: between checkpoints within an epoch, 0: none. track: those of
+    `tracking.SERVICES` that are told, too, under the project `track_project`."""
+
+    RETRY_S = 60    # after a checkpoint could not be written
+
+    def __init__(self, folder: str, process: Process, keep: int = 2, save_minutes: float = 0, track: Sequence[str] = (),
+                 track_project: str = ""):
+        self.folder_name, self.keep, self.save_minutes = folder, keep, save_minutes
+        self.saved_at = time.monotonic()
+        self.folder = Path(folder).expanduser() if folder and process.is_main else None
+        self.process = process
+        self.failed = ""
+        self.board: SummaryWriter | None = None
+        self.unwritten = ""     # lines of log.txt that had no room yet
+        self.ended_by = ""      # why a run that finishes ends before its last epoch
+        self.track, self.track_project = track, track_project
+        self.trackers: list[tracking.Tracker] = []
+        if self.folder:
+            tracking.check(track)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+            except OSError as error:
+                raise UserError(f"--output_dir {folder} cannot be written to ({error.strerror}): "
+                                "choose another folder") from error
+
+    def holds_another_run(self, resumed: str) -> bool:
+        """Whether a checkpoint is here that is not of the run that goes on from the file `resumed` ('': a new run)."""
+        if not self.folder or not (self.folder / CHECKPOINT).exists():
+            return False
+        return not resumed or Path(resumed).expanduser().resolve().parent != self.folder.resolve()
+
+    def start(self, args_yaml: str, argv: list[str], epoch: int, step: int = 0) -> None:
+        """Record flags, command and versions; take back the log lines of epochs that will be done again."""
+        if not self.folder:
+            return
+        goes_on = bool(epoch or step)
+        launch: dict[str, Any] = {
+            "run_id": goes_on and _run_id(self.folder) or uuid.uuid4().hex,
+            "command": shlex.join([Path(sys.executable).name, "main.py", *argv]),
+            "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
+            "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
+            "device": str(self.process.device), "versions": versions()}
+        with self._tolerant("args.yaml, run.yaml and log.txt"):
+            for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
+                leftover.unlink(missing_ok=True)
+            for path in saved_checkpoints(self.folder):
+                if path.is_dir():       # in the way of every checkpoint to come
+                    say(f"warning: the folder {path} is renamed to {path.name}.folder", file=sys.stderr)
+                    path.rename(f"{path}.folder")
+            log = self.folder / "log.txt"
+            if log.exists():
+                kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
+                _write_whole(log, "".join(line + "\n" for line in kept))
+            _write_whole(self.folder / "args.yaml", args_yaml)
+            with open(self.folder / "run.yaml", "a" if goes_on else "w", encoding="utf-8") as file:
+                yaml.safe_dump([launch], file, sort_keys=False)
+        if self.track:
+            about = tracking.About(launch["run_id"], self.folder.resolve().name, self.track_project, self.folder,
+                                   yaml.safe_load(args_yaml), launch)
+            self.trackers = [tracking.Tracker(name, about) for name in dict.fromkeys(self.track)]
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One line of log.txt, and its numbers as TensorBoard scalars and to the trackers at the record's epoch."""
+        if not self.folder:
+            return
+        numbers = {re.sub(r"^(train|test|ema_test)_", r"\1/", key): value for key, value in record.items()
+                   if key != "epoch" and isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(record["epoch"], numbers)
+        self.unwritten += to_json(record) + "\n"
+        with self._tolerant("log.txt"):
+            _append_whole(self.folder / "log.txt", self.unwritten)
+            self.unwritten = ""
+        if self.unwritten:
+            return
+
+        def scalars(board: "SummaryWriter") -> None:
+            for key, value in numbers.items():
+                board.add_scalar(key, value, record["epoch"])
+
+        self.events(record["epoch"], scalars)
+
+    def events(self, epoch: int, write: Callable[["SummaryWriter"], None]) -> None:
+        """Let `write` add to the TensorBoard events, at this epoch."""
+        if not self.folder:
+            return
+        with self._tolerant("the TensorBoard events"):
+            board, self.board = self.board or self._open_board(epoch), None     # a writer that failed is dead
+            write(board)
+            board.flush()
+            self.board = board
+
+    def _open_board(self, epoch: int) -> "SummaryWriter":
+        assert self.folder is not None
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        def hook(failure: threading.ExceptHookArgs) -> None:
+            # TensorBoard's thread dies of a full disk; its next call raises the same here, to be told in a sentence
+            if not issubclass(failure.exc_type, OSError):
+                threading.__excepthook__(failure)
+
+        threading.excepthook = hook
+        # TensorBoard reads the files of a folder in the order of their names, which begin with the second
+        while any(f".tfevents.{int(time.time())}." in path.name for path in self.folder.glob("events.out.*")):
+            time.sleep(0.05)
+        return SummaryWriter(str(self.folder), purge_step=epoch)
+
+    def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
+        if self.folder:
+            with self._tolerant(CHECKPOINT):
+                save_checkpoint(checkpoint, self.folder, also, self.keep)
+            self.saved_at = time.monotonic()
+
+    def wants_saving(self) -> bool:
+        """Whether a checkpoint within the epoch is due by the clock, or the last one has to be tried again."""
+        if not self.folder:
+            return False
+        since = time.monotonic() - self.saved_at
+        return bool(self.failed) and since > self.RETRY_S or bool(self.save_minutes) and since > 60 * self.save_minutes
+
+    def status(self, state: str, epoch: int, step: int, reason: str = "", exit_code: int | None = None) -> None:
+        """Replace status.json; what cannot be written is told like any other file."""
+        if not self.folder:
+            return
+        record = {"state": state, "epoch": epoch, "step": step, "reason": reason, "exit_code": exit_code,
+                  "processes": self.process.world_size, "host": socket.gethostname(), "pid": os.getpid(),
+                  "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+        with self._tolerant(STATUS):
+            _write_whole(self.folder / STATUS, to_json(record, indent=1) + "\n")
+
+    def finished(self, epoch: int, reason: str = "") -> None:
+        """Let status.json say so, where a kill came between the last checkpoint and this."""
+        try:
+            told = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))["state"] if self.folder else "finished"
+        except (OSError, ValueError, KeyError, TypeError):
+            told = ""
+        if told != "finished":
+            self.status("finished", epoch, 0, reason, exit_code=0)
+
+    @contextmanager
+    def telling(self, state: "TrainState") -> Iterator[None]:
+        """status.json follows the training inside, however it ends. A collective that failed because a process is gone is
+        raised as TrainingFailed that names it."""
+        def end(how: str, reason: str, exit_code: int) -> None:
+            self.status(how, state.epoch, state.step, reason, exit_code)
+            for tracker in self.trackers:
+                tracker.finish(how, exit_code)
+
+        def failed(reason: str) -> None:
+            self.status("failed", state.epoch, state.step, reason, EXIT_FAILED)
+
+        peers.on_loss(failed)
+        try:
+            self.status("running", state.epoch, state.step)
+            yield
+        except (UserError, TrainingFailed, Preempted) as error:
+            end("preempted" if isinstance(error, Preempted) else "failed", str(error), error.exit_code)
+            raise
+        except KeyboardInterrupt:
+            end("preempted", INTERRUPTED, EXIT_INTERRUPTED)
+            raise KeyboardInterrupt(INTERRUPTED) from None
+        except Exception as error:
+            lost = peers.lost(error)
+            end("failed", str(lost or error) or type(error).__name__, EXIT_FAILED)
+            if lost is None:
+                raise
+            raise lost from error
+        else:
+            end("finished", self.ended_by, 0)
+
+    def interrupted(self, state: "TrainState") -> None:
+        """What `telling` does at a second SIGINT, from another thread: this process's main one cannot be reached."""
+        console.tell(f"stopped: {INTERRUPTED}")
+        self.status("preempted", state.epoch, state.step, INTERRUPTED, EXIT_INTERRUPTED)
+
+    def stopped_by(self, signal: str, state: "TrainState") -> str:
+        """What a run that a signal stops leaves behind, in a sentence."""
+        if not self.folder_name:
+            return f"{signal}: without --output_dir nothing is kept"
+        if self.failed:
+            return f"{signal}: {self.failed}; --resume auto goes on from the checkpoint before"
+        return f"{signal}: saved, --resume auto goes on after step {state.step} of epoch {state.epoch}"
+
+    def close(self) -> None:
+        if self.board:
+            with self._tolerant("the TensorBoard events"):
+                self.board.close()
+        self.board = None
+
+    @contextmanager
+    def _tolerant(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.failed = f"{what} could not be written to {self.folder} ({error.strerror or error})"
+            say(f"warning: {self.failed}: the training goes on, free some space or mount the folder again",
+                file=sys.stderr)
+        else:
+            if what == CHECKPOINT:
+                self.failed = ""
+
+
+def _run_id(folder: Path) -> str:
+    """What the earlier launches of the run in a folder are known by, or ''."""
+    try:
+        return yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))[-1]["run_id"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a log line; one that a kill cut off counts as never written."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _append_whole(path: Path, text: str) -> None:
+    data = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):        # the disk is full now: half a line would spoil the next one
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

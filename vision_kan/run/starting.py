@@ -1,0 +1,232 @@
+"""What a run starts from: its checkpoint and the flags in effect."""
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, is_model_in_modules
+from torch import nn
+
+import models_kan
+from models_kan import KAN_OPTIONS, ModelSpec
+from vision_kan.checkpoints.downloads import HUB, LOCAL, fetch, is_url, quiet_hub
+from vision_kan.checkpoints.read import check_entries, checkpoint_args, in_our_layout, load_file, weights_of
+from vision_kan.checkpoints.write import saved_checkpoints
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process, cores, world_size_of_launch
+from vision_kan.common.text import one_or_two, plain, say
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import PREPARATION, get_args_parser
+from vision_kan.config.parser import nearest
+from vision_kan.config.resolve import Config, parse_args, resolve
+from vision_kan.data.class_folders import VAL_SPLIT
+from vision_kan.data.names import guess_data_set, looks_like_imagenet, needs_splitting
+from vision_kan.models import vetting
+from vision_kan.models.infer import infer_model
+from vision_kan.training.optim import build_optimizer, build_scheduler, freeze_all_but_attention
+
+
+# ---------------------------------------------------------------- the checkpoint
+@dataclass(frozen=True)
+class Start:
+    """purpose: "resume", "eval", "finetune" or None. spec: the checkpoint's model, where it decides on it."""
+    purpose: str | None = None
+    path: str = ""
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    spec: ModelSpec | None = None
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.checkpoint.get("class_names") if self.purpose in ("resume", "eval") else None
+
+
+def read_start(config: Config) -> Start:
+    """Read what --resume or --finetune names. Raises UserError where that is not possible."""
+    args = config.args
+    if args.resume == "auto":
+        start = _newest(args.output_dir, args.eval)
+        if start:
+            return start
+    elif args.resume:
+        return _good(*read_checkpoint(args.resume), config)
+    if args.finetune:
+        path, checkpoint = read_source(args.finetune)
+        vetting.check_flags(checkpoint, path)
+        return Start("finetune", path, checkpoint)
+    if args.eval:
+        raise UserError("--eval evaluates a checkpoint: name it with --resume FILE"
+                        if args.resume != "auto" else f"--resume auto: {args.output_dir} holds no checkpoint yet")
+    return Start()
+
+
+def read_checkpoint(location: str) -> tuple[str, dict[str, Any]]:
+    return location, in_our_layout(load_file(fetch(location)), location)
+
+
+def _good(path: str, checkpoint: dict[str, Any], config: Config, of_a_run: bool = False) -> Start:
+    """What resumes or evaluates from this checkpoint. Raises UserError where that would fail later, or spoil the weights.
+
+    of_a_run: it must have all that a run of this program writes, as --resume auto finds it."""
+    check_entries(checkpoint, path, complete=of_a_run)
+    vetting.check_flags(checkpoint, path)
+    start = Start("eval" if config.args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
+    assert start.spec is not None
+    model = vetting.check_weights(start.spec, checkpoint, path)
+    if checkpoint.get("model_ema"):
+        vetting.check_weights(start.spec, checkpoint, path, "model_ema")
+    if start.purpose == "resume":
+        _check_state(model.to_empty(device="cpu"), start, config)      # memory that nothing touches
+    return start
+
+
+def _check_state(model: nn.Module, start: Start, config: Config) -> None:
+    args, epoch = settle(config, start, Process()).args, start.checkpoint.get("epoch", -1)
+    planned = checkpoint_args(start.checkpoint).get("epochs")
+    if type(planned) is int and epoch >= planned:
+        raise UserError(f"checkpoint {start.path}: its epoch {epoch} lies beyond the {planned} that it was trained for: get it "
+                        "from its source again, or start a new run from its weights with --finetune")
+    validate(args, 1 if config.args.resume != start.path else world_size_of_launch())
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    optimizer = build_optimizer(args, model, 1.0)
+    vetting.check_optimizer(optimizer, start.checkpoint.get("optimizer"))
+    vetting.check_scaler(start.checkpoint.get("scaler"), start.path)
+    if args.sched == "plateau":
+        scheduler: Any = build_scheduler(args, optimizer, 1)
+        stored = start.checkpoint.get("lr_scheduler") or {}
+        own = {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": [1.0] * len(optimizer.param_groups)}
+        if not own.keys() <= stored.keys() or not all(vetting.same_kind(own[key], stored[key]) for key in own):
+            raise UserError(f"checkpoint {start.path}: its 'lr_scheduler' is not that of --sched plateau, which it was trained "
+                            "with: get it from its source again, or start a new run from its weights with --finetune")
+
+
+def _newest(output_dir: str, evaluate: bool) -> Start | None:
+    """The newest good checkpoint of a run; None where the run has written none."""
+    if not output_dir:
+        raise UserError("--resume auto goes on with the run in --output_dir: give that folder")
+    # by the checkpoint's own flags: one on the command line that contradicts them is another mistake, told by `settle`
+    own = parse_args(["--eval"] if evaluate else [])
+    failures = []
+    for path in saved_checkpoints(Path(output_dir).expanduser()):
+        try:
+            start = _good(str(path), load_file(path), own, of_a_run=not evaluate)
+        except UserError as error:
+            say(f"warning: {error}", file=sys.stderr)
+            failures.append(path.name)
+            continue
+        if failures:
+            epoch, step = start.checkpoint.get("epoch", -1) + 1, start.checkpoint.get("step")
+            say(f"warning: going on from the earlier {path}, epoch {epoch}{f', step {step}' if step else ''}", file=sys.stderr)
+        return start
+    if failures:
+        raise UserError(f"--resume auto: {' and '.join(failures)} in {output_dir} cannot be read or used (see above): name "
+                        "another file with --resume, or start a new run in another folder")
+    say(f"--resume auto: {output_dir} holds no checkpoint yet, a new run begins")
+    return None
+
+
+def read_source(source: str) -> tuple[str, dict[str, Any]]:
+    """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights."""
+    if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists():
+        return read_checkpoint(source)
+    if not timm.is_model(source.split(".")[0]):
+        raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm "
+                        f"model{meant_model(source)}: check it; a model on the Hub is written {HUB}OWNER/NAME")
+    quiet_hub()
+    say(f"fetching the weights of {source} from timm's hub")
+    try:
+        model: Any = timm.create_model(source, pretrained=True)
+        return source, {"model": model.state_dict(), "args": preparation(source, model.pretrained_cfg)}
+    except Exception as error:      # the hub's client raises many kinds
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+        raise UserError(f"--finetune {source}: timm's weights cannot be had ({reason}): check the name and the "
+                        "connection, or give a downloaded file") from error
+
+
+def _spec(checkpoint: dict[str, Any], path: str, config: Config) -> ModelSpec:
+    spec = vetting.described(checkpoint, path)
+    if spec:
+        return spec
+    name = config.args.model if "model" in config.given else checkpoint_args(checkpoint).get("model")
+    name = name if isinstance(name, str) else None
+    if name and models_kan.split_name(name)[0] is None and timm.is_model(name):
+        return ModelSpec(name)
+    with vetting.strangers(f"checkpoint {path}"):
+        told = config.args.input_size if "input_size" in config.given else checkpoint_args(checkpoint).get("input_size")
+        return infer_model(weights_of(checkpoint, path), {"model": name, "input_size": told})
+
+
+# ---------------------------------------------------------------- the flags
+def settle(config: Config, start: Start, process: Process) -> Config:
+    """Effective flags: given < checkpoint's < the folder's, model's and machine's own < default (see `resolve`)."""
+    stored = checkpoint_args(start.checkpoint)
+    if start.spec:
+        shape = {"model": start.spec.name, "input_size": start.spec.kwargs.get("img_size")}
+        shape |= {key: start.spec.kwargs.get(key) for key in KAN_OPTIONS}
+        stored |= {key: value for key, value in shape.items() if value is not None}
+    found = None
+    if start.purpose != "resume" and "data_set" not in config.given:
+        found = guess_data_set(config.args.data_path)
+    config = resolve(config, stored, purpose=start.purpose, models_own=models_kan.own_options(start.spec) if start.spec else None)
+    if found:
+        config = _with(config, data_set=found, source="data folder")
+    if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
+        config = _with(config, val_split=VAL_SPLIT, source="data folder")       # where it is evaluated it comes from here
+    if "exif_orientation" not in config.sources:
+        if start.purpose in ("resume", "eval") and stored.get("data_set") == "FOLDER" and "exif_orientation" not in stored:
+            config = _with(config, exif_orientation=False, source="checkpoint")     # of a version that turned nothing
+        elif config.args.data_set == "FOLDER" and not looks_like_imagenet(config.args.data_path):
+            config = _with(config, exif_orientation=True, source="data folder")
+    config = with_own_preparation(with_own_input_size(config), stored)
+    if "num_workers" not in config.given:
+        config = _with(config, num_workers=min(config.args.num_workers, cores()), source="machine")
+    return config
+
+
+def _with(config: Config, source: str, **values) -> Config:
+    return replace(config, args=Namespace(**{**vars(config.args), **values}),
+                   sources={**config.sources, **dict.fromkeys(values, source)})
+
+
+def with_own_input_size(config: Config) -> Config:
+    """--input-size of the model where nothing else says it."""
+    name = config.args.model
+    cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    if cfg is None or "input_size" in config.sources:
+        return config
+    return _with(config, input_size=one_or_two(cfg.input_size[-2:]), source="model")
+
+
+def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared for a model of timm's with a pretrained configuration: the flags `PREPARATION`. For this project's
+    models and DeiT's as in DeiT's code, which are the flags' defaults."""
+    name = name.split(".")[0]
+    if models_kan.split_name(name)[0] or is_model_in_modules(name, ["deit"]):
+        return {dest: get_args_parser().get_default(dest) for dest in sorted(PREPARATION)}
+    own = resolve_data_config(pretrained_cfg=dict(cfg))
+    return plain({"eval_crop_ratio": own["crop_pct"], "crop_mode": own["crop_mode"], "interpolation": own["interpolation"],
+                  "mean": own["mean"], "std": own["std"]})
+
+
+def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:
+    """The flags `PREPARATION` of the model's own pretrained configuration where nothing else says them.
+
+    stored: a checkpoint's flags; one that tells a part of it was trained with the defaults of the rest."""
+    name = config.args.model
+    cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    if cfg is None or any(stored.get(dest) for dest in PREPARATION):
+        return config
+    own = {dest: value for dest, value in preparation(name, cfg.to_dict()).items()
+           if dest not in config.sources and value != getattr(config.args, dest)}
+    return _with(config, "model", **own)
+
+
+def meant_model(name: str) -> str:
+    """' (did you mean X?)' of a model's name that is none, or ''."""
+    architecture, dot, tag = name.partition(".")
+    close = nearest(architecture, [*timm.list_models(), *models_kan.registered_models()])
+    return f" (did you mean {close}{dot}{tag}?)" if close else ""

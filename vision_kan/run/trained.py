@@ -1,0 +1,189 @@
+"""A trained model out of a checkpoint, ready to be used, and images to use it on: what the tools begin with."""
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from timm.data import ImageNetInfo
+from timm.layers import to_2tuple
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from models_kan import ModelSpec
+from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url
+from vision_kan.checkpoints.read import checkpoint_args, weights_of
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process, choose_device
+from vision_kan.common.text import plain
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import PREPARATION
+from vision_kan.config.resolve import Config, parse_args
+from vision_kan.data.folders import find_images
+from vision_kan.data.images import FileImages, ImageSet, Split
+from vision_kan.data.transforms import is_small
+from vision_kan.data.workers import batches
+from vision_kan.models import vetting
+from vision_kan.models.infer import load_exactly
+from vision_kan.run.build import build_model, choose_backend
+from vision_kan.run.starting import read_start, settle
+
+WEIGHTS = ("model", "model_ema")        # keys of a checkpoint
+_STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
+
+
+@dataclass
+class Trained:
+    """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
+    effective flags; `args.input_size` and those of `config.PREPARATION` say how images are prepared. class_names: one for each
+    output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer. weights: the key
+    in `WEIGHTS` of those that the model has. results: what the checkpoint says of these very weights (`engine.result_of`), on
+    images that were prepared as they are now; None where it says nothing."""
+    model: nn.Module
+    spec: ModelSpec
+    config: Config
+    class_names: list[str]
+    path: str
+    about: dict[str, Any]
+    weights: str = "model"
+    results: dict[str, Any] | None = None
+
+    @property
+    def args(self) -> Namespace:
+        return self.config.args
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How an image is prepared, as `timm.data.create_transform` takes it: the same tensor as here. At 32 px and below that is
+        so for an image that has the size already; a larger one is resized to it whole, where here it is cropped."""
+        args, size = self.args, self.args.input_size
+        return {"input_size": (3, *to_2tuple(size)), "crop_pct": 1.0 if is_small(size) else args.eval_crop_ratio,
+                "crop_mode": args.crop_mode, "interpolation": args.interpolation, "mean": tuple(args.mean),
+                "std": tuple(args.std)}
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the flags, or the checkpoint's own, name a data set whose images are at hand."""
+        return bool(self.args.data_path) or self.args.data_set.startswith(("DIGITS", "hfds/", "hfids/"))
+
+
+def load_trained(location: str, *, weights: str = "model", device: str = "auto", flags: Sequence[str] = ()) -> Trained:
+    """The model of a checkpoint: ours, the original Vision-KAN's, DeiT's, a .safetensors file or folder of ours, or a URL of
+    one, or hf-hub:OWNER/NAME.
+
+    Args:
+        weights: which of `WEIGHTS`. device: as --device. flags: further ones of main.py's, such as --data-path DIR.
+    Raises: UserError for anything that `main.py --eval --resume` refuses."""
+    config = parse_args(["--eval", "--resume", location, "--device", device, *flags])
+    start = read_start(config)
+    config = settle(config, start, Process())
+    validate(config.args)       # a file may say anything
+    if weights != "model" and not start.checkpoint.get(weights):
+        raise UserError(f"checkpoint {start.path} holds no {weights}: leave out --weights {weights}")
+    state = weights_of(start.checkpoint, start.path, weights)
+    spec = start.spec
+    assert spec is not None
+    if "num_classes" not in spec.kwargs:        # another model of timm's
+        spec = ModelSpec(spec.name, {**spec.kwargs, "num_classes": vetting.check_weights(
+            spec, start.checkpoint, start.path).num_classes})
+    model: Any
+    model, spec = build_model(spec, config)
+    load_exactly(model, state, f"{weights} in checkpoint {start.path}")
+    chosen = choose_device(device)
+    with redirect_stdout(sys.stderr):       # a tool's standard output is its result
+        choose_backend(config, spec, model, chosen)
+    model = model.to(chosen).eval().requires_grad_(False)
+    about = {key: value for key, value in start.checkpoint.items() if key not in _STATE and not isinstance(value, Tensor)}
+    flags_then = checkpoint_args(about)
+    same = all(plain(getattr(config.args, key)) == flags_then[key] for key in PREPARATION & flags_then.keys())
+    results = about.get("results", {}).get(weights) if same else None
+    return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about, weights, results)
+
+
+def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:
+    """A checkpoint's own names of its classes, with words for those of ImageNet; else ImageNet's for 1000, else numbers."""
+    info = ImageNetInfo()
+    words = dict(zip(info.label_names(), info.label_descriptions()))
+    names = about.get("class_names")
+    if not isinstance(names, list) or len(names) != num_classes:
+        names = info.label_names() if num_classes == info.num_classes() else [str(number) for number in range(num_classes)]
+    return [words.get(name, name) for name in names]
+
+
+# ---------------------------------------------------------------- images
+def image_files(places: Sequence[str | Path]) -> list[Path]:
+    """The files among `places`, and all images in and below the folders among them (`folders.find_images`), by name. Raises
+    UserError for a place that does not exist, and for a folder without images."""
+    found: list[Path] = []
+    for place in map(Path, places):
+        if place.is_dir():
+            inside = sorted(map(Path, find_images(str(place))))
+            if not inside:
+                raise UserError(f"{place} holds no images: name a folder with some, or files")
+            found += inside
+        elif place.exists():
+            found.append(place)
+        else:
+            raise UserError(f"{place} does not exist: check the path")
+    return list(dict.fromkeys(found))
+
+
+class Pictures:
+    """Image files as the model takes them, in batches of (images float32 [B, 3, S, S], indices into `files` int64 [B]).
+    One that cannot be read is left out, and named on stderr; `unreadable` tells those met so far. They are turned upright as
+    their EXIF orientation says, unless the flags or the training's own say no.
+
+    workers: loader processes; by default as many as --num_workers and the files allow."""
+
+    def __init__(self, files: Sequence[Path], args: Namespace, batch_size: int = 64, workers: int | None = None):
+        self.files = list(files)
+        args = Namespace(**{**vars(args), "exif_orientation": args.exif_orientation is not False})
+        self.data = ImageSet(Split(FileImages(list(map(str, files))), np.arange(len(files)), []), False, args)
+        if workers is None:
+            workers = min(args.num_workers, len(files) // batch_size)
+        self.loader = DataLoader(self.data, batch_size, num_workers=workers, generator=torch.Generator())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, indices in batches(self.loader):
+            if (readable := indices >= 0).any():
+                yield images[readable], indices[readable]
+
+    @property
+    def unreadable(self) -> list[Path]:
+        return [self.files[index] for index in self.data.unreadable.nonzero().flatten().tolist()]
+
+
+def as_seen(image: Tensor, args: Namespace) -> Tensor:
+    """[3, S, S], 0 to 1, to be shown: an image as the model takes it, its normalisation by --mean and --std undone."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (args.mean, args.std))
+    return (image * std + mean).clamp(0, 1)
+
+
+def beside(checkpoint: str, ending: str) -> Path:
+    """Where a tool writes that is not told: the checkpoint's name with this ending in place of its suffix, beside it; of a URL
+    or of a model on the Hub here."""
+    on_the_hub = checkpoint.startswith(HUB)
+    if on_the_hub or is_url(checkpoint):
+        path = Path(Path(urlparse(checkpoint).path).name)
+    else:
+        path = Path(checkpoint.removeprefix(LOCAL)).expanduser()
+    return path.with_name(f"{path.name if on_the_hub or path.is_dir() else path.stem}{ending}")
+
+
+def told(results: Mapping[str, Any]) -> str:
+    """Results as `engine.result_of` gives them, in words."""
+    split = f", {results['split']}" if results["split"] else ""
+    return (f"top-1 {results['acc1']:.2f} top-5 {results['acc5']:.2f} ({results['images']} images of {results['data_set']}"
+            f"{split})")

@@ -1,0 +1,86 @@
+"""--debug-nan: keep the batches of an update that was not finite, compute them again, and name the layer."""
+from collections import deque
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vision_kan.common.seeds import seed_everything
+from vision_kan.training.criterion import Criterion, loss_of
+
+
+class KeptBatches:
+    """The last batches that the model saw, after mixup; as many as two updates have (see engine.Updater's `late`)."""
+
+    def __init__(self, accumulate: int = 1):
+        self.accumulate = accumulate
+        self.batches: deque[tuple[int, Tensor, Tensor]] = deque(maxlen=2 * accumulate)
+
+    def note(self, step: int, images: Tensor, targets: Tensor) -> None:
+        self.batches.append((step, images, targets))
+
+    def of_update(self, step: int) -> list[tuple[int, Tensor, Tensor]]:
+        """The batches of the update that was made after batch `step`."""
+        return [batch for batch in self.batches if step // self.accumulate == batch[0] // self.accumulate]
+
+
+def replay(model: nn.Module, criterion: Criterion, batches: list[tuple[int, Tensor, Tensor]], context,
+           scale: float, key: tuple[int, int, int], file: Path | None) -> str:
+    """Forward and backward of an update's batches once more, with the same random numbers; returns a sentence on what became
+    infinite or nan first.
+
+    Args:
+        model: with the weights that the update started from, not wrapped. criterion: as in engine.train_one_epoch.
+        context: called for the autocast context. scale: of the loss (float16). key: seed, epoch, rank.
+        file: gets {"images", "targets", "step", "seed", "epoch", "rank", "model"}, for a look at home; None keeps nothing.
+    Raises: OSError where the file cannot be written.
+    """
+    seed, epoch, rank = key
+    for step, images, targets in batches:
+        seed_everything(seed, epoch, step, rank)
+        found = _first_not_finite(model, criterion, images, targets, context, scale)
+        if found:
+            break
+    else:
+        step, images, targets = batches[-1]
+        found = "nothing on this process"
+    if file is not None:
+        torch.save({"images": images.cpu(), "targets": targets.cpu(), "step": step, "seed": seed, "epoch": epoch, "rank": rank,
+                    "model": dict(model.state_dict())}, file)
+    return f"--debug-nan: replayed step {step + 1} of epoch {epoch}, not finite: {found}" + (f"; batch and weights are in {file}"
+                                                                                           if file else "")
+
+
+def _first_not_finite(model: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor, context,
+                      scale: float) -> str:
+    first: list[str] = []
+
+    def look(name: str):
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [tensor for tensor in (output if isinstance(output, (tuple, list)) else [output])
+                       if isinstance(tensor, Tensor)]
+            if not first and not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                arrived = [tensor.detach().abs().max().item() for tensor in inputs if isinstance(tensor, Tensor)]
+                first.append(f"the output of {name} ({type(module).__name__}; largest input {max(arrived, default=0):.4g})")
+        return hook
+
+    if not bool(images.isfinite().all()):
+        return "the images themselves"
+    model.zero_grad(set_to_none=True)
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if next(module.children(), None) is None:
+                stack.callback(module.register_forward_hook(look(name)).remove)
+        with context():
+            loss = loss_of(model, criterion, images, targets)
+    if first:
+        return first[0]
+    if not bool(loss.isfinite()):
+        return f"the loss ({loss.item()}), from finite outputs"
+    (loss * scale).backward()
+    # the gradient arrives at the last layers first
+    wrong = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+    model.zero_grad(set_to_none=True)
+    return f"the gradient of {wrong[-1]} (and {len(wrong) - 1} more tensors)" if wrong else ""

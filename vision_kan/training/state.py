@@ -1,0 +1,183 @@
+"""Everything that changes while training, and that a run resumes from."""
+from dataclasses import dataclass, field
+from inspect import signature
+from typing import Any
+
+import torch
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process, gather_number
+from vision_kan.common.text import plain
+
+# ---------------------------------------------------------------- state
+PROGRESS = ("step", "position", "losses", "seconds", "skipped")    # of TrainState: how far the epoch is
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training. `model` is the plain one, without DistributedDataParallel."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    epoch: int = 0                  # the next one, or the one that is under way
+    step: int = 0                   # batches of it that are done
+    position: int = 0               # where its order goes on, over all processes (see RASampler)
+    losses: list[float] = field(default_factory=list)   # sums of the epoch's losses so far, one for each process
+    seconds: float = 0.0            # that the epoch has taken so far
+    skipped: int = 0                # updates in a row that float16's loss scaling has skipped
+    max_accuracy: float = 0.0       # best top-1 in percent, raw model
+    max_accuracy_ema: float = 0.0
+    epochs_without_best: int = 0    # in a row that neither of the two has risen
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)    # of the last epoch's weights, by their key: `result_of`
+
+    def state_dict(self) -> dict[str, Any]:
+        """DeiT's keys and ours; `epoch` is the last finished one as in DeiT's files."""
+        return {"model": dict(self.model.state_dict()), "optimizer": plain(self.optimizer.state_dict()),
+                "lr_scheduler": plain(_state_of(self.scheduler)), "scaler": plain(self.scaler.state_dict()),
+                "model_ema": dict(self.ema.module.state_dict()) if self.ema else None,
+                "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema,
+                "epochs_without_best": self.epochs_without_best,
+                "results": {} if self.position else self.results,       # within an epoch the weights are others
+                **{key: getattr(self, key) for key in PROGRESS}}
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.step, self.position, self.losses, self.seconds = 0, 0, [], 0.0
+
+    def fit_launch(self, batch_size: int, process: Process) -> str:
+        """Let the epoch go on at its position with another batch size or number of processes; returns a sentence on what
+        cannot be exact then, or ''.
+
+        batch_size: images of a batch of one process."""
+        step = self.position // (batch_size * process.world_size)
+        if not self.position or (step == self.step and len(self.losses) == process.world_size):
+            return ""
+        mean = sum(self.losses) / max(1, len(self.losses)) / max(1, self.step)
+        self.step, self.losses = step, [mean * step] * process.world_size
+        return (f"the epoch goes on at image {self.position} of its order in other batches than before (--batch-size or the "
+                "number of processes): the order of the images and their augmentation stay; mixup, dropout and the updates "
+                "cannot be those of the run as it was")
+
+    def note_best(self, results: dict[str, dict[str, float]]) -> tuple[str, ...]:
+        """Raise the best accuracies; returns the names under which this epoch's checkpoint is kept too.
+
+        results: of `evaluate`, under "test" for the raw model and "ema_test" for the average."""
+        also = []
+        if results["test"]["acc1"] > self.max_accuracy:
+            self.max_accuracy = results["test"]["acc1"]
+            also.append("best_checkpoint.pth")
+        if "ema_test" in results and results["ema_test"]["acc1"] > self.max_accuracy_ema:
+            self.max_accuracy_ema = results["ema_test"]["acc1"]
+            also.append("best_ema_checkpoint.pth")
+        self.epochs_without_best = 0 if also else self.epochs_without_best + 1
+        return tuple(also)
+
+    def patience_is_over(self, patience: int, process: Process) -> bool:
+        """--patience: whether there was no new best for so many epochs; 0: never. Alike on all processes, as process 0 has
+        counted."""
+        if not patience:
+            return False
+        return gather_number(torch.tensor(float(self.epochs_without_best), device=process.device), process)[0] >= patience
+
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Raises UserError if the optimizer's state is of another model or optimizer."""
+        try:
+            stored = checkpoint["optimizer"]
+            groups = [{**theirs, **{key: value for key, value in own.items() if isinstance(value, torch.dtype)}}
+                      for own, theirs in zip(self.optimizer.param_groups, stored["param_groups"], strict=True)]     # kept as text
+            stored = {**stored, "param_groups": groups}
+            if "rng_state" in stored:       # Kron's, which Python takes as tuples alone
+                stored["rng_state"] = tuple(tuple(part) if isinstance(part, list) else part for part in stored["rng_state"])
+            self.optimizer.load_state_dict(stored)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the checkpoint's optimizer state does not fit ({error}): resume with the flags it was "
+                            "trained with, or start a new run from its weights with --finetune") from error
+        self.model.load_state_dict(checkpoint["model"])
+        if self.ema:
+            # a run that begins to average only now averages from its present weights on
+            self.ema.module.load_state_dict(checkpoint.get("model_ema") or checkpoint["model"])
+        if checkpoint.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.epoch = checkpoint.get("epoch", self.epoch - 1) + 1
+        for key in PROGRESS:        # a file of DeiT's or of an earlier version is of an epoch's end
+            setattr(self, key, checkpoint.get(key, getattr(self, key)))
+        self.max_accuracy = checkpoint.get("max_accuracy", 0.0)
+        self.max_accuracy_ema = checkpoint.get("max_accuracy_ema", 0.0)
+        self.epochs_without_best = checkpoint.get("epochs_without_best", 0)
+        self.results = checkpoint.get("results", {})
+        if isinstance(self.scheduler, PlateauLRScheduler):
+            # the only schedule with a memory; all others are functions of the epoch, so that --epochs and the
+            # batch size may change
+            self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            self.scheduler.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"]["plateau"])
+            self.scheduler.restore_lr = checkpoint["lr_scheduler"]["restore_lr"]
+
+
+def _state_of(scheduler: Scheduler) -> dict[str, Any]:
+    if not isinstance(scheduler, PlateauLRScheduler):
+        return scheduler.state_dict()
+    # timm's leaves out for how long the schedule has waited, and the rate under the noise
+    return {**scheduler.state_dict(), "plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": scheduler.restore_lr}
+
+
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether the forward pass changes buffers (BatchNorm)."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def distributed(model: nn.Module, process: Process) -> nn.Module:
+    """`model`, its gradients averaged over the processes where there are several."""
+    if process.world_size == 1:
+        return model
+    # grids are buffers too: to send them before each forward pass would make every process wait there for nothing
+    known = signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"       # the older name
+    options: dict[str, Any] = {name: has_running_statistics(model)}
+    return DistributedDataParallel(model, [process.device] if process.device.type == "cuda" else None, **options)
+
+
+class MovingAverage(ModelEmaV3):
+    """timm's average, bit for bit, over lists of tensors that are made once: to walk through a model's state costs more time
+    than the average itself.
+
+    The model's and the average's tensors must stay the same ones, as `load_state_dict` and optimizers leave them."""
+
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        super().__init__(model, *args, **kwargs)
+        # infinity less infinity is not a number: limits that are none are taken over as they are
+        self.infinite = {name for name, value in self.module.named_buffers() if value.isinf().any()}
+        self.made_for = 0       # id of the model
+        self.pairs: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]] = ([], [], [], [])
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        if not self.foreach:        # it is kept on another device
+            super().apply_update_(model, decay)
+            for name in self.infinite:
+                self.module.get_buffer(name).copy_(model.get_buffer(name))
+            return
+        if self.made_for != id(model):
+            self.made_for = id(model)
+            self.pairs = ([], [], [], [])
+            for (name, average), value in zip(self.module.state_dict().items(), model.state_dict().values()):
+                first = 0 if average.is_floating_point() and name not in self.infinite else 2
+                self.pairs[first].append(average)
+                self.pairs[first + 1].append(value)
+        averages, values, own_counts, counts = self.pairs
+        if all(a.dtype == b.dtype == torch.float32 for a, b in zip(averages, values)):
+            torch._foreach_lerp_(averages, values, 1. - decay)
+        else:
+            self._foreach_lerp_(averages, values, 1. - decay)
+        if counts:
+            torch._foreach_copy_(own_counts, counts)
+
+
+def lr_of(optimizer: torch.optim.Optimizer) -> float:
+    """The rate of the group with the largest: with --layer-decay that is the head's. Without --kan-lr-mult."""
+    return max(group["lr"] for group in optimizer.param_groups if "kan_multiple" not in group)

@@ -1,0 +1,250 @@
+"""One update: gradients of a group of batches, clipping, optimizer, and what the host learns of it."""
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vision_kan.common import peers
+from vision_kan.common.errors import TrainingFailed
+from vision_kan.common.process import Process
+from vision_kan.training.criterion import Criterion, loss_of
+from vision_kan.training.debug_nan import KeptBatches, replay
+from vision_kan.training.precision import autocast
+from vision_kan.training.state import TrainState, has_running_statistics, lr_of
+
+
+# ---------------------------------------------------------------- what the processes agree on
+@dataclass(frozen=True)
+class Wishes:
+    """What this process would like to happen at the next update; what one wishes holds for all."""
+    signal: int = 0         # number of the signal that asks the run to stop
+    save: bool = False
+
+
+class Report(NamedTuple):
+    """An update, seen afterwards and alike on all processes; all are numbers of one tensor."""
+    trouble: float          # 0: the loss is finite, 1: infinite, 2: not a number
+    process: float          # where, counted from 1
+    signal: float
+    save: float
+    loss: float             # largest of the processes'
+    skip: float             # 1: loss or gradient are not finite, nothing was updated
+    norm: float             # of the gradient
+    step: float
+    lr: float
+
+
+class Exchange:
+    """The largest value of each number over the processes: begun at one moment, read at a later one, so that a GPU need
+    not be waited for."""
+
+    def __init__(self, process: Process):
+        self.process = process
+        self.begun: deque[tuple[Tensor, Any]] = deque()
+
+    def largest(self, numbers: Tensor) -> Tensor:
+        if self.process.world_size > 1:
+            dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers
+
+    def begin(self, numbers: Tensor) -> None:
+        """Start to bring `numbers` (float32 [n], on the device) to the host."""
+        host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
+        host.copy_(numbers, non_blocking=True)      # numbers may be overwritten before they are read
+        event = None
+        if numbers.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self.begun.append((host, event))
+
+    def read(self) -> list[float]:
+        """The numbers begun first and not yet read."""
+        numbers, event = self.begun.popleft()
+        if event is not None:
+            event.synchronize()
+        return numbers.tolist()
+
+
+class StopRequested(Exception):
+    """A signal has asked for the end, and all processes are at the same point."""
+
+    def __init__(self, signal: int):
+        self.signal = signal
+
+
+class NonFinite(TrainingFailed):
+    """Loss or gradient are not finite; the weights are those before that update, whose last batch is `step`."""
+
+    def __init__(self, text: str, step: int):
+        super().__init__(text)
+        self.step = step
+
+
+class Updater:
+    """Computes the gradients of batches, and makes the updates of optimizer and moving average from them: none where the loss
+    on any process or the gradient is not finite.
+
+    Whether it is, is known on the device at once and on the host one update later (`late`), so that a GPU is not waited
+    for. With `late` the optimizer must take `found_inf`, as PyTorch's fused ones do, and the average follows one update
+    behind, which is the same where the forward pass changes no buffers. It then reads its learning rates on the device too,
+    in float32. What the device needs and what it answers is in tensors that stay the same, as CUDA graphs want it (captured.py).
+
+    Args:
+        net: state.model, wrapped for several processes where there are some. criterion: as in `train_one_epoch`.
+    """
+    MAX_SKIPS = 20      # by float16's loss scaling in a row: it halves at each, from 65,536 to 1/16
+
+    def __init__(self, net: nn.Module, state: TrainState, criterion: Criterion, process: Process, *,
+                 amp_dtype: torch.dtype = torch.float32, clip_grad: float | None = None, late: bool | None = None):
+        self.net, self.state, self.criterion, self.process = net, state, criterion, process
+        self.amp_dtype, self.clip_grad = amp_dtype, clip_grad
+        self.late = can_read_late(state, process.device) if late is None else late
+        self.exchange = Exchange(process)
+        self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
+        # on the device: what is the matter with the group's losses (see Report), the largest, and what `_send` sends
+        self.trouble, self.loss = torch.zeros((), device=process.device), torch.zeros((), device=process.device)
+        self.sent = torch.zeros(5 + len(state.optimizer.param_groups), device=process.device)
+        self.begin()
+
+    def begin(self) -> None:
+        """An epoch begins."""
+        self.signal, self.save = 0, False       # what was asked for by any process in the reports read so far
+        self.number_of: Callable[[int], int] = lambda step: step + 1    # of the run's updates, for the average's warm-up
+        self._new_group()
+
+    def _new_group(self) -> None:
+        self.trouble.zero_()
+        self.loss.zero_()
+
+    def add_gradients(self, images: Tensor, targets: Tensor, group: int, where: str = "") -> Tensor:
+        """Forward and backward pass of one of the `group` batches of an update; returns its loss, a scalar without gradient."""
+        with autocast(self.process.device, self.amp_dtype):
+            loss = loss_of(self.net, self.criterion, images, targets)
+        peers.mark(f"the backward pass of {where}")
+        self.state.scaler.scale(loss / group).backward(create_graph=getattr(self.state.optimizer, "is_second_order", False))
+        loss = loss.detach()
+        value = loss.float()
+        self.trouble.copy_(torch.maximum(self.trouble, value.isinf() + 2. * value.isnan()))
+        self.loss.copy_(torch.maximum(self.loss, value.nan_to_num(0.)))
+        return loss
+
+    def update(self, step: int, wishes: Wishes) -> None:
+        """Apply the gradients that the batches up to `step` left. Raises TrainingFailed, on all processes at once."""
+        self._send(step, wishes)
+        report, norm, skip = self._measure()
+        self.exchange.begin(report)
+        if self.late:
+            self._settle(1)
+        done = self.late or not self._read().skip
+        if done:
+            self._apply(norm, skip)
+        self.state.scaler.update()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self._new_group()
+        if done and not self.late:
+            self._average(step)
+
+    def _send(self, step: int, wishes: Wishes) -> None:
+        """The host's numbers of this update to the device."""
+        optimizer = self.state.optimizer
+        numbers = [self.process.rank + 1, wishes.signal, wishes.save, step, lr_of(optimizer),
+                   *(group["lr"] for group in optimizer.param_groups)]
+        self.sent.copy_(torch.tensor(numbers, dtype=torch.float32, pin_memory=self.sent.is_cuda), non_blocking=True)
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Unscale the gradients and agree on what this update is: the numbers of its Report, the gradient's norm, and 1. where
+        nothing may change by it."""
+        self.state.scaler.unscale_(self.state.optimizer)
+        norm = nn.utils.get_total_norm([p.grad.detach() for p in self.parameters if p.grad is not None]).float()
+        where, signal, save = self.sent[:3]
+        agreed = self.exchange.largest(torch.stack([self.trouble, where * (self.trouble > 0), signal, save, self.loss]))
+        skip = ((agreed[0] > 0) | ~norm.isfinite()).float()
+        return torch.cat([agreed, torch.stack([skip, norm]), self.sent[3:5]]), norm, skip
+
+    def _apply(self, norm: Tensor, skip: Tensor) -> None:
+        """Clip the gradients and make the optimizer's step; late: none where skip is 1."""
+        optimizer = self.state.optimizer
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        if self.late:
+            optimizer.found_inf = skip      # type: ignore[attr-defined]  # what fused optimizers look for
+        with _reading(optimizer, self.sent[5:]) if self.late else nullcontext():
+            optimizer.step()
+
+    def _read(self) -> Report:
+        report = Report(*self.exchange.read())
+        self.signal, self.save = max(self.signal, int(report.signal)), self.save or bool(report.save)
+        state = self.state
+        if report.skip and (report.trouble or not state.scaler.is_enabled()):
+            raise NonFinite(_non_finite(report, state.epoch, self.process), int(report.step))
+        state.skipped = state.skipped + 1 if report.skip else 0
+        if state.skipped > self.MAX_SKIPS:
+            raise TrainingFailed(f"float16's loss scaling has skipped {state.skipped} updates in a row up to step "
+                                 f"{report.step + 1:.0f} of epoch {state.epoch} (lr {report.lr:.3g}): the gradients overflow at "
+                                 "any scale; the last checkpoint is untouched, use --amp-dtype bfloat16 or float32")
+        return report
+
+    def _average(self, step: int) -> None:
+        """step: the last batch of the update whose weights these are."""
+        ema = self.state.ema
+        if ema is not None:     # without a warm-up timm's first update, told its number, would copy the weights
+            ema.update(self.state.model, self.number_of(step) if ema.use_warmup else None)
+
+    def _settle(self, behind: int) -> None:
+        while len(self.exchange.begun) > behind:
+            report = self._read()
+            if not report.skip:
+                self._average(int(report.step))
+
+    def flush(self) -> None:
+        """Wait for the last update: afterwards the state is whole. Raises TrainingFailed."""
+        self._settle(0)
+
+
+def replay_non_finite(error: NonFinite, state: TrainState, criterion: Criterion, kept: KeptBatches, process: Process,
+                      amp_dtype: torch.dtype, seed: int, folder: str) -> str:
+    """The batches once more, and a sentence on the layer; batch and weights go into `folder`."""
+    file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
+    try:
+        return replay(state.model, criterion, kept.of_update(error.step), lambda: autocast(process.device, amp_dtype),
+                      state.scaler.get_scale(), (seed, state.epoch, process.rank), file)
+    except (OSError, RuntimeError) as error:
+        return f"--debug-nan: {file} could not be written or the batch not be replayed ({str(error).splitlines()[0]})"
+
+
+@contextmanager
+def _reading(optimizer: torch.optim.Optimizer, rates: Tensor) -> Iterator[None]:
+    """While entered, the optimizer reads its groups' learning rates from `rates` on the device, and may be captured."""
+    before: list[dict[str, Any]] = [{key: group[key] for key in ("lr", "capturable") if key in group}
+                                    for group in optimizer.param_groups]
+    for group, old, rate in zip(optimizer.param_groups, before, rates):
+        group.update({**old, "capturable": True, "lr": rate} if "capturable" in old else {"lr": rate})
+    try:
+        yield
+    finally:
+        for group, old in zip(optimizer.param_groups, before):      # floats for the schedules, which write them anew
+            group.update(old)
+
+
+def can_read_late(state: TrainState, device: torch.device) -> bool:
+    """Whether an update can be left undone on the device without the host's knowing: elsewhere each update is waited for,
+    which on a CPU costs nothing."""
+    fused = type(state.optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD) and \
+        all(group.get("fused") for group in state.optimizer.param_groups)
+    return device.type == "cuda" and fused and not (state.ema is not None and has_running_statistics(state.model))
+
+
+def _non_finite(report: Report, epoch: int, process: Process) -> str:
+    where = f" on process {report.process - 1:.0f}" if report.trouble and process.world_size > 1 else ""
+    kind = {0: "gradient became infinite or nan", 1: "loss became infinite", 2: "loss became nan"}[int(report.trouble)]
+    loss = "" if report.trouble else f"loss {report.loss:.4g}, "
+    return (f"the {kind} at step {report.step + 1:.0f} of epoch {epoch}{where} ({loss}lr {report.lr:.3g}, gradient norm "
+            f"{report.norm:.3g}): that update was not made and the checkpoints are untouched; lower --lr, set --clip-grad 1, or "
+            "use --amp-dtype float32, and --debug-nan names the layer")
