@@ -9,7 +9,7 @@ from typing import Any as _Any
 import timm as _timm
 from torch import nn as _nn
 
-import models_kan
+import models_kan as _models_kan
 
 # torch.hub asks for these before an entry point is called
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "yaml", "safetensors", "tqdm"]
@@ -17,11 +17,11 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "yaml", "safeten
 
 def _entry(name: str) -> _partial:
     entry = _partial(_timm.create_model, name)
-    entry.__doc__ = getattr(models_kan, name).__doc__
+    entry.__doc__ = getattr(_models_kan, name).__doc__
     return entry
 
 
-globals().update({name: _entry(name) for name in models_kan.registered_models()})
+globals().update({name: _entry(name) for name in _models_kan.registered_models()})
 
 
 def checkpoint(location: str, weights: str = "model", device: str = "cpu") -> _nn.Module:
@@ -32,7 +32,7 @@ def checkpoint(location: str, weights: str = "model", device: str = "cpu") -> _n
         weights: "model", the trained ones, or "model_ema", their moving average. device: as --device of main.py.
     Returns: the model in evaluation mode. Its `pretrained_cfg` says how images are prepared
         (`timm.data.resolve_model_data_config(model)`) and names the classes, "label_names".
-    Raises: utils.UserError, in a sentence, for anything that is no such checkpoint.
+    Raises: vision_kan.common.errors.UserError, in a sentence, for anything that is no such checkpoint.
     """
     from vision_kan.run.trained import load_trained
     trained = load_trained(location, weights=weights, device=device)

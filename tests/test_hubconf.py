@@ -75,6 +75,6 @@ def test_dependencies_are_what_is_imported():
             and not path.is_relative_to(ROOT / ".venv") and "triton" not in path.name]
     imported = {line.split()[1].split(".")[0] for path in ours for line in path.read_text().splitlines()
                 if line.startswith(("import ", "from "))}
-    others = imported - set(sys.stdlib_module_names) - {path.stem for path in ROOT.glob("*.py")} - {"kernels"}
-    assert ROOT / "trained.py" in ours and others == set(hubconf.dependencies)
+    others = imported - set(sys.stdlib_module_names) - {path.stem for path in ROOT.glob("*.py")} - {"vision_kan"}
+    assert ROOT / "vision_kan/run/trained.py" in ours and others == set(hubconf.dependencies)
     assert all(importlib.util.find_spec(name) for name in hubconf.dependencies)
