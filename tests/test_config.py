@@ -15,10 +15,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from vision_kan.common.errors import UserError
-from vision_kan.config import checks as checks_module
-from vision_kan.config import flags as flags_module
 from vision_kan.config import recipes as recipes_module
-from vision_kan.config.checks import _refuse, validate
+from vision_kan.config import resolve as resolve_module
+from vision_kan.config.checks import validate
 from vision_kan.config.flags import _SCOPES, ADDED_CHOICES, CHANGED_DEFAULTS, SCOPE, get_args_parser
 from vision_kan.config.recipes import dump_yaml
 from vision_kan.config.resolve import Config, describe_sources, parse_args, resolve
@@ -457,12 +456,14 @@ def test_what_the_two_above_would_notice(tmp_path, monkeypatch):
         with pytest.raises(hostile_recipes.Violation, match="a recipe has run code"):
             hostile_recipes.outcome([], canary)
     wrongs = {"KeyError": {}.__getitem__, "still busy": lambda path: time.sleep(9), "is no int": lambda path: {"epochs": 1.0},
-              "no ordinary number": lambda path: {"seed": 2 ** 63}, "no sentence": lambda path: _refuse(None, "", "")}
-    monkeypatch.setattr(checks_module, "validate", lambda *_: None)
-    monkeypatch.setattr(flags_module, "flag_name", lambda dest: "that")
-    monkeypatch.setattr(checks_module, "_refuse", lambda *_: (_ for _ in ()).throw(UserError("bad value")))
+              "no ordinary number": lambda path: {"seed": 2 ** 63}, "no sentence": lambda path: refuse()}
+
+    def refuse():
+        raise UserError("bad value")
+
+    monkeypatch.setattr(hostile_recipes, "validate", lambda *_: None)
     for words, load_recipe in wrongs.items():
-        monkeypatch.setattr(recipes_module, "load_recipe", load_recipe)
+        monkeypatch.setattr(resolve_module, "load_recipe", load_recipe)
         with pytest.raises(hostile_recipes.Violation, match=words):
             hostile_recipes.outcome(argv, canary, seconds=0.5)
 

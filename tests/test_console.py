@@ -19,7 +19,8 @@ from tools import evaluate, inspect_kan, predict, runs
 from vision_kan.common import console, peers
 from vision_kan.common.interruption import Interruption
 
-PROGRAMS = [ROOT / "main.py", ROOT / "run_with_submitit.py", *sorted((ROOT / "tools").glob("*.py"))]
+TOOLS = sorted({*(ROOT / "tools").glob("*.py")} - {ROOT / "tools/common.py"})
+PROGRAMS = [ROOT / "main.py", ROOT / "run_with_submitit.py", *TOOLS]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # A module that stands for one whose import takes long, in the place of the real one.
 SLOW = "import pathlib, time\npathlib.Path({file!r}).touch()\ntime.sleep(100)\n"

@@ -12,7 +12,7 @@ from test_conversion import trained
 import main as program
 from tools import convert
 from vision_kan.checkpoints.read import load_file
-from vision_kan.models import finetune as finetune_module
+from vision_kan.models import conversion as conversion_module
 from vision_kan.models.finetune import load_finetune
 from vision_kan.models.infer import load_exactly
 from vision_kan.run.trained import load_trained
@@ -102,7 +102,7 @@ def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, 
                 model.blocks[0].mlp.phi2.coefficients += 0.1
         return report
 
-    monkeypatch.setattr(finetune_module, "load_finetune", damaged)
+    monkeypatch.setattr(conversion_module, "load_finetune", damaged)
     assert convert.main([str(source), str(tmp_path / "g.safetensors"), "--model", f"{NANO}_GKAN", "--check",
                          str(photos / "val")]) == 1
     assert "differs from its source" in capsys.readouterr().err

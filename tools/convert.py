@@ -17,7 +17,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from vision_kan.common import console
-from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import timm
@@ -30,7 +29,7 @@ from vision_kan.common import peers
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import plain, say
 from vision_kan.config.checks import validate
-from vision_kan.config.flags import PREPARATION
+from vision_kan.config.flags import PREPARATION, parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.config.resolve import parse_args, resolve
 from vision_kan.models import conversion

@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.common import add_model_arguments, loaders_of
 from vision_kan.common import console
-from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import matplotlib
@@ -33,10 +31,12 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from engine import evaluate, summary
+from tools.common import add_model_arguments, loaders_of
 from vision_kan.common import peers
 from vision_kan.common.files import whole
 from vision_kan.common.process import Process
 from vision_kan.common.text import printable, to_json
+from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.images import Images, ImageSet
 from vision_kan.run.folder import versions

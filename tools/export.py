@@ -24,9 +24,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tools.common import add_model_arguments, loaders_of
 from vision_kan.common import console
-from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import timm
@@ -39,6 +37,7 @@ from torch import Tensor, nn
 
 import models_kan
 from engine import evaluate, result_of
+from tools.common import add_model_arguments, loaders_of
 from vision_kan.checkpoints.read import checkpoint_args
 from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
 from vision_kan.checkpoints.write import save_safetensors
@@ -47,7 +46,7 @@ from vision_kan.common.errors import TrainingFailed, UserError
 from vision_kan.common.files import whole
 from vision_kan.common.process import Process
 from vision_kan.common.text import plain, say, shown_size, to_json
-from vision_kan.config.flags import PREPARATION, SCOPE, get_args_parser
+from vision_kan.config.flags import PREPARATION, SCOPE, get_args_parser, parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.run.folder import versions

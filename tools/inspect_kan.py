@@ -16,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tools.common import add_model_arguments, loaders_of
 from vision_kan.common import console
 
 console.starting(__name__)
@@ -25,6 +24,7 @@ from matplotlib.figure import Figure
 from timm.layers import to_2tuple
 from torch import Tensor
 
+from tools.common import add_model_arguments, loaders_of
 from vision_kan.analysis.arriving import Collected, collect_inputs
 from vision_kan.analysis.attention import attention_panels, draw_attention
 from vision_kan.analysis.drawing import functions_figure, png

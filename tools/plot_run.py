@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.common import loaders_of
 from vision_kan.common import console
 
 console.starting(__name__)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from tools.common import loaders_of
 from vision_kan.analysis.arriving import collect_inputs
 from vision_kan.analysis.drawing import draw_functions, png
 from vision_kan.analysis.functions import function_layers

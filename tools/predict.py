@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tools.common import add_model_arguments
 from vision_kan.common import console
-from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import torch
 
+from tools.common import add_model_arguments
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import whole
 from vision_kan.common.text import printable, to_json
+from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.run.trained import Pictures, Trained, image_files, load_trained
 

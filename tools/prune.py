@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tools.common import add_model_arguments, loaders_of, training_images
 from vision_kan.common import console
-from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import matplotlib
@@ -32,6 +30,7 @@ from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate
 from models_kan import KAN_OPTIONS, ModelSpec
+from tools.common import add_model_arguments, loaders_of, training_images
 from vision_kan.analysis.pruning import plans
 from vision_kan.analysis.pruning.calibrate import calibrate
 from vision_kan.analysis.pruning.plans import KINDS, Hidden, Plan, weakest
@@ -43,6 +42,7 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.files import whole
 from vision_kan.common.process import Process
 from vision_kan.common.text import plain, say
+from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import Loaders
 from vision_kan.data.workers import batches

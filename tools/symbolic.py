@@ -23,9 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tools.common import add_model_arguments, loaders_of
 from vision_kan.common import console
-from vision_kan.config.flags import parse_beside_main
 
 console.starting(__name__)
 import matplotlib
@@ -42,6 +40,7 @@ from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate, summary
 from models_kan import FunctionLayer
+from tools.common import add_model_arguments, loaders_of
 from vision_kan.analysis.arriving import watching
 from vision_kan.analysis.functions import EdgeLayer, edge_basis, edge_weights, function_layers, grid_of
 from vision_kan.checkpoints.write import save_safetensors
@@ -50,7 +49,7 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.files import whole
 from vision_kan.common.process import Process
 from vision_kan.common.text import plain, say, to_json
-from vision_kan.config.flags import SCOPE
+from vision_kan.config.flags import SCOPE, parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.workers import batches
 from vision_kan.kernels import rswaf_activation_reference, rswaf_basis
