@@ -1,5 +1,8 @@
 """Who may import whom, and that the package can be imported anywhere."""
 import ast
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -61,11 +64,52 @@ def test_imports_point_down():
     ("vision_kan/run/folder.py", "import utils", "everyone's name"),
     ("vision_kan/models/cost.py", "def late():\n    from vision_kan.models import cost_of\n", "circle")])
 def test_a_planted_violation_is_found(file, line, expected, tmp_path):
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("vision_kan/**/*.py")]:
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
+    copy_of_sources(tmp_path)
     (tmp_path / "vision_kan/models/cost_of.py").write_text("from vision_kan.models import cost\n")
     with open(tmp_path / file, "a") as planted:
         planted.write(f"\n{line}\n")
     assert any(expected in said for said in complaints(tmp_path))
+
+
+# ---------------------------------------------------------------- in other programs
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """A folder of another program, whose modules have everyday names, each of which says so when it is imported."""
+    for name in EVERYDAY | {"config", "checkpoints", "kernels", "start", "trained"}:
+        (tmp_path / f"{name}.py").write_text(f"print('the other program has its own {name}')\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("code", [
+    f"import sys; sys.path.append({str(ROOT)!r})\nimport models_kan, timm\nmake = timm.create_model",
+    f"import torch\nmake = lambda name, **options: torch.hub.load({str(ROOT)!r}, name, source='local', **options)"],
+    ids=["timm", "torch.hub"])
+def test_models_beside_modules_of_everyday_names(code, foreign):
+    code = f"import torch\n{code}\nimport utils, datasets, config\nmodel = make('vit_nano_patch8_32_GKAN', num_classes=3)\n" \
+           "print(model(torch.zeros(1, 3, 32, 32)).shape)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=foreign, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"the other program has its own {name}" for name in ("utils", "datasets", "config")] + [
+        "torch.Size([1, 3])"]
+
+
+def test_what_pip_installs(tmp_path):
+    """The wheel holds the package, two modules of our own names, the kernels' source, and nothing else."""
+    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir",
+                           str(tmp_path), str(copy_of_sources(tmp_path / "source"))], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    wheel, = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"vision_kan", "models_kan.py", "faster_kan.py"}
+    ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("vision_kan/**/*.py")} | {"vision_kan/kernels/cpu.cpp"}
+    assert ours <= set(names)
+
+
+def copy_of_sources(target: Path) -> Path:
+    """What git tracks; building in the clone itself would leave files there."""
+    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).suffix in (".py", ".toml", ".cpp", ".txt") or name == "README.md":
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_bytes((ROOT / name).read_bytes())
+    return target
