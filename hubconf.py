@@ -12,7 +12,7 @@ from torch import nn as _nn
 import models_kan as _models_kan
 
 # torch.hub asks for these before an entry point is called
-dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "yaml", "safetensors", "tqdm"]
+dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "yaml", "safetensors"]
 
 
 def _entry(name: str) -> _partial:

@@ -121,14 +121,14 @@ def test_the_first_losses_are_those_kept(model, golden):
 
 def late(monkeypatch) -> None:
     """The schedule is one update behind."""
-    build_state = program.starting.build_state
+    build_state = program.build_state
 
     def shifted(*args):
         state = build_state(*args)
         step_update = state.scheduler.step_update
         state.scheduler.step_update = lambda update, *more: step_update(max(0, update - 1), *more)
         return state
-    monkeypatch.setattr(program.starting, "build_state", shifted)
+    monkeypatch.setattr(program, "build_state", shifted)
 
 
 @pytest.mark.parametrize("change", ["--seed 1", "--reprob 0", "--lr 1.001e-3", late])

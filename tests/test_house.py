@@ -1,5 +1,6 @@
 """Who may import whom, and that the package can be imported anywhere."""
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,6 +70,16 @@ def test_a_planted_violation_is_found(file, line, expected, tmp_path):
     with open(tmp_path / file, "a") as planted:
         planted.write(f"\n{line}\n")
     assert any(expected in said for said in complaints(tmp_path))
+
+
+def test_readme_draws_the_house():
+    """Each room has its row, in the order of the floors, the highest first."""
+    table = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
+    rows = [re.findall(r"`([\w/]+?)(?:\.py|/)?`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    named = [[name.replace("/", ".") for name in row if name != "tools"] for row in rows]
+    assert sorted(sum(named, [])) == sorted(FLOORS) and set(map(room, imports(ROOT))) - {"vision_kan"} == set(FLOORS)
+    heights = [[FLOORS.index(name) for name in row] for row in named]
+    assert all(min(above) > max(below) for above, below in zip(heights, heights[1:]))
 
 
 # ---------------------------------------------------------------- in other programs

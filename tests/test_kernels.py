@@ -312,7 +312,8 @@ def test_the_ops_reach_their_triton_kernels():
     """Forward and every gradient through the registered ops, a fixed and a trained grid."""
     pytest.importorskip("triton")
     code = """
-import torch, kernels
+import torch
+from vision_kan import kernels
 from vision_kan.kernels import triton_activation, triton_linear
 calls = []
 for module, names in ((triton_activation, ("forward", "backward")),
