@@ -12,7 +12,6 @@ from datasets import build_loaders, calibration_batch
 from engine import ema_model, evaluate, result_of, summary, train_one_epoch
 from losses import build_criterion
 from models_kan import ModelSpec
-from vision_kan.checkpoints.read import weights_of
 from vision_kan.common import peers
 from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
 from vision_kan.common.interruption import UNREAD, Interruption, name_of
@@ -41,7 +40,7 @@ from vision_kan.run.build import (
     description as describe_run,
 )
 from vision_kan.run.folder import RunFolder
-from vision_kan.run.starting import Start, read_start, settle
+from vision_kan.run.starting import Start, effective_config, read_start
 from vision_kan.training import captured, speed
 from vision_kan.training.debug_nan import KeptBatches
 from vision_kan.training.optim import build_state, freeze_all_but_attention, scaled_lr, schedule_warnings
@@ -69,7 +68,7 @@ def run(argv: list[str]) -> int:
     with utils.stop_together(process):
         with utils.main_process_first(process):     # one download, then the cached file
             start = read_start(config)
-        config = settle(config, start, process)
+        config = effective_config(config, start)
         args = config.args
         validate(args, process.world_size)
     if args.deterministic:
@@ -88,7 +87,7 @@ def run(argv: list[str]) -> int:
         if args.compile:
             compile_model(model, process.device, mode=args.compile)
     if table:
-        say(f"weights from {start.path}:\n{table}")
+        say(f"weights from {start.checkpoint.path}:\n{table}")
     if args.eval:
         return evaluate_checkpoint(config, start, model.to(process.device), loaders, process, amp_dtype)
     return train(config, argv, start, model.to(process.device), spec, loaders, process, amp_dtype)
@@ -97,12 +96,11 @@ def run(argv: list[str]) -> int:
 def evaluate_checkpoint(config: Config, start: Start, model: torch.nn.Module, loaders: Loaders,
                         process: Process, amp_dtype: torch.dtype) -> int:
     """Evaluate `model` and `model_ema` of a checkpoint, or a model just made from --finetune."""
-    keys = [key for key in ("model", "model_ema") if start.purpose == "eval" and start.checkpoint.get(key)]
+    keys = [key for key in ("model", "model_ema") if start.purpose == "eval" and start.checkpoint.state.get(key)]
     lines: list[str] = []
     for key in keys or ["model"]:
         if start.purpose == "eval":
-            load_exactly(model, weights_of(start.checkpoint, start.path, key),
-                                    f"{key} in checkpoint {start.path}")
+            load_exactly(model, start.checkpoint.weights(key), f"{key} in checkpoint {start.checkpoint.path}")
         result = evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=config.args.dist_eval, title=key)
         with utils.stop_together(process):
             loaders.check_unreadable(together=True)
@@ -119,7 +117,7 @@ def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module,
     with utils.stop_together(process):
         folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes, args.track or (),
                            args.track_project)
-        if folder.holds_another_run(start.path if start.purpose == "resume" else ""):
+        if folder.holds_another_run(start.checkpoint.path if start.purpose == "resume" else ""):
             raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or "
                             "choose another folder")
     if args.attn_only:
@@ -132,11 +130,11 @@ def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module,
     updates = -(-len(loaders.train) // args.grad_accum)
     state = build_state(args, model, lr, updates, process.device, amp_dtype)
     if start.purpose == "resume":
-        state.load_state_dict(start.checkpoint)
-        loaders.load_unreadable_state(start.checkpoint.get("unreadable") or [])
-        start.checkpoint.clear()        # the state has it now
+        state.load_state_dict(start.checkpoint.state)
+        loaders.load_unreadable_state(start.checkpoint.state.get("unreadable") or [])
+        start.checkpoint.free()
         step = f", step {state.step}" if state.step else ""
-        say(f"resumed from {start.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
+        say(f"resumed from {start.checkpoint.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
     if state.epoch >= args.epochs:
         say(f"the run has finished its {args.epochs} epochs: nothing left to do (raise --epochs to train on)")
         folder.finished(state.epoch)

@@ -1,4 +1,5 @@
 """Checkpoints that are read and written."""
+import ast
 import builtins
 import errno
 import io
@@ -9,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import weakref
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
@@ -21,15 +23,8 @@ from e2e import differences
 from helpers import epochs, forked, sentence
 from safetensors.torch import save_file
 
-from vision_kan.checkpoints.read import (
-    CHECKPOINT,
-    PREVIOUS,
-    check_entries,
-    checkpoint_args,
-    in_our_layout,
-    load_file,
-    weights_of,
-)
+from vision_kan.checkpoints.checkpoint import Checkpoint
+from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS, load_file
 from vision_kan.checkpoints.write import save_checkpoint, save_safetensors, saved_checkpoints
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import whole
@@ -43,12 +38,12 @@ W = torch.arange(6.).view(2, 3)
 # ---------------------------------------------------------------- reading
 def test_reads_what_it_saves_and_the_released_layout(tmp_path):
     torch.save({"model": {"w": W}, "epoch": 3, "args": Namespace(model="m", lr=[1, 2])}, tmp_path / "deit.pth")
-    checkpoint = load_file(tmp_path / "deit.pth")
-    assert checkpoint["epoch"] == 3 and torch.equal(checkpoint["model"]["w"], W)
-    assert checkpoint_args(checkpoint) == {"model": "m", "lr": [1, 2]}
+    checkpoint = Checkpoint.open(tmp_path / "deit.pth")
+    assert checkpoint.epoch == 3 and torch.equal(checkpoint.weights()["w"], W)
+    assert checkpoint.flags == {"model": "m", "lr": [1, 2]}
 
     torch.save(OrderedDict(w=W), tmp_path / "bare.pth")
-    assert torch.equal(weights_of(load_file(str(tmp_path / "bare.pth")), "bare.pth")["w"], W)
+    assert torch.equal(Checkpoint.open(str(tmp_path / "bare.pth")).weights()["w"], W)
 
     save_file({"w": W}, tmp_path / "w.safetensors")
     assert torch.equal(load_file(tmp_path / "w.safetensors")["model"]["w"], W)
@@ -59,19 +54,53 @@ def test_reads_what_it_saves_and_the_released_layout(tmp_path):
 
 @pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
 def test_reads_a_file_of_the_original_code():
-    checkpoint = load_file(RELEASED)
-    assert {"model", "model_ema", "optimizer", "args"} <= set(checkpoint)
-    assert checkpoint_args(checkpoint)["model"].endswith("_KAN")
+    checkpoint = Checkpoint.open(RELEASED)
+    assert {"model", "model_ema", "optimizer", "args"} <= set(checkpoint.state)
+    assert checkpoint.flags["model"].endswith("_KAN")
 
 
 def test_weights_and_args_of_odd_checkpoints():
-    assert set(weights_of({"model": {"w": W}, "model_ema": {"v": W}}, "f", "model_ema")) == {"v"}
-    assert set(weights_of({"w": W, "epoch": 1}, "f")) == {"w"}
+    assert set(Checkpoint("f", {"model": {"w": W}, "model_ema": {"v": W}}).weights("model_ema")) == {"v"}
+    assert set(Checkpoint("f", {"w": W, "epoch": 1}).weights()) == {"w"}
     for empty in ({"epoch": 1}, {"model": {}}, {}):
-        assert "file.pth" in sentence(weights_of, empty, "file.pth")
-    assert "'epoch'" in sentence(weights_of, {"epoch": 1}, "file.pth")
+        assert "file.pth" in sentence(Checkpoint("file.pth", empty).weights)
+    assert "'epoch'" in sentence(Checkpoint("file.pth", {"epoch": 1}).weights)
     for odd in ({}, {"args": None}, {"args": [1]}, {"args": "text"}):
-        assert checkpoint_args(odd) == {}
+        assert Checkpoint("f", odd).flags == {}
+
+
+def test_weights_are_looked_at_once(monkeypatch, tmp_path):
+    torch.save({"model": {"w": W, "n": torch.tensor(3)}, "model_ema": {"w": W}}, tmp_path / "c.pth")
+    looks, look = [], torch.Tensor.isfinite
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: looks.append(tensor) or look(tensor))
+    checkpoint = Checkpoint.open(tmp_path / "c.pth")
+    for _ in range(3):
+        assert set(checkpoint.weights()) == {"w", "n"} and set(checkpoint.weights("model_ema")) == {"w"}
+    assert len(looks) == 3
+
+
+def test_what_is_freed_and_what_stays():
+    content = {"model": {"w": W.clone()}, "optimizer": {"state": {0: W.clone()}}, "epoch": 4, "losses": [1.0],
+               "args": Namespace(lr=0.1), "class_names": ["a"]}
+    tensors = [weakref.ref(content["model"]["w"]), weakref.ref(content["optimizer"]["state"][0])]
+    checkpoint = Checkpoint("c.pth", content)
+    checkpoint.weights()
+    del content
+    assert all(tensor() is not None for tensor in tensors)
+    checkpoint.free()
+    assert not any(tensor() is not None for tensor in tensors)
+    assert checkpoint.state == checkpoint.about == {"epoch": 4, "args": {"lr": 0.1}, "class_names": ["a"]}
+    assert (checkpoint.path, checkpoint.epoch, checkpoint.flags) == ("c.pth", 4, {"lr": 0.1})
+    assert "no weights" in sentence(checkpoint.weights)
+
+
+def test_no_function_takes_a_checkpoint_and_its_path():
+    """A `Checkpoint` knows where it is from."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("vision_kan/**/*.py"), *ROOT.glob("tools/*.py")]
+    taken = [f"{file.name}: {node.name}" for file in files
+             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+             if {"checkpoint", "path"} <= {argument.arg for argument in node.args.args}]
+    assert not taken
 
 
 PATCH = "patch_embed.proj.weight"
@@ -96,10 +125,10 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_other_programs(layout, capsys):
-    checkpoint = LAYOUTS[layout]
-    ours = in_our_layout(checkpoint, "f.pth")
-    assert ours["model"].keys() == VIT.keys() == weights_of(ours, "f.pth").keys()
-    assert ours.get("epoch") == checkpoint.get("epoch")
+    content = LAYOUTS[layout]
+    ours = Checkpoint("f.pth", content)
+    assert ours.state["model"].keys() == VIT.keys() == ours.weights().keys()
+    assert ours.state.get("epoch") == content.get("epoch")
     said = capsys.readouterr().err
     assert bool(said) == (layout in ("Lightning", "Lightning, with a teacher", "a backbone", "DINO")), said
     assert not said or said.startswith("checkpoint f.pth: its weights are 3 tensors")
@@ -109,26 +138,26 @@ def test_layouts_of_other_programs(layout, capsys):
 
 def test_a_checkpoint_of_ours_is_left_as_it_is():
     for ours in ({"model": VIT, "model_ema": VIT, "args": {"lr": 1}}, {"epoch": 3}, {}):
-        assert in_our_layout(ours, "f") is ours
+        assert Checkpoint("f", ours).state is ours
 
 
 def test_results_of_another_program_are_not_taken_for_ours():
     """Many a loop keeps something under that name."""
     for results in ("71.3", {"top1": 71.3}, [0.5]):
-        ours = in_our_layout({"model": VIT, "results": results}, "f")
-        assert "results" not in ours
-        check_entries(ours, "f")
-        damaged = in_our_layout({"model": VIT, "model_args": {"name": "vit"}, "results": results}, "f")
-        assert "'results' is not results of evaluations" in sentence(check_entries, damaged, "f")
+        ours = Checkpoint("f", {"model": VIT, "results": results})
+        assert "results" not in ours.state
+        ours.check_entries()
+        damaged = Checkpoint("f", {"model": VIT, "model_args": {"name": "vit"}, "results": results})
+        assert "'results' is not results of evaluations" in sentence(damaged.check_entries)
 
 
 def test_a_checkpoint_of_timms_train_script():
     told = Namespace(model="resnet18", img_size=None, input_size=[3, 64, 64], lr=0.1)
-    ours = in_our_layout({"state_dict": VIT, "state_dict_ema": named("module."), "arch": "resnet18", "args": told}, "f")
-    assert ours["model"].keys() == ours["model_ema"].keys() == VIT.keys()
-    assert checkpoint_args(ours) == {"model": "resnet18", "input_size": 64, "lr": 0.1}
-    assert checkpoint_args(in_our_layout({"state_dict": VIT, "arch": "vit"}, "f")) == {"model": "vit"}
-    assert checkpoint_args(in_our_layout({"state_dict": VIT, "args": {"img_size": 96}}, "f"))["input_size"] == 96
+    ours = Checkpoint("f", {"state_dict": VIT, "state_dict_ema": named("module."), "arch": "resnet18", "args": told})
+    assert ours.weights().keys() == ours.weights("model_ema").keys() == VIT.keys()
+    assert ours.flags == {"model": "resnet18", "input_size": 64, "lr": 0.1}
+    assert Checkpoint("f", {"state_dict": VIT, "arch": "vit"}).flags == {"model": "vit"}
+    assert Checkpoint("f", {"state_dict": VIT, "args": {"img_size": 96}}).flags["input_size"] == 96
 
 
 def test_a_folder_of_timms_layout(tmp_path):
@@ -208,15 +237,18 @@ def test_files_that_are_something_else(tmp_path):
 
 
 def test_results_are_those_of_an_evaluation_or_the_file_is_damaged():
+    def ours(**content) -> Checkpoint:
+        return Checkpoint("f.pth", {"model": VIT, "model_args": {"name": "vit"}, **content})
+
     good = {"acc1": 50.0, "acc5": 100, "images": 24, "data_set": "FOLDER", "split": ""}
     for fine in ({}, {"model": good}, {"model": good, "model_ema": {**good, "acc1": 0}}):
-        check_entries({"results": fine}, "f.pth")
-    check_entries({}, "f.pth")      # of an earlier version
+        ours(results=fine).check_entries()
+    ours().check_entries()      # of an earlier version
     for change in ({"acc1": 100.1}, {"acc5": -1}, {"acc1": float("nan")}, {"acc1": True}, {"images": 2.5}, {"images": -1},
                    {"data_set": None}, {"split": "a\nb"}):
-        assert "its 'results' is not" in sentence(check_entries, {"results": {"model": {**good, **change}}}, "f.pth"), change
+        assert "its 'results' is not" in sentence(ours(results={"model": {**good, **change}}).check_entries), change
     for damaged in (None, [], 5, {"model": None}, {"model": 50.0}, {"model": {}}):
-        assert "its 'results' is not" in sentence(check_entries, {"results": damaged}, "f.pth"), damaged
+        assert "its 'results' is not" in sentence(ours(results=damaged).check_entries), damaged
 
 
 class Call:

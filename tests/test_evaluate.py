@@ -203,7 +203,7 @@ def test_the_default_place(trained_run, capsys):
     for text in ("1 images could not be read", "model: top-1", "expected calibration error", "hardest classes: digit",
                  "most frequent confusions: digit"):
         assert text in out
-    assert str(evaluate.default_output("https://host/a/b-12.pth", "model_ema")) == "b-12_evaluation_ema"
+    assert str(evaluate.default_folder("https://host/a/b-12.pth", "model_ema")) == "b-12_evaluation_ema"
 
 
 def test_mistakes_of_the_user(trained_run, tmp_path, capsys):

@@ -20,7 +20,7 @@ from tools.common import loaders_of
 from vision_kan.analysis.arriving import Collected, collect_inputs
 from vision_kan.analysis.functions import function_layers
 from vision_kan.analysis.measures import Measured, measure
-from vision_kan.run.trained import beside, load_trained
+from vision_kan.run.trained import default_output, load_trained
 
 ONE = ("--layer", "blocks.0")       # few panels are drawn quickly
 
@@ -144,7 +144,7 @@ def test_without_any_image(places, tmp_path, monkeypatch):
     page = Page(tmp_path / "c_inspect/report.html")
     assert [picture["alt"] for picture in page.pictures] == ["functions.png"]
     assert page.text.count("no images were given") == 2 and "no image was given to look at" in page.text
-    assert beside("https://a.b/c/deit.pth?x=1", "_inspect") == Path("deit_inspect")
+    assert default_output("https://a.b/c/deit.pth?x=1", "_inspect") == Path("deit_inspect")
 
 
 def test_before_and_after(places, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ import models_kan
 from benchmarks.timing import saved_bytes
 from faster_kan import FasterKAN, FasterKANLayer
 from models_kan import ModelSpec, split_name
+from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError
 from vision_kan.layers.efficient_kan import EfficientKAN, uniform_knots
@@ -952,9 +953,8 @@ def test_positions_of_an_oblong_image_with_a_square_number_of_patches(distilled)
     with torch.no_grad():
         source.pos_embed[:, prefix:] = torch.arange(9.).repeat(4)[None, :, None]
     told = {"model_args": {"name": name, "kwargs": {"img_size": [64, 144]}}}
-    assert patch_grid(told, source.state_dict()) == (4, 9)
-    assert patch_grid({"args": {"input_size": 96}}, source.state_dict()) == (6, 6)
-    assert patch_grid({}, source.state_dict()) is None
+    for said, grid in ((told, (4, 9)), ({"args": {"input_size": 96}}, (6, 6)), ({}, None)):
+        assert patch_grid(Checkpoint("c.pth", {"model": source.state_dict(), **said})) == grid
     same = small(name, 1, img_size=(64, 144))
     load_finetune(same, source.state_dict(), (4, 9))
     assert torch.equal(same.pos_embed, source.pos_embed)

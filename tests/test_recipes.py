@@ -10,7 +10,6 @@ import timm
 import torch
 
 import models_kan
-from vision_kan.common.process import Process
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import get_args_parser
 from vision_kan.config.recipes import dump_yaml
@@ -18,7 +17,7 @@ from vision_kan.config.resolve import parse_args
 from vision_kan.models import conversion
 from vision_kan.models.cost import count_flops, count_parameters, twin_mismatch
 from vision_kan.run.build import build_model, choose_backend, model_spec
-from vision_kan.run.starting import Start, settle, with_own_input_size
+from vision_kan.run.starting import Start, effective_config, with_own_input_size
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -191,9 +190,9 @@ def test_the_model_is_built(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_args_yaml_of_a_run_is_a_recipe_of_the_same_run(path, tmp_path):
     """What a run by the recipe writes is taken by --config, means the same, and contradicts nothing of the model."""
-    written = settle(parse_args(["--config", str(path)]), Start(), Process())
+    written = effective_config(parse_args(["--config", str(path)]), Start())
     (tmp_path / "args.yaml").write_text(dump_yaml(written.args))
-    again = settle(parse_args(["--config", str(tmp_path / "args.yaml")]), Start(), Process())
+    again = effective_config(parse_args(["--config", str(tmp_path / "args.yaml")]), Start())
     validate(again.args)
     assert {**vars(again.args), "config": ""} == {**vars(written.args), "config": ""}
     spec = model_spec(again, Start(), CLASSES[again.args.data_set])

@@ -25,9 +25,9 @@ from torch import nn
 
 from models_kan import ModelSpec
 from vision_kan import kernels
-from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS, load_file, weights_of
+from vision_kan.checkpoints.checkpoint import Checkpoint
+from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS
 from vision_kan.common.errors import UserError
-from vision_kan.common.process import Process
 from vision_kan.common.text import plain
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION
@@ -36,7 +36,7 @@ from vision_kan.config.resolve import describe_sources, parse_args
 from vision_kan.models import vetting
 from vision_kan.models.infer import load_exactly
 from vision_kan.run.build import build_model, build_teacher, description, load_start, model_spec
-from vision_kan.run.starting import Start, read_start, settle
+from vision_kan.run.starting import Start, effective_config, read_start
 from vision_kan.training.optim import (
     build_optimizer,
     build_scheduler,
@@ -62,7 +62,7 @@ def sentence(call, *args, **kwargs) -> str:
 
 
 def settled(*argv, start: Start | None = None):
-    return settle(parse_args(list(map(str, argv))), start or Start(), Process())
+    return effective_config(parse_args(list(map(str, argv))), start or Start())
 
 
 def nano(name: str = NANO, **kwargs) -> nn.Module:
@@ -101,7 +101,7 @@ def test_nothing_to_start_from():
 def test_purpose(tmp_path, flags, purpose):
     path = save_run(tmp_path / "c.pth", class_names=["a", "b"])
     found = read_start(parse_args([*flags, str(path)]))
-    assert (found.purpose, found.path) == (purpose, str(path))
+    assert (found.purpose, found.checkpoint.path) == (purpose, str(path))
     assert found.spec == (None if purpose == "finetune" else ModelSpec(NANO, {"depth": 1, "num_classes": 4}))
     assert found.class_names == (None if purpose == "finetune" else ["a", "b"])
 
@@ -120,7 +120,7 @@ def test_resume_auto(tmp_path, capsys):
         save_run(tmp_path / name, epoch=epoch)
     assert read_start(parse_args([*auto, "--finetune", str(other)])).purpose == "resume"
     capsys.readouterr()
-    assert read_start(parse_args(auto)).checkpoint["epoch"] == 2
+    assert read_start(parse_args(auto)).checkpoint.epoch == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -132,7 +132,7 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
     for damaged in (b"", whole[:len(whole) // 2], b"text" * 1000):
         (tmp_path / CHECKPOINT).write_bytes(damaged)
         found = read_start(auto)
-        assert found.checkpoint["epoch"] == 1 and found.path == str(tmp_path / PREVIOUS)
+        assert found.checkpoint.epoch == 1 and found.checkpoint.path == str(tmp_path / PREVIOUS)
         told = capsys.readouterr().err.splitlines()
         assert len(told) == 2 and all(line.startswith("warning: ") for line in told)
         assert CHECKPOINT in told[0] and PREVIOUS in told[1]
@@ -144,7 +144,7 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
     (tmp_path / CHECKPOINT).unlink()
     (tmp_path / PREVIOUS).unlink()
     save_run(tmp_path / PREVIOUS, epoch=1)       # a kill between the two renames
-    assert read_start(auto).checkpoint["epoch"] == 1
+    assert read_start(auto).checkpoint.epoch == 1
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -155,7 +155,7 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
     ({"class_names": 5}, "'class_names' is not"),
     ({"model_args": {"name": 5}}, "'model_args' is not"), ({"model_args": {"name": NANO, "kwargs": {"num_classes": 9}}}, "head"),
     ({"model_args": {"name": "resnet5000"}}, "resnet5000"), ({"scaler": [1]}, "'scaler' is not"),
-    ({"scaler": {1: 2}}, "'scaler' is no state")])
+    ({"scaler": {1: 2}}, "'scaler' is not a GradScaler state")])
 def test_resume_auto_falls_back_from_what_is_no_run(change, reason, tmp_path, capsys):
     auto = parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])
     save_run(tmp_path / "best_checkpoint.pth", epoch=1)
@@ -163,7 +163,7 @@ def test_resume_auto_falls_back_from_what_is_no_run(change, reason, tmp_path, ca
     save_run(tmp_path / "checkpoint_previous_2.pth", **change)
     found = read_start(auto)
     told = capsys.readouterr().err.splitlines()
-    assert found.path.endswith("best_checkpoint.pth") and len(told) == 3
+    assert found.checkpoint.path.endswith("best_checkpoint.pth") and len(told) == 3
     assert reason in told[0] and reason in told[1] and "going on from the earlier" in told[2] and "epoch 2" in told[2]
 
 
@@ -174,18 +174,18 @@ def test_weights_that_are_not_finite_are_no_start(tmp_path, capsys):
     assert "head.bias are not finite" in sentence(read_start, parse_args(["--resume", "auto", "--output_dir", str(tmp_path)])) \
         or "head.bias are not finite" in capsys.readouterr().err
     with pytest.raises(UserError, match="head.bias are not finite"):
-        weights_of(load_file(file), file)
+        Checkpoint.open(file).weights()
 
 
 def test_a_limit_that_is_none_is_a_good_value():
     """As timm's Gemma has them until they are set; infinite on the other side, nothing would pass."""
     low, high = torch.tensor(-torch.inf), torch.tensor(torch.inf)
     state = {"q_proj.input_min": low, "q_proj.output_max": high}
-    assert weights_of({"model": state}, "x.pth") == state
+    assert Checkpoint("x.pth", {"model": state}).weights() == state
     for name, value in (("input_min", high), ("output_max", low), ("input_max", low * 0), ("scale", high),
                         ("norm.weight_max", high[None])):
         with pytest.raises(UserError, match=f"{name} are not finite"):
-            weights_of({"model": {name: value}}, "x.pth")
+            Checkpoint("x.pth", {"model": {name: value}}).weights()
 
 
 def test_finetune_from_nothing_known():
@@ -245,13 +245,13 @@ def test_finetune_from_timms_hub_from_its_cache_and_without_a_connection(tmp_pat
     source = parse_args(["--finetune", "test_vit.r160_in1k"])
     with hub(tmp_path, monkeypatch) as requests:
         found = read_start(source)
-    assert (found.purpose, found.path, requests) == ("finetune", "test_vit.r160_in1k", ["HEAD", "GET"])
-    assert found.checkpoint["model"].keys() == model.state_dict().keys()
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.checkpoint["model"].items())
-    assert found.checkpoint["args"] == {**HALF, "eval_crop_ratio": 0.95, "interpolation": "bicubic", "crop_mode": "center"}
+    assert (found.purpose, found.checkpoint.path, requests) == ("finetune", "test_vit.r160_in1k", ["HEAD", "GET"])
+    assert found.checkpoint.weights().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in found.checkpoint.weights().items())
+    assert found.checkpoint.flags == {**HALF, "eval_crop_ratio": 0.95, "interpolation": "bicubic", "crop_mode": "center"}
 
     monkeypatch.setattr(time, "sleep", lambda seconds: None)            # between the client's retries
-    assert read_start(source).checkpoint["model"].keys() == model.state_dict().keys()
+    assert read_start(source).checkpoint.weights().keys() == model.state_dict().keys()
     text = sentence(read_start, parse_args(["--finetune", "test_vit2.r160_in1k"]))
     assert "--finetune test_vit2.r160_in1k" in text and "connection" in text and "downloaded file" in text
     assert "Traceback" not in capfd.readouterr().err
@@ -266,7 +266,7 @@ def test_a_model_on_the_hub_wherever_a_checkpoint_is_named(tmp_path, monkeypatch
                      for name in ("config.json", "model.safetensors")}
         for argv in (["--eval", "--resume", "hf-hub:me/it"], ["--finetune", "hf-hub:me/it"]):
             found = read_start(parse_args(argv))
-            assert found.checkpoint["model"].keys() == model.state_dict().keys() and found.path == "hf-hub:me/it"
+            assert found.checkpoint.weights().keys() == model.state_dict().keys() and found.checkpoint.path == "hf-hub:me/it"
         assert requests.count("GET") == 2
         args = settled("--distillation-type", "hard", "--teacher-model", TWIN, "--teacher-path", "hf-hub:me/it", "--input-size",
                        32).args
@@ -276,7 +276,7 @@ def test_a_model_on_the_hub_wherever_a_checkpoint_is_named(tmp_path, monkeypatch
         spec = read_start(parse_args(["--eval", "--resume", "hf-hub:me/it@main"])).spec
         assert spec.name == TWIN and spec.kwargs["num_classes"] == 4 and spec.kwargs["depth"] == 2
     monkeypatch.setattr(time, "sleep", lambda seconds: None)            # between the client's retries
-    assert read_start(parse_args(["--finetune", "hf-hub:me/it"])).checkpoint["model"].keys() == model.state_dict().keys()
+    assert read_start(parse_args(["--finetune", "hf-hub:me/it"])).checkpoint.weights().keys() == model.state_dict().keys()
     for name in ("me/other", "no such name!"):
         text = sentence(read_start, parse_args(["--finetune", f"hf-hub:{name}"]))
         assert f"hf-hub:{name} cannot be had from the Hub" in text and "connection" in text
@@ -289,7 +289,7 @@ def test_a_folder_wherever_a_checkpoint_is_named(prefix, tmp_path):
     where = f"{prefix}{tmp_path}"
     for argv, purpose in ((["--eval", "--resume", where], "eval"), (["--finetune", where], "finetune")):
         found = read_start(parse_args(argv))
-        assert found.purpose == purpose and found.checkpoint["model"].keys() == model.state_dict().keys()
+        assert found.purpose == purpose and found.checkpoint.weights().keys() == model.state_dict().keys()
     assert read_start(parse_args(["--eval", "--resume", where])).spec.name == GKAN
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -339,7 +339,7 @@ def test_spec_of_a_foreign_timm_model(tmp_path):
 # ---------------------------------------------------------------- the flags
 def test_given_flag_goes_before_checkpoint_before_the_models_own_before_default(tmp_path):
     stored = {"model": NANO, "input_size": 32, "eval_crop_ratio": 1.0, "lr": 0.25, "batch_size": 8, "seed": 5}
-    found = Start("resume", "c.pth", {"args": stored}, ModelSpec(NANO, {"img_size": 32, "hdim_kan": 7}))
+    found = Start("resume", Checkpoint("c.pth", {"args": stored}), ModelSpec(NANO, {"img_size": 32, "hdim_kan": 7}))
     config = settled("--batch-size", 16, "--epochs", 9, start=found)
     args, sources = config.args, config.sources
     assert (args.batch_size, sources["batch_size"]) == (16, "command line")
@@ -353,7 +353,7 @@ def test_given_flag_goes_before_checkpoint_before_the_models_own_before_default(
     assert settled("--model", NANO, "--input-size", 64).args.input_size == 64
     assert settled("--model", "no_such_model").args.input_size == 224
 
-    config = settled("--eval", start=Start("eval", "c.pth", found.checkpoint, found.spec))
+    config = settled("--eval", start=Start("eval", found.checkpoint, found.spec))
     assert config.args.eval_crop_ratio == 1.0 and config.args.lr == parse_args([]).args.lr
 
 
@@ -389,13 +389,13 @@ def test_how_images_are_prepared_is_the_weights_own_before_the_models():
     for purpose in ("resume", "eval", "finetune"):
         for model in (NANO, "vit_tiny_patch16_224"):
             spec = None if purpose == "finetune" else ModelSpec(model)
-            found = Start(purpose, "c.pth", {"args": {"model": model, **other}}, spec)
+            found = Start(purpose, Checkpoint("c.pth", {"args": {"model": model, **other}}), spec)
             assert prepared(settled("--model", model, *["--eval"] * (purpose == "eval"), start=found)) == other
             # a run of before, which had the defaults whatever the model's own
-            before = replace(found, checkpoint={"args": {"model": model, "eval_crop_ratio": 0.875}})
+            before = replace(found, checkpoint=Checkpoint("c.pth", {"args": {"model": model, "eval_crop_ratio": 0.875}}))
             assert not prepared(settled("--model", model, start=before))
             # a file that tells nothing
-            bare = replace(found, checkpoint={})
+            bare = replace(found, checkpoint=Checkpoint("c.pth"))
             assert bool(prepared(settled("--model", model, start=bare))) == (model != NANO)
 
 
@@ -413,10 +413,10 @@ def test_what_the_checkpoints_model_has_of_its_own(tmp_path):
 
 def test_settling_changes_nothing_that_it_is_given():
     config = parse_args(["--model", NANO])
-    found = Start("resume", "c.pth", {"args": {"lr": 0.25}}, ModelSpec(NANO, {"hdim_kan": 7}))
+    found = Start("resume", Checkpoint("c.pth", {"args": {"lr": 0.25}}), ModelSpec(NANO, {"hdim_kan": 7}))
     before = vars(config.args).copy(), dict(config.sources), {"args": {"lr": 0.25}}
-    settle(config, found, Process())
-    assert (vars(config.args), config.sources, found.checkpoint) == before
+    effective_config(config, found)
+    assert (vars(config.args), config.sources, found.checkpoint.state) == before
 
 
 def test_data_set_is_guessed_from_the_folder(tmp_path):
@@ -426,9 +426,9 @@ def test_data_set_is_guessed_from_the_folder(tmp_path):
     assert settled("--data-path", tmp_path, "--data-set", "IMNET").args.data_set == "IMNET"
     assert settled().args.data_set == "IMNET"
     trained = {"args": {"model": NANO, "data_set": "CIFAR"}}
-    assert settled("--data-path", tmp_path, "--eval", start=Start("eval", "", trained)).args.data_set == "FOLDER"
-    assert settled("--data-path", tmp_path, start=Start("resume", "", trained)).args.data_set == "CIFAR"
-    assert settled("--data-path", tmp_path / "train/cat", "--eval", start=Start("eval", "", trained)
+    assert settled("--data-path", tmp_path, "--eval", start=Start("eval", Checkpoint("", trained))).args.data_set == "FOLDER"
+    assert settled("--data-path", tmp_path, start=Start("resume", Checkpoint("", trained))).args.data_set == "CIFAR"
+    assert settled("--data-path", tmp_path / "train/cat", "--eval", start=Start("eval", Checkpoint("", trained))
                    ).args.data_set == "CIFAR"
 
 
@@ -437,7 +437,7 @@ def test_photos_are_turned_upright_and_published_images_are_not(tmp_path):
     (tmp_path / "imagenet/train/n01440764").mkdir(parents=True)
 
     def turned(*argv, purpose=None, **stored):
-        config = settled(*argv, start=Start(purpose, "", {"args": {"model": NANO, **stored}} if purpose else {}))
+        config = settled(*argv, start=Start(purpose, Checkpoint("", {"args": {"model": NANO, **stored}} if purpose else {})))
         return config.args.exif_orientation, config.sources.get("exif_orientation")
 
     photos = ("--data-path", tmp_path / "photos")
@@ -449,8 +449,8 @@ def test_photos_are_turned_upright_and_published_images_are_not(tmp_path):
             assert turned(*photos, flag, purpose=purpose, data_set="FOLDER", exif_orientation=value) == (value, "checkpoint")
         assert turned(flag, purpose=purpose, data_set="CIFAR10", exif_orientation=None) == (None, None)
     assert turned("--no-exif-orientation", "--eval", purpose="eval", data_set="FOLDER", exif_orientation=True)[0] is False
-    assert "contradicts" in sentence(settled, *photos, "--no-exif-orientation", start=Start("resume", "", {"args": {
-        "model": NANO, "data_set": "FOLDER", "exif_orientation": True}}))
+    assert "contradicts" in sentence(settled, *photos, "--no-exif-orientation", start=Start("resume", Checkpoint("", {"args": {
+        "model": NANO, "data_set": "FOLDER", "exif_orientation": True}})))
     assert turned(*photos, purpose="finetune", data_set="FOLDER", exif_orientation=False) == (True, "data folder")
 
 
@@ -485,11 +485,11 @@ def test_model_spec_of_the_flags():
 
 
 def test_model_spec_of_a_checkpoint():
-    found = Start("eval", "c.pth", {}, ModelSpec(NANO, {"num_classes": 4, "depth": 1}))
+    found = Start("eval", Checkpoint("c.pth", {}), ModelSpec(NANO, {"num_classes": 4, "depth": 1}))
     assert model_spec(settled("--eval", start=found), found, 4) == found.spec
     text = sentence(model_spec, settled("--eval", start=found), found, 5)
     assert "4 classes" in text and "the data 5" in text and "--data-path" in text and "--finetune" in text
-    foreign = Start("eval", "c.pth", {}, ModelSpec("resnet18"))
+    foreign = Start("eval", Checkpoint("c.pth", {}), ModelSpec("resnet18"))
     assert model_spec(settled("--eval", start=foreign), foreign, 9) == ModelSpec("resnet18", {"num_classes": 9})
 
 
@@ -563,7 +563,7 @@ def test_an_option_of_another_feed_forward_that_was_not_given(tmp_path):
     model, kept = build_model(spec, settled("--model", TWIN))
     assert kept == ModelSpec(TWIN, {"num_classes": 4, "depth": 1}) and isinstance(model, VisionTransformer)
     stored = {"model": TWIN, "kan_lr_mult": 7.0, "kan_weight_decay": 0.1}
-    found = Start("resume", "c.pth", {"args": stored}, ModelSpec(TWIN, {"depth": 1}))
+    found = Start("resume", Checkpoint("c.pth", {"args": stored}), ModelSpec(TWIN, {"depth": 1}))
     config = settled(start=found)
     assert config.args.kan_lr_mult == 7.0
     build_model(model_spec(config, found, 4), config)
@@ -575,7 +575,7 @@ def test_an_option_of_another_feed_forward_that_was_not_given(tmp_path):
     assert "--kan-lr-mult has no effect" in sentence(built, "--config", recipe)
     built("--config", recipe, "--eval")         # trains nothing
     # of a checkpoint that does not say what its options were
-    bare = Start("eval", "c.pth", {}, ModelSpec(TWIN, {"num_classes": 4, "depth": 1}))
+    bare = Start("eval", Checkpoint("c.pth", {}), ModelSpec(TWIN, {"num_classes": 4, "depth": 1}))
     assert "--kan-groups has no effect" in sentence(built, "--eval", "--kan-groups", 4, start=bare)
 
 
@@ -663,11 +663,11 @@ def test_attention_only():
 def test_finetune_takes_the_weights_over_and_tells(tmp_path):
     source, model = nano(num_classes=9), nano()
     spec, content = ModelSpec(NANO, {"depth": 1, "num_classes": 4}), {"model": source.state_dict()}
-    table = load_start(model, spec, Start("finetune", "c.pth", content), None, 0)
+    table = load_start(model, spec, Start("finetune", Checkpoint("c.pth", content)), None)
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     assert "loaded" in table and "head.weight" in table
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert load_start(model, spec, Start("resume", "c.pth", content), None, 0) is None
+    assert load_start(model, spec, Start("resume", Checkpoint("c.pth", content)), None) is None
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

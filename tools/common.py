@@ -2,13 +2,14 @@
 import argparse
 
 from datasets import build_dataset, build_loaders
+from vision_kan.checkpoints.checkpoint import WEIGHTS
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process
 from vision_kan.data.images import ImageSet, Split
 from vision_kan.data.loaders import Loaders
 from vision_kan.run.build import model_spec
 from vision_kan.run.starting import Start
-from vision_kan.run.trained import WEIGHTS, Trained
+from vision_kan.run.trained import Trained
 
 
 def loaders_of(trained: Trained) -> Loaders:

@@ -23,7 +23,6 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vision_kan.checkpoints.read import checkpoint_args, weights_of
 from vision_kan.checkpoints.write import save_safetensors
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
@@ -37,7 +36,7 @@ from vision_kan.models.cost import count_parameters
 from vision_kan.models.finetune import load_finetune
 from vision_kan.models.infer import infer_model, patch_grid
 from vision_kan.run.build import build_model, model_spec
-from vision_kan.run.starting import Start, read_source, with_own_input_size
+from vision_kan.run.starting import Start, open_source, with_own_input_size
 from vision_kan.run.trained import Pictures, image_files
 
 EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
@@ -81,12 +80,12 @@ def run(argv: list[str]) -> int:
     if own.target.suffix != ".safetensors":
         raise UserError(f"TARGET {own.target} must end in .safetensors")
     config = parse_args(["--model", own.model, "--drop-path", "0", *flags])
-    path, checkpoint = read_source(own.source)
-    state = weights_of(checkpoint, path)
-    told = {key: value for key, value in checkpoint_args(checkpoint).items() if key in PREPARATION}
+    checkpoint = open_source(own.source)
+    state, stored = checkpoint.weights(), checkpoint.flags
+    told = {key: value for key, value in stored.items() if key in PREPARATION}
     config = resolve(with_own_input_size(config), told, purpose="finetune")
     validate(config.args)
-    found = infer_model(state, checkpoint_args(checkpoint))
+    found = infer_model(state, stored)
     spec = model_spec(config, Start(), found.kwargs["num_classes"])
     model, spec = build_model(spec, config)
 
@@ -95,7 +94,7 @@ def run(argv: list[str]) -> int:
             raise UserError(f"{own.model} is fitted to the MLPs on images: give --calibrate FOLDER")
         return images_in(own.calibrate, config.args, 64)
 
-    grid = patch_grid(checkpoint, state)
+    grid = patch_grid(checkpoint)
     report, errors = conversion.load_converted(model, spec, state, calibration, grid)
     say(report.table())
     if errors:
@@ -104,8 +103,8 @@ def run(argv: list[str]) -> int:
         raise UserError(f"nothing was converted: {own.source} holds no MLP that fits {own.model}; see the table above")
     about = {"model_args": plain({"name": spec.name, "kwargs": spec.kwargs}),
              "args": {key: getattr(config.args, key) for key in sorted(PREPARATION & config.sources.keys())}}
-    if checkpoint.get("class_names"):
-        about["class_names"] = checkpoint["class_names"]
+    if checkpoint.state.get("class_names"):
+        about["class_names"] = checkpoint.state["class_names"]
     save_safetensors(model.state_dict(), about, own.target)
     say(f"{own.target}: {spec.name}, {count_parameters(model):,} parameters")
     if not own.check:

@@ -40,7 +40,7 @@ from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.images import Images, ImageSet
 from vision_kan.run.folder import versions
-from vision_kan.run.trained import Trained, as_seen, beside, load_trained
+from vision_kan.run.trained import Trained, as_seen, default_output, load_trained
 
 BINS = 15           # of the calibration error, as Guo et al. have it
 MISTAKES = 24       # on the contact sheet
@@ -244,8 +244,8 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def default_output(checkpoint: str, weights: str) -> Path:
-    return beside(checkpoint, f"_evaluation{'_ema' if weights == 'model_ema' else ''}")
+def default_folder(checkpoint: str, weights: str) -> Path:
+    return default_output(checkpoint, f"_evaluation{'_ema' if weights == 'model_ema' else ''}")
 
 
 def run(argv: list[str]) -> int:
@@ -253,7 +253,7 @@ def run(argv: list[str]) -> int:
     add_model_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes")
     own, flags = parse_beside_main(parser, argv)
-    output = own.output or default_output(own.checkpoint, own.weights)
+    output = own.output or default_folder(own.checkpoint, own.weights)
     with whole(output / "report.json") as file, plt.rc_context({"text.parse_math": False}):
         trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
         loaders = loaders_of(trained)

@@ -38,7 +38,6 @@ from torch import Tensor, nn
 import models_kan
 from engine import evaluate, result_of
 from tools.common import add_model_arguments, loaders_of
-from vision_kan.checkpoints.read import checkpoint_args
 from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
 from vision_kan.checkpoints.write import save_safetensors
 from vision_kan.common import peers
@@ -65,7 +64,7 @@ ONNX_BYTES = 2 ** 31            # of one file (protobuf)
 def about(trained: Trained) -> dict[str, Any]:
     """Of a checkpoint what is worth telling elsewhere, as plain values: architecture, classes, results, the flags that make the
     training, versions. No flag that names a place on this machine."""
-    flags = {key: value for key, value in checkpoint_args(trained.about).items() if SCOPE.get(key, "place") != "place"}
+    flags = {key: value for key, value in trained.about.get("args", {}).items() if SCOPE.get(key, "place") != "place"}
     flags |= {key: getattr(trained.args, key) for key in sorted(PREPARATION & trained.config.sources.keys())}
     said = {key: trained.about[key] for key in ("class_names", "epoch", "versions") if trained.about.get(key) is not None}
     if trained.results:
@@ -258,7 +257,7 @@ def model_card(trained: Trained) -> str:
     data = _one_word(str(flags.get("data_set") or "unknown"))
     default = get_args_parser().get_default
     recipe = {key: value for key, value in flags.items() if SCOPE[key] != "model" and value != plain(default(key))}
-    started = checkpoint_args(trained.about).get("finetune")
+    started = trained.about.get("args", {}).get("finetune")
 
     held = {"model": "trained weights", "model_ema": "moving average"}
     evaluated, results = None, _NOT_EVALUATED

@@ -42,7 +42,7 @@ from vision_kan.run.trained import (
     Pictures,
     Trained,
     as_seen,
-    beside,
+    default_output,
     image_files,
     load_trained,
     told,
@@ -285,7 +285,7 @@ def run(argv: list[str]) -> int:
     figures = [found.functions for found in columns if found.functions]
     if len(figures) == 2:
         share_limits(*figures)
-    report = write(columns, args.output or beside(args.checkpoint, "_inspect"))
+    report = write(columns, args.output or default_output(args.checkpoint, "_inspect"))
     for found in columns:
         if warning := off_grid_warning(found.measured):
             say(f"warning: {found.trained.path}: {warning}", file=sys.stderr)

@@ -35,7 +35,6 @@ from vision_kan.analysis.pruning import plans
 from vision_kan.analysis.pruning.calibrate import calibrate
 from vision_kan.analysis.pruning.plans import KINDS, Hidden, Plan, weakest
 from vision_kan.analysis.pruning.rank import by_chance
-from vision_kan.checkpoints.read import checkpoint_args
 from vision_kan.checkpoints.write import save_pth, save_safetensors
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
@@ -141,7 +140,7 @@ def save(model: nn.Module, spec: ModelSpec, trained: Trained, loaders: Loaders, 
     options = {key: spec.kwargs[key] for key in KAN_OPTIONS if key in spec.kwargs}
     about: dict[str, Any] = {
         "model_args": plain({"name": spec.name, "kwargs": spec.kwargs}), "class_names": loaders.class_names,
-        "args": plain({**checkpoint_args(trained.about), "model": spec.name, "input_size": trained.args.input_size, **options,
+        "args": plain({**trained.about.get("args", {}), "model": spec.name, "input_size": trained.args.input_size, **options,
                        "data_set": loaders.data_set, "nb_classes": loaders.nb_classes}), "versions": versions()}
     if target.suffix == ".safetensors":
         save_safetensors(model.state_dict(), about, target)

@@ -1,10 +1,14 @@
 """Under which keys other programs keep weights, and ours."""
 import re
+from argparse import Namespace
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
+
+from vision_kan.common.text import one_or_two
 
 
 def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
@@ -55,3 +59,46 @@ def unwrapped(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
             return inside, outside
         outside |= {key: value for key, value in inside.items() if not str(key).startswith(wrapper)}
         inside = {key.removeprefix(wrapper): value for key, value in inside.items() if str(key).startswith(wrapper)}
+
+
+def args_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags under `args` as a dict; empty where there are none."""
+    args = content.get("args") or {}
+    args = vars(args) if isinstance(args, Namespace) else args
+    return dict(args) if isinstance(args, Mapping) else {}
+
+
+def in_our_layout(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A file of another program under this program's keys: `model`, `model_ema`, and `args` that name the model. A file of this
+    program stays as it is.
+
+    Returns: the content, and a clause on what was chosen where there was a choice, else ''."""
+    if "results" in content and "model_args" not in content:        # another program's results, of whatever kind
+        content = {name: value for name, value in content.items() if name != "results"}
+
+    def holds_tensors(value: Any) -> bool:
+        return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+    key = next((key for key in _WEIGHTS if holds_tensors(content.get(key))), None)
+    if key is None and not holds_tensors(content):
+        return content, ""          # `Checkpoint.weights` reports that there are none
+    state = {name: value for name, value in (content if key is None else content[key]).items() if isinstance(value, Tensor)}
+    inside, outside = unwrapped(state)
+    if key == "model" and not outside and inside.keys() == state.keys() and "state_dict_ema" not in content:
+        return content, ""
+    note = ""
+    if key in ("teacher", "student") or outside:
+        left_out = f"; left out: {len(outside)} tensors, such as {next(iter(outside))!a}" if outside else ""
+        note = f"its weights are {len(inside)} tensors" + (f" under {key!r}" if key else "") + left_out
+    rest = {name: value for name, value in content.items() if name not in state or key is not None}
+    average = next((name for name in _AVERAGES if holds_tensors(content.get(name))), None)
+    ours = {**rest, "model": inside}
+    if average:
+        ours["model_ema"] = unwrapped(content[average])[0]
+    args = args_of(content)
+    if isinstance(content.get("arch"), str):        # of timm's train.py
+        args.setdefault("model", content["arch"])
+    sizes = [one_or_two(size[-2:]) if isinstance(size, (list, tuple)) and size else size
+             for size in map(args.get, ("input_size", "img_size"))]
+    args["input_size"] = sizes[0] or sizes[1]
+    return {**ours, "args": {name: value for name, value in args.items() if value is not None}}, note

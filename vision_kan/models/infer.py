@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from models_kan import _TWINS, SIZES, ModelSpec
+from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.layouts import rename_keys
-from vision_kan.checkpoints.read import checkpoint_args
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import one_or_two
 
@@ -144,12 +144,12 @@ def load_into(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
                         "and --kan-grid-points") from error
 
 
-def patch_grid(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[int, int] | None:
-    """Rows and columns of the patches that a checkpoint's `pos_embed` is for, where its description tells the image's size; else
-    None. state: its weights."""
-    told, kernel = checkpoint.get("model_args"), state.get("patch_embed.proj.weight")
-    sizes = [(told.get("kwargs") or {}).get("img_size") if isinstance(told, Mapping) else None,
-             checkpoint_args(checkpoint).get("input_size")]
+def patch_grid(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Rows and columns of the patches that a checkpoint's `pos_embed` is for, where its description has the image's size; else
+    None."""
+    stored, kernel = checkpoint.state.get("model_args"), checkpoint.weights().get("patch_embed.proj.weight")
+    sizes = [(stored.get("kwargs") or {}).get("img_size") if isinstance(stored, Mapping) else None,
+             checkpoint.flags.get("input_size")]
     size = two_sides(next((size for size in sizes if size), None))
     if kernel is None or kernel.ndim != 4 or size is None:
         return None

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is good for its purpose, found out before a model is built from it: it may be a stranger's."""
+"""Whether a checkpoint fits its purpose, checked before a model is built from it: it may come from anyone."""
 import inspect
 import math
 import warnings
@@ -13,26 +13,24 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from models_kan import ModelSpec
+from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.layouts import rename_keys
-from vision_kan.checkpoints.read import checkpoint_args, tensors_of, weights_of
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.models.infer import load_exactly
 
-# timm's own arguments beside a model's: one names a file that it unpickles, others load from the network.
+# Arguments of `timm.create_model` itself: one names a file that it unpickles, others load from the network.
 _TIMMS_OWN = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
 LARGEST_ARGUMENT = 2 ** 20
-# Flags of a checkpoint that make a model or an image larger than anything here: dest -> the largest that is taken over.
-_LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
-# What an optimizer keeps for each parameter, in its shape; the last group may be None.
+# What an optimizer keeps for each parameter.
 _MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq")}
 _OF_THE_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 _ONE_A_WEIGHT = (*_MOMENTS, torch.optim.SGD)
-_OF_BLOCKS = ("absmax", "qmap")     # of bitsandbytes: scales of blocks of 8-bit values, and what the 256 of them mean
+_OF_BLOCKS = ("absmax", "qmap")     # of bitsandbytes: the scale of each block of 8-bit values, and the 256 values of the code
 
 
 @contextmanager
-def strangers(what: str) -> Iterator[None]:
-    """Shapes that no model has make nearly anything go wrong: a UserError that names the file."""
+def as_user_error(what: str) -> Iterator[None]:
+    """Raises a UserError that names `what` for nearly any error inside: weights of arbitrary shapes cause all kinds."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -43,19 +41,19 @@ def strangers(what: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the model
-def described(checkpoint: Mapping[str, Any], path: str) -> ModelSpec | None:
-    """The model of `model_args`, None without; UserError for arguments that no model of this program is saved with."""
-    told = checkpoint.get("model_args")
-    if told is None:
+def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
+    """The model that `model_args` describes, None without; UserError for arguments that this program never saves."""
+    stored = checkpoint.state.get("model_args")
+    if stored is None:
         return None
-    name, kwargs = (told.get("name"), told.get("kwargs") or {}) if isinstance(told, Mapping) else (None, None)
+    name, kwargs = (stored.get("name"), stored.get("kwargs") or {}) if isinstance(stored, Mapping) else (None, None)
     if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not timm.is_model(name.split(".")[0]):
-        raise UserError(f"checkpoint {path}: its model_args name no model that timm or this program knows ({ascii(name)[:60]}): "
-                        "get it from its source again, or take its weights with --finetune")
+        raise UserError(f"checkpoint {checkpoint.path}: its model_args name no model that timm or this program knows "
+                        f"({ascii(name)[:60]}): get it from its source again, or take its weights with --finetune")
     for key, value in kwargs.items():
         if not isinstance(key, str) or key in _TIMMS_OWN or key.startswith("pretrained") or not _ordinary(value):
-            raise UserError(f"checkpoint {path}: its model_args have {key!r}, which is no argument of a model's shape or out of "
-                            "all bounds: get it from its source again, or take its weights with --finetune")
+            raise UserError(f"checkpoint {checkpoint.path}: its model_args have {key!r}, which is not an argument of a model's "
+                            "shape or out of range: get it from its source again, or take its weights with --finetune")
     return ModelSpec(name, dict(kwargs))
 
 
@@ -63,13 +61,13 @@ def _ordinary(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return len(value) <= 100 and all(map(_ordinary, value))
     if isinstance(value, (int, float)):
-        return abs(value) <= LARGEST_ARGUMENT       # not a number is not
+        return abs(value) <= LARGEST_ARGUMENT       # False for nan
     return value is None or isinstance(value, str)
 
 
-def outline(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
-    """The model without values, on the meta device; UserError where it cannot be built or has far more than `tensors`
-    parameters, which is noticed while it is built."""
+def meta_model(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
+    """The model on the meta device, without values; UserError where it cannot be built, or as soon as it has far more than
+    `tensors` parameters."""
     left = {"parameters": 2 * tensors + 100, "modules": 50 * tensors + 1000}
 
     def count(kind: str) -> Callable:
@@ -82,26 +80,26 @@ def outline(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
     hooks = [torch_module.register_module_parameter_registration_hook(count("parameters")),
              torch_module.register_module_module_registration_hook(count("modules"))]
     try:
-        with strangers(what), torch.device("meta"):
+        with as_user_error(what), torch.device("meta"):
             return timm.create_model(spec.name, **spec.kwargs)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key: str = "model", what: str = "") -> nn.Module:
-    """The outline of `spec`, which the weights under `key` fit: all of them, in shape and kind of number, and finite.
-    Raises UserError that names the first that does not; what: the file and key, for the sentence."""
-    state, what = weights_of(checkpoint, path, key), what or f"{key} in checkpoint {path}"
-    if not spec.kwargs:         # another model of timm's, whose description is its name: its class count is in the head
+def check_weights(spec: ModelSpec, checkpoint: Checkpoint, key: str = "model", what: str = "") -> nn.Module:
+    """The model of `spec` on the meta device, after checking that all weights under `key` fit it in shape and kind of number.
+    Raises UserError that names the first that does not. what: the file and key in that sentence."""
+    state, what = checkpoint.weights(key), what or f"{key} in checkpoint {checkpoint.path}"
+    if not spec.kwargs:         # another model of timm's, known by its name only: the head tells the number of classes
         cfg = get_pretrained_cfg(spec.name)
         heads = cfg and cfg.classifier or ()
         sizes = [state[f"{head}.weight"].shape[0] for head in ([heads] if isinstance(heads, str) else heads)
                  if f"{head}.weight" in state and state[f"{head}.weight"].ndim]
         spec = ModelSpec(spec.name, {"num_classes": sizes[0]}) if sizes else spec
-    model = outline(spec, len(state), what)
-    with strangers(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # that a copy to the meta device does nothing
+    model = meta_model(spec, len(state), what)
+    with as_user_error(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # a copy to the meta device does nothing, and is not meant to
         load_exactly(model, state, what)
     own = model.state_dict()
     for name, value in rename_keys(state, own).items():
@@ -111,20 +109,9 @@ def check_weights(spec: ModelSpec, checkpoint: Mapping[str, Any], path: str, key
     return model
 
 
-def check_flags(checkpoint: Mapping[str, Any], path: str) -> None:
-    """Raises UserError for flags in `args` that would make a model, or an image, larger than the weights explain."""
-    stored = checkpoint_args(checkpoint)
-    widest = max((size for value in tensors_of(checkpoint, path).values() for size in value.shape), default=0)
-    for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
-        value = stored.get(dest)
-        for one in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may be one for each block
-            if isinstance(one, (int, float)) and not (dest == "hdim_kan") <= one <= largest:
-                raise UserError(f"checkpoint {path}: its args have {dest} {one}, out of all bounds: get it from its source again")
-
-
 # ---------------------------------------------------------------- the state of a run
 def check_optimizer(optimizer: torch.optim.Optimizer, stored: Any) -> None:
-    """Raises UserError for a stored state with which the first step of `optimizer` would fail or spoil the weights."""
+    """Raises UserError for a stored state that would make the first step of `optimizer` fail or spoil the weights."""
     reason = _optimizer_misfit(optimizer, stored)
     if reason:
         raise UserError(f"the checkpoint's optimizer state does not fit ({reason}): resume with the flags it was "
@@ -145,7 +132,7 @@ def _optimizer_misfit(optimizer: torch.optim.Optimizer, stored: Any) -> str:
             return f"group {number} has other parameters"
         for key, value in group.items():
             if key not in ("params", "param_names") and key in theirs and not same_kind(value, theirs[key]):
-                return f"{key} of group {number} is no such setting"
+                return f"{key} of group {number} is of another kind"
         for member, parameter in zip(members, group["params"]):
             if not isinstance(member, int) or member in seen:
                 return f"group {number} has other parameters"
@@ -175,17 +162,18 @@ def _moments_misfit(optimizer: torch.optim.Optimizer, kept: Any, parameter: Tens
             if like and value.shape != parameter.shape or key == "step" and value.numel() != 1:
                 return f"{key} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}"
         elif isinstance(value, str) or isinstance(value, (int, float)) and not math.isfinite(value):
-            return f"{key} is no number"
+            return f"{key} is not a number"
     return ""
 
 
 def _one_for_many(value: Tensor, parameter: Tensor) -> bool:
-    """Whether it has one number for the whole parameter, as NovoGrad's, or for each row or column, as Adafactor's."""
+    """Whether it is one number for the whole parameter, as in NovoGrad, or one for each row or column, as in Adafactor."""
     return value.ndim == 0 or value.ndim == parameter.ndim and all(n in (1, m) for n, m in zip(value.shape, parameter.shape))
 
 
 def same_kind(own: Any, theirs: Any) -> bool:
-    """Whether a stored setting can stand for one's own: both numbers, both switches, lists as long, a data type by name."""
+    """Whether a stored setting may replace one's own: both are numbers, or switches, or lists of equal length; a data type is
+    stored by its name."""
     if isinstance(theirs, Tensor):
         return False
     if isinstance(own, torch.dtype):
@@ -207,8 +195,9 @@ def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
-def check_scaler(stored: Any, path: str) -> None:
-    """Raises UserError for a state of float16's loss scaling that is none. Empty: it was off."""
+def check_scaler(checkpoint: Checkpoint) -> None:
+    """Raises UserError if the state of float16's loss scaling is unusable. Empty: it was off."""
+    stored = checkpoint.state.get("scaler")
     keys = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
     if stored and not (isinstance(stored, Mapping) and all(_positive(stored.get(key)) for key in keys)):
-        raise UserError(f"checkpoint {path}: its 'scaler' is no state of a loss scaling: get it from its source again")
+        raise UserError(f"checkpoint {checkpoint.path}: its 'scaler' is not a GradScaler state: get it from its source again")

@@ -13,9 +13,8 @@ from torch import nn
 import models_kan
 from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
 from vision_kan import kernels
-from vision_kan.checkpoints.read import weights_of
+from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.common.errors import UserError, one_line
-from vision_kan.common.process import Process
 from vision_kan.common.text import one_or_two, plain, printable, say, shown_size
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import flag_name, get_args_parser
@@ -26,7 +25,7 @@ from vision_kan.models import conversion, vetting
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.models.infer import load_exactly, patch_grid
 from vision_kan.run.folder import versions
-from vision_kan.run.starting import Start, meant_model, read_checkpoint, settle
+from vision_kan.run.starting import Start, effective_config, meant_model
 from vision_kan.training.criterion import Teacher, balanced
 
 
@@ -142,14 +141,14 @@ def _no_effect(dest: str, name: str, like: str | None = None) -> UserError:
 
 
 def load_start(model: nn.Module, spec: ModelSpec, start: Start, images: Callable[[], torch.Tensor]) -> str | None:
-    """Weights of --finetune into the model; returns the table of what became of each tensor. images: gives a batch to calibrate
-    on."""
+    """Weights of --finetune into the model, which the checkpoint lets go of; returns the table of what became of each tensor.
+    images: gives a batch to calibrate on."""
     if start.purpose != "finetune":
         return None
-    with vetting.strangers(f"checkpoint {start.path}"):
-        state = weights_of(start.checkpoint, start.path)
-        report, errors = conversion.load_converted(model, spec, state, images,
-                                                   patch_grid(start.checkpoint, state))
+    with vetting.as_user_error(f"checkpoint {start.checkpoint.path}"):
+        report, errors = conversion.load_converted(model, spec, start.checkpoint.weights(), images,
+                                                   patch_grid(start.checkpoint))
+    start.checkpoint.free()
     return report.table() + (f"\n{conversion.table(errors)}" if errors else "")
 
 
@@ -158,17 +157,16 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
     them at its own size and normalisation: those that its checkpoint tells, else those of its timm configuration."""
     if args.distillation_type == "none":
         return None
-    path, checkpoint = read_checkpoint(args.teacher_path)
+    checkpoint = Checkpoint.open(args.teacher_path)
     if not timm.is_model(args.teacher_model.split(".")[0]):
         raise UserError(f"--teacher-model {args.teacher_model} is no timm model{meant_model(args.teacher_model)}: check the name")
-    described = vetting.described(checkpoint, path)
-    kwargs = described.kwargs if described and described.name == args.teacher_model else {}
-    spec = ModelSpec(args.teacher_model, {**kwargs, "num_classes": num_classes})
-    vetting.check_weights(spec, checkpoint, path, what=f"--teacher-path {path}")
+    stored = vetting.spec_from_model_args(checkpoint)
+    kwargs = stored.kwargs if stored and stored.name == args.teacher_model else {}
+    spec, what = ModelSpec(args.teacher_model, {**kwargs, "num_classes": num_classes}), f"--teacher-path {args.teacher_path}"
+    vetting.check_weights(spec, checkpoint, what=what)
     teacher = timm.create_model(spec.name, **spec.kwargs)
-    load_exactly(teacher, weights_of(checkpoint, path), f"--teacher-path {path}")
-    vetting.check_flags(checkpoint, path)
-    told = settle(parse_args(["--eval", "--model", spec.name]), Start("eval", path, checkpoint, spec), Process()).args
+    load_exactly(teacher, checkpoint.weights(), what)
+    told = effective_config(parse_args(["--eval", "--model", spec.name]), Start("eval", checkpoint, spec)).args
     validate(told)
     if (told.input_size, told.mean, told.std) != (args.input_size, args.mean, args.std):
         say(f"the teacher {spec.name} sees the images at {shown_size(told.input_size, ' x ')} px, mean "

@@ -1,4 +1,4 @@
-"""What a run starts from: its checkpoint and the flags in effect."""
+"""What a run starts from: its checkpoint and the effective flags."""
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ from torch import nn
 
 import models_kan
 from models_kan import KAN_OPTIONS, ModelSpec
-from vision_kan.checkpoints.downloads import HUB, LOCAL, fetch, is_url, quiet_hub
-from vision_kan.checkpoints.read import check_entries, checkpoint_args, in_our_layout, load_file, weights_of
+from vision_kan.checkpoints.checkpoint import Checkpoint
+from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url, quiet_hub
 from vision_kan.checkpoints.write import saved_checkpoints
-from vision_kan.common.errors import UserError
-from vision_kan.common.process import Process, cores, world_size_of_launch
+from vision_kan.common.errors import UserError, one_line
+from vision_kan.common.process import cores, world_size_of_launch
 from vision_kan.common.text import one_or_two, plain, say
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION, get_args_parser
@@ -33,93 +33,85 @@ from vision_kan.training.optim import build_optimizer, build_scheduler, freeze_a
 # ---------------------------------------------------------------- the checkpoint
 @dataclass(frozen=True)
 class Start:
-    """purpose: "resume", "eval", "finetune" or None. spec: the checkpoint's model, where it decides on it."""
+    """purpose: "resume", "eval", "finetune" or None. spec: the checkpoint's model, where it decides the architecture."""
     purpose: str | None = None
-    path: str = ""
-    checkpoint: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     spec: ModelSpec | None = None
 
     @property
     def class_names(self) -> list[str] | None:
-        return self.checkpoint.get("class_names") if self.purpose in ("resume", "eval") else None
+        return self.checkpoint.state.get("class_names") if self.purpose in ("resume", "eval") else None
 
 
 def read_start(config: Config) -> Start:
     """Read what --resume or --finetune names. Raises UserError where that is not possible."""
     args = config.args
     if args.resume == "auto":
-        start = _newest(args.output_dir, args.eval)
+        start = newest_start(args.output_dir, args.eval)
         if start:
             return start
     elif args.resume:
-        return _good(*read_checkpoint(args.resume), config)
+        return checked_start(Checkpoint.open(args.resume), config)
     if args.finetune:
-        path, checkpoint = read_source(args.finetune)
-        vetting.check_flags(checkpoint, path)
-        return Start("finetune", path, checkpoint)
+        return Start("finetune", open_source(args.finetune))
     if args.eval:
         raise UserError("--eval evaluates a checkpoint: name it with --resume FILE"
                         if args.resume != "auto" else f"--resume auto: {args.output_dir} holds no checkpoint yet")
     return Start()
 
 
-def read_checkpoint(location: str) -> tuple[str, dict[str, Any]]:
-    return location, in_our_layout(load_file(fetch(location)), location)
+def checked_start(checkpoint: Checkpoint, config: Config, of_a_run: bool = False) -> Start:
+    """The start of a resume or an evaluation. Raises UserError where that would fail later, or spoil the weights.
 
-
-def _good(path: str, checkpoint: dict[str, Any], config: Config, of_a_run: bool = False) -> Start:
-    """What resumes or evaluates from this checkpoint. Raises UserError where that would fail later, or spoil the weights.
-
-    of_a_run: it must have all that a run of this program writes, as --resume auto finds it."""
-    check_entries(checkpoint, path, complete=of_a_run)
-    vetting.check_flags(checkpoint, path)
-    start = Start("eval" if config.args.eval else "resume", path, checkpoint, _spec(checkpoint, path, config))
+    of_a_run: the checkpoint must have every entry that a run of this program writes, as --resume auto requires."""
+    checkpoint.check_entries(complete=of_a_run)
+    start = Start("eval" if config.args.eval else "resume", checkpoint, _spec(checkpoint, config))
     assert start.spec is not None
-    model = vetting.check_weights(start.spec, checkpoint, path)
-    if checkpoint.get("model_ema"):
-        vetting.check_weights(start.spec, checkpoint, path, "model_ema")
+    model = vetting.check_weights(start.spec, checkpoint)
+    if checkpoint.state.get("model_ema"):
+        vetting.check_weights(start.spec, checkpoint, "model_ema")
     if start.purpose == "resume":
-        _check_state(model.to_empty(device="cpu"), start, config)      # memory that nothing touches
+        _check_state(model.to_empty(device="cpu"), start, config)      # its memory is reserved, and never touched
     return start
 
 
 def _check_state(model: nn.Module, start: Start, config: Config) -> None:
-    args, epoch = settle(config, start, Process()).args, start.checkpoint.get("epoch", -1)
-    planned = checkpoint_args(start.checkpoint).get("epochs")
-    if type(planned) is int and epoch >= planned:
-        raise UserError(f"checkpoint {start.path}: its epoch {epoch} lies beyond the {planned} that it was trained for: get it "
-                        "from its source again, or start a new run from its weights with --finetune")
-    validate(args, 1 if config.args.resume != start.path else world_size_of_launch())
+    args, checkpoint = effective_config(config, start).args, start.checkpoint
+    planned = checkpoint.flags.get("epochs")
+    if type(planned) is int and checkpoint.epoch >= planned:
+        raise UserError(f"checkpoint {checkpoint.path}: its epoch {checkpoint.epoch} lies beyond the {planned} that it was "
+                        "trained for: get it from its source again, or start a new run from its weights with --finetune")
+    validate(args, 1 if config.args.resume != checkpoint.path else world_size_of_launch())
     if args.attn_only:
         freeze_all_but_attention(model)
     optimizer = build_optimizer(args, model, 1.0)
-    vetting.check_optimizer(optimizer, start.checkpoint.get("optimizer"))
-    vetting.check_scaler(start.checkpoint.get("scaler"), start.path)
+    vetting.check_optimizer(optimizer, checkpoint.state.get("optimizer"))
+    vetting.check_scaler(checkpoint)
     if args.sched == "plateau":
         scheduler: Any = build_scheduler(args, optimizer, 1)
-        stored = start.checkpoint.get("lr_scheduler") or {}
+        stored = checkpoint.state.get("lr_scheduler") or {}
         own = {"plateau": scheduler.lr_scheduler.state_dict(), "restore_lr": [1.0] * len(optimizer.param_groups)}
         if not own.keys() <= stored.keys() or not all(vetting.same_kind(own[key], stored[key]) for key in own):
-            raise UserError(f"checkpoint {start.path}: its 'lr_scheduler' is not that of --sched plateau, which it was trained "
-                            "with: get it from its source again, or start a new run from its weights with --finetune")
+            raise UserError(f"checkpoint {checkpoint.path}: its 'lr_scheduler' is not that of --sched plateau, which it was "
+                            "trained with: get it from its source again, or start a new run from its weights with --finetune")
 
 
-def _newest(output_dir: str, evaluate: bool) -> Start | None:
-    """The newest good checkpoint of a run; None where the run has written none."""
+def newest_start(output_dir: str, evaluate: bool) -> Start | None:
+    """--resume auto: the newest usable checkpoint of a run; None where the run has written none."""
     if not output_dir:
         raise UserError("--resume auto goes on with the run in --output_dir: give that folder")
-    # by the checkpoint's own flags: one on the command line that contradicts them is another mistake, told by `settle`
+    # by the checkpoint's own flags: `effective_config` reports one on the command line that contradicts them
     own = parse_args(["--eval"] if evaluate else [])
     failures = []
     for path in saved_checkpoints(Path(output_dir).expanduser()):
         try:
-            start = _good(str(path), load_file(path), own, of_a_run=not evaluate)
+            start = checked_start(Checkpoint.open(path), own, of_a_run=not evaluate)
         except UserError as error:
             say(f"warning: {error}", file=sys.stderr)
             failures.append(path.name)
             continue
         if failures:
-            epoch, step = start.checkpoint.get("epoch", -1) + 1, start.checkpoint.get("step")
+            epoch, step = start.checkpoint.epoch + 1, start.checkpoint.state.get("step")
             say(f"warning: going on from the earlier {path}, epoch {epoch}{f', step {step}' if step else ''}", file=sys.stderr)
         return start
     if failures:
@@ -129,10 +121,10 @@ def _newest(output_dir: str, evaluate: bool) -> Start | None:
     return None
 
 
-def read_source(source: str) -> tuple[str, dict[str, Any]]:
+def open_source(source: str) -> Checkpoint:
     """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights."""
     if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists():
-        return read_checkpoint(source)
+        return Checkpoint.open(source)
     if not timm.is_model(source.split(".")[0]):
         raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm "
                         f"model{meant_model(source)}: check it; a model on the Hub is written {HUB}OWNER/NAME")
@@ -140,30 +132,30 @@ def read_source(source: str) -> tuple[str, dict[str, Any]]:
     say(f"fetching the weights of {source} from timm's hub")
     try:
         model: Any = timm.create_model(source, pretrained=True)
-        return source, {"model": model.state_dict(), "args": preparation(source, model.pretrained_cfg)}
+        return Checkpoint(source, {"model": model.state_dict(), "args": preparation(source, model.pretrained_cfg)})
     except Exception as error:      # the hub's client raises many kinds
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise UserError(f"--finetune {source}: timm's weights cannot be had ({reason}): check the name and the "
-                        "connection, or give a downloaded file") from error
+        raise UserError(f"--finetune {source}: timm's weights cannot be had ({one_line(error).split('. ')[0]}): check the name "
+                        "and the connection, or give a downloaded file") from error
 
 
-def _spec(checkpoint: dict[str, Any], path: str, config: Config) -> ModelSpec:
-    spec = vetting.described(checkpoint, path)
+def _spec(checkpoint: Checkpoint, config: Config) -> ModelSpec:
+    spec, flags = vetting.spec_from_model_args(checkpoint), checkpoint.flags
     if spec:
         return spec
-    name = config.args.model if "model" in config.given else checkpoint_args(checkpoint).get("model")
+    name = config.args.model if "model" in config.given else flags.get("model")
     name = name if isinstance(name, str) else None
     if name and models_kan.split_name(name)[0] is None and timm.is_model(name):
         return ModelSpec(name)
-    with vetting.strangers(f"checkpoint {path}"):
-        told = config.args.input_size if "input_size" in config.given else checkpoint_args(checkpoint).get("input_size")
-        return infer_model(weights_of(checkpoint, path), {"model": name, "input_size": told})
+    with vetting.as_user_error(f"checkpoint {checkpoint.path}"):
+        size = config.args.input_size if "input_size" in config.given else flags.get("input_size")
+        return infer_model(checkpoint.weights(), {"model": name, "input_size": size})
 
 
 # ---------------------------------------------------------------- the flags
-def settle(config: Config, start: Start, process: Process) -> Config:
-    """Effective flags: given < checkpoint's < the folder's, model's and machine's own < default (see `resolve`)."""
-    stored = checkpoint_args(start.checkpoint)
+def effective_config(config: Config, start: Start) -> Config:
+    """The flags in effect. A flag that was not given takes the checkpoint's value, else the data folder's, the model's or the
+    machine's own, else its default (see `resolve`)."""
+    stored = start.checkpoint.flags
     if start.spec:
         shape = {"model": start.spec.name, "input_size": start.spec.kwargs.get("img_size")}
         shape |= {key: start.spec.kwargs.get(key) for key in KAN_OPTIONS}
@@ -175,10 +167,10 @@ def settle(config: Config, start: Start, process: Process) -> Config:
     if found:
         config = _with(config, data_set=found, source="data folder")
     if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
-        config = _with(config, val_split=VAL_SPLIT, source="data folder")       # where it is evaluated it comes from here
+        config = _with(config, val_split=VAL_SPLIT, source="data folder")       # an evaluation takes it from the checkpoint
     if "exif_orientation" not in config.sources:
         if start.purpose in ("resume", "eval") and stored.get("data_set") == "FOLDER" and "exif_orientation" not in stored:
-            config = _with(config, exif_orientation=False, source="checkpoint")     # of a version that turned nothing
+            config = _with(config, exif_orientation=False, source="checkpoint")     # written before images were turned
         elif config.args.data_set == "FOLDER" and not looks_like_imagenet(config.args.data_path):
             config = _with(config, exif_orientation=True, source="data folder")
     config = with_own_preparation(with_own_input_size(config), stored)
@@ -193,7 +185,7 @@ def _with(config: Config, source: str, **values) -> Config:
 
 
 def with_own_input_size(config: Config) -> Config:
-    """--input-size of the model where nothing else says it."""
+    """--input-size of the model, where neither the user nor the checkpoint sets it."""
     name = config.args.model
     cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     if cfg is None or "input_size" in config.sources:
@@ -202,8 +194,8 @@ def with_own_input_size(config: Config) -> Config:
 
 
 def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """How images are prepared for a model of timm's with a pretrained configuration: the flags `PREPARATION`. For this project's
-    models and DeiT's as in DeiT's code, which are the flags' defaults."""
+    """How images are prepared for a model of timm's with a pretrained configuration: the flags `PREPARATION`. This project's
+    models and DeiT's have the flags' defaults, as in DeiT's code."""
     name = name.split(".")[0]
     if models_kan.split_name(name)[0] or is_model_in_modules(name, ["deit"]):
         return {dest: get_args_parser().get_default(dest) for dest in sorted(PREPARATION)}
@@ -213,9 +205,9 @@ def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:
-    """The flags `PREPARATION` of the model's own pretrained configuration where nothing else says them.
+    """The flags `PREPARATION` of the model's own pretrained configuration, where neither the user nor the checkpoint sets them.
 
-    stored: a checkpoint's flags; one that tells a part of it was trained with the defaults of the rest."""
+    stored: a checkpoint's flags; one that has some of these was trained with the defaults of the others."""
     name = config.args.model
     cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     if cfg is None or any(stored.get(dest) for dest in PREPARATION):
@@ -226,7 +218,7 @@ def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:
 
 
 def meant_model(name: str) -> str:
-    """' (did you mean X?)' of a model's name that is none, or ''."""
+    """' (did you mean X?)' for the name of an unknown model, or ''."""
     architecture, dot, tag = name.partition(".")
     close = nearest(architecture, [*timm.list_models(), *models_kan.registered_models()])
     return f" (did you mean {close}{dot}{tag}?)" if close else ""

@@ -1,4 +1,4 @@
-"""A trained model out of a checkpoint, ready to be used, and images to use it on: what the tools begin with."""
+"""A trained model from a checkpoint, ready for use, and images to use it on: what the tools begin with."""
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader
 
 from models_kan import ModelSpec
 from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url
-from vision_kan.checkpoints.read import checkpoint_args, weights_of
 from vision_kan.common.errors import UserError
-from vision_kan.common.process import Process, choose_device
+from vision_kan.common.process import choose_device
 from vision_kan.common.text import plain
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION
@@ -31,19 +30,16 @@ from vision_kan.data.workers import batches
 from vision_kan.models import vetting
 from vision_kan.models.infer import load_exactly
 from vision_kan.run.build import build_model, choose_backend
-from vision_kan.run.starting import read_start, settle
-
-WEIGHTS = ("model", "model_ema")        # keys of a checkpoint
-_STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
+from vision_kan.run.starting import effective_config, read_start
 
 
 @dataclass
 class Trained:
     """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
-    effective flags; `args.input_size` and those of `config.PREPARATION` say how images are prepared. class_names: one for each
-    output. path: where it came from. about: the rest of the checkpoint, without weights and optimizer. weights: the key
-    in `WEIGHTS` of those that the model has. results: what the checkpoint says of these very weights (`engine.result_of`), on
-    images that were prepared as they are now; None where it says nothing."""
+    effective flags; `args.input_size` and those of `flags.PREPARATION` say how images are prepared. class_names: one for each
+    output. path: the checkpoint's. about: its other entries (`Checkpoint.about`). weights: the key of the model's weights
+    (`checkpoint.WEIGHTS`). results: the checkpoint's own of exactly these weights (`engine.result_of`), where images were
+    prepared as they are now; else None."""
     model: nn.Module
     spec: ModelSpec
     config: Config
@@ -63,8 +59,8 @@ class Trained:
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """How an image is prepared, as `timm.data.create_transform` takes it: the same tensor as here. At 32 px and below that is
-        so for an image that has the size already; a larger one is resized to it whole, where here it is cropped."""
+        """How an image is prepared, as `timm.data.create_transform` takes it, with the same result. At 32 px and below only for
+        an image of this size: timm resizes a larger one, and here it is cropped."""
         args, size = self.args, self.args.input_size
         return {"input_size": (3, *to_2tuple(size)), "crop_pct": 1.0 if is_small(size) else args.eval_crop_ratio,
                 "crop_mode": args.crop_mode, "interpolation": args.interpolation, "mean": tuple(args.mean),
@@ -77,36 +73,33 @@ class Trained:
 
 
 def load_trained(location: str, *, weights: str = "model", device: str = "auto", flags: Sequence[str] = ()) -> Trained:
-    """The model of a checkpoint: ours, the original Vision-KAN's, DeiT's, a .safetensors file or folder of ours, or a URL of
-    one, or hf-hub:OWNER/NAME.
+    """The model of a checkpoint: a file or folder of this project, of the original Vision-KAN or of DeiT, its URL, or
+    hf-hub:OWNER/NAME.
 
     Args:
-        weights: which of `WEIGHTS`. device: as --device. flags: further ones of main.py's, such as --data-path DIR.
+        weights: which of `checkpoint.WEIGHTS`. device: as --device. flags: more flags of main.py, such as --data-path DIR.
     Raises: UserError for anything that `main.py --eval --resume` refuses."""
     config = parse_args(["--eval", "--resume", location, "--device", device, *flags])
     start = read_start(config)
-    config = settle(config, start, Process())
-    validate(config.args)       # a file may say anything
-    if weights != "model" and not start.checkpoint.get(weights):
-        raise UserError(f"checkpoint {start.path} holds no {weights}: leave out --weights {weights}")
-    state = weights_of(start.checkpoint, start.path, weights)
-    spec = start.spec
+    config = effective_config(config, start)
+    validate(config.args)       # the checkpoint's flags may have any value
+    checkpoint, spec = start.checkpoint, start.spec
+    if weights != "model" and not checkpoint.state.get(weights):
+        raise UserError(f"checkpoint {checkpoint.path} holds no {weights}: leave out --weights {weights}")
     assert spec is not None
     if "num_classes" not in spec.kwargs:        # another model of timm's
-        spec = ModelSpec(spec.name, {**spec.kwargs, "num_classes": vetting.check_weights(
-            spec, start.checkpoint, start.path).num_classes})
+        spec = ModelSpec(spec.name, {**spec.kwargs, "num_classes": vetting.check_weights(spec, checkpoint).num_classes})
     model: Any
     model, spec = build_model(spec, config)
-    load_exactly(model, state, f"{weights} in checkpoint {start.path}")
+    load_exactly(model, checkpoint.weights(weights), f"{weights} in checkpoint {checkpoint.path}")
     chosen = choose_device(device)
     with redirect_stdout(sys.stderr):       # a tool's standard output is its result
         choose_backend(config, spec, model, chosen)
     model = model.to(chosen).eval().requires_grad_(False)
-    about = {key: value for key, value in start.checkpoint.items() if key not in _STATE and not isinstance(value, Tensor)}
-    flags_then = checkpoint_args(about)
-    same = all(plain(getattr(config.args, key)) == flags_then[key] for key in PREPARATION & flags_then.keys())
+    about, stored = checkpoint.about, checkpoint.flags
+    same = all(plain(getattr(config.args, key)) == stored[key] for key in PREPARATION & stored.keys())
     results = about.get("results", {}).get(weights) if same else None
-    return Trained(model, spec, config, class_names(about, model.num_classes), start.path, about, weights, results)
+    return Trained(model, spec, config, class_names(about, model.num_classes), checkpoint.path, about, weights, results)
 
 
 def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:
@@ -121,8 +114,8 @@ def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:
 
 # ---------------------------------------------------------------- images
 def image_files(places: Sequence[str | Path]) -> list[Path]:
-    """The files among `places`, and all images in and below the folders among them (`folders.find_images`), by name. Raises
-    UserError for a place that does not exist, and for a folder without images."""
+    """The files among `places`, and all images in and below the folders among them (`folders.find_images`), sorted by name.
+    Raises UserError for a place that does not exist, and for a folder without images."""
     found: list[Path] = []
     for place in map(Path, places):
         if place.is_dir():
@@ -139,8 +132,8 @@ def image_files(places: Sequence[str | Path]) -> list[Path]:
 
 class Pictures:
     """Image files as the model takes them, in batches of (images float32 [B, 3, S, S], indices into `files` int64 [B]).
-    One that cannot be read is left out, and named on stderr; `unreadable` tells those met so far. They are turned upright as
-    their EXIF orientation says, unless the flags or the training's own say no.
+    An unreadable file is left out and named on stderr; `unreadable` lists those found so far. Images are turned upright by their
+    EXIF orientation, unless the flags or those of the training turn that off.
 
     workers: loader processes; by default as many as --num_workers and the files allow."""
 
@@ -166,14 +159,14 @@ class Pictures:
 
 
 def as_seen(image: Tensor, args: Namespace) -> Tensor:
-    """[3, S, S], 0 to 1, to be shown: an image as the model takes it, its normalisation by --mean and --std undone."""
+    """A model's input [3, S, S] as an image to show, from 0 to 1: without the normalisation by --mean and --std."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (args.mean, args.std))
     return (image * std + mean).clamp(0, 1)
 
 
-def beside(checkpoint: str, ending: str) -> Path:
-    """Where a tool writes that is not told: the checkpoint's name with this ending in place of its suffix, beside it; of a URL
-    or of a model on the Hub here."""
+def default_output(checkpoint: str, ending: str) -> Path:
+    """Where a tool writes by default: beside the checkpoint, under its name with this ending in place of the suffix; for a URL
+    or a model on the Hub in the current folder."""
     on_the_hub = checkpoint.startswith(HUB)
     if on_the_hub or is_url(checkpoint):
         path = Path(Path(urlparse(checkpoint).path).name)

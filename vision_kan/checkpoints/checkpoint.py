@@ -1,0 +1,173 @@
+"""A checkpoint, opened once: ours, or another program's in our layout."""
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vision_kan.checkpoints.downloads import fetch
+from vision_kan.checkpoints.layouts import args_of, in_our_layout
+from vision_kan.checkpoints.read import are_names, load_file
+from vision_kan.common.errors import UserError
+from vision_kan.common.text import say
+
+WEIGHTS = ("model", "model_ema")        # the trained weights and their moving average
+# What a run goes on from, and nothing else: all other entries describe the checkpoint.
+_STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
+# Flags that size an image: dest -> the largest value that is accepted.
+_LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
+
+
+@dataclass
+class Checkpoint:
+    """What a file holds, asked by name. Without arguments: an empty one, where nothing was named to start from.
+
+    path: the file, folder or location as the user gave it, for messages.
+    state: everything in it, under this program's keys (docs/checkpoints.md): the state of a run. The constructor takes another
+        program's content, too."""
+    path: str = ""
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
+    _checked: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.state, note = in_our_layout(self.state)
+        if note:
+            say(f"checkpoint {self.path}: {note}", file=sys.stderr)
+
+    @classmethod
+    def open(cls, location: str | Path) -> "Checkpoint":
+        """The checkpoint at a location as `fetch` takes it; a Path is a local file or folder. Never runs code of the file.
+
+        Raises: UserError if it cannot be read, holds no weights, or has flags that would make a model or an image larger than
+            the weights explain."""
+        path = location if isinstance(location, Path) else fetch(location)
+        checkpoint = cls(str(location), load_file(path))
+        checkpoint._check_flags()
+        return checkpoint
+
+    # ---------------------------------------------------------------- what it says
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags that it was written with; empty where it has none."""
+        return args_of(self.state)
+
+    @property
+    def epoch(self) -> int:
+        """The last finished epoch, counted from 0; -1 where there is none."""
+        return self.state.get("epoch", -1)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The entries beside weights and training state, the flags as a dict."""
+        about = {key: value for key, value in self.state.items() if key not in _STATE and not isinstance(value, Tensor)}
+        return {**about, "args": self.flags} if "args" in about else about
+
+    # ---------------------------------------------------------------- what it holds
+    def weights(self, key: str = "model") -> dict[str, Tensor]:
+        """The state dict under one of `WEIGHTS`, not to be changed. Its values are looked at once, at the first call.
+
+        Raises: UserError if there is none, or a model cannot use it: a key that is not text, numbers that are not floating
+            point, values that are not finite."""
+        if key not in self._checked:
+            state = self._tensors(key)
+            for name, tensor in state.items():
+                self._check_tensor(name, tensor)
+            self._checked[key] = state
+        return self._checked[key]
+
+    def free(self) -> None:
+        """Let go of the weights and the training state; what `about` gives stays."""
+        self.state = self.about
+        self._checked.clear()
+
+    def _tensors(self, key: str) -> dict[str, Tensor]:
+        entry = self.state.get(key)
+        state = {name: value for name, value in entry.items() if isinstance(value, Tensor)} if isinstance(entry, Mapping) else {}
+        if not state:
+            raise UserError(f"checkpoint {self.path} holds no weights (no key {key!r}): it has "
+                            f"{', '.join(map(repr, list(self.state)[:5])) or 'nothing'}")
+        return state
+
+    # ---------------------------------------------------------------- checks
+    def check_entries(self, complete: bool = False) -> None:
+        """Raises UserError for an entry of another kind than a run writes; with `complete` for one that is missing, too."""
+        for key, (test, kind, needed) in _ENTRIES.items():
+            if key not in self.state:
+                if complete and needed:
+                    raise UserError(f"checkpoint {self.path} has no key '{key}': a run of this program did not write it")
+            elif not test(self.state[key]):
+                raise UserError(f"checkpoint {self.path}: its '{key}' is not {kind}, so it is damaged or of another program: "
+                                "copy it again, or take its weights with --finetune")
+
+    def _check_flags(self) -> None:
+        flags, widest = self.flags, max(size for value in self._tensors("model").values() for size in (0, *value.shape))
+        for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
+            value = flags.get(dest)
+            for one in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may be one for each block
+                if isinstance(one, (int, float)) and not (dest == "hdim_kan") <= one <= largest:
+                    raise UserError(f"checkpoint {self.path}: its args have {dest} {one}, which is out of range: get it from its "
+                                    "source again")
+
+    def _check_tensor(self, name: Any, tensor: Tensor) -> None:
+        if not isinstance(name, str):
+            raise UserError(f"checkpoint {self.path} has the key {name!r} among its weights, which is not text: get it from its "
+                            "source again")
+        if tensor.is_complex() or not tensor.is_floating_point() and _is_parameter(name, tensor):
+            raise UserError(f"checkpoint {self.path}: the weights {name} are of type {str(tensor.dtype).removeprefix('torch.')}, "
+                            "and no model here computes with such: take a checkpoint in floating point")
+        # as float32, which a float64 may exceed
+        if not tensor.to(torch.float32).isfinite().all() and not _is_open_limit(name, tensor):
+            raise UserError(f"checkpoint {self.path}: the weights {name} are not finite (infinite or nan), so it cannot be used: "
+                            "take an earlier checkpoint of that run")
+
+
+def _is_parameter(name: str, tensor: Tensor) -> bool:
+    """A model has integers in counters and index tables only, as int64 or bool."""
+    return tensor.dtype not in (torch.int64, torch.bool) or name.rpartition(".")[2] in ("weight", "bias")
+
+
+def _is_open_limit(name: str, tensor: Tensor) -> bool:
+    """Whether it is a limit that is not set yet, minus or plus infinity, such as `input_min` of timm's Gemma."""
+    return tensor.ndim == 0 and float(tensor) == {"_min": -math.inf, "_max": math.inf}.get(name[-4:])
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2 ** 53
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_result(value: Any) -> bool:
+    return isinstance(value, Mapping) and are_names([value.get("data_set"), value.get("split")]) and \
+        _is_count(value.get("images")) and \
+        all(_is_number(value.get(key)) and 0 <= value[key] <= 100 for key in ("acc1", "acc5"))
+
+
+# The entries of a run's checkpoint beside the weights: key -> (test, what it must be, whether --resume auto requires it).
+_ENTRIES = {
+    "optimizer": (_is_mapping, "a mapping", True),
+    "lr_scheduler": (_is_mapping, "a mapping", True),
+    "epoch": (lambda v: type(v) is int and -1 <= v < 10 ** 6, "a number of epochs", True),
+    "args": (lambda v: v is None or isinstance(v, (Mapping, Namespace)), "flags", True),
+    "model_args": (lambda v: isinstance(v, Mapping) and isinstance(v.get("name"), str)
+                   and isinstance(v.get("kwargs", {}), Mapping), "a name and arguments", True),
+    "model_ema": (lambda v: v is None or isinstance(v, Mapping), "weights", False),
+    "scaler": (lambda v: v is None or isinstance(v, Mapping), "a mapping", False),
+    "class_names": (lambda v: v is None or are_names(v), "names", False),
+    **dict.fromkeys(("step", "position", "skipped", "epochs_without_best"), (_is_count, "a count", False)),
+    **dict.fromkeys(("max_accuracy", "max_accuracy_ema", "seconds"), (_is_number, "a number", False)),
+    "losses": (lambda v: isinstance(v, list) and all(map(_is_number, v)), "a list of numbers", False),
+    "unreadable": (lambda v: isinstance(v, list) and all(map(_is_count, v)), "a list of counts", False),
+    "results": (lambda v: isinstance(v, Mapping) and all(map(_is_result, v.values())), "results of evaluations", False),
+}
