@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import util as util_module
 from pathlib import Path
 
 import huggingface_hub
@@ -37,6 +36,7 @@ from vision_kan.models import vetting
 from vision_kan.models.infer import load_exactly
 from vision_kan.run.build import build_model, build_teacher, description, load_start, model_spec
 from vision_kan.run.starting import Start, effective_config, read_start
+from vision_kan.training import optim
 from vision_kan.training.optim import (
     build_optimizer,
     build_scheduler,
@@ -763,13 +763,13 @@ def test_optimizers_that_cannot_be_set_up():
     ("kron", "opt_einsum", "pip install opt_einsum"), ("lookahead_kronw", "opt_einsum", "pip install opt_einsum"),
     ("bnbadam8bit", "bitsandbytes", "pip install bitsandbytes"), ("fusedadam", "apex", "https://github.com/NVIDIA/apex")])
 def test_optimizers_that_need_a_package(opt, package, remedy, monkeypatch):
-    monkeypatch.setattr(util_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(optim, "find_spec", lambda name: None)
     text = sentence(build_optimizer, flags("--opt", opt), nano(), 1e-3)
     assert f"--opt {opt} needs the package {package}, which is not installed: " in text and remedy in text
 
 
 def test_optimizers_for_gpus_alone(monkeypatch):
-    monkeypatch.setattr(util_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(optim, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for opt in ("bnbadam", "fusedlamb"):
         assert "on CUDA GPUs only" in sentence(build_optimizer, flags("--opt", opt), nano(), 1e-3)

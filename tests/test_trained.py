@@ -53,7 +53,7 @@ def test_what_cannot_be_loaded(trained_run, tmp_path):
     assert "no model_ema" in sentence(load_trained, str(tmp_path / "c.pth"), weights="model_ema")
     other = write_digits(tmp_path / "other", classes=4)
     trained = load_trained(str(folder / "checkpoint.pth"), device="cpu", flags=["--data-path", str(other)])
-    assert "digit3" in sentence(trained.loaders)
+    assert "digit3" in sentence(loaders_of, trained)
 
 
 @pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
