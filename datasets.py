@@ -1,5 +1,4 @@
 """Data sets by name, and the loaders of a run."""
-import multiprocessing
 import sys
 from argparse import Namespace
 from importlib.metadata import version
@@ -40,8 +39,7 @@ def build_dataset(is_train: bool, args: Namespace,
     """
     data_set = data_set_of(args)
     if of_timm(data_set):
-        
-        return build(is_train, args, data_set, class_names)
+        return _of_library(is_train, args, data_set, class_names)
     if data_set == "DIGITS":
         split = open_digits(is_train)
     elif data_set in CIFARS:
@@ -126,16 +124,13 @@ def _download_once(args: Namespace, process: Process) -> Namespace:
     return Namespace(**{**vars(args), "download": False})
 
 
-def build(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> tuple[ImageSet, int]:
-    """`datasets.build_dataset` for KIND/NAME. Raises UserError for a package that is missing and whatever its library says."""
+def _of_library(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> tuple[ImageSet, int]:
+    """`build_dataset` for KIND/NAME. Raises UserError for a package that is missing and whatever its library says."""
     kind, _, name = data_set.partition("/")
     package, least = PACKAGES.get(kind, ("", 0))
     if package and (not package_spec(package) or int(version(package).split(".")[0]) < least):
         raise UserError(f"--data-set {data_set} needs the package {package}{f' {least} or newer' if least else ''}: "
                         f"pip install '{package}{f'>={least}' if least else ''}'")
-    if package == "datasets" and args.num_workers and multiprocessing.get_start_method() != "fork":
-        raise UserError(f"--data-set {data_set}: on this system loader processes cannot tell the package {package} from this "
-                        "program's module of that name: give --num_workers 0")
     if kind in ("hfids", "wds"):
         return _build_stream(is_train, args, data_set, class_names)
     split = (open_torchvision if kind == "torch" else open_huggingface)(is_train, args, name)

@@ -33,11 +33,13 @@ def rows(tmp_path_factory) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_csv_has_all_columns_and_the_machine(rows):
     assert tuple(rows[0]) == gpu.FIELDS
     assert all(row["torch"] == torch.__version__ and row["card"] for row in rows)
 
 
+@pytest.mark.slow
 def test_every_op_is_checked_in_every_dtype(rows):
     checks = [row for row in rows if row["part"] == "check"]
     assert {row["dtype"] for row in checks} == {"float32", "bfloat16", "float16"}
@@ -45,6 +47,7 @@ def test_every_op_is_checked_in_every_dtype(rows):
     assert all(float(row["error"]) <= float(row["bound"]) and not row["problem"] for row in checks)
 
 
+@pytest.mark.slow
 def test_every_op_and_its_twin_is_timed(rows):
     timed = {(row["name"], row["variant"], row["phase"]) for row in rows if row["part"] == "op" and float(row["ms"]) > 0}
     for op, twin in (("activation", "GELU"), ("linear", "MLP")):
@@ -53,12 +56,14 @@ def test_every_op_and_its_twin_is_timed(rows):
     assert all(int(row["n"]) >= 3 and float(row["spread_percent"]) >= 0 for row in rows if row["part"] == "op")
 
 
+@pytest.mark.slow
 def test_models_are_timed_against_their_twin(rows):
     steps = {row["variant"]: row for row in rows if row["part"] == "step"}
     assert set(steps) == {"ViT", "GKAN", "KAN"} and float(steps["ViT"]["ratio"]) == 1
     assert all(float(row["images_per_s"]) > 0 and row["phase"] == "eager" for row in steps.values())
 
 
+@pytest.mark.slow
 def test_parts_in_order_of_their_weight_each_row_at_once(rows, tmp_path, monkeypatch):
     assert [row["part"] for row in rows] == sorted((row["part"] for row in rows), key=["step", "op", "check"].index)
     output = tmp_path / "gpu.csv"
@@ -74,6 +79,7 @@ def test_parts_in_order_of_their_weight_each_row_at_once(rows, tmp_path, monkeyp
     assert output.with_suffix(".md").read_text().count("vit_nano_patch8_32") == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_is_a_row(monkeypatch):
     real = gpu._steps
 
@@ -89,6 +95,7 @@ def test_a_model_that_fails_is_a_row(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(capsys, tmp_path):
     assert gpu.main(["--output", str(tmp_path / "gpu.csv")]) == 2
     message = capsys.readouterr().err
@@ -96,6 +103,7 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
     assert not (tmp_path / "gpu.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_op_fails(monkeypatch, tmp_path):
     bench = gpu.Bench("cpu", True, 60)
     monkeypatch.setattr(gpu.kernels, "rswaf_linear", lambda u, w, grid, h, single_exp: 0 * u @ w[:, :u.shape[1]].t())
@@ -103,6 +111,7 @@ def test_a_wrong_op_fails(monkeypatch, tmp_path):
     assert "over" in bench.rows[-1]["problem"]
 
 
+@pytest.mark.slow
 def test_what_does_not_run_is_a_row(capsys):
     def fails():
         raise RuntimeError("no kernel image\nmore")

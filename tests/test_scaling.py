@@ -11,6 +11,8 @@ sys.path.insert(0, str(e2e.ROOT / "benchmarks"))
 import loader  # noqa: E402
 import scaling  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def test_exponent():
     assert scaling.exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1)

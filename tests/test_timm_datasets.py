@@ -1,25 +1,24 @@
 """Data under the names of timm.data.create_dataset: local data of each kind, read as the folder it was made from."""
 import io
 import os
-import pickle
 import random
 import shutil
+import subprocess
+import sys
 import tarfile
-from importlib import metadata as metadata_module
 
 import numpy as np
 import pytest
 import torch
-from e2e import QUICK, checkpoint, differences, evaluation, launch, log, run, sentence, write_digits
+from e2e import QUICK, ROOT, checkpoint, differences, evaluation, launch, log, run, sentence, write_digits
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision import datasets as torchvision_datasets
 
+import datasets as ours
 from datasets import build_loaders
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process
 from vision_kan.config.flags import get_args_parser
-from vision_kan.data import hub as hub_module
 from vision_kan.data.hub import huggingface_datasets, package_spec
 from vision_kan.data.known import _digits_file
 from vision_kan.data.streams import HuggingFaceStream, WebDataset
@@ -64,9 +63,9 @@ def hub(tmp_path_factory):
 def table(datasets, files, names=("zero", "one", "two")):
     """A data set with the bytes of each file in it."""
     label = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
-    return Dataset.from_dict({"picture": [{"bytes": file.read_bytes(), "path": file.name} for file, _ in files],
+    return datasets.Dataset.from_dict({"picture": [{"bytes": file.read_bytes(), "path": file.name} for file, _ in files],
                                        "label": [c for _, c in files], "number": list(range(len(files)))},
-                                      datasets.Features({"picture": Image(), "label": label,
+                                      datasets.Features({"picture": datasets.Image(), "label": label,
                                                          "number": datasets.Value("int64")}))
 
 
@@ -252,11 +251,45 @@ def test_no_script_is_run(hub, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_it_travels_to_other_processes(parquet):
-    """Loader processes may be started afresh."""
-    data = loaders_of(["--data-set", f"hfds/{parquet}"]).val.dataset
-    images = pickle.loads(pickle.dumps(data.images))
-    assert len(images) == 24 and images.load(3).tobytes() == data.images.load(3).tobytes()
+# Loader processes that are started anew, each of which reads what the process that started it reads.
+STARTED = """
+import multiprocessing, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from datasets import build_loaders
+from vision_kan.common.process import Process
+from vision_kan.config.flags import get_args_parser
+
+def batch_of(words, workers):
+    args = get_args_parser().parse_args([*words, "--input-size", "32", "--batch-size", "4", "--no-repeated-aug",
+                                         "--num_workers", str(workers)])
+    loaders = build_loaders(args, Process())
+    loaders.train_sampler.set_epoch(0)
+    return [*next(iter(loaders.train)), *next(iter(loaders.val))]
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[2])
+    for words in sys.argv[3:]:
+        here, there = batch_of(words.split(";"), 0), batch_of(words.split(";"), 1)
+        print(words, all(map(torch.equal, here, there)), len(here))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_loader_processes_that_are_started_anew(method, parquet, shards, folder, tmp_path):
+    """fork is what all other tests have."""
+    kinds = [["--data-set", "DIGITS"], ["--data-path", folder], ["--data-set", "torch/image_folder", "--data-path", folder],
+             ["--data-set", f"hfds/{parquet}"], ["--data-set", f"hfids/{parquet}", "--data-split", *HFIDS_SPLIT],
+             ["--data-set", "wds/digits", "--data-path", shards, "--data-split", *WDS_SPLIT, "--num-classes", 3]]
+    words = [";".join(map(str, kind)) for kind in kinds]
+    script = tmp_path / "read.py"
+    script.write_text(STARTED)
+    done = subprocess.run([sys.executable, str(script), str(ROOT), method, *words], capture_output=True, text=True, timeout=1000,
+                          env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.endswith(" 4")] == [f"{kind} True 4" for kind in words]
 
 
 # ---------------------------------------------------------------- streams
@@ -369,13 +402,13 @@ def test_no_shard_is_a_shell_command(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what is missing
 @pytest.mark.parametrize("kind, package", [("hfds", "datasets"), ("hfids", "datasets"), ("wds", "webdataset")])
 def test_a_missing_package_is_named(kind, package, monkeypatch, tmp_path):
-    monkeypatch.setattr(hub_module, "package_spec", lambda name: None)
+    monkeypatch.setattr(ours, "package_spec", lambda name: None)
     with pytest.raises(UserError, match=f"needs the package {package}.*: pip install '{package}"):
         build_loaders(make_args(f"{kind}/x", tmp_path), Process())
 
 
 def test_an_old_version_would_run_scripts(monkeypatch, hub):
-    monkeypatch.setattr(metadata_module, "version", lambda name: "3.6.0")
+    monkeypatch.setattr(ours, "version", lambda name: "3.6.0")
     with pytest.raises(UserError, match="datasets 4 or newer"):
         build_loaders(make_args("hfds/x"), Process())
 

@@ -3,6 +3,8 @@ import pytest
 
 from benchmarks import torture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kills", [3, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_again_and_again_it_ends_as_the_run_left_in_peace(kills, capsys):

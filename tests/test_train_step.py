@@ -2,11 +2,14 @@
 import csv
 import importlib.util
 
+import pytest
 import torch
 from e2e import ROOT
 
 from benchmarks import timing, train_step
 from vision_kan import kernels
+
+pytestmark = pytest.mark.slow
 
 _spec = importlib.util.spec_from_file_location("benchmarks_kernels", ROOT / "benchmarks/kernels.py")
 op_benchmark = importlib.util.module_from_spec(_spec)

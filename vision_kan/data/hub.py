@@ -1,5 +1,6 @@
 """Data sets of other libraries: torchvision's, Hugging Face's and WebDataset's, as timm names them."""
 import os
+import pickle
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -94,7 +95,22 @@ def open_torchvision(is_train: bool, args: Namespace, name: str) -> Split:
 
 
 # ---------------------------------------------------------------- hfds/
-class RecordImages:
+class HoldsHuggingFace:
+    """What has objects of Hugging Face's package. A process that receives it opens the package first: there the name `datasets`
+    may still mean another file."""
+
+    def __reduce__(self) -> tuple:
+        return _received, (type(self), pickle.dumps(vars(self)))
+
+
+def _received(kind: type, content: bytes) -> Any:
+    huggingface_datasets()
+    made = object.__new__(kind)
+    vars(made).update(pickle.loads(content))
+    return made
+
+
+class RecordImages(HoldsHuggingFace):
     """Images of a Hugging Face data set, whose tables stay on the disk: records `chosen`."""
 
     def __init__(self, name: str, data: Any, key: str, chosen: np.ndarray):

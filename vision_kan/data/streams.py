@@ -19,7 +19,14 @@ from torch.utils.data import get_worker_info
 
 from vision_kan.common.errors import UnreadableData, UserError, one_line
 from vision_kan.data.folders import is_hidden
-from vision_kan.data.hub import columns_of, decode_record, huggingface_datasets, open_with_library, part_name
+from vision_kan.data.hub import (
+    HoldsHuggingFace,
+    columns_of,
+    decode_record,
+    huggingface_datasets,
+    open_with_library,
+    part_name,
+)
 from vision_kan.data.images import TRIES, ImageSet, SampleKey, Split, seeded
 from vision_kan.data.names import data_root
 
@@ -82,7 +89,7 @@ class WebDataset:
             yield Record(name, {"bytes": image}, target)
 
 
-class HuggingFaceStream:
+class HuggingFaceStream(HoldsHuggingFace):
     """A Hugging Face data set that is read while it arrives."""
 
     def __init__(self, args: Namespace, is_train: bool):
