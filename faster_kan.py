@@ -10,16 +10,20 @@ The basis is the reflectional switch activation function of FasterKAN (A. Delis,
 the B-splines of Kolmogorov-Arnold networks (Liu et al., arXiv:2404.19756). Parameter names are those of the
 released Vision-KAN checkpoints: `layers.N.layernorm`, `layers.N.rbf.grid`, `layers.N.spline_linear.weight`.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import to_2tuple
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision_kan.kernels import MAX_HALF_RANGE, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
+from vision_kan.layers.feed_forward import EdgeHalf, Half, TwoLayerKAN, ends, widths
+from vision_kan.layers.function_layer import BASIS_FLOPS, SILU_FLOPS, Flops, FunctionLayer
+from vision_kan.layers.least_squares import ridge_solve
 
 torch.fx.wrap("rswaf_linear")      # one call in a graph of torch.fx
 
@@ -67,10 +71,8 @@ def fit_basis(function: Callable[[Tensor], Tensor], grid: Tensor, h: float | Ten
     mean, std = (torch.as_tensor(value, dtype=torch.float64).cpu() for value in (mean, std))
     target = function(mean[..., None] + std[..., None] * u)             # [N, nodes]
     basis = rswaf_basis(u, grid, h)                                     # [nodes, G]
-    gram = basis.T @ (w[:, None] * basis)
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(grid), dtype=torch.float64)
     moments = (w * target) @ basis                                      # [N, G]
-    a = torch.linalg.solve(gram, moments[..., None]).squeeze(-1)        # gram is symmetric
+    a = ridge_solve(basis.T @ (w[:, None] * basis), moments[..., None], ridge).squeeze(-1)
     error = ((a @ basis.T - target).square() * w).sum(-1).sqrt() / (target.square() * w).sum(-1).sqrt()
     return a, error
 
@@ -121,11 +123,24 @@ class RSWAFGrid(nn.Module):
         if isinstance(self.h, Tensor):
             self.h.fill_(self.initial_h)
 
+    def basis(self, u: Tensor) -> Tensor:
+        """[..., G]: B_k(u) in u's dtype."""
+        return rswaf_basis(u, self.grid.to(u), self.h.to(u) if isinstance(self.h, Tensor) else self.h)
+
+    @torch.no_grad()
+    def spread_like(self, old: "RSWAFGrid") -> None:
+        """Where points or width are learned: this grid's number of points, spread as the old one's are."""
+        if isinstance(self.grid, nn.Parameter):
+            places = np.linspace(0, len(old.grid) - 1, len(self.grid))
+            self.grid.copy_(torch.from_numpy(np.interp(places, np.arange(len(old.grid)), old.grid.double().cpu().numpy())))
+        if isinstance(self.h, nn.Parameter) and isinstance(old.h, Tensor):
+            self.h.copy_(old.h * (len(old.grid) - 1) / (len(self.grid) - 1))
+
     def extra_repr(self) -> str:
         return f"[{self.grid_min}, {self.grid_max}], {self.num_grids} points, h={self.initial_h:g}"
 
 
-class FasterKANLayer(nn.Module):
+class FasterKANLayer(FunctionLayer):
     """Normalisation, basis, one linear map: x [..., in_features] -> [..., out_features].
 
     Args:
@@ -176,7 +191,6 @@ class FasterKANLayer(nn.Module):
 
     @property
     def for_kernels(self) -> tuple:
-        """What `kernels.describe` must know of the layer."""
         rbf = self.rbf
         if not rbf.single_exp:
             return rbf.num_grids, None
@@ -194,11 +208,66 @@ class FasterKANLayer(nn.Module):
             y = y + F.linear(F.silu(u), self.base_linear.weight)
         return y
 
+    # ------------------------------------------------------------ what it answers about itself
+    @property
+    def has_base(self) -> bool:
+        return self.base_linear is not None
+
+    def flops(self, tokens: int) -> Flops:
+        matmul, elementwise = self.spline_linear.weight.numel(), BASIS_FLOPS * self.spline_linear.weight.shape[1]
+        if self.base_linear is not None:
+            matmul, elementwise = matmul + self.base_linear.weight.numel(), elementwise + SILU_FLOPS * self.in_features
+        return Flops(2 * tokens * matmul, tokens * elementwise)
+
+    def arriving(self, x: Tensor) -> Tensor:
+        return self.layernorm(x)
+
+    @property
+    def norm(self) -> nn.LayerNorm | None:
+        return self.layernorm if isinstance(self.layernorm, nn.LayerNorm) else None
+
+    def grid_points(self) -> Tensor:
+        return self.rbf.grid.detach().double().cpu().sort().values      # learned ones may have passed each other
+
+    @torch.no_grad()
+    def basis(self, u: Tensor) -> Tensor:
+        basis = self.rbf.basis(u)
+        return basis if self.base_linear is None else torch.cat([basis, F.silu(u).unsqueeze(-1)], -1)
+
+    def function_weights(self) -> Tensor:
+        weight = self.spline_linear.weight.unflatten(1, (self.in_features, -1))
+        return weight if self.base_linear is None else torch.cat([weight, self.base_linear.weight.unsqueeze(-1)], -1)
+
+    @torch.no_grad()
+    def set_function_weights(self, weights: Tensor, bias: Tensor | None = None) -> None:
+        points = len(self.rbf.grid)
+        self.spline_linear.weight.copy_(weights[..., :points].flatten(1))
+        if self.base_linear is not None:
+            self.base_linear.weight.copy_(weights[..., points])
+        if self.spline_linear.bias is not None and bias is not None:
+            self.spline_linear.bias.copy_(bias)
+
+    def function_parameters(self) -> list[nn.Parameter]:
+        return [self.spline_linear.weight]
+
+    def take_grid(self, old: FunctionLayer) -> None:
+        assert isinstance(old, FasterKANLayer)
+        self.layernorm.load_state_dict(old.layernorm.state_dict())
+        self.rbf.spread_like(old.rbf)
+
+    @torch.no_grad()
+    def normalise_by(self, mean: Tensor, std: Tensor) -> None:
+        """u = (x - mean)/std, [I] each; a LayerNorm does that to what has mean 0 and deviation 1 already."""
+        scale, shift = ((self.layernorm.scale, self.layernorm.shift) if isinstance(self.layernorm, StaticNorm)
+                        else (self.layernorm.weight, self.layernorm.bias))
+        scale.copy_(1 / std)
+        shift.copy_(-mean / std)
+
 
 FITTED: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "gelu": F.gelu}
 
 
-class FasterKAN(nn.Module):
+class FasterKAN(TwoLayerKAN):
     """Two FasterKAN layers in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
 
     Args:
@@ -214,31 +283,69 @@ class FasterKAN(nn.Module):
         init_as_mlp: begin as a random MLP: the first layer linear, the second a linear map of GELUs.
         kan: keywords of `FasterKANLayer`.
     """
+    TITLE = "FasterKAN (a learned function on every edge)"
+    PRUNES = ("hidden", "points", "edges")
+    FITS_MLP = True
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
                  act_layer=None, norm_layer=None, bias: bool = True, drop: float | Sequence[float] = 0.0,
                  device=None, dtype=None, *, hdim: int | None = None, kan_bias: bool = False,
                  second_norm: str = "layer", init_as_mlp: bool = False, **kan):
-        super().__init__()
         hidden = hdim or hidden_features or in_features
         kan |= {"bias": kan_bias, "device": device, "dtype": dtype}
-        self.layers: Any = nn.ModuleList([
-            FasterKANLayer(in_features, hidden, init_as="identity" if init_as_mlp else None, **kan),
-            FasterKANLayer(hidden, out_features or in_features, norm=second_norm,
-                           init_as="gelu" if init_as_mlp else None, **kan)])
-        self.drops = nn.ModuleList([nn.Dropout(p) for p in to_2tuple(drop)])
+        super().__init__(FasterKANLayer(in_features, hidden, init_as="identity" if init_as_mlp else None, **kan),
+                         FasterKANLayer(hidden, out_features or in_features, norm=second_norm,
+                                        init_as="gelu" if init_as_mlp else None, **kan), drop)
 
     @property
     def fc2(self) -> SplineLinear:
         """The last linear map, under the name by which some of timm's models scale it down with the depth of the block."""
         return self.layers[-1].spline_linear
 
-    def init_weights(self) -> None:
-        """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""
-        for layer in self.layers:
-            layer.reset_parameters()
+    @classmethod
+    def with_options(cls, size: Any, *, hdim_kan: int | None = None, kan_basis: str = "original", kan_grid_range=None,
+                     kan_grid_points: int = 8, kan_h: float | None = None, kan_trainable_grid: bool = False,
+                     kan_trainable_h: bool = False, kan_base_branch: bool = False,
+                     kan_second_norm: str = "layer") -> Callable[..., nn.Module]:
+        """Basis "original": the released Vision-KAN's, on [-2, 2] with h 0.33; "covering": on [-3, 3] with h the spacing of the
+        points, a bias, and weights that begin as a random MLP's."""
+        covering = {"original": False, "covering": True}[kan_basis]
+        low, high = kan_grid_range or ((-3.0, 3.0) if covering else (-2.0, 2.0))
+        return partial(cls, hdim=hdim_kan or size.kan_hidden, grid_min=low, grid_max=high, num_grids=kan_grid_points,
+                       h=(None if covering else 0.33) if kan_h is None else kan_h,
+                       train_grid=kan_trainable_grid, train_h=kan_trainable_h, kan_bias=covering, init_as_mlp=covering,
+                       base_branch=kan_base_branch, second_norm=kan_second_norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer, drop in zip(self.layers, self.drops):
-            x = drop(layer(x))
-        return x
+    @classmethod
+    def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
+        first = blocks[0]
+        if "layers.0.spline_linear.weight" not in first:
+            return None
+        grid = first["layers.0.rbf.grid"]
+        options = {"hdim_kan": widths(blocks, "layers.0.spline_linear.weight"), "kan_grid_points": grid.numel(),
+                   "kan_grid_range": ends(grid)}
+        if "layers.0.rbf.h" in first:
+            options["kan_trainable_h"] = True
+        if "layers.0.spline_linear.bias" in first:
+            options["kan_basis"] = "covering"
+        if "layers.0.base_linear.weight" in first:
+            options["kan_base_branch"] = True
+        if "layers.1.layernorm.weight" not in first:
+            options["kan_second_norm"] = "static" if "layers.1.layernorm.scale" in first else "none"
+        return options
+
+    def halves(self) -> tuple[Half, Half]:
+        first, second = (EdgeHalf(layer, layer.spline_linear.bias) for layer in self.layers)
+        return first, second
+
+    def mlp_misfit(self, mlp: Mlp) -> str | None:
+        """Why it cannot take over the function of this MLP, as a clause; None if it can."""
+        first, second = self.layers
+        if (mlp.fc1.in_features, mlp.fc1.out_features) != (first.in_features, first.out_features):
+            return (f"its MLP is {mlp.fc1.in_features} x {mlp.fc1.out_features}, the KAN {first.in_features} x "
+                    f"{first.out_features}: give --hdim_kan {mlp.fc1.out_features}")
+        if first.spline_linear.bias is None:
+            return "the original basis has no bias and does not cover its inputs: give --kan-basis covering"
+        if not isinstance(second.layernorm, StaticNorm):
+            return "a LayerNorm over the hidden units changes what they are: give --kan-second-norm static"
+        return None

@@ -3,26 +3,25 @@
 `timm.create_model("deit_tiny_patch16_224_KAN", hdim_kan=96, img_size=64, num_classes=10)` builds one; `hdim_kan` may
 be a list, the hidden width of each block. The sizes
 are those of DeiT (arXiv:2012.12877), DeiT-III (arXiv:2204.07118) and three small ones for 32 pixel images; a new
-size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS`.
+size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS` (see `vision_kan.layers.feed_forward`).
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp
 from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from faster_kan import FasterKAN, FasterKANLayer
+from faster_kan import FasterKAN
 from vision_kan.checkpoints.layouts import filter_state_dict
-from vision_kan.layers.efficient_kan import EfficientKAN, EfficientKANLayer
-from vision_kan.layers.group_kan import GroupActivation, GroupKAN
+from vision_kan.layers.efficient_kan import EfficientKAN
+from vision_kan.layers.feed_forward import MLP, FeedForward
+from vision_kan.layers.group_kan import GroupKAN
 
 
 # ---------------------------------------------------------------- the two tables
@@ -57,61 +56,33 @@ SIZES = {
 }
 
 
-def _kan(size: Size, *, hdim_kan: int | None = None, kan_basis: str = "original", kan_grid_range=None,
-         kan_grid_points: int = 8, kan_h: float | None = None, kan_trainable_grid: bool = False,
-         kan_trainable_h: bool = False, kan_base_branch: bool = False, kan_second_norm: str = "layer") -> Callable:
-    """FasterKAN, a function on every edge. Basis "original": the released Vision-KAN's, on [-2, 2] with h 0.33;
-    "covering": on [-3, 3] with h the spacing of the points, a bias, and weights that begin as a random MLP's."""
-    covering = {"original": False, "covering": True}[kan_basis]
-    low, high = kan_grid_range or ((-3.0, 3.0) if covering else (-2.0, 2.0))
-    return partial(FasterKAN, hdim=hdim_kan or size.kan_hidden, grid_min=low, grid_max=high, num_grids=kan_grid_points,
-                   h=(None if covering else 0.33) if kan_h is None else kan_h,
-                   train_grid=kan_trainable_grid, train_h=kan_trainable_h, kan_bias=covering, init_as_mlp=covering,
-                   base_branch=kan_base_branch, second_norm=kan_second_norm)
-
-
-def _gkan(size: Size, *, hdim_kan: int | None = None, kan_groups: int = 8, kan_base: str = "gelu",
-          kan_input_phi: bool = True, kan_trainable_base: bool = False, kan_grid_range=(-3.0, 3.0),
-          kan_grid_points: int = 8, kan_h: float | None = None) -> Callable:
-    """Group KAN: an MLP with learned activations, equal to the MLP at first, hidden width 4 x dim."""
-    return partial(GroupKAN, hdim=hdim_kan, groups=kan_groups, base=kan_base, input_phi=kan_input_phi,
-                   trainable_base=kan_trainable_base, grid_min=kan_grid_range[0], grid_max=kan_grid_range[1],
-                   num_grids=kan_grid_points, h=kan_h)
-
-
-def _ekan(size: Size, *, hdim_kan: int | None = None, kan_grid_range=(-1.0, 1.0), kan_grid_points: int = 8) -> Callable:
-    """Efficient-KAN, the first feed-forward of Vision-KAN: SiLU and cubic B-splines on [-1, 1], two layers."""
-    return partial(EfficientKAN, hdim=hdim_kan or size.ekan_hidden, grid_min=kan_grid_range[0],
-                   grid_max=kan_grid_range[1], num_grids=kan_grid_points)
-
-
-def _mlp(size: Size) -> Callable:
-    """The twin: DeiT's own MLP, hidden width 4 x dim."""
-    return Mlp
-
-
-FEED_FORWARDS: dict[str, Callable] = {"KAN": _kan, "GKAN": _gkan, "EKAN": _ekan, "ViT": _mlp}
-_OPTIONS = {function: list(signature(function).parameters)[1:] for function in FEED_FORWARDS.values()}
-# What the feed-forwards' learned functions are in.
-FunctionLayer = GroupActivation | FasterKANLayer | EfficientKANLayer
+# suffix of a model's name -> its feed-forward.
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
+    "KAN": FasterKAN,
+    "GKAN": GroupKAN,
+    "EKAN": EfficientKAN,
+    "ViT": MLP,
+}
+_OPTIONS = {suffix: list(signature(kind.with_options).parameters)[1:] for suffix, kind in FEED_FORWARDS.items()}
 # Every option that some feed-forward has, each a flag of the same name.
 KAN_OPTIONS = tuple(dict.fromkeys(option for options in _OPTIONS.values() for option in options))
 
 
 # ---------------------------------------------------------------- registration
-def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = False, *,
+def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
            block_norm_eps: float | None = None, **kwargs) -> nn.Module:
     options = {key: kwargs.pop(key) for key in KAN_OPTIONS if key in kwargs}
-    without_effect = [key for key in options if key not in _OPTIONS[feed_forward]]
+    without_effect = [key for key in options if key not in _OPTIONS[suffix]]
     if without_effect:
-        having = [suffix for suffix, function in FEED_FORWARDS.items() if set(without_effect) <= set(_OPTIONS[function])]
+        having = [other for other in FEED_FORWARDS if set(without_effect) <= set(_OPTIONS[other])]
         raise ValueError(f"{', '.join(without_effect)}: no effect on {name}"
                          + (f", choose {name.rpartition('_')[0]}_{' or _'.join(having)}" if having else ""))
     if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
-        kwargs["pretrained_cfg"] = _timms_weights(name, feed_forward)
+        kwargs["pretrained_cfg"] = _timms_weights(name, FEED_FORWARDS[suffix])
+    depth = kwargs.get("depth", size.depth)
     settings: dict[str, Any] = dict(
         img_size=size.img_size, patch_size=size.patch_size, embed_dim=size.embed_dim, depth=size.depth,
-        num_heads=size.num_heads, mlp_layer=_mlp_layer(name, size, feed_forward, options, kwargs.get("depth", size.depth)))
+        num_heads=size.num_heads, mlp_layer=_mlp_layer(name, size, FEED_FORWARDS[suffix], options, depth))
     if size.deit3:
         settings.update(no_embed_class=True, init_values=1e-6)
     model: Any = build_model_with_cfg(
@@ -124,24 +95,24 @@ def _build(name: str, size: Size, feed_forward: Callable, pretrained: bool = Fal
     return model
 
 
-def _timms_weights(name: str, feed_forward: Callable) -> dict[str, Any]:
-    """The configuration of a model with the place of timm's weights for its size, which hold MLPs: a group KAN begins as one."""
+def _timms_weights(name: str, feed_forward: type[FeedForward]) -> dict[str, Any]:
+    """The configuration of a model with the place of timm's weights for its size, which hold MLPs."""
     timms = get_pretrained_cfg(_TWINS[name])
-    if feed_forward not in (_gkan, _mlp) or timms is None or not timms.has_weights:
+    if not feed_forward.HOLDS_MLP or timms is None or not timms.has_weights:
         raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
     taken = {key: getattr(timms, key) for key in ("url", "hf_hub_id", "hf_hub_filename", "tag", "mean", "std", "interpolation",
                                                   "crop_pct", "num_classes")}
     return {**default_cfgs[name], "architecture": name, **{key: value for key, value in taken.items() if value is not None}}
 
 
-def _mlp_layer(name: str, size: Size, feed_forward: Callable, options: dict[str, Any], depth: int) -> Callable:
+def _mlp_layer(name: str, size: Size, feed_forward: type[FeedForward], options: dict[str, Any], depth: int) -> Callable:
     """What timm calls once for each block, in order: so a pruned model's blocks get each its own `hdim_kan`."""
     widths = options.get("hdim_kan")
     if not isinstance(widths, (list, tuple)):
-        return feed_forward(size, **options)
+        return feed_forward.with_options(size, **options)
     if len(widths) != depth or not all(type(width) is int and width > 0 for width in widths):
         raise ValueError(f"hdim_kan is a whole number above 0, or a list of {depth}, one for each block of {name}, not {widths}")
-    layers = iter([feed_forward(size, **{**options, "hdim_kan": width}) for width in widths])
+    layers = iter([feed_forward.with_options(size, **{**options, "hdim_kan": width}) for width in widths])
     return lambda **kwargs: next(layers)(**kwargs)
 
 
@@ -149,14 +120,14 @@ default_cfgs: dict[str, dict[str, Any]] = {}
 _TWINS: dict[str, str] = {}         # name -> size name, of every model registered here
 
 
-def _register(size_name: str, size: Size, suffix: str, feed_forward: Callable) -> None:
+def _register(size_name: str, size: Size, suffix: str, feed_forward: type[FeedForward]) -> None:
     name = f"{size_name}_{suffix}"
 
     def entry(pretrained: bool = False, **kwargs) -> nn.Module:
-        return _build(name, size, feed_forward, pretrained, **kwargs)
+        return _build(name, size, suffix, pretrained, **kwargs)
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{size_name} with feed-forward {suffix}: {feed_forward.__doc__}"
+    entry.__doc__ = f"{size_name} with feed-forward {suffix}: {feed_forward.TITLE}. {feed_forward.with_options.__doc__ or ''}"
     globals()[name] = entry
     default_cfgs[name] = {
         "url": "", "num_classes": 1000, "input_size": (3, size.img_size, size.img_size), "pool_size": None,
@@ -187,7 +158,7 @@ def split_name(name: str) -> tuple[Size | None, str | None]:
 def options_of(name: str) -> list[str]:
     """Those of `KAN_OPTIONS` that a model has; none for models that are not of this project."""
     suffix = split_name(name)[1]
-    return _OPTIONS[FEED_FORWARDS[suffix]] if suffix else []
+    return _OPTIONS[suffix] if suffix else []
 
 
 # What the feed-forwards call an option, where they call it otherwise.
@@ -199,25 +170,27 @@ _KEYWORDS = {"hdim_kan": "hdim", "kan_grid_points": "num_grids", "kan_h": "h", "
 def own_options(spec: "ModelSpec") -> dict[str, Any]:
     """The value of each option of `options_of` that a model of this project has, given or its own; {} for other models."""
     size, suffix = split_name(spec.name)
-    if size is None or suffix in (None, "ViT"):
+    if size is None or suffix is None or not _OPTIONS[suffix]:
         return {}
-    told = {key: value for key, value in spec.kwargs.items() if key in _OPTIONS[FEED_FORWARDS[suffix]]}
-    layer = FEED_FORWARDS[suffix](size, **{key: value for key, value in told.items() if key != "hdim_kan"})
-    made = layer.keywords
-    low, high, points = made["grid_min"], made["grid_max"], made["num_grids"]
-    own = {"kan_grid_range": [low, high], "kan_basis": told.get("kan_basis", "original"),
-           **{option: made[keyword] for option, keyword in _KEYWORDS.items() if keyword in made}}
-    own["hdim_kan"] = told.get("hdim_kan") or own["hdim_kan"] or 4 * spec.kwargs.get("embed_dim", size.embed_dim)
-    if own.get("kan_h", 0) is None:
-        own["kan_h"] = (high - low) / (points - 1)
-    return {option: own[option] for option in _OPTIONS[FEED_FORWARDS[suffix]]}
+    told = {key: value for key, value in spec.kwargs.items() if key in _OPTIONS[suffix]}
+    feed_forward = FEED_FORWARDS[suffix].with_options
+    made: dict[str, Any] = getattr(feed_forward(size, **{key: told[key] for key in told if key != "hdim_kan"}), "keywords", {})
+    own = {option: parameter.default for option, parameter in list(signature(feed_forward).parameters.items())[1:]} | told
+    own |= {option: made[keyword] for option, keyword in _KEYWORDS.items() if option in own and keyword in made}
+    if "grid_min" in made:
+        own["kan_grid_range"] = [made["grid_min"], made["grid_max"]]
+        if own.get("kan_h", 0) is None:
+            own["kan_h"] = (made["grid_max"] - made["grid_min"]) / (made["num_grids"] - 1)
+    if "hdim_kan" in own:
+        own["hdim_kan"] = told.get("hdim_kan") or own["hdim_kan"] or 4 * spec.kwargs.get("embed_dim", size.embed_dim)
+    return own
 
 
 def models_with(option: str, name: str) -> list[str]:
     """Twins of a model that have an option which it lacks; none for models that are not of this project."""
     if name not in _TWINS:
         return []
-    return [f"{_TWINS[name]}_{suffix}" for suffix, function in FEED_FORWARDS.items() if option in _OPTIONS[function]]
+    return [f"{_TWINS[name]}_{suffix}" for suffix in FEED_FORWARDS if option in _OPTIONS[suffix]]
 
 
 def mlp_twin(spec: "ModelSpec") -> nn.Module:

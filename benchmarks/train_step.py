@@ -23,10 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import models_kan  # noqa: F401  registers the models with timm
 from benchmarks.timing import machine, quantile, ratios, saved_bytes, time_in_turn
 from faster_kan import FasterKANLayer
 from vision_kan import kernels
-from vision_kan.models.cost import count_parameters  # noqa: F401  registers the models with timm
+from vision_kan.models.cost import count_parameters
 
 FIELDS = ("model", "variant", "dtype", "threads", "batch", "ms", "p25", "p75", "ratio", "ratio_p25", "ratio_p75", "n",
           "saved_mb_per_image", "peak_mb", "parameters", "machine")

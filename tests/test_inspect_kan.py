@@ -17,9 +17,9 @@ from test_trained import RELEASED
 
 from tools import inspect_kan
 from tools.common import loaders_of
-from vision_kan.analysis.arriving import Collected, collect_inputs
+from vision_kan.analysis.arriving import ActivationStats, collect_inputs
 from vision_kan.analysis.functions import function_layers
-from vision_kan.analysis.measures import Measured, measure
+from vision_kan.analysis.measures import LayerStats, measure
 from vision_kan.run.trained import default_output, load_trained
 
 ONE = ("--layer", "blocks.0")       # few panels are drawn quickly
@@ -213,7 +213,7 @@ def test_a_file_of_the_original_code(places, tmp_path, capsys):
 # ---------------------------------------------------------------- mistakes, and what strangers write
 def test_the_widest_table_fits_a_page_of_1500_pixels():
     """The layers' table with longer words than a full-edge KAN of 12 blocks has, in the widest of the usual fonts."""
-    layer = Measured(functions=2_359_296, low=-2, high=2, points=16, mean=-12.34, std=12.34, smallest=-123.45,
+    layer = LayerStats(functions=2_359_296, low=-2, high=2, points=16, mean=-12.34, std=12.34, smallest=-123.45,
                                 largest=123.45, p5=-12.34, p95=12.34, off_grid=0.1234, distance=0.000123, furthest=0.000123,
                                 units="inputs", gain=torch.tensor([1.2e-05] * 3072))
     rows = inspect_kan.layers_table(SimpleNamespace(measured={"blocks.11.mlp.layers.0": layer}))
@@ -235,7 +235,7 @@ def test_the_widest_table_fits_a_page_of_1500_pixels():
 # A model without learned functions, and no image.
 NOTHING = inspect_kan.Findings(
     SimpleNamespace(path="a.pth", spec=SimpleNamespace(name="vit", kwargs={}), about={}, results={}, model=torch.nn.Linear(1, 1)),
-    Collected({}), {}, None, [], "none")
+    ActivationStats({}), {}, None, [], "none")
 
 
 def test_names_are_escaped(places, tmp_path):

@@ -22,15 +22,14 @@ from tools import prune
 from tools.common import loaders_of
 from vision_kan.analysis.pruning import fit as fit_module
 from vision_kan.analysis.pruning.calibrate import calibrate
-from vision_kan.analysis.pruning.fit import fit_edges, fit_functions, group_coefficients, group_features, refit
-from vision_kan.analysis.pruning.halves import EdgeHalf, GroupHalf, edge_features, halves
+from vision_kan.analysis.pruning.fit import fit_edges, fit_functions, learned_basis, learned_weights, refit
 from vision_kan.analysis.pruning.plans import Hidden, make_plan
-from vision_kan.analysis.pruning.rank import by_chance, edge_deviations, removal_order
+from vision_kan.analysis.pruning.rank import edge_deviations, random_order, removal_order
 from vision_kan.checkpoints.read import load_file
 from vision_kan.config.recipes import load_recipe
+from vision_kan.layers.feed_forward import ChannelHalf, EdgeHalf, one_or_each
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.models.cost import count_parameters
-from vision_kan.models.infer import one_or_each
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,8 +115,9 @@ def make_half(kind: str):
     if kind == "group":
         phi = GroupActivation(6, groups=3)
         torch.nn.init.normal_(phi.coefficients)
-        return GroupHalf(phi, torch.nn.Linear(6, 4))
-    return EdgeHalf(FasterKANLayer(6, 4, num_grids=5, bias=kind == "biased", base_branch=kind == "biased"))
+        return ChannelHalf(phi, torch.nn.Linear(6, 4))
+    layer = FasterKANLayer(6, 4, num_grids=5, bias=kind == "biased", base_branch=kind == "biased")
+    return EdgeHalf(layer, layer.spline_linear.bias)
 
 
 @pytest.mark.parametrize("kind", ["group", "biased", "original"])
@@ -145,24 +145,25 @@ def test_functions_on_fewer_points_are_numpys(trainable_base):
     fit_functions(new, old, u, weights, matters)
     for group in (0, 1):
         channels = slice(2 * group, 2 * group + 2)
-        columns = group_features(new, u[:, channels]).flatten(0, 1)
-        target = group_features(old, u[:, channels]).flatten(0, 1) @ group_coefficients(old)[group].detach()
+        columns = learned_basis(new, u[:, channels]).flatten(0, 1)
+        target = learned_basis(old, u[:, channels]).flatten(0, 1) @ learned_weights(old)[group].detach()
         root = (weights[:, None] * matters[channels]).flatten().sqrt()[:, None]
         best = np.linalg.lstsq((root * columns).double().numpy(), (root[:, 0] * target).double().numpy(), rcond=None)[0]
-        ours = columns @ group_coefficients(new)[group].detach()
+        ours = columns @ learned_weights(new)[group].detach()
         np.testing.assert_allclose(root[:, 0] * ours, root.numpy()[:, 0] * (columns.numpy() @ best), atol=5e-3, rtol=2e-3)
 
 
 def test_edges_on_another_basis_are_numpys():
     torch.manual_seed(0)
-    old, new = (EdgeHalf(FasterKANLayer(3, 2, num_grids=n, bias=True, h=None)) for n in (8, 4))
+    layers = [FasterKANLayer(3, 2, num_grids=n, bias=True, h=None) for n in (8, 4)]
+    old, new = (EdgeHalf(layer, layer.spline_linear.bias) for layer in layers)
     x = normal(2000, 3).float()
     fit_edges(new, old, x, torch.ones(2000))
     with torch.no_grad():
-        u = old.layer.layernorm(x)
+        u = old.layer.arriving(x)
         for output, i in ((0, 0), (1, 2)):
             edge = old.features(x)[:, i] @ old.weight[output, i]
-            columns = np.c_[edge_features(new.layer, u)[:, i], np.ones(2000)].astype(np.float64)
+            columns = np.c_[new.layer.basis(u)[:, i], np.ones(2000)].astype(np.float64)
             best = np.linalg.lstsq(columns, edge.double().numpy(), rcond=None)[0]
             ours = columns[:, :-1] @ new.weight[output, i].numpy()
             np.testing.assert_allclose(ours - ours.mean(), columns @ best - (columns @ best).mean(), atol=5e-3)
@@ -199,7 +200,7 @@ def test_units_that_do_nothing_go_first_and_are_not_missed(name, kwargs):
         dead = {0: list(range(1, 24, 3)), 1: list(range(0, 24, 3))}         # one of the three of each of eight groups
     with torch.no_grad():
         for number, units in dead.items():
-            second = halves(model.blocks[number].mlp)[1]
+            second = model.blocks[number].mlp.halves()[1]
             weight = second.weight.clone()
             weight[:, units] = 0
             second.set(weight, second.bias)
@@ -211,7 +212,7 @@ def test_units_that_do_nothing_go_first_and_are_not_missed(name, kwargs):
     assert gone == dead
     widths = [kwargs["hdim_kan"] - len(dead[0]), kwargs["hdim_kan"] - len(dead[1])]
     assert spec.kwargs["hdim_kan"] == one_or_each(widths)
-    assert [halves(block.mlp)[1].weight.shape[1] for block in smaller.blocks] == widths
+    assert [block.mlp.halves()[1].weight.shape[1] for block in smaller.blocks] == widths
     assert count_parameters(smaller) < count_parameters(model) and plan.size(level) == plan.prunable(smaller)
     with torch.no_grad():
         torch.testing.assert_close(smaller(pictures(8)), model(pictures(8)), atol=1e-4, rtol=1e-4)
@@ -264,7 +265,7 @@ def test_the_order_is_better_than_chance(kind, what, digits, group, full_edge):
     file = {"group": group, "full_edge": full_edge}[kind]
     trained = load_trained(str(file), device="cpu", flags=["--data-path", str(digits), "--num_workers", "0"])
     plan = prune.make_plan(trained, what, prune.calibration_loaders(trained, 240)[0], random=False)
-    plans = [plan, *(Hidden(trained.model, trained.spec, plan.calibration, by_chance(plan.removals, seed))
+    plans = [plan, *(Hidden(trained.model, trained.spec, plan.calibration, random_order(plan.removals, seed))
                      for seed in range(4))]
     level = round(len(plan) * (0.85 if what == "hidden" else 0.8))
     images = torch.cat([images for images, _ in loaders_of(trained).val])

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from tools import plot_run, quickstart
-from vision_kan.analysis.arriving import Inputs  # noqa: F401  (registers the models)
+from vision_kan.analysis.arriving import InputHistogram
 from vision_kan.checkpoints.read import load_file
 from vision_kan.common.errors import UserError
 
@@ -123,7 +123,7 @@ def test_functions_over_what_arrives(tmp_path, monkeypatch):
     torch.save({**torch.load(folder / "checkpoint.pth"), "args": {"data_set": "DIGITS"}}, folder / "checkpoint.pth")
     plot_run.plot_runs([folder], tmp_path / "p.png", arriving=True)
     assert [int(inputs.counts.sum()) for _, inputs in drawn] == [64 * 17 * 96, 64 * 17 * 384]      # images, tokens, channels
-    assert all(isinstance(inputs, Inputs) for _, inputs in drawn)
+    assert all(isinstance(inputs, InputHistogram) for _, inputs in drawn)
     drawn.clear()
     plot_run.plot_runs([folder], tmp_path / "p.png")
     assert [inputs for _, inputs in drawn] == [None, None]

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from torch.nn import functional as F
 
 from tools import symbolic
 from tools.common import loaders_of
-from tools.symbolic import DEFINITIONS, FORMS, Formula, SymbolicActivation, fit_symbolic
+from vision_kan.analysis import formulas
+from vision_kan.analysis.formulas import DEFINITIONS, FORMS, Formula, fit_symbolic
+from vision_kan.analysis.symbolic import Learned, SymbolicActivation, find_formulas, with_fitted_basis, with_formulas
+from vision_kan.kernels import rswaf_activation_reference, rswaf_basis
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.run.trained import load_trained
 
@@ -42,7 +46,7 @@ KNOWN = {
 def test_a_known_function_is_found_again(text):
     """From numpy's values; the formula is compared as an expression, however it is written."""
     found = fit_symbolic(U, KNOWN[text])
-    names = {name: sympy.Function(name) for name in DEFINITIONS} | {"u": symbolic.U}
+    names = {name: sympy.Function(name) for name in DEFINITIONS} | {"u": formulas.U}
     difference = sympy.sympify(text, locals=names) - found.expression(4)
     assert sympy.simplify(difference) == 0 and found.r2 > 1 - 1e-9 and found.residual < 1e-6
     assert MathTextParser("path").parse(f"${found.latex}$")
@@ -55,7 +59,7 @@ def test_a_formula_is_the_same_in_torch_and_in_sympy(form):
     exact = formula.exact()
     assert not exact.atoms(sympy.core.function.AppliedUndef)
     for u in (-2.0, -0.1, 0.4, 1.9):
-        expected = float(exact.evalf(30, {symbolic.U: u}))
+        expected = float(exact.evalf(30, {formulas.U: u}))
         assert formula(torch.tensor(u, dtype=torch.float64)).item() == pytest.approx(expected, 1e-12)
 
 
@@ -171,7 +175,7 @@ def test_a_group_kan_end_to_end(group_kan, data, tmp_path, capsys):
         name = f"blocks.{record['block']}.mlp.{record['activation']}"
         phi, group = trained.model.get_submodule(name), int(record["group"])
         u = seen[name][..., group * phi.channels // 2:(group + 1) * phi.channels // 2].flatten().double()
-        y = symbolic.rswaf_activation_reference(u[:, None], phi.coefficients[group:group + 1].double(), phi.points, phi.h,
+        y = rswaf_activation_reference(u[:, None], phi.coefficients[group:group + 1].double(), phi.points, phi.h,
                                                 phi.base, phi.scale[group:group + 1].double()).squeeze(1)
         formula = Formula(record["form"], tuple(record["polynomial"]), record["a"], record["b"], record["c"])
         assert formula.text == record["formula"] and record["r2"] > 0.99
@@ -215,26 +219,26 @@ def test_the_saved_functions_are_the_nearest_ones_of_the_grid(small, data):
     """Against numpy's least squares; and the model is left as it was."""
     trained = load_trained(str(small), device="cpu", flags=["--data-path", str(data)])
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}
-    found = symbolic.find_formulas(trained)
-    fitted, fits = symbolic.with_fitted_basis(trained.model, found)
+    found = find_formulas(trained)
+    fitted, fits = with_fitted_basis(trained.model, found)
     assert len(found) == len(fits) == 4 and min(fits) > 0.99
     for each in found:
         phi = fitted.get_submodule(each.part)
-        basis = symbolic.rswaf_basis(each.u, torch.tensor(phi.points).double(), phi.h).numpy()
+        basis = rswaf_basis(each.u, torch.tensor(phi.points).double(), phi.h).numpy()
         base, root = F.gelu(each.u).numpy(), each.weight.sqrt().numpy()
         target = each.formula(each.u).numpy() - base
         nearest = basis @ np.linalg.lstsq(root[:, None] * basis, root * target, rcond=None)[0]
         own = basis @ phi.coefficients[0].double().numpy()
         assert np.linalg.norm(own - target) < np.linalg.norm(nearest - target) + 1e-3 * np.linalg.norm(target + base)
     # the learned function in a formula's place gives the model back
-    learned = [symbolic.replace(each, formula=lambda u, each=each: each.y) for each in found]
-    same, fits = symbolic.with_fitted_basis(trained.model, learned)
+    learned = [replace(each, formula=lambda u, each=each: each.y) for each in found]
+    same, fits = with_fitted_basis(trained.model, learned)
     images, _ = next(iter(loaders_of(trained).val))
     assert min(fits) > 1 - 1e-6
     torch.testing.assert_close(same(images), trained.model(images), rtol=0.02, atol=0.02)
     assert all(torch.equal(value, before[key]) for key, value in trained.model.state_dict().items())
-    with_formulas = symbolic.with_formulas(trained.model, found)
-    assert isinstance(with_formulas.blocks[3].mlp.phi2, SymbolicActivation)
+    replaced = with_formulas(trained.model, found)
+    assert isinstance(replaced.blocks[3].mlp.phi2, SymbolicActivation)
     assert isinstance(trained.model.blocks[3].mlp.phi2, GroupActivation)
 
 
@@ -261,7 +265,7 @@ def test_the_strongest_edges_of_a_full_edge_kan(model, more, data, tmp_path, cap
     assert len(records) == 8 and {(r["block"], r["activation"]) for r in records} == {
         (str(block), f"layers.{layer}") for block in range(4) for layer in range(2)}
     trained = load_trained(str(file), device="cpu", flags=flags)
-    found = symbolic.find_formulas(trained, [images for images, _ in loaders_of(trained).val], 1, edges=1)
+    found = find_formulas(trained, [images for images, _ in loaders_of(trained).val], 1, edges=1)
     seen = []
     layer = trained.model.blocks[1].mlp.layers[0]
     norm = getattr(layer, "layernorm", nn.Identity())
@@ -297,7 +301,7 @@ def test_the_legend_hides_no_curve(tmp_path, monkeypatch):
     u = torch.linspace(-3, 3, 60, dtype=torch.float64)
     weight = torch.full((60,), 1 / 60, dtype=torch.float64)
     formulas = [Formula("polynomial", (0.0, slope / 8, 0.0, 0.0), 0.0, 0.0, 0.0) for slope in range(8)]
-    found = [symbolic.Learned(f"blocks.0.mlp.{part}", str(n), u, weight, formula(u), symbolic.replace(formula, r2=1.0))
+    found = [Learned(f"blocks.0.mlp.{part}", str(n), u, weight, formula(u), replace(formula, r2=1.0))
              for part in ("phi1", "phi2") for n, formula in enumerate(formulas)]
     figures = []
     monkeypatch.setattr(symbolic.plt, "close", figures.append)

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
+import models_kan  # noqa: F401  (registers the models)
 from faster_kan import FasterKANLayer
-from vision_kan.analysis.arriving import Inputs, collect_inputs
+from vision_kan.analysis.arriving import InputHistogram, collect_inputs
 from vision_kan.analysis.attention import (
     attention_maps,
     attention_panels,
@@ -19,21 +20,15 @@ from vision_kan.analysis.attention import (
     token_maps,
 )
 from vision_kan.analysis.drawing import draw_functions, draw_groups, functions_figure, png
-from vision_kan.analysis.functions import (
-    chosen_layers,
-    edge_basis,
-    edge_weights,
-    function_layers,
-    grid_of,
-    group_functions,
-)
+from vision_kan.analysis.functions import chosen_layers, group_functions
 from vision_kan.analysis.measures import drawn_range, edge_deviations, edge_functions, measure
 from vision_kan.analysis.training_log import (
     off_grid_warning,
-    wide_grid_note,  # noqa: F401  (registers the models)
+    wide_grid_note,
 )
 from vision_kan.kernels import BASES, rswaf_basis
 from vision_kan.layers.efficient_kan import EfficientKANLayer
+from vision_kan.layers.function_layer import function_layers
 from vision_kan.layers.group_kan import GroupActivation
 
 U = torch.linspace(-4, 4, 50)
@@ -66,8 +61,8 @@ def edge_layers() -> dict[str, nn.Module]:
             "efficient": EfficientKANLayer(3, 2), "quadratic": EfficientKANLayer(3, 2, num_grids=6, spline_order=2, grid_max=2)}
 
 
-def filled(layer: nn.Module, u: torch.Tensor) -> Inputs:
-    inputs = Inputs(u.shape[-1], grid_of(layer))
+def filled(layer: nn.Module, u: torch.Tensor) -> InputHistogram:
+    inputs = InputHistogram(u.shape[-1], layer.grid_points())
     inputs.add(u)
     return inputs
 
@@ -117,9 +112,9 @@ def test_strengths_are_deviations_under_the_data(name):
     u = torch.randn(20_000, 3) * torch.tensor([0.3, 0.8, 1.0]) + torch.tensor([0.0, 0.5, -0.1])
     inputs = filled(layer, u)
     found = edge_deviations(layer, inputs.shares(3), inputs.centres)
-    weight = edge_weights(layer)
+    weight = layer.exact_weights()
     for i in range(3):
-        values = edge_basis(layer, u[:, i].double()) @ weight[:, i].T
+        values = layer.basis(u[:, i].double()) @ weight[:, i].T
         torch.testing.assert_close(found[:, i], values.std(0, correction=0), rtol=5e-3, atol=1e-4)
 
 
@@ -136,7 +131,7 @@ def test_layers_by_name():
 
 # ---------------------------------------------------------------- what arrives
 def test_histogram():
-    inputs = Inputs(2, torch.tensor([-2.0, 0.0, 2.0]))
+    inputs = InputHistogram(2, torch.tensor([-2.0, 0.0, 2.0]))
     inputs.add(torch.tensor([[-2.0, 0.0], [1.999, 2.001], [100.0, -100.0]]))
     inputs.add(torch.tensor([[[math.nan, -2.01]]], dtype=torch.bfloat16))
     assert inputs.counts.sum(1).tolist() == [4, 4] and (inputs.start, inputs.width) == (-8, 16 / 512)
@@ -368,7 +363,7 @@ def test_functions_are_drawn_over_what_arrives(scale, wide):
     axes = Figure().subplots()
     draw_functions(axes, "it", phi, filled(phi, u))
     low, p5, p95, high = u.flatten().quantile(torch.tensor([0.001, 0.05, 0.95, 0.999])).tolist()
-    bin = Inputs(12, grid_of(phi)).width
+    bin = InputHistogram(12, phi.grid_points()).width
     assert axes.get_xlim() == pytest.approx((low, high), abs=bin)
     curves = [line for line in axes.lines if len(line.get_xdata()) > 2]
     assert len(curves) == 5

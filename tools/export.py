@@ -243,9 +243,6 @@ def export(trained: Trained, target: Path, check: list[Path] | None = None) -> D
 
 
 # ---------------------------------------------------------------- the model card
-_FEED_FORWARD = {"GKAN": "group KAN (an MLP whose activations are learned functions, shared by groups of channels)",
-                 "KAN": "FasterKAN (a learned function on every edge)", "ViT": "MLP",
-                 "EKAN": "efficient-KAN (SiLU and a B-spline on every edge)"}
 PLACE = "USER/NAME"         # of the model on the Hub, until it is pushed
 
 
@@ -273,7 +270,7 @@ def model_card(trained: Trained) -> str:
     parts = [f"---\n{header.to_yaml()}\n---", f"# {name}"]
     if suffix:
         flops = count_flops(trained.model)
-        parts.append(f"A vision transformer with the feed-forward {_FEED_FORWARD[suffix]}. "
+        parts.append(f"A vision transformer with the feed-forward {models_kan.FEED_FORWARDS[suffix].TITLE}. "
                      f"{count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
                      f"FLOPs an image of {shown_size(trained.args.input_size, ' x ')} px.")
     parts += ["## Results", results,

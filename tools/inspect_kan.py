@@ -25,11 +25,11 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from tools.common import add_model_arguments, loaders_of
-from vision_kan.analysis.arriving import Collected, collect_inputs
+from vision_kan.analysis.arriving import ActivationStats, collect_inputs
 from vision_kan.analysis.attention import attention_panels, draw_attention
 from vision_kan.analysis.drawing import functions_figure, png
 from vision_kan.analysis.functions import chosen_layers
-from vision_kan.analysis.measures import DEAD_GAIN, Measured, measure
+from vision_kan.analysis.measures import DEAD_GAIN, LayerStats, measure
 from vision_kan.analysis.training_log import off_grid_warning, wide_grid_note
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
@@ -56,8 +56,8 @@ SHOWN = 6           # images whose attention is shown
 class Findings:
     """What the report tells of one checkpoint. attention: a picture of each image, or a sentence why there is none."""
     trained: Trained
-    collected: Collected
-    measured: dict[str, Measured]
+    collected: ActivationStats
+    measured: dict[str, LayerStats]
     functions: Figure | None
     attention: list[Figure] = field(default_factory=list)
     without_attention: str = ""

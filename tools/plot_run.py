@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from tools.common import loaders_of
 from vision_kan.analysis.arriving import collect_inputs
 from vision_kan.analysis.drawing import draw_functions, png
-from vision_kan.analysis.functions import function_layers
 from vision_kan.checkpoints.read import CHECKPOINT
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
@@ -24,6 +23,7 @@ from vision_kan.common.files import whole
 from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import validation_images
+from vision_kan.layers.function_layer import function_layers
 from vision_kan.run.trained import load_trained
 
 

@@ -33,8 +33,8 @@ from models_kan import KAN_OPTIONS, ModelSpec
 from tools.common import add_model_arguments, loaders_of, training_images
 from vision_kan.analysis.pruning import plans
 from vision_kan.analysis.pruning.calibrate import calibrate
-from vision_kan.analysis.pruning.plans import KINDS, Hidden, Plan, weakest
-from vision_kan.analysis.pruning.rank import by_chance
+from vision_kan.analysis.pruning.plans import KINDS, Hidden, Plan, first_level
+from vision_kan.analysis.pruning.rank import random_order
 from vision_kan.checkpoints.write import save_pth, save_safetensors
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
@@ -86,7 +86,7 @@ def make_plan(trained: Trained, what: str, loader: DataLoader, random: bool) -> 
         raise UserError("no image to calibrate with can be read: check the data folder")
     plan = plans.make_plan(trained.model, trained.spec, what, calibration)
     if random and isinstance(plan, Hidden):
-        plan = Hidden(trained.model, trained.spec, calibration, by_chance(plan.removals, trained.args.seed))
+        plan = Hidden(trained.model, trained.spec, calibration, random_order(plan.removals, trained.args.seed))
     return plan
 
 
@@ -103,7 +103,7 @@ def measure(trained: Trained, plan: Plan, model: nn.Module, loader: DataLoader) 
 
 def level_within(plan: Plan, share: float) -> int:
     """The first level with at most that share of what can be pruned; len(plan) where there is none."""
-    return weakest(plan, lambda level: plan.size(level) <= share * plan.size(0))
+    return first_level(plan, lambda level: plan.size(level) <= share * plan.size(0))
 
 
 def level_losing(trained: Trained, plan: Plan, points: float, loader: DataLoader) -> int:
@@ -117,7 +117,7 @@ def level_losing(trained: Trained, plan: Plan, points: float, loader: DataLoader
         say(f"{plan.size(level) / plan.size(0):.1%} kept: {acc1 - before:+.2f} points on the held-out images")
         return acc1 < before - points - 1e-9
 
-    return weakest(plan, loses_more) - 1
+    return first_level(plan, loses_more) - 1
 
 
 def header(what: str) -> str:

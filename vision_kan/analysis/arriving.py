@@ -9,19 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from faster_kan import FasterKANLayer
-from models_kan import FunctionLayer
-from vision_kan.analysis.functions import function_layers, grid_of
+from vision_kan.layers.function_layer import FunctionLayer, function_layers
 
 FAR_WIDER = 5           # grid's width over the span of nine in ten inputs, above it a note (a standard normal on [-3, 3]: 1.8)
 
 
-# ---------------------------------------------------------------- what arrives at them
-class Inputs:
+class InputHistogram:
     """A histogram of what arrives at a layer's functions, one for each channel, that grows batch by batch.
 
-    `BINS` bins over four times the grid's span, the grid in the middle and its ends between two bins; what lies further
-    out counts into the first and last bin. counts: int64 [I, BINS]. smallest, largest: of all, exact."""
+    It has `BINS` bins over four times the grid's span. The grid is in the middle, and its ends lie between two bins. What lies
+    further out counts into the first and last bin. counts: int64 [I, BINS]. extremes: the smallest and largest of all inputs,
+    exact."""
     BINS = 512
 
     def __init__(self, channels: int, grid: Tensor, device: torch.device | str = "cpu"):
@@ -52,18 +50,18 @@ class Inputs:
         return self.start + torch.arange(self.BINS + 1, dtype=torch.float64) * self.width
 
     def shares(self, parts: int = 1) -> Tensor:
-        """[parts, BINS], float64: how what arrives is spread over the bins, in each of so many equal parts of the channels."""
+        """[parts, BINS], float64: the share of the inputs in each bin, for equal parts of the channels."""
         counts = self.counts.cpu().double().view(parts, -1, self.BINS).sum(1)
         return counts / counts.sum(1, keepdim=True).clamp(min=1)
 
     @property
     def off_grid(self) -> float:
-        """The share of all inputs that lie beyond the first or last grid point."""
+        """The share of all inputs beyond the first or last grid point."""
         inside = slice(3 * self.BINS // 8, 5 * self.BINS // 8)
         return 1 - float(self.shares()[0, inside].sum())
 
     def quantile(self, share: float) -> float:
-        """The value below which this share (0 to 1) of all inputs lies, linear within a bin; no further out than the bins."""
+        """The value below which this share (0 to 1) of all inputs lies: linear within a bin, and within the bins."""
         below = F.pad(self.shares()[0].cumsum(0), (1, 0))                           # [BINS + 1], at the edges
         last = int((below < share).sum().clamp(1, self.BINS))                       # edge at which the share is reached
         part = (share - float(below[last - 1])) / max(float(below[last] - below[last - 1]), 1e-12)
@@ -73,45 +71,42 @@ class Inputs:
 
 
 def used_width(low: float, high: float, p5: float, p95: float) -> float:
-    """The share of a grid's width in which nine in ten inputs lie. Below 1 / `FAR_WIDER` the grid is far wider than they need."""
+    """The share of a grid's width that holds nine in ten inputs. Below 1 / `FAR_WIDER` the grid is far wider than they need."""
     return (p95 - p5) / (high - low)
 
 
 @contextmanager
-def watching(layers: Mapping[str, FunctionLayer], see: Callable[[str, FunctionLayer, Tensor], None]) -> Iterator[None]:
+def hook_inputs(layers: Mapping[str, FunctionLayer], see: Callable[[str, FunctionLayer, Tensor], None]) -> Iterator[None]:
     """Inside, see(name, layer, u) is called with what arrives at a layer's functions, u [..., I], whenever the model computes."""
     with ExitStack() as stack:
         for name, layer in layers.items():
-            if isinstance(layer, FasterKANLayer):       # its functions see what its norm makes of the layer's input
-                hook = layer.layernorm.register_forward_hook(lambda _, x, u, name=name, layer=layer: see(name, layer, u))
-            else:
-                hook = layer.register_forward_pre_hook(lambda layer, x, name=name: see(name, layer, x[0]))
+            hook = layer.register_forward_pre_hook(lambda layer, x, name=name: see(name, layer, layer.arriving(x[0])))
             stack.callback(hook.remove)
         yield
 
 
 @dataclass
-class Collected:
+class ActivationStats:
     """inputs: of each layer with learned functions, by its name. outputs: name -> root mean square, of each block and of its
     `attn` and `mlp`. images: how many passed."""
-    inputs: dict[str, Inputs]
+    inputs: dict[str, InputHistogram]
     outputs: dict[str, float] = field(default_factory=dict)
     images: int = 0
 
 
 @torch.inference_mode()
-def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
-    """Let images [B, 3, S, S] pass, in batches, and count what arrives at the learned functions.
+def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> ActivationStats:
+    """Pass images [B, 3, S, S] through the model, in batches, and count what arrives at the learned functions.
 
-    The model computes in evaluation mode and is left as it was. Works for any model; one without learned functions has no
+    The model computes in evaluation mode and is left as it was. Any model will do; one without learned functions has no
     inputs."""
-    inputs: dict[str, Inputs] = {}
+    inputs: dict[str, InputHistogram] = {}
     squares: dict[str, list[tuple[Tensor, int]]] = {}
     images = 0
 
     def counted(name: str, layer: FunctionLayer, u: Tensor) -> None:
         if name not in inputs:
-            inputs[name] = Inputs(u.shape[-1], grid_of(layer), u.device)
+            inputs[name] = InputHistogram(u.shape[-1], layer.grid_points(), u.device)
         inputs[name].add(u)
 
     def squared(name: str, y: Any) -> None:
@@ -122,7 +117,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
         model.eval()
-        stack.enter_context(watching(function_layers(model), counted))
+        stack.enter_context(hook_inputs(function_layers(model), counted))
         for name, module in model.named_modules():
             if _is_block(module):
                 for part, child in (("", module), (".attn", module.attn), (".mlp", module.mlp)):
@@ -134,7 +129,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> Collected:
             model.forward(batch.to(device))     # not model(): a compiled model would not see the hooks
     outputs = {name: math.sqrt(sum(float(total) for total, _ in parts) / sum(count for _, count in parts))
                for name, parts in squares.items()}
-    return Collected(inputs, outputs, images)
+    return ActivationStats(inputs, outputs, images)
 
 
 def _is_block(module: nn.Module) -> bool:

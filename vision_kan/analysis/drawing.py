@@ -5,28 +5,25 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from models_kan import FunctionLayer
-from vision_kan.analysis.arriving import FAR_WIDER, Inputs, used_width
-from vision_kan.analysis.functions import EdgeLayer, grid_of, group_functions
-from vision_kan.analysis.measures import drawn_range, edge_functions, group_distances
-from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.analysis.arriving import FAR_WIDER, InputHistogram, used_width
+from vision_kan.analysis.functions import group_functions
+from vision_kan.analysis.measures import base_distances, drawn_range, edge_functions
+from vision_kan.layers.function_layer import FunctionLayer
 
-GROUPS = 8              # likewise
+GROUPS = 8              # of a layer that are drawn
 
 
-def draw_functions(axes: Axes, name: str, layer: FunctionLayer, inputs: Inputs | None = None) -> None:
+def draw_functions(axes: Axes, name: str, layer: FunctionLayer, inputs: InputHistogram | None = None) -> None:
     """A layer's functions, over the histogram of what arrives where that was collected."""
-    if isinstance(layer, GroupActivation):
-        draw_groups(axes, name, layer, inputs)
-    else:
-        draw_edges(axes, name, layer, inputs)
+    (draw_edges if layer.per_edge else draw_groups)(axes, name, layer, inputs)
 
 
-def draw_groups(axes: Axes, name: str, phi: GroupActivation, inputs: Inputs | None = None) -> None:
+def draw_groups(axes: Axes, name: str, phi: FunctionLayer, inputs: InputHistogram | None = None) -> None:
     """The base dashed, above it up to `GROUPS` groups' functions, those that differ most from it."""
     u = drawn_range(phi, inputs)
     base, values = group_functions(phi, u)
-    distance = (values - base).square().mean(1).sqrt() if inputs is None else group_distances(phi, inputs)
+    distance = None if inputs is None else base_distances(phi, inputs)
+    distance = (values - base).square().mean(1).sqrt() if distance is None else distance[0]
     for group in sorted(distance.topk(min(GROUPS, len(values))).indices.tolist()):
         axes.plot(u.numpy(), values[group].numpy(), label=str(group), linewidth=1.2)
     axes.plot(u.numpy(), base.numpy(), "--", color="black", linewidth=1.2, label="base")
@@ -34,7 +31,7 @@ def draw_groups(axes: Axes, name: str, phi: GroupActivation, inputs: Inputs | No
     _finish(axes, phi, inputs, f"{name}: the groups' functions{shown}", "learned activation φ(u)", "group")
 
 
-def draw_edges(axes: Axes, name: str, layer: EdgeLayer, inputs: Inputs | None = None) -> None:
+def draw_edges(axes: Axes, name: str, layer: FunctionLayer, inputs: InputHistogram | None = None) -> None:
     """The functions on a full-edge KAN's strongest edges."""
     u = drawn_range(layer, inputs)
     for label, values in edge_functions(layer, u, inputs).items():
@@ -42,8 +39,8 @@ def draw_edges(axes: Axes, name: str, layer: EdgeLayer, inputs: Inputs | None = 
     _finish(axes, layer, inputs, f"{name}: strongest edges", "edge function φ(u)", "input → output")
 
 
-def _finish(axes: Axes, layer: FunctionLayer, inputs: Inputs | None, title: str, ylabel: str, legend: str) -> None:
-    for point in grid_of(layer).tolist():
+def _finish(axes: Axes, layer: FunctionLayer, inputs: InputHistogram | None, title: str, ylabel: str, legend: str) -> None:
+    for point in layer.grid_points().tolist():
         axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
     axes.set_xlim(*drawn_range(layer, inputs)[[0, -1]].tolist())
     xlabel = "input u (lines: grid points)"
@@ -67,7 +64,7 @@ def _finish(axes: Axes, layer: FunctionLayer, inputs: Inputs | None, title: str,
     axes.legend(fontsize=7, title=legend, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def functions_figure(layers: Mapping[str, FunctionLayer], inputs: Mapping[str, Inputs] | None = None) -> Figure:
+def functions_figure(layers: Mapping[str, FunctionLayer], inputs: Mapping[str, InputHistogram] | None = None) -> Figure:
     """A panel for each layer, two in a row."""
     rows = -(-len(layers) // 2)
     figure = Figure((11, 3.4 * rows), layout="constrained")

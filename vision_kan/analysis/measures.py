@@ -5,22 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models_kan import FunctionLayer
-from vision_kan.analysis.arriving import FAR_WIDER, Inputs, used_width
-from vision_kan.analysis.functions import EdgeLayer, edge_basis, edge_weights, grid_of, group_functions
-from vision_kan.layers.efficient_kan import EfficientKANLayer
-from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.analysis.arriving import FAR_WIDER, InputHistogram, used_width
+from vision_kan.analysis.functions import deviations
+from vision_kan.layers.function_layer import FunctionLayer
 
 EDGES = 6               # of a layer that are drawn
-DEAD_GAIN = 0.01        # below it a group or an input is dead, see `Measured`
+DEAD_GAIN = 0.01        # below it a group or an input is dead, see `LayerStats`
 
 
 # ---------------------------------------------------------------- measured
 @dataclass(frozen=True)
-class Measured:
+class LayerStats:
     """What a layer's functions do with what arrives.
 
-    functions: how many. low, high, points: the grid. mean, std, smallest, largest: of the inputs; p5, p95: percentiles.
+    functions: their number. low, high, points: the grid. mean, std, smallest, largest: of the inputs; p5, p95: percentiles.
     off_grid: share of them beyond the grid.
     distance: root mean square, under the inputs of each, of function minus base (a full-edge KAN's: of the spline beside its
     base branch), the mean over the functions; furthest: the largest; None where there is no base.
@@ -56,35 +54,22 @@ class Measured:
         return int((self.gain < DEAD_GAIN).sum())
 
 
-def measure(layer: FunctionLayer, inputs: Inputs) -> Measured:
+def measure(layer: FunctionLayer, inputs: InputHistogram) -> LayerStats:
     """A layer with learned functions under what arrived at it."""
-    u, grid = inputs.centres, grid_of(layer)
-    if isinstance(layer, GroupActivation):
-        shares = inputs.shares(len(layer.coefficients))                             # [groups, BINS]
-        base, values = group_functions(layer, u.float())
-        distance: Tensor | None = group_distances(layer, inputs)
-        gain = _deviation(shares, values.double()) / _deviation(shares, u)
-        functions, units = len(values), "groups"
-    else:
-        shares = inputs.shares(len(inputs.counts))
-        deviations, distance = _edge_moments(layer, shares, u)
-        gain = deviations.square().sum(0).sqrt() / _deviation(shares, u)
-        functions, units = deviations.numel(), "inputs"
+    u, grid, weights = inputs.centres, layer.grid_points(), layer.exact_weights()
+    shares = inputs.shares(weights.shape[1])                                        # [I, BINS]
+    gain = edge_deviations(layer, shares, u).square().sum(0).sqrt() / _deviation(shares, u)
+    distance = base_distances(layer, inputs)
     (mean, square), (smallest, largest) = _moments(inputs.shares(), u), inputs.extremes.tolist()
-    return Measured(functions, inputs.low, inputs.high, len(grid), float(mean), math.sqrt(max(0.0, float(square - mean ** 2))),
-                    smallest, largest, inputs.quantile(0.05), inputs.quantile(0.95), inputs.off_grid,
-                    None if distance is None else float(distance.mean()),
-                    None if distance is None else float(distance.max()), units, gain.nan_to_num(0.0, posinf=0.0))
-
-
-def group_distances(phi: GroupActivation, inputs: Inputs) -> Tensor:
-    """[groups]: the root mean square of phi_g - base under what arrives at the group."""
-    base, values = group_functions(phi, inputs.centres.float())
-    return (inputs.shares(len(values)) * (values - base).double().square()).sum(1).sqrt()
+    return LayerStats(weights.shape[:2].numel(), inputs.low, inputs.high, len(grid), float(mean),
+                      math.sqrt(max(0.0, float(square - mean ** 2))), smallest, largest, inputs.quantile(0.05),
+                      inputs.quantile(0.95), inputs.off_grid, None if distance is None else float(distance.mean()),
+                      None if distance is None else float(distance.max()), "inputs" if layer.per_edge else "groups",
+                      gain.nan_to_num(0.0, posinf=0.0))
 
 
 def _moments(shares: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and mean square of values [N] or [P, N] under shares [P, N]."""
+    """Mean and mean square of values [N] under shares [P, N]."""
     return (shares * values).sum(1), (shares * values.square()).sum(1)
 
 
@@ -93,47 +78,50 @@ def _deviation(shares: Tensor, values: Tensor) -> Tensor:
     return (square - mean.square()).clamp(min=0).sqrt()
 
 
-def edge_deviations(layer: EdgeLayer, shares: Tensor, u: Tensor) -> Tensor:
-    """[O, I]: the standard deviation of each edge's function where input i is u [N] with the shares [I, N]."""
-    return _edge_moments(layer, shares, u)[0]
-
-
-def _edge_moments(layer: EdgeLayer, shares: Tensor, u: Tensor) -> tuple[Tensor, Tensor | None]:
-    """`edge_deviations`, and the root mean square of each edge's spline beside its base branch, where there is one."""
-    basis, weight = edge_basis(layer, u.double()), edge_weights(layer)
+def _basis_moments(layer: FunctionLayer, shares: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """E[B_k] [I, K] and E[B_k B_l] [I, K, K] where input i is u [N] with the shares [I, N]."""
+    basis = layer.basis(u.double())                                                     # [N, K]
     products = (basis.unsqueeze(2) * basis.unsqueeze(1)).flatten(1)                     # [N, K*K]
-    second = (shares @ products).unflatten(1, (basis.shape[1], -1))                     # [I, K, K]: E[B_k B_l]
-    mean = shares @ basis                                                               # [I, K]
-    covariance = second - mean.unsqueeze(2) * mean.unsqueeze(1)
+    return shares @ basis, (shares @ products).unflatten(1, (basis.shape[1], -1))
 
-    def root(weight: Tensor, matrix: Tensor) -> Tensor:
-        return torch.einsum("oik,ikl,oil->oi", weight, matrix, weight).clamp(min=0).sqrt()
 
-    splines = basis.shape[1] - 1
-    has_base = isinstance(layer, EfficientKANLayer) or layer.base_linear is not None
-    return root(weight, covariance), root(weight[..., :splines], second[:, :splines, :splines]) if has_base else None
+def edge_deviations(layer: FunctionLayer, shares: Tensor, u: Tensor) -> Tensor:
+    """[O, I]: the standard deviation of each function where input i is u [N] with the shares [I, N]."""
+    mean, second = _basis_moments(layer, shares, u)
+    return deviations(layer.exact_weights(), second - mean.unsqueeze(2) * mean.unsqueeze(1))
+
+
+def base_distances(layer: FunctionLayer, inputs: InputHistogram) -> Tensor | None:
+    """[O, I]: the root mean square, under what arrives, of each function minus its base; None without a base."""
+    base = layer.base_weights()
+    if base is None:
+        return None
+    weights = layer.exact_weights()
+    _, second = _basis_moments(layer, inputs.shares(weights.shape[1]), inputs.centres)
+    return deviations(weights - base, second)
 
 
 # ---------------------------------------------------------------- drawn
-def drawn_range(layer: FunctionLayer, inputs: Inputs | None = None) -> Tensor:
+def drawn_range(layer: FunctionLayer, inputs: InputHistogram | None = None) -> Tensor:
     """[401]: where all but a thousandth of what arrives lies on either side; without `inputs` the grid and one unit beyond."""
     if inputs is None:
-        grid = grid_of(layer)
+        grid = layer.grid_points()
         return torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
     low, high = inputs.quantile(0.001), inputs.quantile(0.999)
     middle, half = (low + high) / 2, max((high - low) / 2, inputs.width)        # of a constant, something
     return torch.linspace(middle - half, middle + half, 401)
 
 
-def edge_functions(layer: EdgeLayer, u: Tensor, inputs: Inputs | None = None, count: int = EDGES) -> dict[str, Tensor]:
+def edge_functions(layer: FunctionLayer, u: Tensor, inputs: InputHistogram | None = None,
+                   count: int = EDGES) -> dict[str, Tensor]:
     """The strongest edges of a layer, {"input → output": phi(u) [N]}.
 
     Strength is the deviation under what arrives at each input, without `inputs` as if that were spread like `u`."""
+    weight, basis = layer.exact_weights(), layer.basis(u.double())
     if inputs is None:
-        strength = edge_deviations(layer, torch.full((layer.in_features, len(u)), 1 / len(u), dtype=torch.float64), u)
+        strength = edge_deviations(layer, torch.full((weight.shape[1], len(u)), 1 / len(u), dtype=torch.float64), u)
     else:
         strength = edge_deviations(layer, inputs.shares(len(inputs.counts)), inputs.centres)
-    weight, basis = edge_weights(layer), edge_basis(layer, u.double())
     chosen = strength.flatten().topk(min(count, strength.numel())).indices
     edges = [divmod(int(index), weight.shape[1]) for index in chosen]
     return {f"{i} → {o}": (basis @ weight[o, i]).to(u.dtype) for o, i in edges}

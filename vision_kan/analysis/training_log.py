@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from models_kan import FunctionLayer
-from vision_kan.analysis.arriving import Inputs, collect_inputs
+from vision_kan.analysis.arriving import InputHistogram, collect_inputs
 from vision_kan.analysis.drawing import functions_figure
-from vision_kan.analysis.functions import function_layers
-from vision_kan.analysis.measures import Measured, measure
+from vision_kan.analysis.measures import LayerStats, measure
 from vision_kan.common.text import say
+from vision_kan.layers.function_layer import FunctionLayer, function_layers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +47,7 @@ def log_functions(model: nn.Module, images: Tensor, folder: "RunFolder", epoch: 
         say(f"warning: epoch {epoch}: {warning}", file=sys.stderr)
 
 
-def off_grid_warning(measured: Mapping[str, Measured]) -> str:
+def off_grid_warning(measured: Mapping[str, LayerStats]) -> str:
     """A sentence on the layers of which more than `MOST_OFF_GRID` of the inputs fall off the grid, or ''."""
     far = sorted((name for name in measured if measured[name].off_grid > MOST_OFF_GRID),
                  key=lambda name: -measured[name].off_grid)
@@ -61,8 +60,8 @@ def off_grid_warning(measured: Mapping[str, Measured]) -> str:
             "learned fades out there, a new run with a wider --kan-grid-range would cover them")
 
 
-def wide_grid_note(measured: Mapping[str, Measured]) -> str:
-    """A sentence on the layers whose grid is far wider than what arrives (`Measured.too_wide`), or ''."""
+def wide_grid_note(measured: Mapping[str, LayerStats]) -> str:
+    """A sentence on the layers whose grid is far wider than what arrives (`LayerStats.too_wide`), or ''."""
     wide = sorted((name for name in measured if measured[name].too_wide), key=lambda name: measured[name].used_width)
     if not wide:
         return ""
@@ -73,7 +72,7 @@ def wide_grid_note(measured: Mapping[str, Measured]) -> str:
             "inputs arrive, a narrower --kan-grid-range (of all layers) or more --kan-grid-points would put more there")
 
 
-def _add_histogram(board: "SummaryWriter", tag: str, inputs: Inputs, found: Measured, epoch: int) -> None:
+def _add_histogram(board: "SummaryWriter", tag: str, inputs: InputHistogram, found: LayerStats, epoch: int) -> None:
     counts = inputs.counts.sum(0).cpu()
     full = counts.nonzero().flatten()
     part = slice(int(full[0]), int(full[-1]) + 1)       # TensorBoard draws all buckets that it is given

@@ -10,15 +10,17 @@ Legend for shapes: T tokens (all leading dimensions flattened), I inputs, O outp
 order + 1 knots.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision_kan.kernels.backend import differentiable_backward, exporting, gradients, transformed
+from vision_kan.layers.feed_forward import TwoLayerKAN, widths
+from vision_kan.layers.function_layer import BSPLINE_FLOPS, SILU_FLOPS, Flops, FunctionLayer
 
 # Values of the basis that exist at once: about 1 MiB on a CPU, which stays in its L2 cache; on a GPU only a
 # bound on memory.
@@ -155,7 +157,7 @@ def _chunks(x: Tensor, knots: Tensor) -> list[slice]:
 
 
 # ---------------------------------------------------------------- modules
-class EfficientKANLayer(nn.Module):
+class EfficientKANLayer(FunctionLayer):
     """SiLU and B-splines, one linear map of all: x [..., in_features] -> [..., out_features].
 
     Args:
@@ -216,8 +218,36 @@ class EfficientKANLayer(nn.Module):
         return (f"{self.in_features} -> {self.out_features}, {self.num_grids} splines of order {self.spline_order} on "
                 f"[{self.grid_min}, {self.grid_max}]")
 
+    # ------------------------------------------------------------ what it answers about itself
+    @property
+    def has_base(self) -> bool:
+        return True
 
-class EfficientKAN(nn.Module):
+    def flops(self, tokens: int) -> Flops:
+        return Flops(2 * tokens * (self.base_weight.numel() + self.spline_weight.numel()),
+                     (BSPLINE_FLOPS * self.num_grids + SILU_FLOPS) * tokens * self.in_features)
+
+    def grid_points(self) -> Tensor:
+        return self.grid[self.spline_order:self.num_grids + 1].detach().double().cpu().sort().values
+
+    @torch.no_grad()
+    def basis(self, u: Tensor) -> Tensor:
+        return torch.cat([bspline_basis(u, self.grid.to(u), self.spline_order), F.silu(u).unsqueeze(-1)], -1)
+
+    def function_weights(self) -> Tensor:
+        return torch.cat([self.spline_weight * self.spline_scaler.unsqueeze(-1), self.base_weight.unsqueeze(-1)], -1)
+
+    @torch.no_grad()
+    def set_function_weights(self, weights: Tensor, bias: Tensor | None = None) -> None:
+        self.spline_weight.copy_(weights[..., :-1])
+        self.base_weight.copy_(weights[..., -1])
+        nn.init.ones_(self.spline_scaler)
+
+    def function_parameters(self) -> list[nn.Parameter]:
+        return [self.spline_weight, self.spline_scaler]
+
+
+class EfficientKAN(TwoLayerKAN):
     """Two efficient-KAN layers in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
 
     Args:
@@ -229,24 +259,28 @@ class EfficientKAN(nn.Module):
             passes them.
         kan: keywords of `EfficientKANLayer`.
     """
+    TITLE = "efficient-KAN (SiLU and a B-spline on every edge)"
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
                  act_layer=None, norm_layer=None, bias: bool = True, drop: float | Sequence[float] = 0.0,
                  device=None, dtype=None, *, hdim: int | None = None, **kan):
-        super().__init__()
         hidden = hdim or hidden_features or in_features
         dd = {"device": device, "dtype": dtype}
-        self.layers: Any = nn.ModuleList([
-            EfficientKANLayer(in_features, hidden, **kan, **dd),
-            EfficientKANLayer(hidden, out_features or in_features, **kan, **dd)])
-        self.drops = nn.ModuleList([nn.Dropout(p) for p in to_2tuple(drop)])
+        super().__init__(EfficientKANLayer(in_features, hidden, **kan, **dd),
+                         EfficientKANLayer(hidden, out_features or in_features, **kan, **dd), drop)
 
-    def init_weights(self) -> None:
-        """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""
-        for layer in self.layers:
-            layer.reset_parameters()
+    @classmethod
+    def with_options(cls, size: Any, *, hdim_kan: int | None = None, kan_grid_range=(-1.0, 1.0),
+                     kan_grid_points: int = 8) -> Callable[..., nn.Module]:
+        """Cubic B-splines on [-1, 1]."""
+        return partial(cls, hdim=hdim_kan or size.ekan_hidden, grid_min=kan_grid_range[0], grid_max=kan_grid_range[1],
+                       num_grids=kan_grid_points)
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer, drop in zip(self.layers, self.drops):
-            x = drop(layer(x))
-        return x
+    @classmethod
+    def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
+        first = blocks[0]
+        if "layers.0.spline_scaler" not in first:
+            return None
+        points, knots = first["layers.0.spline_weight"].shape[2], first["layers.0.grid"]
+        return {"hdim_kan": widths(blocks, "layers.0.spline_weight"), "kan_grid_points": points,
+                "kan_grid_range": (round(float(knots[-1 - points]), 6), round(float(knots[points]), 6))}

@@ -10,19 +10,37 @@ MLP, and an MLP's weights are its weights: `fc1` and `fc2` are named as in `timm
 
 Legend for shapes: T tokens (all leading dimensions flattened), I channels, G grid points.
 """
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from vision_kan.kernels import BASES, MAX_HALF_RANGE, exporting, rswaf_activation, rswaf_activation_reference
+from vision_kan.kernels import (
+    BASES,
+    MAX_HALF_RANGE,
+    exporting,
+    rswaf_activation,
+    rswaf_activation_reference,
+    rswaf_basis,
+)
+from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, ends, widths
+from vision_kan.layers.function_layer import (
+    BASE_FLOPS,
+    BASIS_FLOPS,
+    Flops,
+    FunctionLayer,
+    function_layers,
+    sum_flops,
+)
 
 torch.fx.wrap("rswaf_activation")      # one call in a graph of torch.fx
 
 
 # ---------------------------------------------------------------- modules
-class GroupActivation(nn.Module):
+class GroupActivation(FunctionLayer):
     """phi(u) = s * base(u) + sum_k C[g, k] B_k(u), elementwise: [..., channels] -> the same shape.
 
     Args:
@@ -32,7 +50,7 @@ class GroupActivation(nn.Module):
         trainable_base: learn s (one per group, 1 at the start), else it is 1.
     Raises: ValueError if the groups do not divide the channels, or for an impossible grid or base.
     """
-
+    per_edge = False
     grid: Tensor
 
     def __init__(self, channels: int, *, groups: int = 8, base: str = "gelu", grid_min: float = -3.0,
@@ -75,7 +93,6 @@ class GroupActivation(nn.Module):
 
     @property
     def for_kernels(self) -> tuple:
-        """What `kernels.describe` must know of the layer."""
         return len(self.points), self.points, self.h, self.base
 
     def reference_forward(self, u: Tensor) -> Tensor:
@@ -95,6 +112,40 @@ class GroupActivation(nn.Module):
         return (f"{self.channels} channels, {len(self.coefficients)} groups, base={self.base}, {len(self.points)} "
                 f"points on [{self.points[0]:g}, {self.points[-1]:g}], h={self.h:.3g}")
 
+    # ------------------------------------------------------------ what it answers about itself
+    @property
+    def has_base(self) -> bool:
+        return True
+
+    def flops(self, tokens: int) -> Flops:
+        a_channel = (BASIS_FLOPS + 2) * len(self.points) + BASE_FLOPS[self.base]    # a value, times its coefficient, added
+        return Flops(0, a_channel * tokens * self.channels)
+
+    def grid_points(self) -> Tensor:
+        return torch.tensor(self.points, dtype=torch.float32, device="cpu").double()      # as they are computed with
+
+    @torch.no_grad()
+    def basis(self, u: Tensor) -> Tensor:
+        grid = torch.tensor(self.points, dtype=u.dtype, device=u.device)
+        return torch.cat([rswaf_basis(u, grid, self.h), BASES[self.base](u).unsqueeze(-1)], -1)
+
+    def function_weights(self) -> Tensor:
+        scale = torch.ones_like(self.coefficients[:, 0]) if self.scale is None else self.scale
+        return torch.cat([self.coefficients, scale[:, None]], 1).unsqueeze(0)
+
+    @torch.no_grad()
+    def set_function_weights(self, weights: Tensor, bias: Tensor | None = None) -> None:
+        """Without a learned scale the base's weight is 1, whatever is given."""
+        self.coefficients.copy_(weights[0, :, :len(self.points)])
+        if self.scale is not None:
+            self.scale.copy_(weights[0, :, -1])
+
+    def function_parameters(self) -> list[nn.Parameter]:
+        return [self.coefficients] if self.scale is None else [self.coefficients, self.scale]
+
+    def scaled_parameters(self) -> list[nn.Parameter]:
+        return [self.coefficients]
+
 
 def _base_of(act_layer: Callable[[], nn.Module]) -> str:
     """The key of `BASES` whose function the activation is; ValueError where it is none of them."""
@@ -105,7 +156,7 @@ def _base_of(act_layer: Callable[[], nn.Module]) -> str:
     raise ValueError(f"the activation {activation} is not one of {', '.join(BASES)}: choose one of them with base=")
 
 
-class GroupKAN(nn.Module):
+class GroupKAN(FeedForward):
     """The group KAN in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
 
     Args:
@@ -119,6 +170,10 @@ class GroupKAN(nn.Module):
         phi: keywords of `GroupActivation`.
     Raises: ValueError as `GroupActivation`, and for an `act_layer` that is none of `BASES`.
     """
+    TITLE = "group KAN (an MLP whose activations are learned functions, shared by groups of channels)"
+    FUNCTIONS = "groups of channels share their functions"
+    PRUNES = ("hidden", "points", "groups")
+    HOLDS_MLP = True
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
                  act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True,
@@ -140,3 +195,32 @@ class GroupKAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.phi2(self.fc1(self.phi1(x))))
         return self.drop2(self.fc2(x))
+
+    def flops(self, tokens: int) -> Flops:
+        flops = Flops(2 * tokens * (self.fc1.weight.numel() + self.fc2.weight.numel()), 0)
+        return sum_flops([flops, *(layer.flops(tokens) for layer in function_layers(self).values())])
+
+    def halves(self) -> tuple[Half, Half]:
+        return ChannelHalf(self.phi1, self.fc1), ChannelHalf(self.phi2, self.fc2)
+
+    @classmethod
+    def with_options(cls, size: Any, *, hdim_kan: int | None = None, kan_groups: int = 8, kan_base: str = "gelu",
+                     kan_input_phi: bool = True, kan_trainable_base: bool = False, kan_grid_range=(-3.0, 3.0),
+                     kan_grid_points: int = 8, kan_h: float | None = None) -> Callable[..., nn.Module]:
+        """Equal to the MLP at first, hidden width 4 x dim."""
+        return partial(cls, hdim=hdim_kan, groups=kan_groups, base=kan_base, input_phi=kan_input_phi,
+                       trainable_base=kan_trainable_base, grid_min=kan_grid_range[0], grid_max=kan_grid_range[1],
+                       num_grids=kan_grid_points, h=kan_h)
+
+    @classmethod
+    def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
+        first = blocks[0]
+        if "phi2.coefficients" not in first:
+            return None
+        groups, points = first["phi2.coefficients"].shape
+        hidden = widths(blocks, "fc1.weight")
+        one_each = widths(blocks, "phi2.coefficients") == hidden        # a function for each channel
+        options = {"kan_groups": 0 if one_each else groups, "kan_grid_points": points,
+                   "kan_grid_range": ends(first["phi2.grid"]), "kan_input_phi": "phi1.coefficients" in first,
+                   "kan_trainable_base": "phi2.scale" in first}
+        return options if hidden == 4 * dim else options | {"hdim_kan": hidden}

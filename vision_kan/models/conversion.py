@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import models_kan
-from faster_kan import FasterKAN, FasterKANLayer, StaticNorm
+from faster_kan import FasterKAN, FasterKANLayer
 from models_kan import ModelSpec
 from vision_kan.common.errors import UserError
-from vision_kan.kernels import rswaf_basis
-from vision_kan.layers.group_kan import GroupKAN
+from vision_kan.layers.least_squares import ridge_solve
 from vision_kan.models.finetune import LoadReport, load_finetune
+from vision_kan.models.hooks import caught_inputs
 
 # Of a fit's weight this share is a standard normal's, so that the function is right too where no sample of the
 # calibration batch fell.
@@ -66,7 +66,7 @@ def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where or 'the model itself'} ({mlp.fc1.in_features} x {mlp.fc1.out_features}): "
                                  f"{error}") from error
-            if isinstance(kan, GroupKAN) and kan.fc1.weight.shape == weight.shape:
+            if getattr(kan, "HOLDS_MLP", False) and kan.fc1.weight.shape == weight.shape:      # type: ignore[union-attr]
                 kan.load_state_dict(mlp.state_dict(), strict=False)
             found[mlp] = kan.train(mlp.training)
     if not found:
@@ -94,7 +94,7 @@ def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], 
     report = load_finetune(model, state, grid)
     blocks = getattr(model, "blocks", [])
     mlps = [key for key in report.dropped if re.search(r"\.mlp\.fc[12]\.", key)]
-    if not mlps or not any(isinstance(block.mlp, FasterKAN) for block in blocks):
+    if not mlps or not any(getattr(block.mlp, "FITS_MLP", False) for block in blocks):
         return report, []
     twin = models_kan.mlp_twin(spec)
     load_finetune(twin, state, grid)
@@ -120,15 +120,10 @@ def why_not(model: Any, source: Any) -> str | None:
     if not pairs or len(model.blocks) != len(source.blocks):
         return f"it has {len(getattr(source, 'blocks', []))} blocks, the model {len(getattr(model, 'blocks', []))}"
     for kan, mlp in ((a.mlp, b.mlp) for a, b in pairs):
-        if not isinstance(kan, FasterKAN) or not isinstance(mlp, Mlp):
+        if not getattr(kan, "FITS_MLP", False) or not isinstance(mlp, Mlp):
             return "only an MLP can become a full-edge KAN"
-        if (mlp.fc1.in_features, mlp.fc1.out_features) != (kan.layers[0].in_features, kan.layers[0].out_features):
-            return (f"its MLP is {mlp.fc1.in_features} x {mlp.fc1.out_features}, the KAN {kan.layers[0].in_features} x "
-                    f"{kan.layers[0].out_features}: give --hdim_kan {mlp.fc1.out_features}")
-        if kan.layers[0].spline_linear.bias is None:
-            return "the original basis has no bias and does not cover its inputs: give --kan-basis covering"
-        if not isinstance(kan.layers[1].layernorm, StaticNorm):
-            return "a LayerNorm over the hidden units changes what they are: give --kan-second-norm static"
+        if reason := kan.mlp_misfit(mlp):
+            return reason
     return None
 
 
@@ -168,16 +163,13 @@ def mlp_to_full_edge(model: Any, source: Any, images: Tensor) -> list[BlockError
 
 def _feed_forward_inputs(source: Any, images: Tensor) -> list[Tensor]:
     """What enters the norm before the feed-forward of each block, [tokens, dim], at most `TOKENS` of them."""
-    inputs: list[Tensor] = []
-    hooks = [block.norm2.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
-             for block in source.blocks]
     training = source.training
-    try:
-        source.eval()(images)
-    finally:
-        source.train(training)
-        for hook in hooks:
-            hook.remove()
+    with caught_inputs([block.norm2 for block in source.blocks]) as caught:
+        try:
+            source.eval()(images)
+        finally:
+            source.train(training)
+    inputs = [tokens.flatten(0, -2) for tokens, in caught]
     step = max(1, -(-len(inputs[0]) // TOKENS))
     return [tokens[::step] for tokens in inputs]
 
@@ -190,10 +182,7 @@ def _fit_layer(layer: FasterKANLayer, x: Tensor, weight: Tensor, bias: Tensor,
                function: Callable[[Tensor], Tensor]) -> None:
     """layer(x) ~ weight function(x) + bias for inputs like x [T, I]; weight [O, I], bias [O], float64."""
     mean, std = x.double().mean(0), x.double().std(0).clamp_min(1e-6)
-    norm: Any = layer.layernorm
-    scale, shift = (norm.scale, norm.shift) if isinstance(norm, StaticNorm) else (norm.weight, norm.bias)
-    scale.copy_(1 / std)
-    shift.copy_(-mean / std)
+    layer.normalise_by(mean, std)
     coefficients, constant = _fit(layer, x, mean, std, function)                    # [I, G], [I]
     layer.spline_linear.weight.copy_((weight[..., None] * coefficients).flatten(1))
     assert layer.spline_linear.bias is not None
@@ -206,8 +195,6 @@ def _fit(layer: FasterKANLayer, x: Tensor, mean: Tensor, std: Tensor,
          function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """For each input i: sum_k c_ik B_k(u) + c_i ~ function(m_i + s_i u) over the samples u = (x_i - m_i)/s_i and,
     with `GAUSSIAN_SHARE` of the weight, a standard normal. Least squares with a small ridge, in float64."""
-    grid = layer.rbf.grid.detach().double()
-    h = layer.rbf.h.detach().double() if isinstance(layer.rbf.h, Tensor) else layer.rbf.h
     normal = torch.linspace(-5, 5, 201, dtype=torch.float64, device=x.device)
     density = torch.exp(-normal ** 2 / 2)
     weights = torch.cat([torch.full((len(x),), (1 - GAUSSIAN_SHARE) / len(x), dtype=torch.float64, device=x.device),
@@ -216,13 +203,10 @@ def _fit(layer: FasterKANLayer, x: Tensor, mean: Tensor, std: Tensor,
     for some in torch.arange(x.shape[1], device=x.device).split(32):               # bounds the memory
         m, s = mean[some], std[some]
         u = torch.cat([(x[:, some].double() - m) / s, normal[:, None].expand(-1, len(some))]).T.contiguous()    # [i, T]
-        columns = F.pad(rswaf_basis(u, grid, h), (0, 1), value=1.0)                 # [i, T, G + 1]
+        columns = F.pad(layer.rbf.basis(u), (0, 1), value=1.0)                # [i, T, G + 1]
         weighted = (columns * weights).mT                                           # [i, G + 1, T]
-        gram = weighted @ columns
-        diagonal = gram.diagonal(dim1=1, dim2=2)[:, :-1]
-        diagonal += RIDGE * diagonal.mean(1, keepdim=True)
         target = function(m[:, None] + s[:, None] * u)
-        coefficients.append(torch.linalg.solve(gram, weighted @ target[..., None]).squeeze(-1))
+        coefficients.append(ridge_solve(weighted @ columns, weighted @ target[..., None], RIDGE, free=1).squeeze(-1))
     both = torch.cat(coefficients)
     return both[:, :-1], both[:, -1]
 
@@ -232,7 +216,7 @@ def _share_outside(kan: FasterKAN, n: Tensor) -> float:
     outside = []
     x = n
     for layer in kan.layers:
-        u = layer.layernorm(x)
+        u = layer.arriving(x)
         outside.append((u < layer.rbf.grid.min()) | (u > layer.rbf.grid.max()))
         x = layer(x)
     return (sum(o.sum() for o in outside) / sum(o.numel() for o in outside)).item()

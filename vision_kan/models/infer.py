@@ -1,14 +1,15 @@
 """Which model a checkpoint holds, and its weights put into one."""
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from models_kan import _TWINS, SIZES, ModelSpec
+from models_kan import _TWINS, FEED_FORWARDS, SIZES, ModelSpec
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import one_or_two
+from vision_kan.layers.feed_forward import MLP
 
 _HEADS = {1280: 16, 1408: 16, 1664: 16}     # of ViT-H, -g and -G, whose heads are wider than 64
 
@@ -40,10 +41,9 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
     if rows * columns != tokens - prefix:
         raise UserError(f"pos_embed of the checkpoint has {tokens} positions, which is no square image: if it is of oblong ones, "
                         "give their --input-size, height and width")
-    kan = "blocks.0.mlp.layers.0.spline_linear.weight" in state
-    group = "blocks.0.mlp.phi2.coefficients" in state
-    suffix = "KAN" if kan else "GKAN" if group else "ViT"
-
+    blocks = [{key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+              for start in (f"blocks.{number}.mlp." for number in range(depth))]
+    suffix, options = _feed_forward(blocks, dim)
     size_name = _TWINS.get(args.get("model") or "")
     if size_name is None:
         shape = (dim, patch, depth, side * patch)      # the width first: it settles the number of heads
@@ -64,51 +64,17 @@ def infer_model(state: dict[str, Tensor], args: dict[str, Any]) -> ModelSpec:
         kwargs["qkv_bias"] = False
     if released:
         kwargs["block_norm_eps"] = 1e-5
-    if kan:
-        kwargs["hdim_kan"] = _widths(state, depth, "layers.0.spline_linear.weight")
-        grid = state["blocks.0.mlp.layers.0.rbf.grid"]
-        kwargs["kan_grid_points"] = grid.numel()
-        kwargs["kan_grid_range"] = (round(float(grid[0]), 6), round(float(grid[-1]), 6))
-        if "blocks.0.mlp.layers.0.rbf.h" in state:
-            kwargs["kan_trainable_h"] = True
-        if "blocks.0.mlp.layers.0.spline_linear.bias" in state:
-            kwargs["kan_basis"] = "covering"
-        if "blocks.0.mlp.layers.0.base_linear.weight" in state:
-            kwargs["kan_base_branch"] = True
-        if "blocks.0.mlp.layers.1.layernorm.weight" not in state:
-            static = "blocks.0.mlp.layers.1.layernorm.scale" in state
-            kwargs["kan_second_norm"] = "static" if static else "none"
-    if suffix == "ViT" and (hidden := _widths(state, depth, "fc1.weight")) != 4 * dim and isinstance(hidden, int):
-        kwargs["mlp_ratio"] = hidden / dim
-    if group:
-        groups, points = state["blocks.0.mlp.phi2.coefficients"].shape
-        grid, hidden = state["blocks.0.mlp.phi2.grid"], _widths(state, depth, "fc1.weight")
-        one_each = _widths(state, depth, "phi2.coefficients") == hidden         # a function for each channel
-        kwargs |= {"kan_groups": 0 if one_each else groups, "kan_grid_points": points,
-                   "kan_grid_range": (round(float(grid[0]), 6), round(float(grid[-1]), 6)),
-                   "kan_input_phi": "blocks.0.mlp.phi1.coefficients" in state,
-                   "kan_trainable_base": "blocks.0.mlp.phi2.scale" in state}
-        if hidden != 4 * dim:
-            kwargs["hdim_kan"] = hidden
-    if "blocks.0.mlp.layers.0.spline_scaler" in state:
-        suffix = "EKAN"
-        kwargs["hdim_kan"] = _widths(state, depth, "layers.0.spline_weight")
-        points = state["blocks.0.mlp.layers.0.spline_weight"].shape[2]
-        knots = state["blocks.0.mlp.layers.0.grid"]
-        kwargs["kan_grid_points"] = points
-        kwargs["kan_grid_range"] = (round(float(knots[-1 - points]), 6), round(float(knots[points]), 6))
-    return ModelSpec(f"{size_name}_{suffix}", kwargs)
+    return ModelSpec(f"{size_name}_{suffix}", kwargs | options)
 
 
-def _widths(state: dict[str, Tensor], depth: int, first_map: str) -> int | list[int]:
-    """The hidden width of the feed-forwards, whose first linear map has it as its outputs; a list where blocks differ."""
-    keys = [f"blocks.{block}.mlp.{first_map}" for block in range(depth)]
-    return one_or_each([state[key].shape[0] for key in keys if key in state])
-
-
-def one_or_each(widths: list[int]) -> int | list[int]:
-    """Widths of the blocks as `hdim_kan`: one number where they are all the same."""
-    return widths[0] if len(set(widths)) == 1 else widths
+def _feed_forward(blocks: Sequence[Mapping[str, Tensor]], dim: int) -> tuple[str, dict[str, Any]]:
+    """Suffix and options of the first feed-forward in the table that knows the weights as its own. The MLP is asked last: others
+    may have its linear maps too."""
+    for suffix, kind in sorted(FEED_FORWARDS.items(), key=lambda item: item[1] is MLP):
+        options = kind.read_options(blocks, dim)
+        if options is not None:
+            return suffix, options
+    raise AssertionError("the MLP takes any weights")
 
 
 def sample_key(state: Mapping[str, Tensor]) -> str:

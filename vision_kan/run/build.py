@@ -11,7 +11,7 @@ from timm.layers import PatchEmbed, to_2tuple
 from torch import nn
 
 import models_kan
-from models_kan import KAN_OPTIONS, FunctionLayer, ModelSpec
+from models_kan import KAN_OPTIONS, ModelSpec
 from vision_kan import kernels
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.common.errors import UserError, one_line
@@ -20,7 +20,7 @@ from vision_kan.config.checks import validate
 from vision_kan.config.flags import flag_name, get_args_parser
 from vision_kan.config.resolve import Config, parse_args
 from vision_kan.data.loaders import Loaders
-from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.layers.function_layer import function_layers
 from vision_kan.models import conversion, vetting
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.models.infer import load_exactly, patch_grid
@@ -76,11 +76,11 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
         except (ValueError, AssertionError) as error:
             raise UserError(f"--model {spec.name} cannot be built ({one_line(error)}): check --model, "
                             f"--input-size {shown_size(args.input_size)} and the KAN options") from error
-    if not args.eval and not any(isinstance(module, GroupActivation) for module in model.modules()):
+    if not args.eval and not any(layer.scaled_parameters() for layer in function_layers(model).values()):
         for key in ("kan_lr_mult", "kan_weight_decay"):
             if _asked_for(key, config):
                 raise _no_effect(key, spec.name, like="kan_groups")
-    if args.log_kan and not args.eval and not any(isinstance(module, FunctionLayer) for module in model.modules()):
+    if args.log_kan and not args.eval and not function_layers(model):
         raise _no_effect("log_kan", spec.name, like="kan_grid_points")
     embed, sides = getattr(model, "patch_embed", None), to_2tuple(args.input_size)
     if isinstance(embed, PatchEmbed) and any(side % patch for side, patch in zip(sides, embed.patch_size)):
@@ -194,7 +194,8 @@ def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> to
 def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: torch.device) -> None:
     """Let --kan-backend compute the model's KAN layers, and say what that is. Raises UserError where it cannot."""
     name = config.args.kan_backend
-    if models_kan.split_name(spec.name)[1] not in ("KAN", "GKAN"):
+    grids: list[Any] = [layer.for_kernels for layer in function_layers(model).values() if layer.for_kernels]
+    if not grids:
         if _asked_for("kan_backend", config):
             raise _no_effect("kan_backend", spec.name)
         return
@@ -202,7 +203,6 @@ def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: to
         kernels.use(name)
     except ValueError as error:
         raise UserError(f"--kan-backend {name}: {error}") from error
-    grids: list[Any] = [module.for_kernels for module in model.modules() if hasattr(module, "for_kernels")]
     say(f"KAN layers ({name}): {kernels.describe(device.type, grids)}")
 
 

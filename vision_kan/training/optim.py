@@ -12,7 +12,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
 from vision_kan.common.errors import UserError
-from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.layers.function_layer import function_layers
 from vision_kan.training.state import MovingAverage, TrainState
 
 
@@ -94,7 +94,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
 
 def _split_coefficients(args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Give the coefficients of learned activations groups of their own: --kan-lr-mult, --kan-weight-decay."""
-    coefficients = {id(m.coefficients) for m in model.modules() if isinstance(m, GroupActivation)}
+    coefficients = {id(p) for layer in function_layers(model).values() for p in layer.scaled_parameters()}
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in coefficients]
         if not own:

@@ -7,10 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vision_kan.analysis.pruning.halves import Model, double, halves
-
+Model = Any             # a timm ViT of this project or a feed-forward of one, whose parts nn.Module's types do not know
 FLOOR = 0.05            # what a token weighs beside its gradient: one that the loss does not feel now it may feel later
 CHUNK = 4096            # tokens whose features are in memory at a time
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """As float64, which Apple's GPUs do not have: on the CPU then."""
+    return x.double() if x.device.type != "mps" else x.cpu().double()
 
 
 # ---------------------------------------------------------------- what the calibration images say
@@ -33,11 +37,11 @@ class _Moments:
     def add(self, features: Tensor, weights: Tensor, residual: Tensor | None = None) -> None:
         weighted = features * weights[:, None]
         self.total = self.total + weights.sum().cpu()
-        self.f = self.f + double(weighted.sum(0))
-        self.ff = self.ff + double(weighted.T @ features)
+        self.f = self.f + to_float64(weighted.sum(0))
+        self.ff = self.ff + to_float64(weighted.T @ features)
         if residual is not None:
-            self.r = self.r + double((residual * weights[:, None]).sum(0))
-            self.rf = self.rf + double(residual.T @ weighted)
+            self.r = self.r + to_float64((residual * weights[:, None]).sum(0))
+            self.rf = self.rf + to_float64(residual.T @ weighted)
 
     def covariance(self, centred: bool) -> Tensor:
         return (self.ff - (torch.outer(self.f, self.f) / self.total if centred else 0)) / self.total
@@ -64,11 +68,11 @@ def calibrate(model: Model, batches: Iterator[Tensor], seed: int = 0) -> Calibra
             with torch.no_grad():
                 for number, (block, gradient) in enumerate(zip(blocks, gradients)):
                     gradient = gradient.flatten(0, 1).float()
-                    fisher[number] += double(gradient.T @ gradient)
+                    fisher[number] += to_float64(gradient.T @ gradient)
                     weights = gradient.square().sum(1)
                     weights = FLOOR + weights / weights.mean().clamp_min(1e-30)
                     found.weights[number].append(weights)
-                    first, second = halves(block.mlp)
+                    first, second = block.mlp.halves()
                     for some, weight in zip(seen[number][0].flatten(0, 1).split(CHUNK), weights.split(CHUNK)):
                         moments[number].add(second.features(first(some)).flatten(1), weight)
             seen.clear()
@@ -76,5 +80,5 @@ def calibrate(model: Model, batches: Iterator[Tensor], seed: int = 0) -> Calibra
         for hook in hooks:
             hook.remove()
     found.fisher = [matrix / tokens for matrix in fisher]
-    found.covariance = [m.covariance(halves(block.mlp)[1].bias is not None) for m, block in zip(moments, blocks)]
+    found.covariance = [m.covariance(block.mlp.halves()[1].bias is not None) for m, block in zip(moments, blocks)]
     return found

@@ -6,12 +6,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_kan.analysis.pruning.calibrate import CHUNK, _Moments
-from vision_kan.analysis.pruning.halves import EdgeHalf, Half, Model, double, edge_features
-from vision_kan.kernels import BASES, rswaf_basis
-from vision_kan.layers.group_kan import GroupActivation
+from vision_kan.analysis.pruning.calibrate import CHUNK, Model, _Moments, to_float64
+from vision_kan.layers.feed_forward import Half
+from vision_kan.layers.function_layer import FunctionLayer
+from vision_kan.layers.least_squares import ridge_solve
+from vision_kan.models.hooks import caught_inputs
 
-RIDGE = 1e-3            # of the mean of E[f^2]
+RIDGE = 1e-3            # of the mean of E[f^2], towards the weights as they are
+FUNCTIONS_RIDGE = 1e-6  # likewise, of the coefficients of functions
 SAMPLE = 4096           # tokens that functions are fitted on
 
 
@@ -20,11 +22,9 @@ def feed_forward_inputs(model: Model, inputs: list[Tensor]) -> Iterator[list[Ten
     """What enters each block's feed-forward, [T, D] in parts of `CHUNK` tokens, from what enters the first block. The
     feed-forward may be changed before the next one is asked for, which sees what it gives then."""
     for block in model.blocks:
-        caught: list[Tensor] = []
-        hook = block.mlp.register_forward_pre_hook(lambda _, args, caught=caught: caught.append(args[0]))
-        for x in inputs:
-            block(x)
-        hook.remove()
+        with caught_inputs([block.mlp]) as (caught,):
+            for x in inputs:
+                block(x)
         yield [part for x in caught for part in x.flatten(0, -2).split(CHUNK)]
         inputs = [block(x) for x in inputs]
 
@@ -39,27 +39,20 @@ def refit(half: Half, inputs: Sequence[Tensor], targets: Sequence[Tensor], weigh
         sums.add(half.features(x).flatten(1), weight, target - half(x))
     bias = half.bias
     gram = sums.covariance(bias is not None)
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     moment = (sums.rf - (torch.outer(sums.r, sums.f) / sums.total if bias is not None else 0)) / sums.total
-    change = torch.linalg.solve(gram, moment, left=False)       # [O, IP]
-    weight = double(half.weight) + change.unflatten(1, half.weight.shape[1:])
-    half.set(weight, None if bias is None else double(bias) + (sums.r - change @ sums.f) / sums.total)
+    change = ridge_solve(gram, moment, RIDGE, left=False)       # [O, IP]
+    weight = to_float64(half.weight) + change.unflatten(1, half.weight.shape[1:])
+    half.set(weight, None if bias is None else to_float64(bias) + (sums.r - change @ sums.f) / sums.total)
 
 
 def channel_moments(new: Tensor, old: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """E[w f' f'^T] [I, Q, Q] and E[w f' f^T] [I, Q, P] of each channel, for features f' [T, I, Q], f [T, I, P], weights [T]."""
     own, cross = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for f, g, w in zip(new.split(512), old.split(512), weights.split(512)):         # bounds the memory
-        weighted, f, g = double(f * w[:, None, None]), double(f), double(g)
+        weighted, f, g = to_float64(f * w[:, None, None]), to_float64(f), to_float64(g)
         own, cross = own + torch.einsum("tiq,tir->iqr", weighted, f), cross + torch.einsum("tiq,tip->iqp", weighted, g)
-    total = double(weights.sum())
+    total = to_float64(weights.sum())
     return own / total, cross / total
-
-
-def ridged(gram: Tensor) -> Tensor:
-    """A batch of Gram matrices [..., P, P] with a ridge that keeps coefficients bounded where nothing arrives."""
-    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
-    return gram + 1e-6 * size[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def sample(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -70,15 +63,18 @@ def sample(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor,
 
 
 # ---------------------------------------------------------------- learned functions of groups
-def group_features(phi: GroupActivation, u: Tensor) -> Tensor:
-    """What phi adds up for inputs u [T, I], its base only where that has a learned scale: [T, I, P]."""
-    basis = rswaf_basis(u, phi.grid, phi.h)
-    return basis if phi.scale is None else torch.cat([basis, BASES[phi.base](u)[..., None]], -1)
+def learned_weights(phi: FunctionLayer) -> Tensor:
+    """[G, P]: the learned weights of each group's function, that of the base only where it is learned."""
+    return phi.function_weights()[0, :, :_learned(phi)]
 
 
-def group_coefficients(phi: GroupActivation) -> Tensor:
-    """Their coefficients, [G, P]."""
-    return phi.coefficients if phi.scale is None else torch.cat([phi.coefficients, phi.scale[:, None]], 1)
+def learned_basis(phi: FunctionLayer, u: Tensor) -> Tensor:
+    """[T, I, P]: the basis functions that they weigh, at u [T, I]."""
+    return phi.basis(u)[..., :_learned(phi)]
+
+
+def _learned(phi: FunctionLayer) -> int:
+    return sum(parameter.numel() for parameter in phi.function_parameters()) // phi.function_weights().shape[1]
 
 
 def mean_functions(gram: Tensor, moment: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -87,7 +83,7 @@ def mean_functions(gram: Tensor, moment: Tensor, groups: Tensor, count: int) -> 
     gram [I, Q, Q], moment [I, Q] of each channel; groups: the channels', [I]."""
     left = torch.zeros(count, *gram.shape[1:], dtype=gram.dtype, device=gram.device).index_add_(0, groups, gram)
     right = torch.zeros(count, moment.shape[1], dtype=gram.dtype, device=gram.device).index_add_(0, groups, moment)
-    return torch.linalg.solve(ridged(left), right[..., None]).squeeze(-1)
+    return ridge_solve(left, right[..., None], FUNCTIONS_RIDGE).squeeze(-1)
 
 
 def cluster(gram: Tensor, coefficients: Tensor, count: int, rounds: int = 20) -> Tensor:
@@ -114,52 +110,68 @@ def cluster(gram: Tensor, coefficients: Tensor, count: int, rounds: int = 20) ->
 
 
 @torch.no_grad()
-def fit_functions(new: GroupActivation, old: GroupActivation, u: Tensor, weights: Tensor, matters: Tensor,
+def fit_functions(new: FunctionLayer, old: FunctionLayer, u: Tensor, weights: Tensor, error_weight: Tensor,
                   sort: bool = False) -> Tensor:
     """Give `new`, of fewer groups or points, the functions of `old`, as well as it can for inputs like u [T, I].
 
-    matters: what an error of each channel counts, [I]. sort: channels may change places, so that those whose functions are
-    alike come together. Returns: which of old's channels is at each place of new's, [I]."""
-    channels, count = new.channels, len(new.coefficients)
-    own = double(group_coefficients(old)).repeat_interleave(channels // len(old.coefficients), 0)        # [I, P]
+    error_weight: how much an error of each channel counts, [I]. sort: channels may change places, so that those whose functions
+    are alike come together. Returns: which of old's channels is at each place of new's, [I]."""
+    channels, count, before = u.shape[1], new.function_weights().shape[1], old.function_weights().shape[1]
+    own = to_float64(learned_weights(old)).repeat_interleave(channels // before, 0)         # [I, P]
     order = torch.arange(channels, device=own.device)
-    features = group_features(old, u)
-    matters = double(matters)[:, None, None]
-    if sort and count < len(old.coefficients):
+    features = learned_basis(old, u)
+    error_weight = to_float64(error_weight)[:, None, None]
+    if sort and count < before:
         gram, _ = channel_moments(features, features, weights)
-        order = cluster(gram * matters, own, count).argsort(stable=True)
-    gram, cross = channel_moments(group_features(new, u), features, weights)
-    moment = torch.einsum("iqp,ip->iq", cross * matters, own)
+        order = cluster(gram * error_weight, own, count).argsort(stable=True)
+    gram, cross = channel_moments(learned_basis(new, u), features, weights)
+    moment = torch.einsum("iqp,ip->iq", cross * error_weight, own)
     groups = torch.arange(channels, device=own.device) // (channels // count)
-    fitted = mean_functions((gram * matters)[order], moment[order], groups, count)
-    new.coefficients.copy_(fitted[:, :len(new.points)])
-    if new.scale is not None:
-        new.scale.copy_(fitted[:, -1])
+    fitted = mean_functions((gram * error_weight)[order], moment[order], groups, count)
+    new.set_function_weights(fitted[None])
     return order
 
 
 @torch.no_grad()
-def fit_edges(new: EdgeHalf, old: EdgeHalf, x: Tensor, weights: Tensor) -> None:
+def fit_edges(new: Half, old: Half, x: Tensor, weights: Tensor) -> None:
     """Give every edge of `new`, of fewer points, the function that it has in `old`, as well as it can for inputs like x
     [T, I]: W'[o, i] = W[o, i] A_i, A_i the least-squares change of basis of input i."""
-    u = old.layer.layernorm(x)
-    features, one = edge_features(new.layer, u), torch.ones_like(u)[..., None]
+    assert new.functions is not None and old.functions is not None
+    u = old.functions.arriving(x)
+    features, one = new.functions.basis(u), torch.ones_like(u)[..., None]
     if new.bias is not None:
         features = torch.cat([features, one], -1)
     gram, cross = channel_moments(features, old.features(x), weights)
-    change = torch.linalg.solve(ridged(gram), cross)                # [I, Q, P]
-    weight = torch.einsum("oip,iqp->oiq", double(old.weight), change)
+    change = ridge_solve(gram, cross, FUNCTIONS_RIDGE)              # [I, Q, P]
+    weight = torch.einsum("oip,iqp->oiq", to_float64(old.weight), change)
     if old.bias is None:
         new.set(weight, None)
     else:
-        new.set(weight[..., :-1], double(old.bias) + weight[..., -1].sum(1))
+        new.set(weight[..., :-1], to_float64(old.bias) + weight[..., -1].sum(1))
+
+
+@torch.no_grad()
+def fit_half(new: Half, old: Half, x: Tensor, weights: Tensor, fisher: Tensor | None = None) -> Tensor | None:
+    """Give `new` the functions of `old`, and all else that is not changed.
+
+    fisher: M of the outputs [O, O]; where it is given, channels of a group KAN may change places. Returns: which of old's inputs
+    is at each place of new's, [I]; None where they stay."""
+    new.take_over(old)
+    if new.functions is None or old.functions is None:
+        return None
+    if new.functions.per_edge:
+        fit_edges(new, old, x, weights)
+        return None
+    linear = old.weight[..., 0]                                     # [O, I]
+    error_weight = linear.square().sum(0) if fisher is None else ((fisher @ to_float64(linear)) * to_float64(linear)).sum(0)
+    return fit_functions(new.functions, old.functions, x, weights, error_weight, sort=fisher is not None)
 
 
 @torch.no_grad()
 def fit_norm(new: nn.LayerNorm, old: nn.LayerNorm, inputs: list[Tensor], weights: list[Tensor], units: Tensor) -> None:
     """Scale and shift of a LayerNorm over some of the units with which each is nearest what it was in `old`."""
-    n = double(torch.cat([F.layer_norm(x[:, units], new.normalized_shape, eps=new.eps) for x in inputs]))
-    u, w = double(torch.cat([old(x)[:, units] for x in inputs])), double(torch.cat(weights))[:, None]
+    n = to_float64(torch.cat([F.layer_norm(x[:, units], new.normalized_shape, eps=new.eps) for x in inputs]))
+    u, w = to_float64(torch.cat([old(x)[:, units] for x in inputs])), to_float64(torch.cat(weights))[:, None]
     w = w / w.sum()
     mean, wanted = (w * n).sum(0), (w * u).sum(0)
     scale = (w * (n - mean) * (u - wanted)).sum(0) / (w * (n - mean).square()).sum(0).clamp_min(1e-12)

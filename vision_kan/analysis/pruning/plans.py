@@ -1,23 +1,21 @@
 """What can go: hidden units, groups, grid points, edges."""
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable
 
-import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from faster_kan import FasterKAN, FasterKANLayer, RSWAFGrid
-from models_kan import ModelSpec, split_name
-from vision_kan.analysis.pruning.calibrate import CHUNK, Calibration
-from vision_kan.analysis.pruning.fit import feed_forward_inputs, fit_edges, fit_functions, fit_norm, refit, sample
-from vision_kan.analysis.pruning.halves import EdgeHalf, Model, double, halves
+from models_kan import FEED_FORWARDS, ModelSpec, own_options, split_name
+from vision_kan.analysis.pruning.calibrate import CHUNK, Calibration, Model
+from vision_kan.analysis.pruning.fit import feed_forward_inputs, fit_half, fit_norm, refit, sample
 from vision_kan.analysis.pruning.rank import Removal, rank_edges, rank_hidden
 from vision_kan.common.errors import UserError
-from vision_kan.layers.group_kan import GroupActivation, GroupKAN
+from vision_kan.layers.feed_forward import one_or_each
+from vision_kan.layers.function_layer import function_layers
 from vision_kan.models.cost import count_parameters
-from vision_kan.models.infer import one_or_each
 
 KINDS = ("hidden", "groups", "points", "edges")
 
@@ -80,7 +78,7 @@ class Hidden(Plan):
 
     def kept(self, level: int) -> list[list[int]]:
         """The hidden units of each block that stay."""
-        stay = [set(range(halves(block.mlp)[1].weight.shape[1])) for block in self.model.blocks]
+        stay = [set(range(block.mlp.halves()[1].weight.shape[1])) for block in self.model.blocks]
         for removal in self.removals[:level]:
             stay[removal.block] -= set(removal.units)
         return list(map(sorted, stay))
@@ -97,7 +95,7 @@ class Hidden(Plan):
     def fill(self, level: int, number: int, old: Model, new: Model, inputs: list[Tensor],
              weights: list[Tensor]) -> None:
         units = torch.tensor(self.kept(level)[number], device=inputs[0].device)
-        (before, _), (first, second) = halves(old), halves(new)
+        (before, second_before), (first, second) = old.halves(), new.halves()
         hidden = second.weight.shape[1]
         for key, value in new.state_dict().items():         # the tensors themselves
             given = old.state_dict()[key]
@@ -107,8 +105,8 @@ class Hidden(Plan):
             value.copy_(given)
         if self.kept(0)[number] == units.tolist():
             return
-        if isinstance(new, FasterKAN) and isinstance(new.layers[1].layernorm, nn.LayerNorm):
-            fit_norm(new.layers[1].layernorm, old.layers[1].layernorm, [before(x) for x in inputs], weights, units)
+        if second.functions is not None and (norm := second.functions.norm):
+            fit_norm(norm, second_before.functions.norm, [before(x) for x in inputs], weights, units)
         refit(second, [first(x) for x in inputs], [old(x) for x in inputs], weights)
 
 
@@ -117,24 +115,15 @@ class Functions(Plan):
 
     def fill(self, level: int, number: int, old: Model, new: Model, inputs: list[Tensor],
              weights: list[Tensor]) -> None:
-        between, out = [halves(old)[0](x) for x in inputs], [old(x) for x in inputs]
-        first, second = halves(new)
-        if isinstance(new, GroupKAN):
-            new.load_state_dict({key: value for key, value in old.state_dict().items() if key.startswith("fc")}, strict=False)
-            if isinstance(new.phi1, GroupActivation):
-                fit_functions(new.phi1, old.phi1, *sample(inputs, weights), old.fc1.weight.square().sum(0))
-            strength = ((self.calibration.fisher[number] @ double(old.fc2.weight)) * double(old.fc2.weight)).sum(0)
-            order = fit_functions(new.phi2, old.phi2, *sample(between, weights), strength, sort=True)
-            new.fc1.weight.copy_(old.fc1.weight[order])
-            new.fc1.bias.copy_(old.fc1.bias[order])
-            new.fc2.weight.copy_(old.fc2.weight[:, order])
+        (old_first, old_second), (first, second) = old.halves(), new.halves()
+        between, out = [old_first(x) for x in inputs], [old(x) for x in inputs]
+        fit_half(first, old_first, *sample(inputs, weights))
+        order = fit_half(second, old_second, *sample(between, weights), self.calibration.fisher[number])
+        if order is not None:
+            first.set(first.weight[order], None if first.bias is None else first.bias[order])
+            second.set(second.weight[:, order], second.bias)
             between = [z[:, order] for z in between]
-        else:
-            for now, before, arriving in zip(new.layers, old.layers, (inputs, between)):
-                now.layernorm.load_state_dict(before.layernorm.state_dict())
-                place_grid(now.rbf, before.rbf)
-                fit_edges(EdgeHalf(now), EdgeHalf(before), *sample(arriving, weights))
-        if not isinstance(new, GroupKAN) or isinstance(new.phi1, GroupActivation):
+        if first.functions is not None:
             refit(first, inputs, between, weights)
         refit(second, [first(x) for x in inputs], out, weights)
 
@@ -145,10 +134,11 @@ class Groups(Functions):
 
     def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         super().__init__(model, spec, calibration)
-        phis = [phi for block in model.blocks for phi in (block.mlp.phi1, block.mlp.phi2) if isinstance(phi, GroupActivation)]
-        most = max(len(phi.coefficients) for phi in phis)
+        layers = [(half.functions.function_weights().shape[1], half.weight.shape[1])          # groups, channels
+                  for block in model.blocks for half in block.mlp.halves() if half.functions is not None]
+        most = max(groups for groups, _ in layers)
         self.counts = [spec.kwargs.get("kan_groups"), *(count for count in range(most - 1, 0, -1)
-                       if all(phi.channels % count == 0 and len(phi.coefficients) >= count for phi in phis))]
+                       if all(channels % count == 0 and groups >= count for groups, channels in layers))]
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -166,10 +156,9 @@ class Points(Functions):
 
     def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         super().__init__(model, spec, calibration)
-        mlp = model.blocks[0].mlp
-        of_groups = isinstance(mlp, GroupKAN)
-        self.points: int = len(mlp.phi2.points) if of_groups else mlp.layers[0].rbf.num_grids
-        self.h: float = mlp.phi2.h if of_groups else mlp.layers[0].rbf.initial_h
+        own = own_options(spec)
+        self.points: int = own["kan_grid_points"]
+        self.h: float | None = own.get("kan_h")
 
     def __len__(self) -> int:
         return self.points - 1
@@ -179,8 +168,10 @@ class Points(Functions):
             return self.given
         points = self.points - level
         kwargs = {**self.given.kwargs, "kan_grid_points": points}
-        if kwargs.get("kan_h") is not None or split_name(self.given.name)[1] == "KAN" and kwargs.get("kan_basis") != "covering":
-            kwargs["kan_h"] = self.h * (self.points - 1) / (points - 1)     # else it is the spacing anyhow
+        if self.h is not None:
+            wider = self.h * (self.points - 1) / (points - 1)
+            if not math.isclose(own_options(ModelSpec(self.given.name, kwargs))["kan_h"], wider):   # it is where h is the spacing
+                kwargs["kan_h"] = wider
         return ModelSpec(self.given.name, kwargs)
 
     def prunable(self, model: Model) -> int:
@@ -188,34 +179,21 @@ class Points(Functions):
 
 
 def coefficients_of(model: Model) -> int:
-    """Numbers that say what the learned functions are."""
-    found = [parameter for module in model.modules() for parameter in (
-        [module.coefficients, module.scale] if isinstance(module, GroupActivation)
-        else [module.spline_linear.weight] if isinstance(module, FasterKANLayer) else [])]
-    return sum(parameter.numel() for parameter in found if parameter is not None)
-
-
-@torch.no_grad()
-def place_grid(new: RSWAFGrid, old: RSWAFGrid) -> None:
-    """Where the grid's points or width were learned: as many points as `new` has, spread as `old`'s were."""
-    if isinstance(new.grid, nn.Parameter):
-        places = np.linspace(0, len(old.grid) - 1, len(new.grid))
-        new.grid.copy_(torch.from_numpy(np.interp(places, np.arange(len(old.grid)), old.grid.double().cpu().numpy())))
-    if isinstance(new.h, nn.Parameter) and isinstance(old.h, Tensor):
-        new.h.copy_(old.h * (len(old.grid) - 1) / (len(new.grid) - 1))
+    """The number of parameters that say what the learned functions are."""
+    return sum(parameter.numel() for layer in function_layers(model).values() for parameter in layer.function_parameters())
 
 
 # ---------------------------------------------------------------- choosing
 def check(spec: ModelSpec, what: str) -> None:
     """Raises UserError where the model has nothing of that kind."""
-    suffix = split_name(spec.name)[1]
-    if suffix not in ("GKAN", "KAN"):
-        raise UserError(f"{spec.name} has neither a group KAN nor a full-edge KAN: choose a checkpoint of a _GKAN or _KAN model")
-    if (what, suffix) in (("edges", "GKAN"), ("groups", "KAN")):
-        has = "groups of channels share their functions" if suffix == "GKAN" else "every edge has a function of its own"
-        raise UserError(f"--what {what} means nothing for {spec.name}, where {has}: choose "
-                        f"{', '.join(kind for kind in KINDS if kind not in ('edges', 'groups'))}"
-                        f" or {'groups' if suffix == 'GKAN' else 'edges'}")
+    feed_forward = FEED_FORWARDS.get(split_name(spec.name)[1] or "")
+    if feed_forward is None or not feed_forward.PRUNES:
+        able = sorted(f"_{suffix}" for suffix, kind in FEED_FORWARDS.items() if kind.PRUNES)
+        raise UserError(f"{spec.name} has no feed-forward that can be pruned: choose a checkpoint of a {' or '.join(able)} model")
+    if what not in feed_forward.PRUNES:
+        *others, last = feed_forward.PRUNES
+        raise UserError(f"--what {what} means nothing for {spec.name}, where {feed_forward.FUNCTIONS}: choose "
+                        + (f"{', '.join(others)} or {last}" if others else last))
 
 
 def make_plan(model: Model, spec: ModelSpec, what: str, calibration: Calibration) -> Plan:
@@ -227,12 +205,11 @@ def make_plan(model: Model, spec: ModelSpec, what: str, calibration: Calibration
         return Points(model, spec, calibration)
     if what == "edges":
         return Hidden(model, spec, calibration, rank_edges(model, calibration))
-    groups = 1
-    if split_name(spec.name)[1] == "GKAN" and spec.kwargs.get("kan_groups") != 0:
-        groups = len(model.blocks[0].mlp.phi2.coefficients)
+    shared = own_options(spec).get("kan_groups")        # 0 or None: each hidden unit may go alone
+    groups = model.blocks[0].mlp.halves()[1].functions.function_weights().shape[1] if shared else 1
     return Hidden(model, spec, calibration, rank_hidden(model, calibration, groups))
 
 
-def weakest(plan: Plan, enough: Callable[[int], bool]) -> int:
+def first_level(plan: Plan, enough: Callable[[int], bool]) -> int:
     """The first level for which `enough` holds, where it holds for all after that; len(plan) where for none."""
     return bisect_left(range(len(plan)), True, key=enough)

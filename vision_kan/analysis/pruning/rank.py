@@ -1,4 +1,4 @@
-"""In which order units go."""
+"""The order in which hidden units go."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -6,31 +6,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vision_kan.analysis.pruning.calibrate import Calibration
-from vision_kan.analysis.pruning.fit import RIDGE, feed_forward_inputs
-from vision_kan.analysis.pruning.halves import Half, Model, double, halves
+from vision_kan.analysis.functions import deviations
+from vision_kan.analysis.pruning import fit
+from vision_kan.analysis.pruning.calibrate import Calibration, Model, to_float64
+from vision_kan.analysis.pruning.fit import feed_forward_inputs
+from vision_kan.layers.feed_forward import Half
+from vision_kan.layers.least_squares import ridged
 
 
-# ---------------------------------------------------------------- which units matter least
 class Removal(NamedTuple):
-    """Hidden units of a block that go together, one of each group, and what the loss rises by, up to a factor."""
+    """Hidden units of a block that go together, one of each group, and the rise of the loss, up to a factor."""
     block: int
     units: list[int]
     rise: float
 
 
 def removal_order(covariance: Tensor, weight: Tensor, fisher: Tensor, groups: int) -> list[tuple[list[int], float]]:
-    """Hidden units of a block in the order in which they are missed least, all but the last of each group.
+    """Hidden units of a block, the one that is missed least first, all but the last of each group.
 
     Args:
         covariance: float64 [HP, HP]. weight: [O, H, P]. fisher: float64 [O, O].
-        groups: so many runs of neighbouring units of which one goes at a time.
-    Returns: units, and by what tr(M D C D^T) rises when they go and the others' weights make up for them.
+        groups: the number of runs of neighbouring units; one unit of each run goes at a time.
+    Returns: units, and the rise of tr(M D C D^T) when they go and the others' weights make up for them.
     """
     outputs, units, features = weight.shape
     values, vectors = torch.linalg.eigh(fisher)
-    rows = (vectors * values.clamp_min(0).sqrt()).T @ double(weight).flatten(1)             # M^1/2 W, [O, HP]
-    inverse = torch.linalg.inv(covariance + RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), device=rows.device))
+    rows = (vectors * values.clamp_min(0).sqrt()).T @ to_float64(weight).flatten(1)             # M^1/2 W, [O, HP]
+    inverse = torch.linalg.inv(ridged(covariance, fit.RIDGE))
     gone = torch.zeros(units, dtype=torch.bool, device=rows.device)
     offsets = torch.arange(features, device=rows.device)
     first = torch.arange(groups, device=rows.device) * (units // groups)
@@ -57,8 +59,8 @@ def rank_hidden(model: Model, calibration: Calibration, groups: int) -> list[Rem
     """Hidden units of all blocks, those first without which the loss rises least; one unit of each group stays."""
     removals = []
     for number, block in enumerate(model.blocks):
-        order = removal_order(calibration.covariance[number], halves(block.mlp)[1].weight, calibration.fisher[number], groups)
-        # what goes first in its block must come first: a rise counts as no less than those before it
+        order = removal_order(calibration.covariance[number], block.mlp.halves()[1].weight, calibration.fisher[number], groups)
+        # a unit that goes first in its block must come first here too, so a rise counts as at least those before it
         highest = np.maximum.accumulate([rise for _, rise in order] or [0.0])
         removals += [Removal(number, units, float(rise)) for (units, _), rise in zip(order, highest)]
     return sorted(removals, key=lambda removal: removal.rise)
@@ -68,13 +70,12 @@ def edge_deviations(half: Half, inputs: Sequence[Tensor]) -> Tensor:
     """Standard deviation of every edge function phi_oi over what arrives, x [T, I] in parts: [O, I]."""
     total, first, second = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x in inputs:
-        f = double(half.features(x))
+        f = to_float64(half.features(x))
         total, first = total + len(f), first + f.sum(0)
         second = second + torch.einsum("tip,tiq->ipq", f, f)
     mean = first / total
     covariance = second / total - mean[:, :, None] * mean[:, None]
-    weight = double(half.weight)
-    return torch.einsum("oip,ipq,oiq->oi", weight, covariance, weight).clamp_min(0).sqrt()
+    return deviations(to_float64(half.weight), covariance)
 
 
 @torch.no_grad()
@@ -84,7 +85,7 @@ def rank_edges(model: Model, calibration: Calibration) -> list[Removal]:
     a strong edge on both sides)."""
     removals = []
     for number, inputs in enumerate(feed_forward_inputs(model, calibration.inputs)):
-        first, second = halves(model.blocks[number].mlp)
+        first, second = model.blocks[number].mlp.halves()
         into, out = (d / d.square().mean().sqrt() for d in (
             edge_deviations(first, inputs), edge_deviations(second, [first(x) for x in inputs])))
         strength = torch.minimum(into.amax(1), out.amax(0))
@@ -93,7 +94,7 @@ def rank_edges(model: Model, calibration: Calibration) -> list[Removal]:
     return sorted(removals, key=lambda removal: removal.rise)
 
 
-def by_chance(removals: list[Removal], seed: int) -> list[Removal]:
+def random_order(removals: list[Removal], seed: int) -> list[Removal]:
     """The same number of units in a random order: what a ranking has to beat."""
     random = np.random.default_rng(seed)
     groups: dict[int, list[list[int]]] = {}

@@ -1,0 +1,196 @@
+"""What every feed-forward answers about itself, the body that two-layer KANs share, and the MLP.
+
+A new feed-forward is a module with a subclass of `FeedForward` (often of `TwoLayerKAN`) and a line in
+`models_kan.FEED_FORWARDS`. With that it trains, is read back from a checkpoint, inspected, exported and counted; where it
+has `PRUNES`, it is pruned.
+"""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import Mlp, to_2tuple
+from torch import Tensor, nn
+
+from vision_kan.layers.function_layer import GELU_FLOPS, Flops, FunctionLayer, sum_flops
+
+
+# ---------------------------------------------------------------- the two halves of a feed-forward
+class Half:
+    """A linear map and the functions before it: x [T, I] -> [T, O], as sum_ip W[o, i, p] f[t, i, p] + b[o].
+
+    functions: the layer of learned functions, None where there is none (the features are then the inputs)."""
+    functions: FunctionLayer | None
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        """[T, I, P]"""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, I, P]"""
+        raise NotImplementedError
+
+    def set(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Write weight [O, I, P] and, where there is one, bias [O]."""
+        raise NotImplementedError
+
+    def take_over(self, old: "Half") -> None:
+        """All of a half of the same widths but its functions."""
+        raise NotImplementedError
+
+
+class EdgeHalf(Half):
+    """A layer with a function on every edge; its features are the basis values."""
+
+    def __init__(self, layer: FunctionLayer, bias: Tensor | None = None):
+        self.functions = self.layer = layer
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.layer.basis(self.layer.arriving(x))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.function_weights()
+
+    @torch.no_grad()
+    def set(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.layer.set_function_weights(weight, bias)
+
+    def take_over(self, old: Half) -> None:
+        assert old.functions is not None
+        self.layer.take_grid(old.functions)
+
+
+class ChannelHalf(Half):
+    """An elementwise layer, or none (`nn.Identity`), and an `nn.Linear`; its features are the layer's outputs."""
+
+    def __init__(self, phi: nn.Module, linear: nn.Linear):
+        self.functions = phi if isinstance(phi, FunctionLayer) else None
+        self.phi, self.linear, self.bias = phi, linear, linear.bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.linear(self.phi(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.phi(x)[..., None]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight[..., None]
+
+    @torch.no_grad()
+    def set(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.linear.weight.copy_(weight[..., 0])
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def take_over(self, old: Half) -> None:
+        self.set(old.weight, old.bias)
+
+
+# ---------------------------------------------------------------- feed-forwards
+class FeedForward(nn.Module):
+    """Base class of what stands in `models_kan.FEED_FORWARDS`.
+
+    TITLE: in words, for a model card. FUNCTIONS: a clause on what shares a function, for messages. PRUNES: what can go, of
+    `analysis.pruning.plans.KINDS`. HOLDS_MLP: an MLP's parameters are its own under the same names, and it begins as that MLP.
+    FITS_MLP: `models.conversion` can fit it to an MLP."""
+    TITLE: ClassVar[str]
+    FUNCTIONS: ClassVar[str] = "every edge has a function of its own"
+    PRUNES: ClassVar[tuple[str, ...]] = ()
+    HOLDS_MLP: ClassVar[bool] = False
+    FITS_MLP: ClassVar[bool] = False
+
+    @classmethod
+    def with_options(cls, size: Any, **options) -> Callable[..., nn.Module]:
+        """What timm calls as `mlp_layer`. size: of `models_kan.SIZES`. Keyword arguments are the model's options, each a flag of
+        the same name; those that a partial is returned with are read by `models_kan.own_options`."""
+        raise NotImplementedError
+
+    @classmethod
+    def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
+        """Options and other arguments of the model that these weights are of; None if they are of another feed-forward.
+
+        blocks: of each block the feed-forward's tensors, under its own names. dim: the width of the blocks."""
+        raise NotImplementedError
+
+    def flops(self, tokens: int) -> Flops:
+        """Operations for this many tokens."""
+        raise NotImplementedError
+
+    def halves(self) -> tuple[Half, Half]:
+        """Its two linear maps, each with the functions before it; needed for `PRUNES`."""
+        raise NotImplementedError
+
+
+class TwoLayerKAN(FeedForward):
+    """Two layers with a function on every edge in place of an MLP, dropout after each.
+
+    drop: one rate or a pair."""
+
+    def __init__(self, first: FunctionLayer, second: FunctionLayer, drop: float | Sequence[float] = 0.0):
+        super().__init__()
+        self.layers: Any = nn.ModuleList([first, second])
+        self.drops = nn.ModuleList([nn.Dropout(p) for p in to_2tuple(drop)])
+
+    def init_weights(self) -> None:
+        """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""
+        for layer in self.layers:
+            layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, drop in zip(self.layers, self.drops):
+            x = drop(layer(x))
+        return x
+
+    def flops(self, tokens: int) -> Flops:
+        return sum_flops(layer.flops(tokens) for layer in self.layers)
+
+    def halves(self) -> tuple[Half, Half]:
+        return EdgeHalf(self.layers[0]), EdgeHalf(self.layers[1])
+
+
+class MLP(FeedForward):
+    """The twin: DeiT's own MLP, hidden width 4 x dim."""
+    TITLE = "MLP"
+    HOLDS_MLP = True
+
+    @classmethod
+    def with_options(cls, size: Any) -> Callable[..., nn.Module]:
+        return Mlp      # timm's own: this class stands in the table for it, and is never built
+
+    @classmethod
+    def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
+        hidden = widths(blocks, "fc1.weight")
+        return {"mlp_ratio": hidden / dim} if isinstance(hidden, int) and hidden != 4 * dim else {}
+
+
+def mlp_flops(mlp: Mlp, tokens: int) -> Flops:
+    """Of timm's MLP, whose activation counts as GELU."""
+    fc1: Any = mlp.fc1
+    fc2: Any = mlp.fc2
+    return Flops(2 * tokens * (fc1.weight.numel() + fc2.weight.numel()), GELU_FLOPS * tokens * fc1.out_features)
+
+
+# ---------------------------------------------------------------- reading weights back
+def widths(blocks: Sequence[Mapping[str, Tensor]], first_map: str) -> int | list[int]:
+    """The hidden width of the feed-forwards, whose first linear map has it as its outputs; a list where blocks differ."""
+    return one_or_each([block[first_map].shape[0] for block in blocks if first_map in block])
+
+
+def one_or_each(values: list[int]) -> int | list[int]:
+    """Widths of the blocks as `hdim_kan`: one number where they are all the same."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def ends(points: Tensor) -> tuple[float, float]:
+    """The first and last of a stored grid's points, as --kan-grid-range."""
+    return round(float(points[0]), 6), round(float(points[-1]), 6)
