@@ -18,8 +18,8 @@ from test_trained import RELEASED
 from tools import inspect_kan
 from tools.common import loaders_of
 from vision_kan.analysis.arriving import ActivationStats, collect_inputs
-from vision_kan.analysis.functions import function_layers
 from vision_kan.analysis.measures import LayerStats, measure
+from vision_kan.layers.function_layer import function_layers
 from vision_kan.run.trained import default_output, load_trained
 
 ONE = ("--layer", "blocks.0")       # few panels are drawn quickly

@@ -13,11 +13,11 @@ from test_understand import nano
 
 from tools.common import loaders_of
 from vision_kan.analysis.arriving import collect_inputs
-from vision_kan.analysis.functions import function_layers
 from vision_kan.analysis.measures import measure
 from vision_kan.analysis.training_log import log_functions
 from vision_kan.common.process import Process
 from vision_kan.data.loaders import validation_images
+from vision_kan.layers.function_layer import function_layers
 from vision_kan.run.folder import RunFolder
 from vision_kan.run.trained import load_trained
 

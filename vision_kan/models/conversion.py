@@ -59,14 +59,14 @@ def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
         if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
             weight = mlp.fc1.weight
             try:
-                kan = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
-                            out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
-                            bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
-                            device=weight.device, dtype=weight.dtype)
+                kan: Any = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
+                                 out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
+                                 bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
+                                 device=weight.device, dtype=weight.dtype)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{where or 'the model itself'} ({mlp.fc1.in_features} x {mlp.fc1.out_features}): "
                                  f"{error}") from error
-            if getattr(kan, "HOLDS_MLP", False) and kan.fc1.weight.shape == weight.shape:      # type: ignore[union-attr]
+            if getattr(kan, "HOLDS_MLP", False) and kan.fc1.weight.shape == weight.shape:
                 kan.load_state_dict(mlp.state_dict(), strict=False)
             found[mlp] = kan.train(mlp.training)
     if not found:
