@@ -258,8 +258,8 @@ class FasterKANLayer(FunctionLayer):
     @torch.no_grad()
     def normalise_by(self, mean: Tensor, std: Tensor) -> None:
         """u = (x - mean)/std, [I] each; a LayerNorm does that to what has mean 0 and deviation 1 already."""
-        scale, shift = ((self.layernorm.scale, self.layernorm.shift) if isinstance(self.layernorm, StaticNorm)
-                        else (self.layernorm.weight, self.layernorm.bias))
+        norm: Any = self.layernorm
+        scale, shift = (norm.scale, norm.shift) if isinstance(norm, StaticNorm) else (norm.weight, norm.bias)
         scale.copy_(1 / std)
         shift.copy_(-mean / std)
 
@@ -322,8 +322,8 @@ class FasterKAN(TwoLayerKAN):
         if "layers.0.spline_linear.weight" not in first:
             return None
         grid = first["layers.0.rbf.grid"]
-        options = {"hdim_kan": widths(blocks, "layers.0.spline_linear.weight"), "kan_grid_points": grid.numel(),
-                   "kan_grid_range": ends(grid)}
+        options: dict[str, Any] = {"hdim_kan": widths(blocks, "layers.0.spline_linear.weight"),
+                                   "kan_grid_points": grid.numel(), "kan_grid_range": ends(grid)}
         if "layers.0.rbf.h" in first:
             options["kan_trainable_h"] = True
         if "layers.0.spline_linear.bias" in first:

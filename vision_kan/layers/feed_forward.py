@@ -110,9 +110,11 @@ class FeedForward(nn.Module):
     FITS_MLP: ClassVar[bool] = False
 
     @classmethod
-    def with_options(cls, size: Any, **options) -> Callable[..., nn.Module]:
-        """What timm calls as `mlp_layer`. size: of `models_kan.SIZES`. Keyword arguments are the model's options, each a flag of
-        the same name; those that a partial is returned with are read by `models_kan.own_options`."""
+    def with_options(cls, size: Any, *args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
+        """What timm calls as `mlp_layer`. size: of `models_kan.SIZES`.
+
+        A subclass takes the model's options as keyword arguments, each a flag of the same name. If it returns a partial, the
+        partial's keywords are read by `models_kan.own_options`."""
         raise NotImplementedError
 
     @classmethod
