@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from vision_kan.kernels import backend
 from vision_kan.layers import efficient_kan
 from vision_kan.layers.efficient_kan import EfficientKAN, EfficientKANLayer, bspline_basis, uniform_knots
 
@@ -155,7 +156,7 @@ def test_chunks_change_nothing(monkeypatch):
     layer = layer_of(dtype=torch.float64)
     x, results = torch.randn(3, 11, 6, dtype=torch.float64, requires_grad=True), []
     for limit in (2 ** 18, 6 * 12 * 7, 1):                      # all rows, 7 rows, 1 row
-        monkeypatch.setitem(efficient_kan.CHUNK_VALUES, "cpu", limit)
+        monkeypatch.setitem(backend.CHUNK_VALUES, "cpu", limit)
         y = layer(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for other in results[1:]:

@@ -8,7 +8,7 @@ from paths import PATHS, error, gradients, saved, through
 from torch.utils.flop_counter import FlopCounterMode
 
 from faster_kan import RSWAFGrid
-from vision_kan.kernels import native, rswaf_basis, rswaf_linear, rswaf_linear_reference
+from vision_kan.kernels import backend, native, rswaf_basis, rswaf_linear, rswaf_linear_reference
 
 op = importlib.import_module("vision_kan.kernels.rswaf_linear")
 # About three times the largest error of an output that was measured against fp64; gradients have 8 times that.
@@ -251,14 +251,14 @@ def test_chunks_do_not_change_the_result(limit, single_exp, learn, monkeypatch):
     h = torch.tensor(h, dtype=torch.float64)
     leaves = [u, weight, grid.requires_grad_(), h.requires_grad_()] if learn else [u, weight]
     whole = gradients(lambda: rswaf_linear(u, weight, grid, h if learn else h.item(), single_exp), leaves, dy)
-    monkeypatch.setitem(op.CHUNK_VALUES, "cpu", limit)
+    monkeypatch.setitem(backend.CHUNK_VALUES, "cpu", limit)
     monkeypatch.setattr(op, "LEAST_TOKENS", 1)
     chunked = gradients(lambda: rswaf_linear(u, weight, grid, h if learn else h.item(), single_exp), leaves, dy)
     assert all(error(a, b) < 1e-13 for a, b in zip(chunked, whole, strict=True))
 
 
 def test_chunks_cover_all_tokens_and_hold_to_the_limit(monkeypatch):
-    monkeypatch.setitem(op.CHUNK_VALUES, "cpu", 100)
+    monkeypatch.setitem(backend.CHUNK_VALUES, "cpu", 100)
     monkeypatch.setattr(op, "LEAST_TOKENS", 1)
     sizes = []
     basis = op._Basis

@@ -21,7 +21,19 @@ from vision_kan.kernels.basis import MAX_POINTS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "compile")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Values of the basis that exist at once: 1 MiB on a CPU, which stays near its L2 cache; on a GPU only a bound on memory.
+CHUNK_VALUES = {"cpu": 2 ** 18}
+CHUNK_VALUES_OTHER = 2 ** 27
 _chosen = "auto"
+
+
+def chunk_values(device: str) -> int:
+    return CHUNK_VALUES.get(device, CHUNK_VALUES_OTHER)
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a basis is computed: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def use(name: str) -> None:

@@ -17,14 +17,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from vision_kan.kernels import backend, native
-from vision_kan.kernels.backend import as_matrix, cast
+from vision_kan.kernels.backend import as_matrix, cast, chunk_values, math_dtype
 from vision_kan.kernels.basis import rswaf_basis
 
-# Values of the basis that exist at once: 1 MiB on a CPU, which stays near its L2 cache, but not so few tokens that the
-# matrix product is held up by its weight; on a GPU only a bound on memory.
-CHUNK_VALUES = {"cpu": 2 ** 18}
-CHUNK_VALUES_OTHER = 2 ** 27
-LEAST_TOKENS = 256
+LEAST_TOKENS = 256      # of a chunk: with fewer the matrix product waits for its weight
 
 
 def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool = False) -> Tensor:
@@ -61,7 +57,7 @@ def rswaf_linear_reference(u: Tensor, weight: Tensor, grid: Tensor, h: float | T
 
 
 def _product_of(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, dtype: torch.dtype) -> Tensor:
-    basis = rswaf_basis(u.to(_math_dtype(u.dtype)), grid, h)            # [..., I, G]
+    basis = rswaf_basis(u.to(math_dtype(u.dtype)), grid, h)            # [..., I, G]
     return F.linear(basis.flatten(-2).to(dtype), weight)                # [..., I*G] @ [I*G, O] -> [..., O]
 
 
@@ -261,7 +257,7 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """total + a @ b in the dtype of the weight's maths; None: nothing yet."""
     if total is None:
-        return (a @ b).to(_math_dtype(weight.dtype))
+        return (a @ b).to(math_dtype(weight.dtype))
     return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
@@ -277,7 +273,7 @@ class _Basis:
     """
 
     def __init__(self, u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool):
-        dtype = _math_dtype(u.dtype)
+        dtype = math_dtype(u.dtype)
         self.u, self.grid, self.single_exp = u.to(dtype), grid.to(dtype), single_exp
         self.h = h.to(dtype) if isinstance(h, Tensor) else h
         if single_exp:
@@ -315,13 +311,8 @@ class _Basis:
         return (q_sum * self.inv_e - p_sum * self.e) * (2 / self.h)
 
 
-def _math_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _chunks(u: Tensor, n_grid: int) -> list[slice]:
-    limit = CHUNK_VALUES.get(u.device.type, CHUNK_VALUES_OTHER)
-    step = max(LEAST_TOKENS, limit // max(1, u.shape[1] * n_grid))
+    step = max(LEAST_TOKENS, chunk_values(u.device.type) // max(1, u.shape[1] * n_grid))
     return [slice(start, min(start + step, len(u))) for start in range(0, len(u), step)]
 
 

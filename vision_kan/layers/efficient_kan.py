@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_kan.kernels.backend import differentiable_backward, exporting, gradients, transformed
+from vision_kan.kernels.backend import (
+    chunk_values,
+    differentiable_backward,
+    exporting,
+    gradients,
+    math_dtype,
+    transformed,
+)
 from vision_kan.layers.feed_forward import TwoLayerKAN, widths
 from vision_kan.layers.function_layer import BSPLINE_FLOPS, SILU_FLOPS, Flops, FunctionLayer
-
-# Values of the basis that exist at once: about 1 MiB on a CPU, which stays in its L2 cache; on a GPU only a
-# bound on memory.
-CHUNK_VALUES = {"cpu": 2 ** 18}
-CHUNK_VALUES_OTHER = 2 ** 27
 
 
 # ---------------------------------------------------------------- the reference
@@ -74,7 +76,7 @@ class _EdgeLinear(torch.autograd.Function):
                                   (x, weight), (need_x, need_w), dy), None, None, None
         dy, w = dy.to(ctx.dtype), weight.to(ctx.dtype)
         dx: Any = torch.empty_like(x) if need_x else None
-        dw: Any = torch.zeros_like(weight, dtype=_math_dtype(weight.dtype)) if need_w else None
+        dw: Any = torch.zeros_like(weight, dtype=math_dtype(weight.dtype)) if need_w else None
         for rows in _chunks(x, knots):
             if need_w:
                 dw += dy[rows].t() @ _edge_inputs(x[rows], knots, ctx.order).flatten(1).to(ctx.dtype)
@@ -85,7 +87,7 @@ class _EdgeLinear(torch.autograd.Function):
 
 def _edge_linear_reference(x: Tensor, weight: Tensor, knots: Tensor, order: int, dtype: torch.dtype) -> Tensor:
     """The same in PyTorch's differentiable operations."""
-    u = x.to(_math_dtype(x.dtype))
+    u = x.to(math_dtype(x.dtype))
     functions = torch.cat([F.silu(u).unsqueeze(1), bspline_basis(u, knots, order).transpose(1, 2)], 1)
     return F.linear(functions.flatten(1).to(dtype), weight.to(dtype))
 
@@ -125,7 +127,7 @@ def _pull_back(grad: Tensor, x: Tensor, knots: Tensor, order: int) -> Tensor:
 
 def _distances(x: Tensor, knots: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """(x - middle of B_k) / interval [t, G, I] in at least float32, and the interval."""
-    x, knots = x.to(_math_dtype(x.dtype)), knots.to(_math_dtype(x.dtype))
+    x, knots = x.to(math_dtype(x.dtype)), knots.to(math_dtype(x.dtype))
     n_basis = len(knots) - order - 1
     interval = (knots[-1] - knots[0]) / (len(knots) - 1)
     s = (x - (knots[0] + knots[-1]) / 2) / interval
@@ -144,15 +146,11 @@ def _sum_of_powers(distance: Tensor, order: int, power: int) -> Tensor:
     return total
 
 
-def _math_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _chunks(x: Tensor, knots: Tensor) -> list[slice]:
     """Rows of x [T, I] to work on at once: all where a compiler fuses the passes anyway."""
     step = max(1, len(x))
     if not torch.compiler.is_compiling():
-        step = max(1, CHUNK_VALUES.get(x.device.type, CHUNK_VALUES_OTHER) // max(1, x.shape[1] * len(knots)))
+        step = max(1, chunk_values(x.device.type) // max(1, x.shape[1] * len(knots)))
     return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
@@ -199,7 +197,7 @@ class EfficientKANLayer(FunctionLayer):
         # Of all exact fits this is the smallest: there are fewer points than functions.
         fit = torch.linalg.pinv(bspline_basis(knots[self.spline_order:self.num_grids + 1], knots, self.spline_order))
         weight = self.spline_weight
-        dtype = _math_dtype(weight.dtype)
+        dtype = math_dtype(weight.dtype)
         noise = torch.rand(self.out_features, self.in_features, intervals + 1, dtype=dtype, device=weight.device)
         weight.copy_((noise - 0.5) * (self.scale_noise / intervals) @ fit.t().to(weight.device, dtype))
 
@@ -210,7 +208,7 @@ class EfficientKANLayer(FunctionLayer):
 
     def reference_forward(self, x: Tensor) -> Tensor:
         """The same function through plain PyTorch and its autograd."""
-        basis = bspline_basis(x.to(_math_dtype(x.dtype)), self.grid, self.spline_order)             # [..., I, G]
+        basis = bspline_basis(x.to(math_dtype(x.dtype)), self.grid, self.spline_order)             # [..., I, G]
         spline = self.spline_weight * self.spline_scaler.unsqueeze(-1)
         return F.linear(F.silu(x), self.base_weight) + F.linear(basis.flatten(-2).to(x.dtype), spline.flatten(1))
 
