@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import models_kan  # noqa: F401  (registers the models)
 from faster_kan import FasterKAN
 from vision_kan.kernels import rswaf_activation
 from vision_kan.layers.efficient_kan import EfficientKAN

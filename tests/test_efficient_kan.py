@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import models_kan  # noqa: F401  (registers the models)
 from vision_kan.kernels import backend
 from vision_kan.layers import efficient_kan
 from vision_kan.layers.efficient_kan import EfficientKAN, EfficientKANLayer, bspline_basis, uniform_knots

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import models_kan  # noqa: F401  (registers the models)
 from vision_kan.kernels import BASES
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
 
