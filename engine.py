@@ -1,8 +1,6 @@
-"""One epoch of training, one evaluation, and the state that a run resumes from."""
-import math
+"""The training loop: epochs, one epoch, one evaluation."""
 import time
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
@@ -10,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.task import ClassificationEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,108 +18,111 @@ from vision_kan.common import peers
 from vision_kan.common.errors import TrainingFailed, UserError
 from vision_kan.common.process import Process, gather_number, mean_over_processes
 from vision_kan.common.seeds import seed_everything
-from vision_kan.data.names import evaluated
+from vision_kan.common.text import say
 from vision_kan.data.workers import batches
-from vision_kan.training.criterion import Criterion
-from vision_kan.training.debug_nan import KeptBatches
 from vision_kan.training.precision import autocast
 from vision_kan.training.state import TrainState, lr_of
-from vision_kan.training.updates import Exchange, StopRequested, Updater, Wishes
+from vision_kan.training.training import Epoch, Hooks, Training
+from vision_kan.training.updates import Exchange, Requests, StopRequested
 
 
 # ---------------------------------------------------------------- training
-def train_one_epoch(net: nn.Module, state: TrainState, criterion: Criterion, loader: DataLoader, process: Process, *,
-                    epochs: int, seed: int = 0, amp_dtype: torch.dtype = torch.float32, accumulate: int = 1,
-                    clip_grad: float | None = None, mixup: Callable | None = None, train_mode: bool = True,
-                    print_freq: int = 10, ideal_rate: float | None = None,
-                    after_step: Callable[[], None] | None = None, wishes: Callable[[], Wishes] = Wishes,
-                    save: Callable[[], None] | None = None, save_every: int = 0,
-                    keep_batches: KeptBatches | None = None, updater: Updater | None = None) -> dict[str, float]:
-    """One pass over `loader`, or the rest of it from state.step on; returns {"loss", "lr", "seconds", "img_per_s"} of all
-    processes together, and "mfu" with `ideal_rate`.
+def train_epochs(training: Training, train: DataLoader, val: DataLoader, hooks: Hooks) -> Iterator[Epoch]:
+    """Train and evaluate one epoch after the other, from `training.state` on. Yields each when the state is that of the next
+    epoch's beginning. Raises what `train_one_epoch` and `evaluate` raise."""
+    state = training.state
+    sampler: Any = train.sampler
+    by_result = isinstance(state.scheduler, PlateauLRScheduler)     # all other schedules follow the epoch alone
+    while state.epoch < training.epochs:
+        number = state.epoch
+        sampler.set_epoch(number, state.position)
+        if not by_result:
+            state.scheduler.step(number)
+        state.scheduler.step_update(training.updates_done(state.step, len(train)))
+        trained = train_one_epoch(training, train, hooks)
+        results = evaluate_epoch(training, val, hooks)
+        hooks.after_evaluation()
+        state.next_epoch()
+        if by_result:
+            state.scheduler.step(state.epoch, results["test"]["acc1"])
+        yield Epoch(number, trained, results)
 
-    Args:
-        net: state.model, wrapped for several processes where there are some.
-        criterion: called as criterion(images, outputs, targets); its `copies` says how often the model sees a batch.
-        accumulate: batches whose gradients are averaged before an update.
-        mixup: timm's Mixup, or None. train_mode: False trains in evaluation mode (no dropout, no drop path).
-        print_freq: batches between log lines; the device is waited for only there.
-        ideal_rate: images/s of all devices at their nominal peak, for the model FLOPs utilisation (MFU).
-        after_step: called after each batch. wishes: asked before each update.
-        save: called within the epoch where a checkpoint is wished for, and after every `save_every` batches: `state` is
-            then what a resume needs, on all processes.
-        keep_batches: takes what the last updates were made from, for a replay.
-        updater: of these very objects, for all epochs; None: a new `Updater`.
-    Raises: StopRequested where a signal was wished for; TrainingFailed where loss, gradient or weights are not finite.
-        Both on all processes at once, `state` whole.
+
+def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dict[str, float]:
+    """One pass over `loader`, or the rest of it from state.step on.
+
+    Returns {"loss", "lr", "seconds", "img_per_s"} of all processes together, and "mfu" where the ideal rate is known.
+    Raises StopRequested where a process has asked for the end, and TrainingFailed where loss, gradient or weights are not
+    finite: both on all processes at once, with a state from which a run can resume.
     """
-    net.train(train_mode)
+    updater, state, process, criterion = training.updater, training.state, training.process, training.criterion
+    net, accumulate = updater.net, training.accumulate
+    net.train(training.train_mode)
     device, epoch, first = process.device, state.epoch, state.step
     steps = first + steps_left(loader, state.position, process)
-    updates_per_epoch = math.ceil(len(loader) / accumulate)
     loss_sum = torch.tensor(state.losses[process.rank] if state.losses else 0., device=device)
-    updater = updater or Updater(net, state, criterion, process, amp_dtype=amp_dtype, clip_grad=clip_grad)
-    updater.begin()
-    updater.number_of = lambda step: epoch * updates_per_epoch + step // accumulate + 1
-    saved, images_seen, start, before = first, 0, time.perf_counter(), state.seconds
-    mean = None
-
-    def whole() -> None:
-        updater.flush()
-        if not _all_finite(state.model):
-            raise TrainingFailed(f"the weights are not finite after step {state.step} of epoch {epoch} (lr "
-                                 f"{lr_of(state.optimizer):.3g}): they are not saved, the last checkpoint is untouched; lower "
-                                 "--lr")
-        state.losses, state.seconds = gather_number(loss_sum, process), before + time.perf_counter() - start
-
-    title = f"epoch {epoch}"
-    for step, (images, targets) in zip(range(first, steps), progress(batches(loader), steps - first, title, process)):
+    updater.begin(lambda step: training.updates_done(step + 1, len(loader)))
+    start = time.perf_counter()
+    began = start - state.seconds       # where nothing had interrupted the epoch
+    saved, images_seen, mean = first, 0, None
+    shown = progress(batches(loader), steps - first, f"epoch {epoch}", process)
+    for step, (images, targets) in zip(range(first, steps), shown):
         where = f"step {step + 1} of epoch {epoch}"
         peers.mark(f"the forward pass of {where}")
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         state.position += len(images) * process.world_size
-        seed_everything(seed, epoch, step, process.rank)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
+        seed_everything(training.seed, epoch, step, process.rank)
+        if training.mixup is not None:
+            images, targets = training.mixup(images, targets)
+        hooks.on_batch(step, images, targets)
+        group_start = step // accumulate * accumulate
+        group = min(steps, group_start + accumulate) - max(first, group_start)
         update = (step + 1) % accumulate == 0 or step + 1 == steps
-        group = min(steps, step // accumulate * accumulate + accumulate) - max(first, step // accumulate * accumulate)
-        if keep_batches is not None:
-            keep_batches.note(step, images, targets)
         with nullcontext() if update else getattr(net, "no_sync", nullcontext)():
             loss_sum += updater.add_gradients(images, targets, group, where)
         images_seen += len(images)
         if update:
             peers.mark(f"the update of {where}")
-            updater.update(step, wishes())
+            updater.update(step, hooks.requests())
             state.scheduler.step_update(updater.number_of(step))
             state.step = step + 1
-            due = bool(save_every) and state.step // save_every > saved // save_every
-            if updater.signal or updater.save or (due and step + 1 < steps):
-                whole()
-                if updater.signal:
-                    raise StopRequested(updater.signal)
+            every = training.save_every
+            due = bool(every) and state.step // every > saved // every and state.step < steps
+            if updater.signal or updater.save or due:
+                complete_state(training, loss_sum, began)
                 saved, updater.save = state.step, False
-                if save is not None:
-                    save()
-        if (step + 1) % print_freq == 0 or step + 1 == steps:
+                hooks.save()
+        if (step + 1) % training.print_freq == 0 or step + 1 == steps:
             mean = mean_over_processes(loss_sum / (step + 1), process)
             rate = images_seen * process.world_size / (time.perf_counter() - start)
-            used = f"  {100 * criterion.copies * rate / ideal_rate:.1f}% MFU" if ideal_rate else ""
-            left = (steps - step - 1 + len(loader) * (epochs - epoch - 1)) * (time.perf_counter() - start) / (step + 1 - first)
-            tqdm_safe_print(f"epoch {epoch}/{epochs}  step {step + 1}/{steps}  {100 * (step + 1) / steps:.0f}%  loss "
-                            f"{mean:.4f}  lr {lr_of(state.optimizer):.3g}  {rate:.0f} img/s{used}  eta "
-                            f"{timedelta(seconds=round(left))}", process)
-        if after_step is not None:
-            after_step()
-    whole()
-    if updater.signal:
-        raise StopRequested(updater.signal)
+            used = f"  {100 * criterion.copies * rate / training.ideal_rate:.1f}% MFU" if training.ideal_rate else ""
+            steps_to_come = steps - step - 1 + len(loader) * (training.epochs - epoch - 1)
+            left = timedelta(seconds=round(steps_to_come * (time.perf_counter() - start) / (step + 1 - first)))
+            tqdm_safe_print(f"epoch {epoch}/{training.epochs}  step {step + 1}/{steps}  {100 * (step + 1) / steps:.0f}%  loss "
+                            f"{mean:.4f}  lr {lr_of(state.optimizer):.3g}  {rate:.0f} img/s{used}  eta {left}", process)
+        hooks.after_step()
+    complete_state(training, loss_sum, began)
     if mean is None:        # resumed at its very end
         mean = mean_over_processes(loss_sum / max(1, first), process)
-    seconds = time.perf_counter() - start
-    rate = images_seen * process.world_size / seconds
-    return {"loss": mean, "lr": lr_of(state.optimizer), "seconds": before + seconds, "img_per_s": rate,
-            **({"mfu": criterion.copies * rate / ideal_rate} if ideal_rate else {})}
+    end = time.perf_counter()
+    rate = images_seen * process.world_size / (end - start)
+    return {"loss": mean, "lr": lr_of(state.optimizer), "seconds": end - began, "img_per_s": rate,
+            **({"mfu": criterion.copies * rate / training.ideal_rate} if training.ideal_rate else {})}
+
+
+def complete_state(training: Training, loss_sum: Tensor, began: float) -> None:
+    """Wait for the last update, so that the state has all that a resume needs, the epoch's losses and duration included.
+
+    began: when the epoch began, as time.perf_counter() counts.
+    Raises TrainingFailed where the weights are not finite, and StopRequested where a process has asked for the end."""
+    updater, state = training.updater, training.state
+    updater.flush()
+    if not torch.stack([parameter.isfinite().all() for parameter in state.model.parameters()]).all():
+        raise TrainingFailed(f"the weights are not finite after step {state.step} of epoch {state.epoch} (lr "
+                             f"{lr_of(state.optimizer):.3g}): they are not saved, the last checkpoint is untouched; lower --lr")
+    state.losses, state.seconds = gather_number(loss_sum, training.process), time.perf_counter() - began
+    if updater.signal:
+        raise StopRequested(updater.signal)
 
 
 def steps_left(loader: DataLoader, position: int, process: Process) -> int:
@@ -131,23 +133,20 @@ def steps_left(loader: DataLoader, position: int, process: Process) -> int:
     return max(0, len(sampler) * process.world_size - position) // process.world_size // (loader.batch_size or 1)
 
 
-def _all_finite(model: nn.Module) -> bool:
-    return bool(torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all())
-
-
 # ---------------------------------------------------------------- evaluation
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtype: torch.dtype = torch.float32,
-             shared: bool = False, title: str = "test", wishes: Callable[[], Wishes] = Wishes,
-             see: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> dict[str, float]:
+             shared: bool = False, title: str = "test", requests: Callable[[], Requests] = Requests,
+             on_batch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> dict[str, float]:
     """{"loss", "acc1", "acc5", "images", "unreadable"}: mean cross-entropy, percents, counts.
 
     Every readable image counts once: unreadable ones come with target -1 and are left out. With `shared` each
     process has a part of the images and the sums are added up.
 
-    see: called for each batch with its images and outputs, the targets, all of the B' that are readable, and bool [B] which
+    requests: called after each batch; a process that has got a signal stops the evaluation on all of them.
+    on_batch: called for each batch with its images, outputs and targets, all of the B' that are readable, and bool [B] which
         of the loader's these are.
-    Raises StopRequested, on all processes at once, where a signal was wished for."""
+    Raises StopRequested, on all processes at once."""
     model.eval()
     device = process.device
     evaluator = ClassificationEvaluator(device)
@@ -158,7 +157,7 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
         rounds = int(exchange.largest(torch.tensor(rounds, device=device)).item())
 
     def agree() -> None:
-        asked = torch.tensor([float(wishes().signal)], device=device)
+        asked = torch.tensor([float(requests().signal)], device=device)
         exchange.begin(exchange.largest(asked))
         if len(exchange.begun) > (device.type == "cuda"):
             signal, = exchange.read()
@@ -174,8 +173,8 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
         with autocast(device, amp_dtype):
             outputs = model(images) if len(images) else images.new_zeros(0, 1)
         evaluator.update(outputs, targets)
-        if see is not None:
-            see(images, outputs, targets, readable)
+        if on_batch is not None:
+            on_batch(images, outputs, targets, readable)
         peers.mark(f"a batch of the evaluation ({title})")
         agree()
     for _ in range(rounds - len(loader)):       # other processes have a batch more
@@ -192,9 +191,16 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
             "images": images, "unreadable": unreadable}
 
 
-def result_of(found: dict[str, float], args: Namespace) -> dict[str, Any]:
-    """What a checkpoint keeps of an evaluation: {"acc1", "acc5", "images"} of `evaluate`, "data_set" and "split"."""
-    return {**{key: found[key] for key in ("acc1", "acc5", "images")}, **evaluated(args)}
+def evaluate_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dict[str, dict[str, float]]:
+    """Evaluate the model ("test") and its moving average, if there is one ("ema_test"), and print a line on each."""
+    state, process = training.state, training.process
+    options: dict[str, Any] = {"amp_dtype": training.amp_dtype, "shared": training.shared_evaluation, "requests": hooks.requests}
+    results = {"test": evaluate(state.model, loader, process, **options)}
+    say(summary("model", results["test"]))
+    if state.ema is not None:
+        results["ema_test"] = evaluate(ema_model(state, process.device), loader, process, title="ema", **options)
+        say(summary("model_ema", results["ema_test"]))
+    return results
 
 
 def ema_model(state: TrainState, device: torch.device) -> nn.Module:

@@ -45,7 +45,7 @@ from torch.nn.utils.parametrize import register_parametrization
 from torchvision.datasets import ImageFolder
 
 import models_kan
-from engine import evaluate, train_one_epoch
+from engine import evaluate, train_epochs
 from faster_kan import FasterKANLayer
 from losses import build_criterion
 from models_kan import ModelSpec
@@ -61,6 +61,8 @@ from vision_kan.models import conversion
 from vision_kan.models.cost import cost_mismatch, count_flops, count_parameters
 from vision_kan.models.finetune import load_finetune
 from vision_kan.training.optim import build_state
+from vision_kan.training.training import Hooks, Training
+from vision_kan.training.updates import Updater
 
 # name -> (model suffix, what differs). `act`: another fixed activation in the MLP. `frozen`: learned functions
 # that are not trained here, see `_load_functions`. `phi_qkv`, `phi_out`: a learned function before the qkv map, or
@@ -316,22 +318,18 @@ def train(model: nn.Module, images: dict[str, Tensor], recipe: dict[str, Any], s
         curve, seconds, step_ms = stored["curve"], stored["seconds"], stored["step_ms"]
     net = torch.compile(model, dynamic=False) if shutil.which("g++") else model
     criterion = build_criterion(args, images["train_y"].max().item() + 1, False, None)
-    while state.epoch < recipe["epochs"]:
-        start = time.perf_counter()
-        batches.sampler.set_epoch(state.epoch)
-        state.scheduler.step(state.epoch)
-        state.scheduler.step_update(state.epoch * len(batches))
-        trained = train_one_epoch(net, state, criterion, batches, device, epochs=recipe["epochs"], seed=seed,
-                                  clip_grad=args.clip_grad, print_freq=100)
-        result = evaluate(model, val, device)
-        averaged = evaluate(state.ema.module, val, device) if state.ema else result
-        curve.append(round(result["acc1"], 2))
-        state.next_epoch()
+    training = Training(Updater(net, state, criterion, device, clip_grad=args.clip_grad), epochs=recipe["epochs"], seed=seed,
+                        print_freq=100)
+    start = time.perf_counter()
+    for epoch in train_epochs(training, batches, val, Hooks()):
+        top1 = epoch.results["test"]["acc1"]
+        curve.append(round(top1, 2))
         seconds += time.perf_counter() - start
-        step_ms.append(1000 * trained["seconds"] / len(batches))
-        print(f"epoch {state.epoch}: top-1 {result['acc1']:.2f}, averaged {averaged['acc1']:.2f}", flush=True)
+        step_ms.append(1000 * epoch.trained["seconds"] / len(batches))
         save_checkpoint({**state.state_dict(), "curve": curve, "seconds": seconds, "step_ms": step_ms,
-                         "top1_ema": averaged["acc1"], "loss": trained["loss"]}, folder)
+                         "top1_ema": epoch.results["ema_test"]["acc1"] if state.ema else top1,
+                         "loss": epoch.trained["loss"]}, folder)
+        start = time.perf_counter()
     stored = load_file(checkpoint)
     return {"top1": curve[-1], "top1_ema": round(stored["top1_ema"], 2), "top1_by_epoch": " ".join(map(str, curve)),
             "train_loss": round(stored["loss"], 4), "seconds": round(seconds), "step_ms": round(min(step_ms), 1)}

@@ -54,7 +54,7 @@ from vision_kan.models.cost import count_flops
 from vision_kan.training.captured import CapturedUpdater, CudaGraphs
 from vision_kan.training.optim import build_state
 from vision_kan.training.speed import peak_flops
-from vision_kan.training.updates import Updater, Wishes
+from vision_kan.training.updates import Requests, Updater
 
 FIELDS = ("part", "name", "variant", "width", "dtype", "phase", "ms", "spread_percent", "n", "how", "ratio", "tflops",
           "tflops_percent", "gbps", "gbps_percent", "images_per_s", "mfu_percent", "kernels_ms",
@@ -426,7 +426,7 @@ def _steps(bench: Bench, size: str, kind: str, batch: int, compiled: bool) -> It
             number = next(count)
             seed_everything(0, 0, number, 0)
             loss_sum.add_(updater.add_gradients(images, targets, 1))
-            updater.update(number, Wishes())
+            updater.update(number, Requests())
         return step
 
     step = stepping(Updater(model, state, criterion, process, amp_dtype=torch.bfloat16))

@@ -20,6 +20,7 @@ from vision_kan.training.captured import CapturedUpdater, CudaGraphs
 from vision_kan.training.criterion import Criterion
 from vision_kan.training.optim import build_state
 from vision_kan.training.state import TrainState
+from vision_kan.training.training import Hooks, Training
 from vision_kan.training.updates import Updater
 
 READS_THE_DEVICE = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default,
@@ -125,19 +126,19 @@ def updater_of(state: TrainState, criterion: Criterion, captured_: bool, **optio
 
 def run(captured_: bool, argv=(), loader: Callable[[], list] | None = None,
         criterion: Callable[[], Criterion] | None = None, mixup=None, epochs: int = 3, scaler=None, between=None,
-        amp_dtype=torch.float32, clip_grad=None, device=CPU, model=None, **options):
-    """Epochs as main.py trains them: everything that is left of them, and the updater."""
+        amp_dtype=torch.float32, clip_grad=None, device=CPU, model=None, hooks: Hooks | None = None, **options):
+    """Epochs at a constant learning rate: everything that is left of them, and the updater."""
     args = flags(*argv)
     torch.manual_seed(0)
     state = state_of(args, model and model(), amp_dtype, device)
     state.scaler = scaler() if scaler else state.scaler
     made = criterion() if criterion else build_criterion(args, K, mixup is not None)
     updater = updater_of(state, made, captured_, amp_dtype=amp_dtype, clip_grad=clip_grad)
+    training = Training(updater, mixup, epochs=epochs, print_freq=4, **options)
     loader, results = (loader or (lambda: batches(9, last=3)))(), []       # mixup works in place: new ones
     try:
         while state.epoch < epochs:
-            trained = train_one_epoch(state.model, state, made, loader, updater.process, epochs=epochs, updater=updater,
-                                      mixup=mixup, print_freq=4, amp_dtype=amp_dtype, clip_grad=clip_grad, **options)
+            trained = train_one_epoch(training, loader, hooks or Hooks())
             results.append((trained["loss"], trained["lr"], between(state) if between else None))
             state.next_epoch()
     except TrainingFailed as error:

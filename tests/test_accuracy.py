@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
+import engine
 from benchmarks import accuracy
 from samplers import RASampler
 from vision_kan.kernels import native
@@ -166,7 +167,7 @@ def test_a_run_from_scratch_and_its_repetition(folder, small):
 def test_a_stopped_run_goes_on_where_it_was(folder, small, monkeypatch):
     whole = run("scratch", "gkan", folder)
     (folder / "work").rename(folder / "elsewhere")
-    evaluate, calls = accuracy.evaluate, []
+    evaluate, calls = engine.evaluate, []
 
     def stop_in_the_second_epoch(*args, **kwargs):
         calls.append(1)
@@ -174,10 +175,10 @@ def test_a_stopped_run_goes_on_where_it_was(folder, small, monkeypatch):
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(accuracy, "evaluate", stop_in_the_second_epoch)
+    monkeypatch.setattr(engine, "evaluate", stop_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         run("scratch", "gkan", folder)
-    monkeypatch.setattr(accuracy, "evaluate", evaluate)
+    monkeypatch.setattr(engine, "evaluate", evaluate)
     resumed = run("scratch", "gkan", folder)
     for key in ("top1", "top1_ema", "top1_by_epoch", "train_loss"):
         assert resumed[key] == whole[key], key

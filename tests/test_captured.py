@@ -20,13 +20,14 @@ from vision_kan.common.text import plain
 from vision_kan.training import captured
 from vision_kan.training import updates as updates_module
 from vision_kan.training.captured import CapturedUpdater, reason_against
-from vision_kan.training.debug_nan import KeptBatches
-from vision_kan.training.updates import NonFinite, StopRequested, Updater, Wishes, replay_non_finite
+from vision_kan.training.debug_nan import KeptBatches, replay_non_finite
+from vision_kan.training.training import Hooks, Training
+from vision_kan.training.updates import NonFinite, Requests, StopRequested, Updater
 
 
 @pytest.fixture(autouse=True)
 def late(monkeypatch):
-    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: True)
+    monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device: True)
 
 
 def replays(updater) -> tuple[int, int]:
@@ -71,12 +72,12 @@ def test_a_short_last_batch_gets_a_graph_of_its_own():
     assert [images.shape[0] for _, images, _, _ in updater.batches.values()] == [4, 3] and replays(updater) == (14, 14)
 
 
-def epochs_of(state, updater, loader, criterion, epochs: int = 1) -> dict:
+def epochs_of(updater: Updater, loader, epochs: int = 1) -> dict:
     for _ in range(epochs):
-        train_one_epoch(state.model, state, criterion, loader, Process(), epochs=9, updater=updater, print_freq=100)
-        state.next_epoch()
-    state.seconds = 0
-    return plain(state.state_dict())
+        train_one_epoch(Training(updater, epochs=9, print_freq=100), loader, Hooks())
+        updater.state.next_epoch()
+    updater.state.seconds = 0
+    return plain(updater.state.state_dict())
 
 
 def test_running_statistics_and_parameters_without_gradient():
@@ -85,7 +86,7 @@ def test_running_statistics_and_parameters_without_gradient():
         torch.manual_seed(1)
         state, criterion = state_of(flags("--no-model-ema"), Net()), ClassLoss(nn.CrossEntropyLoss())
         updater = updater_of(state, criterion, captured_)
-        ends.append(epochs_of(state, updater, batches(8), criterion))
+        ends.append(epochs_of(updater, batches(8)))
     assert_same(*ends)
     assert ends[0]["model"]["norm.num_batches_tracked"] == 8 and replays(updater)[0] == 5
 
@@ -101,7 +102,7 @@ def test_a_teacher_in_the_graph():
         teacher = Net().eval().requires_grad_(False)
         state = state_of(flags("--no-model-ema"), Student())
         criterion = DistillationLoss(nn.CrossEntropyLoss(), teacher, "soft", 0.5, 2.0)
-        ends.append(epochs_of(state, updater_of(state, criterion, captured_), batches(8), criterion))
+        ends.append(epochs_of(updater_of(state, criterion, captured_), batches(8)))
     assert_same(*ends)
 
 
@@ -117,8 +118,13 @@ def test_float16_and_its_scaler():
 
 def replay_of(updater: Updater, kept: KeptBatches, step: int, folder) -> str:
     """What --debug-nan says."""
-    return replay_non_finite(NonFinite("", step), updater.state, updater.criterion, kept, updater.process, torch.float32, 0,
-                             str(folder))
+    return replay_non_finite(NonFinite("", step), Training(updater), kept, str(folder))
+
+
+def keeping(kept: KeptBatches) -> Hooks:
+    hooks = Hooks()
+    hooks.on_batch = kept.note
+    return hooks
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -129,9 +135,9 @@ def test_what_is_not_finite_is_told_alike_and_changes_nothing(step, value, tmp_p
         spoiled[step][0][0, 0, 0, 0] = value
         return spoiled
 
-    eager, wanted, updater = run(False, loader=loader, clip_grad=1.0, keep_batches=(kept := KeptBatches()))
+    eager, wanted, updater = run(False, loader=loader, clip_grad=1.0, hooks=keeping(kept := KeptBatches()))
     replayed = [replay_of(updater, kept, step, tmp_path)]
-    state, got, updater = run(True, loader=loader, clip_grad=1.0, keep_batches=(kept := KeptBatches()))
+    state, got, updater = run(True, loader=loader, clip_grad=1.0, hooks=keeping(kept := KeptBatches()))
     replayed.append(replay_of(updater, kept, step, tmp_path))
     assert replayed[0] == replayed[1] and "the images themselves" in replayed[0]
     assert f"at step {step + 1} of epoch 0" in got[-1] and got == wanted
@@ -142,22 +148,22 @@ def test_a_resume_is_to_the_last_bit():
     """In the middle of an epoch; the first batches after it are computed without graphs."""
     criterion = ClassLoss(nn.CrossEntropyLoss())
     whole = state_of(flags())
-    wanted = epochs_of(whole, updater_of(whole, criterion, True), batches(8), criterion, 2)
+    wanted = epochs_of(updater_of(whole, criterion, True), batches(8), 2)
 
     first = state_of(flags())
-    updater = updater_of(first, criterion, True)
+    updater, stop = updater_of(first, criterion, True), Hooks()
+    stop.requests = lambda: Requests(signal=15 if first.step >= 4 else 0)
     with pytest.raises(StopRequested):
-        train_one_epoch(first.model, first, criterion, batches(8), Process(), epochs=9, updater=updater,
-                        wishes=lambda: Wishes(signal=15 if first.step >= 4 else 0))
+        train_one_epoch(Training(updater, epochs=9), batches(8), stop)
     assert replays(updater)[1] >= 1
     kept = plain(first.state_dict())
     second = state_of(flags())
     second.load_state_dict(kept)
     rest = batches(8)[second.step:]
     updater = updater_of(second, criterion, True)
-    train_one_epoch(second.model, second, criterion, _Rest(rest, 8), Process(), epochs=9, updater=updater)
+    train_one_epoch(Training(updater, epochs=9), _Rest(rest, 8), Hooks())
     second.next_epoch()
-    got = epochs_of(second, updater, batches(8), criterion)
+    got = epochs_of(updater, batches(8))
     assert_same(got["model"], wanted["model"])
     assert_same(got["model_ema"], wanted["model_ema"])
     assert_same(got["optimizer"], wanted["optimizer"])
@@ -199,7 +205,7 @@ def test_a_step_that_cannot_be_recorded_goes_on_without_and_nothing_is_lost(caps
         torch.manual_seed(1)
         state, criterion = state_of(flags("--no-model-ema"), Reading()), ClassLoss(nn.CrossEntropyLoss())
         updater = updater_of(state, criterion, captured_, clip_grad=1.0)
-        ends.append(epochs_of(state, updater, batches(8), criterion, 2))
+        ends.append(epochs_of(updater, batches(8), 2))
     assert_same(*ends)
     said = [line for line in capsys.readouterr().out.splitlines() if "CUDA graphs" in line]
     assert len(said) == 1 and "off from here on" in said[0] and "reads the device" in said[0] and updater.recorder is None
@@ -219,7 +225,7 @@ def test_an_update_that_cannot_be_recorded(capsys, monkeypatch):
         state, criterion = state_of(flags(), dtype=torch.float16), ClassLoss(nn.CrossEntropyLoss())
         state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10, growth_interval=3)
         updater = updater_of(state, criterion, captured_, clip_grad=1.0)
-        ends.append(epochs_of(state, updater, batches(8), criterion, 2))
+        ends.append(epochs_of(updater, batches(8), 2))
     assert_same(*ends)
     assert "no such thing in a graph" in capsys.readouterr().out and updater.recorder is None
 
@@ -228,7 +234,7 @@ def test_on_refuses():
     state, criterion = state_of(flags("--no-model-ema"), Reading()), ClassLoss(nn.CrossEntropyLoss())
     updater = updater_of(state, criterion, True, must=True)
     with pytest.raises(UserError, match="--cuda-graph on: a training step cannot be recorded .*; take --cuda-graph auto or off"):
-        epochs_of(state, updater, batches(8), criterion)
+        epochs_of(updater, batches(8))
 
 
 def test_settings_that_change_are_recorded_anew():
@@ -236,10 +242,10 @@ def test_settings_that_change_are_recorded_anew():
     for captured_ in (False, True):
         state, criterion = state_of(flags()), ClassLoss(nn.CrossEntropyLoss())
         updater = updater_of(state, criterion, captured_)
-        epochs_of(state, updater, batches(8), criterion)
+        epochs_of(updater, batches(8))
         for group in state.optimizer.param_groups:
             group["weight_decay"] *= 3
-        ends.append(epochs_of(state, updater, batches(8), criterion))
+        ends.append(epochs_of(updater, batches(8)))
     assert_same(*ends)
 
 
@@ -258,7 +264,7 @@ def test_when_it_can_be(argv, reason, monkeypatch):
 
 def test_what_a_run_is_told(capsys, monkeypatch):
     args = flags()
-    parts = (torch.nn.Linear(1, 1), state_of(args), ClassLoss(nn.CrossEntropyLoss()), Process(), torch.float32)
+    parts = (state_of(args), ClassLoss(nn.CrossEntropyLoss()), Process(), torch.float32)
     assert type(captured.build_updater(args, *parts)) is Updater
     assert capsys.readouterr().out == "CUDA graphs: off, there are none on a CPU\n"
     assert type(captured.build_updater(flags("--cuda-graph", "off"), *parts)) is Updater

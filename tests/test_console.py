@@ -14,6 +14,7 @@ import pytest
 import torch
 from e2e import QUICK, ROOT, Run, checkpoint, command_line, log, write_digits
 
+import engine
 import main as program
 from tools import evaluate, inspect_kan, predict, runs
 from vision_kan.common import console, peers
@@ -191,13 +192,13 @@ def without_reader(argv: list[str]) -> int:
     """The program, whose reader leaves once it trains."""
     receiver, sender = os.pipe()
     sys.stdout = os.fdopen(sender, "w")
-    real = program.train_one_epoch
+    real = engine.train_one_epoch
 
     def train(*args, **kwargs):
         os.close(receiver)
         return real(*args, **kwargs)
 
-    program.train_one_epoch = train
+    engine.train_one_epoch = train
     return program.main(argv)
 
 

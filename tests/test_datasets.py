@@ -100,7 +100,7 @@ def test_folder_loaders(folder):
     val = list(loaders.val)
     assert [len(images) for images, _ in val] == [6, 1]  # int(1.5 * 4), the incomplete batch kept
     assert targets_of(loaders.val) == [0, 0, 1, 1, 1, 2, 2]
-    assert loaders.unreadable_train() == loaders.unreadable_val() == 0
+    assert loaders.gather_unreadable_train() == loaders.unreadable_val() == 0
 
 
 def test_build_dataset_keeps_deits_signature(folder):
@@ -141,7 +141,7 @@ def test_a_class_missing_from_val_is_fine(tmp_path):
 def test_eval_needs_val_only(tmp_path):
     write_folder(tmp_path, {}, {"a": 1, "b": 2})
     loaders = build_loaders(make_args(tmp_path, eval=True), Process())
-    assert loaders.train is None and loaders.train_sampler is None and loaders.unreadable_train() == 0
+    assert loaders.train is None and loaders.train_sampler is None and loaders.gather_unreadable_train() == 0
     assert (loaders.data_set, loaders.nb_classes, targets_of(loaders.val)) == ("FOLDER", 2, [0, 1, 1])
 
 
@@ -426,7 +426,7 @@ def test_inat_numbers_the_classes_as_deit_does(tmp_path, data_set, year, full_pa
     assert (loaders.data_set, loaders.nb_classes) == (data_set, 4)
     assert loaders.class_names == ["species 3", "species 0", "species 2", "species 1"]
     assert targets_of(loaders.val) == [1, 3, 2, 0]
-    assert targets_of(loaders.train) and loaders.unreadable_train() == loaders.unreadable_val() == 0
+    assert targets_of(loaders.train) and loaders.gather_unreadable_train() == loaders.unreadable_val() == 0
 
 
 def test_inat_category(tmp_path):
@@ -843,7 +843,7 @@ def test_unreadable_images_are_named_once_counted_and_survived(folder, no_permis
         targets = torch.cat([targets for _, targets in evaluated])
         assert (targets < 0).sum() == bad and len(targets) == 7 + bad
         assert not torch.cat([images for images, _ in evaluated])[targets < 0].any()
-    assert loaders.unreadable_train() == loaders.unreadable_val() == bad
+    assert loaders.gather_unreadable_train() == loaders.unreadable_val() == bad
     said = capfd.readouterr().err
     assert said.count("Skipping an unreadable image") == 2 * bad == len(said.splitlines())
     for half in ("train", "val"):
@@ -918,7 +918,7 @@ def test_a_machine_out_of_handles_is_not_an_unreadable_image(folder, monkeypatch
     monkeypatch.setattr(images_module, "open", fail, raising=False)
     with pytest.raises(OSError, match="Too many open files"):
         epoch_of(loaders)
-    assert loaders.unreadable_train() == 0
+    assert loaders.gather_unreadable_train() == 0
 
 
 def test_only_one_process_names_what_all_of_them_evaluate(folder, capfd):
@@ -940,7 +940,7 @@ def test_odd_but_readable_images_are_read(tmp_path, capfd, flags):
     loaders = build_loaders(args, Process())
     assert len(targets_of(loaders.val)) == len(sizes) == 22
     assert len(targets_of(loaders.train)) == 20     # the last batch is not whole
-    assert loaders.unreadable_train() == loaders.unreadable_val() == 0
+    assert loaders.gather_unreadable_train() == loaders.unreadable_val() == 0
     assert capfd.readouterr().err == ""
     if not flags:
         assert load_image(str(odd / "sixteen.png")).getpixel((0, 0)) == (156, 156, 156)
@@ -1077,15 +1077,15 @@ def test_a_resumed_run_counts_the_same_images_and_does_not_name_them_again(folde
     args = make_args(folder, repeated_aug=False)
     loaders = build_loaders(args, Process())
     epoch_of(loaders)
-    state = loaders.unreadable_state()
-    assert state == [0, 14, 15] and loaders.unreadable_train() == 3
+    state = loaders.gather_unreadable_state()
+    assert state == [0, 14, 15] and loaders.gather_unreadable_train() == 3
     assert capfd.readouterr().err.count("Skipping") == 3
     write_image(folder / "train" / "owl" / "4.jpg")                     # repaired meanwhile
     again = build_loaders(args, Process())
     again.load_unreadable_state([*state, 16, 10 ** 12, -1])             # a smaller folder than it was
-    assert again.unreadable_train() == 2 and again.unreadable_state() == [0, 14]
+    assert again.gather_unreadable_train() == 2 and again.gather_unreadable_state() == [0, 14]
     epoch_of(again)
-    assert again.unreadable_train() == 2 and capfd.readouterr().err == ""
+    assert again.gather_unreadable_train() == 2 and capfd.readouterr().err == ""
     for odd in (3, "abc", ["1"], {"a": 1}, None, [1.5]):
         assert "checkpoint" in sentence(again.load_unreadable_state, odd)
 
@@ -1100,10 +1100,10 @@ def test_what_was_drawn_in_place_of_another_is_named_at_the_epochs_end(folder, c
     bad = set(loaders.train.dataset.unreadable.nonzero().flatten().tolist())
     assert bad - drawn and bad & drawn == {min(drawn)}
     assert capfd.readouterr().err.count("(not an image)") == len(bad & drawn)
-    assert loaders.unreadable_train() == len(bad)
+    assert loaders.gather_unreadable_train() == len(bad)
     assert capfd.readouterr().err.count("(drawn in place of another one)") == len(bad - drawn)
     epoch_of(loaders)
-    assert loaders.unreadable_train() == len(bad) and capfd.readouterr().err == ""
+    assert loaders.gather_unreadable_train() == len(bad) and capfd.readouterr().err == ""
 
 
 def test_long_names_leave_room_for_the_sentence(tmp_path):
@@ -1127,7 +1127,7 @@ def test_an_image_that_fills_the_last_position_is_named_where_it_comes_first(tmp
     break_images(tmp_path, ranks[0].train.dataset.images.name(first.index))
     for loaders in ranks:
         epoch_of(loaders)
-        assert loaders.unreadable_train() == 1
+        assert loaders.gather_unreadable_train() == 1
         assert loaders.train.dataset.unreadable[first.index]
     said = capfd.readouterr().err.splitlines()
     assert [line.rpartition("(")[2] for line in said] == ["not an image)", "drawn in place of another one)"]
@@ -1162,8 +1162,8 @@ def one_of(rank, world, folder, rendezvous, workers):
     epoch_of(loaders)
     dist.barrier()
     alone = int(loaders.train.dataset.unreadable.count_nonzero())
-    state = loaders.unreadable_state()
-    together = [loaders.unreadable_train() for _ in range(2)]
+    state = loaders.gather_unreadable_state()
+    together = [loaders.gather_unreadable_train() for _ in range(2)]
     text = ""
     try:
         loaders.check_unreadable()

@@ -9,9 +9,12 @@ from torch import nn
 
 from losses import ClassLoss
 from vision_kan.common.process import Process
-from vision_kan.training.debug_nan import KeptBatches, replay
+from vision_kan.config.resolve import parse_args
+from vision_kan.training.debug_nan import KeptBatches, replay, replay_non_finite
+from vision_kan.training.optim import build_state
 from vision_kan.training.precision import autocast
-from vision_kan.training.updates import NonFinite, replay_non_finite
+from vision_kan.training.training import Training
+from vision_kan.training.updates import NonFinite, Updater
 
 CPU = torch.device("cpu")
 CRITERION = ClassLoss(nn.CrossEntropyLoss())
@@ -79,9 +82,10 @@ def test_from_the_command_line(tmp_path, capsys, monkeypatch):
 
 
 def test_a_folder_that_is_gone_is_told(model, tmp_path):
-    state = type("State", (), {"model": model, "epoch": 0, "scaler": torch.amp.GradScaler("cpu", enabled=False)})
+    args = parse_args(["--model", "vit_nano_patch8_32_KAN"]).args
+    state = build_state(args, model, 1e-3, 4, CPU, torch.float32)
     kept = KeptBatches()
     kept.note(0, torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 1]))
-    text = replay_non_finite(NonFinite("", 0), state, CRITERION, kept, Process(), torch.float32, 0,
-                                    str(tmp_path / "gone"))
+    training = Training(Updater(model, state, CRITERION, Process()))
+    text = replay_non_finite(NonFinite("", 0), training, kept, str(tmp_path / "gone"))
     assert "could not be written" in text

@@ -234,7 +234,7 @@ def test_an_unreadable_image_is_named_counted_and_replaced(data, tmp_path, capsy
         made.train_sampler.set_epoch(epoch)
         for images, targets in made.train:
             assert images.std(dim=(1, 2, 3)).min() > 0 and targets.min() >= 0
-    assert made.unreadable_train() == 1 and not capsys.readouterr().err
+    assert made.gather_unreadable_train() == 1 and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, told", [

@@ -28,6 +28,7 @@ from e2e import (
     write_digits,
 )
 
+import engine
 import main as program
 from vision_kan.common.errors import EXIT_FAILED, EXIT_PREEMPTED
 
@@ -64,16 +65,17 @@ def close_logs(a: list[dict], b: list[dict]) -> None:
 # ---------------------------------------------------------------- training
 def weights_of_each_process(argv: list[str]) -> int:
     """The program, and the weights of each process after it beside the output folder."""
-    real = program.train_one_epoch
+    real = engine.train_one_epoch
 
-    def train_one_epoch(net, state, criterion, loader, process, **options):
-        result = real(net, state, criterion, loader, process, **options)
+    def train_one_epoch(training, loader, hooks):
+        result = real(training, loader, hooks)
+        state, process = training.state, training.process
         folder = Path(argv[argv.index("--output_dir") + 1]).parent
         torch.save({"model": state.model.state_dict(), "model_ema": state.ema.module.state_dict()},
                    folder / f"rank{process.rank}.pth")
         return result
 
-    program.train_one_epoch = train_one_epoch
+    engine.train_one_epoch = train_one_epoch
     return program.main(argv)
 
 

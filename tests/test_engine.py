@@ -21,8 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+import engine
 from datasets import build_loaders
-from engine import ema_model, evaluate, summary, train_one_epoch
+from engine import ema_model, evaluate, summary, train_epochs, train_one_epoch
 from losses import ClassLoss, CosubLoss, build_criterion
 from samplers import RASampler
 from vision_kan.common.errors import TrainingFailed, UserError
@@ -37,7 +38,8 @@ from vision_kan.training import updates as updates_module
 from vision_kan.training.optim import build_state
 from vision_kan.training.precision import autocast, choose_amp_dtype
 from vision_kan.training.state import MovingAverage, TrainState, lr_of
-from vision_kan.training.updates import NonFinite, StopRequested, Wishes, can_read_late
+from vision_kan.training.training import Hooks, Training
+from vision_kan.training.updates import NonFinite, Requests, StopRequested, Updater, can_defer_readback
 
 CPU = torch.device("cpu")
 NANO = "vit_nano_patch8_32_KAN"
@@ -65,11 +67,17 @@ def batches(n: int, size: int = 8, seed: int = 0) -> list:
             for _ in range(n)]
 
 
-def epoch_of(state: TrainState, loader, criterion=None, **kwargs) -> dict[str, float]:
+def epoch_of(state: TrainState, loader, criterion=None, hooks: Hooks | None = None, **kwargs) -> dict[str, float]:
     """A whole epoch of state.epoch."""
     state.step, state.position, state.losses, state.seconds = 0, 0, [], 0.0
-    return train_one_epoch(state.model, state, criterion or ClassLoss(nn.CrossEntropyLoss()), loader, Process(),
-                           **{"epochs": 3, "print_freq": 100, **kwargs})
+    return train_one_epoch(training_of(state, criterion, **kwargs), loader, hooks or Hooks())
+
+
+def training_of(state: TrainState, criterion=None, process: Process | None = None, amp_dtype=torch.float32, clip_grad=None,
+                **options) -> Training:
+    criterion = criterion or ClassLoss(nn.CrossEntropyLoss())
+    updater = Updater(state.model, state, criterion, process or Process(), amp_dtype=amp_dtype, clip_grad=clip_grad)
+    return Training(updater, **{"epochs": 3, "print_freq": 100, **options})
 
 
 def weights(model: nn.Module) -> torch.Tensor:
@@ -185,7 +193,7 @@ def test_moving_average():
 @pytest.mark.parametrize("late", [False, True])
 def test_warm_up_of_the_moving_average(late, monkeypatch):
     """As timm's: of the n-th update 1 - n^(-2/3) is kept, at most the decay; a resume goes on counting."""
-    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: late)
+    monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device: late)
     argv = ("--opt", "adamw", "--model-ema", "--model-ema-decay", 0.75, "--model-ema-warmup")
     data, average = batches(6), None
     state, reference = state_of(nano(), *argv, lr=1e-2), state_of(nano(), "--opt", "adamw", lr=1e-2)
@@ -309,7 +317,7 @@ def test_the_device_is_waited_for_once_an_interval(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, counting)
     torch.zeros(1).item()
     assert waits.pop() == "item"
-    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: True)
+    monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device: True)
     state = state_of(nano(), "--model-ema")
     options = {"mixup": Mixup(0.8, 1.0, num_classes=K), "clip_grad": 1.0, "accumulate": 2}
     criterion = build_criterion(flags(), K, True)
@@ -397,7 +405,7 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
 
 def test_only_the_first_process_prints(capsys):
     state = state_of(nano())
-    train_one_epoch(state.model, state, ClassLoss(nn.CrossEntropyLoss()), batches(2), Process(rank=1), epochs=1)
+    epoch_of(state, batches(2), process=Process(rank=1), epochs=1, print_freq=1)
     assert capsys.readouterr() == ("", "")
 
 
@@ -471,7 +479,7 @@ def spoiled_at(step: int, value: float = math.nan):
 @pytest.mark.parametrize("opt", ["adamw", "momentum", "adam"])
 def test_an_update_that_is_not_finite_changes_nothing(opt, late, monkeypatch):
     """Neither weights nor average nor the optimizer's state; read late, too, as on a GPU."""
-    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: late)
+    monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device: late)
     argv = ("--opt", opt, "--momentum", 0.9, "--model-ema", "--model-ema-decay", 0.5)
     before, spoiled = state_of(nano(), *argv, lr=1e-3), state_of(nano(), *argv, lr=1e-3)
     epoch_of(before, batches(2))
@@ -485,7 +493,7 @@ def test_an_update_that_is_not_finite_changes_nothing(opt, late, monkeypatch):
 def test_read_late_is_the_same_run(argv, monkeypatch):
     states = []
     for late in (False, True):
-        monkeypatch.setattr(updates_module, "can_read_late", lambda state, device, late=late: late)
+        monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device, late=late: late)
         # late, the rate is read in float32, as this one is
         state = state_of(nano(), *argv, "--model-ema", "--model-ema-decay", 0.5, lr=2.0 ** -10)
         epoch_of(state, batches(7), accumulate=2, clip_grad=0.5)
@@ -496,18 +504,18 @@ def test_read_late_is_the_same_run(argv, monkeypatch):
 
 def test_when_an_update_may_be_read_late():
     cuda = torch.device("cuda")
-    assert can_read_late(state_of(nano(), "--opt", "adamw", "--model-ema"), cuda)
-    assert not can_read_late(state_of(nano(), "--opt", "adamw"), CPU)
+    assert can_defer_readback(state_of(nano(), "--opt", "adamw", "--model-ema"), cuda)
+    assert not can_defer_readback(state_of(nano(), "--opt", "adamw"), CPU)
     for opt in ("lookahead_adamw", "lamb"):         # they cannot be told on the device to leave an update out
-        assert not can_read_late(state_of(nano(), "--opt", opt), cuda)
+        assert not can_defer_readback(state_of(nano(), "--opt", opt), cuda)
     resnet = timm.create_model("resnet10t", num_classes=K)
-    assert not can_read_late(state_of(resnet, "--opt", "adamw", "--model-ema"), cuda)      # its average needs this step's buffers
-    assert can_read_late(state_of(resnet, "--opt", "adamw"), cuda)
+    assert not can_defer_readback(state_of(resnet, "--opt", "adamw", "--model-ema"), cuda)      # its average needs buffers
+    assert can_defer_readback(state_of(resnet, "--opt", "adamw"), cuda)
 
 
 @pytest.mark.parametrize("late", [False, True])
 def test_float16_skips_are_survived_and_a_run_of_them_is_not(late, monkeypatch):
-    monkeypatch.setattr(updates_module, "can_read_late", lambda state, device: late)
+    monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device: late)
     state = state_of(nano(), "--model-ema", "--model-ema-decay", 0.5, "--momentum", 0.9, dtype=torch.float16)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 30)       # overflows until it has come down
     before = weights(state.model)
@@ -526,17 +534,19 @@ def test_float16_skips_are_survived_and_a_run_of_them_is_not(late, monkeypatch):
 
 
 def test_weights_that_overflow_are_not_saved():
-    state, saved = state_of(nano(), lr=3e38), []
+    state, saved, hooks = state_of(nano(), lr=3e38), [], Hooks()
+    hooks.save = lambda: saved.append(weights(state.model))
     with pytest.raises(TrainingFailed, match="not finite|became"):
-        epoch_of(state, batches(4), save=lambda: saved.append(weights(state.model)), save_every=1)
+        epoch_of(state, batches(4), hooks=hooks, save_every=1)
     assert all(each.isfinite().all() for each in saved)
 
 
-def test_what_is_wished_for_happens_at_the_next_update():
-    saved, state = [], state_of(nano())
-    wishes = iter([Wishes(), Wishes(save=True), Wishes(), Wishes(signal=15)])
+def test_what_is_requested_happens_at_the_next_update():
+    saved, state, hooks = [], state_of(nano()), Hooks()
+    requests = iter([Requests(), Requests(save=True), Requests(), Requests(signal=15)])
+    hooks.requests, hooks.save = lambda: next(requests), lambda: saved.append(state.step)
     with pytest.raises(StopRequested) as e:
-        epoch_of(state, batches(9), accumulate=2, wishes=lambda: next(wishes), save=lambda: saved.append(state.step))
+        epoch_of(state, batches(9), accumulate=2, hooks=hooks)
     assert saved == [4] and state.step == 8 and e.value.signal == 15 and state.position == 64 and len(state.losses) == 1
 
 
@@ -652,14 +662,12 @@ def part_of(rank: int, folder, queue, logits, targets) -> None:
     nothing_here = evaluate(model, data[:3] if rank else [], process, shared=True)["images"]
     state = state_of(nano())
     try:
-        train_one_epoch(state.model, state, Poison(2 if rank else 100, math.nan), batches(6), process, epochs=1,
-                        print_freq=2)
+        epoch_of(state, batches(6), Poison(2 if rank else 100, math.nan), process=process, epochs=1, print_freq=2)
         failure = None
     except TrainingFailed as error:
         failure = str(error)
     state = state_of(nano())
-    loss = train_one_epoch(state.model, state, ClassLoss(nn.CrossEntropyLoss()), batches(2, seed=rank), process,
-                           epochs=1)["loss"]
+    loss = epoch_of(state, batches(2, seed=rank), process=process, epochs=1)["loss"]
     queue.put((rank, shared, alone, nothing_here, failure, loss))
     dist.barrier()
     dist.destroy_process_group()
@@ -801,7 +809,7 @@ def test_the_rate_that_is_told_is_the_highest_but_the_coefficients():
 
 # ---------------------------------------------------------------- resuming
 class Run:
-    """A small run as `main` goes through it: digits, repeated augmentation, mixup, drop path, dropout, average."""
+    """A small run through the loop of `main`: digits, repeated augmentation, mixup, drop path, dropout, average."""
 
     def __init__(self, *argv, seed: int = 0):
         self.args = flags("--opt", "adamw", "--drop-path", 0.3, "--model-ema", "--model-ema-decay", 0.9, "--warmup-epochs", 1,
@@ -821,18 +829,16 @@ class Run:
         self.rates = []
 
     def epochs(self, until: int, sampler_shift: int = 0) -> "Run":
-        while self.state.epoch < until:
-            epoch = self.state.epoch
-            self.sampler.set_epoch(epoch + sampler_shift)
-            if self.args.sched != "plateau":
-                self.state.scheduler.step(epoch)
-            self.state.scheduler.step_update(epoch * len(self.loader))
-            self.rates.append(lr_of(self.state.optimizer))
-            epoch_of(self.state, self.loader, self.criterion, mixup=self.mixup, seed=self.args.seed, clip_grad=1.0)
-            self.rates.append(lr_of(self.state.optimizer))
-            self.state.next_epoch()
-            if self.args.sched == "plateau":
-                self.state.scheduler.step(self.state.epoch, 50.0)
+        """Evaluations all find the same accuracy; `rates` gets the learning rate of each step."""
+        training = training_of(self.state, self.criterion, mixup=self.mixup, seed=self.args.seed, clip_grad=1.0, epochs=until)
+        hooks = Hooks()
+        hooks.on_batch = lambda *batch: self.rates.append(lr_of(self.state.optimizer))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "evaluate", lambda *args, **options: {"acc1": 50.0, "acc5": 80.0, "images": 48})
+            set_epoch = self.sampler.set_epoch
+            patch.setattr(self.sampler, "set_epoch", lambda epoch, position: set_epoch(epoch + sampler_shift, position))
+            for _ in train_epochs(training, self.loader, [], hooks):
+                pass
         return self
 
     def resumed(self, *argv) -> "Run":

@@ -23,9 +23,9 @@ from helpers import scalars
 from PIL import Image
 from torch import nn
 
+import engine
 import main as program
 from datasets import build_loaders
-from engine import train_one_epoch
 from vision_kan import kernels
 from vision_kan.common.process import Process
 from vision_kan.config.flags import SCOPE
@@ -126,19 +126,19 @@ def words(line: str) -> list[str]:
 
 @cache
 def caught(line: str) -> SimpleNamespace:
-    """state, net, criterion, loader, process and the options of `train_one_epoch`, caught before anything is trained."""
+    """What `train_one_epoch` is called with, caught before anything is trained."""
     seen = SimpleNamespace()
 
-    def catch(net, state, criterion, loader, process, **options):
-        vars(seen).update(net=net, state=state, model=state.model, criterion=criterion, loader=loader, process=process,
-                          options=SimpleNamespace(**options), weights={k: v.clone() for k, v in
-                                                                       state.model.state_dict().items()})
+    def catch(training, loader, hooks):
+        state = training.state
+        vars(seen).update(training=training, loader=loader, hooks=hooks, state=state, model=state.model,
+                          criterion=training.criterion, weights={k: v.clone() for k, v in state.model.state_dict().items()})
         raise Caught
 
     given = words(line)
     data = [] if "--data-path" in given or "--data-set" in given else ["--data-path", str(PLACES["data"])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "train_one_epoch", catch)
+        patch.setattr(engine, "train_one_epoch", catch)
         try:
             code = run(*QUICK, "--epochs", 4, *data, *given)
             raise AssertionError(f"{line} did not come to train: exit code {code}")
@@ -156,7 +156,7 @@ def rates(line):
     seen = caught(line)
     scheduler, steps = seen.state.scheduler, []
     groups = [dict(group) for group in seen.state.optimizer.param_groups]
-    for epoch in range(seen.options.epochs):
+    for epoch in range(seen.training.epochs):
         if not line.startswith("--sched plateau"):
             scheduler.step(epoch)
         for update in range(len(seen.loader)):
@@ -192,12 +192,12 @@ def loss(line):
     images, a, b = (torch.randn(shape, generator=generator) for shape in ((4, 3, 32, 32), (4, 3), (4, 3)))
     outputs = torch.cat([a, b]) if seen.criterion.copies == 2 else (a, b) if "--distillation-type" in line else a
     soft = torch.tensor([[0.9, 0.05, 0.05], [0.05, 0.6, 0.35], [0.05, 0.05, 0.9], [0.9, 0.05, 0.05]])
-    return seen.criterion(images, outputs, soft if seen.options.mixup else soft.argmax(1)).item()
+    return seen.criterion(images, outputs, soft if seen.training.mixup else soft.argmax(1)).item()
 
 
 def mixed(line):
     """A mixed batch: how many of its pixels are not the image's, its targets."""
-    mixup = caught(line).options.mixup
+    mixup = caught(line).training.mixup
     if mixup is None:
         return None
     found = []
@@ -248,7 +248,7 @@ def trained(line):
     seen = caught(line)
     seen.model.load_state_dict(seen.weights)
     seen.loader.sampler.set_epoch(0)
-    train_one_epoch(seen.net, seen.state, seen.criterion, seen.loader, seen.process, **vars(seen.options))
+    engine.train_one_epoch(seen.training, seen.loader, seen.hooks)
     result = {key: value.clone() for key, value in seen.model.state_dict().items()}
     seen.model.load_state_dict(seen.weights)
     caught.cache_clear()
@@ -517,7 +517,7 @@ EFFECTS = {
         "--output_dir {folder}/two"),
     "track": (tracked, "--track mlflow", ""),
     "track_project": (tracked, "--track mlflow --track-project other", "--track mlflow"),
-    "debug_nan": (lambda line: caught(line).options.keep_batches is None, "--debug-nan --output_dir {folder}/nan", ""),
+    "debug_nan": (lambda line: caught(line).hooks.kept is None, "--debug-nan --output_dir {folder}/nan", ""),
     "deterministic": (deterministic, "--deterministic", ""),
     # several processes
     "dist_timeout": (lambda line: joined(line, world="2"), "--dist-timeout 0.1 --dist_url file://{folder}/meet1",

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from e2e import run  # noqa: E402
 
+import engine  # noqa: E402
 import main as program  # noqa: E402
 from vision_kan import kernels  # noqa: E402
 
@@ -52,30 +54,32 @@ def recording(first: int | None = None) -> Iterator[dict[str, list[torch.Tensor]
 
     first: after so many batches the program ends with `Enough`."""
     record = {"images": [], "targets": [], "losses": []}
-    real = program.train_one_epoch
+    real = engine.train_one_epoch
 
     def note(criterion, inputs, loss) -> None:
         record["losses"].append(loss.detach().clone())
         if len(record["losses"]) == first:
             raise Enough
 
-    def train_one_epoch(net, state, criterion, *place, mixup=None, **options):
+    def train_one_epoch(training, loader, hooks):
+        mixup = training.mixup
+
         def watched(images, targets):
             record["images"].append(images.clone())
             record["targets"].append(targets.clone())
             return mixup(images, targets) if mixup else (images, targets)
 
-        hook = criterion.register_forward_hook(note)
+        hook = training.criterion.register_forward_hook(note)
         try:
-            return real(net, state, criterion, *place, mixup=watched, **options)
+            return real(replace(training, mixup=watched), loader, hooks)
         finally:
             hook.remove()
 
-    program.train_one_epoch = train_one_epoch
+    engine.train_one_epoch = train_one_epoch
     try:
         yield record
     finally:
-        program.train_one_epoch = real
+        engine.train_one_epoch = real
 
 
 def losses_of(model: str, *more, steps: int = STEPS, threads: int = 1) -> list[float]:

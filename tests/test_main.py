@@ -41,6 +41,7 @@ from helpers import scalars
 from PIL import Image
 from safetensors.torch import save_file
 
+import engine
 import main as program
 import models_kan
 from tools import inspect_kan, predict
@@ -87,15 +88,16 @@ def copied(whole, tmp_path):
 def watched(monkeypatch):
     """Weights before and after each epoch of the runs of a test: [(before, after, state), ...]."""
     epochs = []
-    real = program.train_one_epoch
+    real = engine.train_one_epoch
 
-    def watching(net, state, *args, **kwargs):
+    def watching(training, loader, hooks):
+        state = training.state
         before = {key: value.clone() for key, value in state.model.state_dict().items()}
-        result = real(net, state, *args, **kwargs)
+        result = real(training, loader, hooks)
         epochs.append((before, {key: value.clone() for key, value in state.model.state_dict().items()}, state))
         return result
 
-    monkeypatch.setattr(program, "train_one_epoch", watching)
+    monkeypatch.setattr(engine, "train_one_epoch", watching)
     return epochs
 
 
@@ -171,13 +173,13 @@ def test_the_rate_follows_the_schedule(data, whole, tmp_path):
 
 
 def test_each_epoch_has_an_order_of_its_own(data, monkeypatch):
-    real, orders = program.train_one_epoch, []
+    real, orders = engine.train_one_epoch, []
 
-    def noting(net, state, criterion, loader, *args, **kwargs):
+    def noting(training, loader, hooks):
         orders.append([key.index for key in loader.sampler])
-        return real(net, state, criterion, loader, *args, **kwargs)
+        return real(training, loader, hooks)
 
-    monkeypatch.setattr(program, "train_one_epoch", noting)
+    monkeypatch.setattr(engine, "train_one_epoch", noting)
     assert run(*QUICK, "--data-path", data, "--epochs", 3) == 0
     assert [sorted(order) for order in orders] == [list(range(48))] * 3
     assert len({tuple(order) for order in orders}) == 3
@@ -564,7 +566,7 @@ class Cut(BaseException):
 def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
     flags = (*QUICK, *LEARN, "--data-path", data, "--epochs", 5, *flags)
     assert run(*flags, "--output_dir", tmp_path / "whole") == 0
-    real, epochs = program.train_one_epoch, []
+    real, epochs = engine.train_one_epoch, []
 
     def cut_in_the_third_epoch(*args, **kwargs):
         epochs.append(real(*args, **kwargs))
@@ -573,7 +575,7 @@ def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
         return epochs[-1]
 
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(program, "train_one_epoch", cut_in_the_third_epoch)
+        patch.setattr(engine, "train_one_epoch", cut_in_the_third_epoch)
         run(*flags, "--output_dir", tmp_path / "parts")
     assert len(log(tmp_path / "parts")) == 2
     assert run(*flags, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0
@@ -626,15 +628,15 @@ def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path, capsys):
     told = json.loads((tmp_path / "whole/status.json").read_text())
     assert (told["state"], told["exit_code"], told["epoch"]) == ("finished", 0, 4) and "--patience" in told["reason"]
 
-    real = program.train_one_epoch
+    real = engine.train_one_epoch
 
-    def cut(net, state, *args, **kwargs):
-        if state.epoch == 2:
+    def cut(training, loader, hooks):
+        if training.state.epoch == 2:
             raise Cut
-        return real(net, state, *args, **kwargs)
+        return real(training, loader, hooks)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(program, "train_one_epoch", cut)
+        patch.setattr(engine, "train_one_epoch", cut)
         run(*still, "--output_dir", tmp_path / "parts")
     for _ in range(2):
         assert run(*still, "--output_dir", tmp_path / "parts", "--resume", "auto") == 0

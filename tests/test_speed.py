@@ -27,6 +27,8 @@ from vision_kan.config.resolve import parse_args
 from vision_kan.training import speed as speed_module  # noqa: F401  registers the models with timm
 from vision_kan.training.optim import build_optimizer, build_state
 from vision_kan.training.speed import StepProfiler, compile_model, ideal_rate, peak_flops
+from vision_kan.training.training import Hooks, Training
+from vision_kan.training.updates import Updater
 
 CPU = torch.device("cpu")
 MODELS = ["vit_nano_patch8_32_ViT", "vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"]
@@ -77,8 +79,9 @@ def test_steps_do_not_wait_for_the_device(name, kwargs):
         model = small(name, **kwargs)
         state = build_state(args, model, 1e-3, steps, CPU, torch.float32)
         with Reads() as reads:
-            train_one_epoch(model, state, build_criterion(args, 4, True), batches(steps), Process(), epochs=3,
-                            clip_grad=1.0, accumulate=2, mixup=Mixup(0.8, 1.0, num_classes=4), print_freq=print_freq)
+            training = Training(Updater(model, state, build_criterion(args, 4, True), Process(), clip_grad=1.0),
+                                Mixup(0.8, 1.0, num_classes=4), epochs=3, accumulate=2, print_freq=print_freq)
+            train_one_epoch(training, batches(steps), Hooks())
         return reads.count
 
     at_the_end = 2      # are the weights finite, the loss of this process

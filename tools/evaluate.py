@@ -258,7 +258,7 @@ def run(argv: list[str]) -> int:
         trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
         loaders = loaders_of(trained)
         tally = Tally(len(trained.class_names))
-        result = evaluate(trained.model, loaders.val, Process(device=trained.device), title=own.weights, see=tally.add)
+        result = evaluate(trained.model, loaders.val, Process(device=trained.device), title=own.weights, on_batch=tally.add)
         loaders.check_unreadable()
         report = report_of(trained, own.weights, result, tally, cast(ImageSet, loaders.val.dataset).images)
         names = trained.class_names

@@ -36,7 +36,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import models_kan
-from engine import evaluate, result_of
+from engine import evaluate
 from tools.common import add_model_arguments, loaders_of
 from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
 from vision_kan.checkpoints.write import save_safetensors
@@ -50,6 +50,7 @@ from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.run.folder import versions
 from vision_kan.run.trained import Pictures, Trained, image_files, load_trained, told
+from vision_kan.training.state import result_of
 
 Logits = Callable[[Tensor], Tensor]
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vision_kan.analysis.arriving import InputHistogram, collect_inputs
 from vision_kan.analysis.drawing import functions_figure
 from vision_kan.analysis.measures import LayerStats, measure
+from vision_kan.common import peers
 from vision_kan.common.text import say
 from vision_kan.layers.function_layer import FunctionLayer, function_layers
 
@@ -26,6 +27,7 @@ def log_functions(model: nn.Module, images: Tensor, folder: "RunFolder", epoch: 
     more than `MOST_OFF_GRID` of a layer's inputs fall off the grid. Neither the model nor any random number is touched.
 
     images: [B, 3, S, S] as the model takes them."""
+    peers.mark(f"the functions learned in epoch {epoch}")
     layers, inputs = function_layers(model), collect_inputs(model, images.split(32)).inputs
     measured = {name: measure(layers[name], inputs[name]) for name in inputs}
     blocks: dict[str, dict[str, FunctionLayer]] = {}

@@ -182,7 +182,7 @@ class ImageSet(Dataset):
     workers could not read, and `named` for each that needs to be named no more.
 
     Of the draws of an unreadable image in an epoch, in whatever process and worker, only the first names it; an image
-    drawn in place of another one is left to its own draw, or to `Loaders.unreadable_train`.
+    drawn in place of another one is left to its own draw, or to `Loaders.gather_unreadable_train`.
 
     Raises UnreadableData: with --strict-data for each unreadable image, else where nothing else can be read either.
     """

@@ -29,7 +29,7 @@ class Loaders:
     max_unreadable: float = 0.01
     device: torch.device = torch.device("cpu")
 
-    def unreadable_train(self) -> int:
+    def gather_unreadable_train(self) -> int:
         """Training images that any process could not read so far. All processes ask at the same time; what has not been
         named yet is named."""
         if self.train is None:
@@ -55,7 +55,7 @@ class Loaders:
                     one.name_unreadable(index, "drawn in place of another one")
                 one.named[index] = 1
 
-    def unreadable_state(self) -> list[int]:
+    def gather_unreadable_state(self) -> list[int]:
         """Indices of the training images that any process could not read so far, for a checkpoint. All processes ask at
         the same time."""
         self._share_marks()

@@ -27,6 +27,7 @@ from vision_kan.models.infer import load_exactly, patch_grid
 from vision_kan.run.folder import versions
 from vision_kan.run.starting import Start, effective_config, meant_model
 from vision_kan.training.criterion import Teacher, balanced
+from vision_kan.training.speed import compile_model
 
 
 # ---------------------------------------------------------------- the model
@@ -44,6 +45,20 @@ def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
         if getattr(args, key) is not None:
             kwargs[key] = getattr(args, key)
     return ModelSpec(args.model, kwargs)
+
+
+def model_of_run(config: Config, start: Start, num_classes: int, device: torch.device,
+                 images: Callable[[], torch.Tensor]) -> tuple[nn.Module, ModelSpec]:
+    """The run's model on its device, with --finetune's weights, --kan-backend and --compile applied, and its spec.
+
+    images: gives a batch to calibrate on. Raises UserError."""
+    model, spec = build_model(model_spec(config, start, num_classes), config)
+    choose_backend(config, spec, model, device)
+    if table := load_start(model, spec, start, images):
+        say(f"weights from {start.checkpoint.path}:\n{table}")
+    if config.args.compile:
+        compile_model(model, device, mode=config.args.compile)
+    return model.to(device), spec
 
 
 def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:

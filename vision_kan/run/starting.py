@@ -27,7 +27,7 @@ from vision_kan.data.class_folders import VAL_SPLIT
 from vision_kan.data.names import guess_data_set, looks_like_imagenet, needs_splitting
 from vision_kan.models import vetting
 from vision_kan.models.infer import infer_model
-from vision_kan.training.optim import build_optimizer, build_scheduler, freeze_all_but_attention
+from vision_kan.training.optim import build_optimizer, build_scheduler
 
 
 # ---------------------------------------------------------------- the checkpoint
@@ -82,8 +82,6 @@ def _check_state(model: nn.Module, start: Start, config: Config) -> None:
         raise UserError(f"checkpoint {checkpoint.path}: its epoch {checkpoint.epoch} lies beyond the {planned} that it was "
                         "trained for: get it from its source again, or start a new run from its weights with --finetune")
     validate(args, 1 if config.args.resume != checkpoint.path else world_size_of_launch())
-    if args.attn_only:
-        freeze_all_but_attention(model)
     optimizer = build_optimizer(args, model, 1.0)
     vetting.check_optimizer(optimizer, checkpoint.state.get("optimizer"))
     vetting.check_scaler(checkpoint)

@@ -38,7 +38,7 @@ class Trained:
     """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
     effective flags; `args.input_size` and those of `flags.PREPARATION` say how images are prepared. class_names: one for each
     output. path: the checkpoint's. about: its other entries (`Checkpoint.about`). weights: the key of the model's weights
-    (`checkpoint.WEIGHTS`). results: the checkpoint's own of exactly these weights (`engine.result_of`), where images were
+    (`checkpoint.WEIGHTS`). results: the checkpoint's own of exactly these weights (`result_of`), where images were
     prepared as they are now; else None."""
     model: nn.Module
     spec: ModelSpec
@@ -176,7 +176,7 @@ def default_output(checkpoint: str, ending: str) -> Path:
 
 
 def told(results: Mapping[str, Any]) -> str:
-    """Results as `engine.result_of` gives them, in words."""
+    """Results as `training.state.result_of` gives them, in words."""
     split = f", {results['split']}" if results["split"] else ""
     return (f"top-1 {results['acc1']:.2f} top-5 {results['acc5']:.2f} ({results['images']} images of {results['data_set']}"
             f"{split})")

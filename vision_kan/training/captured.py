@@ -27,14 +27,15 @@ from vision_kan.common.process import Process
 from vision_kan.common.text import say
 from vision_kan.config.flags import OWN_GRAPHS
 from vision_kan.training.criterion import Criterion
-from vision_kan.training.state import TrainState, has_running_statistics
-from vision_kan.training.updates import Updater, Wishes, can_read_late
+from vision_kan.training.state import TrainState, distributed, has_running_statistics
+from vision_kan.training.updates import Requests, Updater, can_defer_readback
 
 
 # ---------------------------------------------------------------- whether
-def build_updater(args: Namespace, net: nn.Module, state: TrainState, criterion: Criterion, process: Process,
-                  amp_dtype: torch.dtype) -> Updater:
-    """The Updater that --cuda-graph asks for; says which. Raises UserError where it must be graphs and they can't be."""
+def build_updater(args: Namespace, state: TrainState, criterion: Criterion, process: Process, amp_dtype: torch.dtype) -> Updater:
+    """The Updater that --cuda-graph asks for, of a state that holds its final tensors; says which. Raises UserError where it must
+    be graphs and they are not possible."""
+    net = distributed(state.model, process)
     options: dict[str, Any] = {"amp_dtype": amp_dtype, "clip_grad": args.clip_grad}
     reason = "" if args.cuda_graph == "off" else reason_against(args, state, process)
     if args.cuda_graph == "on" and reason:
@@ -56,7 +57,7 @@ def reason_against(args: Namespace, state: TrainState, process: Process) -> str:
         return "--grad-checkpointing keeps the state of the random numbers on the host"
     if args.compile in OWN_GRAPHS:
         return f"--compile {args.compile} makes its own"
-    if not can_read_late(state, process.device):
+    if not can_defer_readback(state, process.device):
         if state.ema is not None and has_running_statistics(state.model):
             return "--model-ema averages the statistics of BatchNorm at every step on the host"
         return f"--opt {args.opt} updates in steps of the host (adamw, adam and sgd do not)"
@@ -154,16 +155,16 @@ class CapturedUpdater(Updater):
         self.first = False
         return loss
 
-    def update(self, step: int, wishes: Wishes) -> None:
+    def update(self, step: int, requests: Requests) -> None:
         recorded = self._recorded_update() if self.in_graphs else None
         if recorded is None:
-            super().update(step, wishes)
+            super().update(step, requests)
             return
         measure, report, apply = recorded
-        self._send(step, wishes)
+        self._send(step, requests)
         measure.replay()
         self.exchange.begin(report)
-        self._settle(1)
+        self._drain(1)
         apply.replay()
         self._new_group()
 

@@ -1,4 +1,4 @@
-"""--debug-nan: keep the batches of an update that was not finite, compute them again, and name the layer."""
+"""--debug-nan: keep the batches of the last updates; compute those of an update that was not finite again and name the layer."""
 from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vision_kan.common.errors import one_line
 from vision_kan.common.seeds import seed_everything
 from vision_kan.training.criterion import Criterion, loss_of
+from vision_kan.training.precision import autocast
+from vision_kan.training.training import Training
+from vision_kan.training.updates import NonFinite
 
 
 class KeptBatches:
-    """The last batches that the model saw, after mixup; as many as two updates have (see engine.Updater's `late`)."""
+    """The last batches that the model saw, after mixup: those of two updates, since an Updater may report one update late."""
 
     def __init__(self, accumulate: int = 1):
         self.accumulate = accumulate
@@ -22,19 +26,31 @@ class KeptBatches:
         self.batches.append((step, images, targets))
 
     def of_update(self, step: int) -> list[tuple[int, Tensor, Tensor]]:
-        """The batches of the update that was made after batch `step`."""
+        """The batches of the update that followed batch `step`."""
         return [batch for batch in self.batches if step // self.accumulate == batch[0] // self.accumulate]
+
+
+def replay_non_finite(error: NonFinite, training: Training, kept: KeptBatches, folder: str) -> str:
+    """Replay the update that `error` reports; returns a sentence on the layer. Batch and weights are written into `folder`."""
+    state, process = training.state, training.process
+    file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
+    try:
+        return replay(state.model, training.criterion, kept.of_update(error.step),
+                      lambda: autocast(process.device, training.amp_dtype), state.scaler.get_scale(),
+                      (training.seed, state.epoch, process.rank), file)
+    except (OSError, RuntimeError) as problem:
+        return f"--debug-nan: {file} could not be written or the batch not be replayed ({one_line(problem)})"
 
 
 def replay(model: nn.Module, criterion: Criterion, batches: list[tuple[int, Tensor, Tensor]], context,
            scale: float, key: tuple[int, int, int], file: Path | None) -> str:
-    """Forward and backward of an update's batches once more, with the same random numbers; returns a sentence on what became
-    infinite or nan first.
+    """Forward and backward pass of an update's batches once more, with the same random numbers; returns a sentence on what
+    became infinite or nan first.
 
     Args:
-        model: with the weights that the update started from, not wrapped. criterion: as in engine.train_one_epoch.
+        model: not wrapped, with the weights that the update started from. criterion: as in `Updater`.
         context: called for the autocast context. scale: of the loss (float16). key: seed, epoch, rank.
-        file: gets {"images", "targets", "step", "seed", "epoch", "rank", "model"}, for a look at home; None keeps nothing.
+        file: gets {"images", "targets", "step", "seed", "epoch", "rank", "model"}, to be examined later; None writes nothing.
     Raises: OSError where the file cannot be written.
     """
     seed, epoch, rank = key

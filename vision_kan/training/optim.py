@@ -64,6 +64,9 @@ def _check_packages(opt: str) -> None:
 
 
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Of the parameters that --attn-only leaves trainable. Raises UserError where it cannot be set up."""
+    if args.attn_only:
+        freeze_all_but_attention(model)
     _check_packages(args.opt.lower())
     kwargs: dict[str, Any] = {**optimizer_kwargs(args), "lr": lr}
     info = get_optimizer_info(args.opt.lower().split("_")[-1])     # what follows lookahead_

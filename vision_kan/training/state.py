@@ -1,4 +1,5 @@
 """Everything that changes while training, and that a run resumes from."""
+from argparse import Namespace
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process, gather_number
 from vision_kan.common.text import plain
+from vision_kan.data.names import evaluated
 
 # ---------------------------------------------------------------- state
 PROGRESS = ("step", "position", "losses", "seconds", "skipped")    # of TrainState: how far the epoch is
@@ -118,6 +120,11 @@ class TrainState:
             self.scheduler.load_state_dict(checkpoint["lr_scheduler"])
             self.scheduler.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"]["plateau"])
             self.scheduler.restore_lr = checkpoint["lr_scheduler"]["restore_lr"]
+
+
+def result_of(found: dict[str, float], args: Namespace) -> dict[str, Any]:
+    """What a checkpoint keeps of an evaluation: {"acc1", "acc5", "images"} of `engine.evaluate`, "data_set" and "split"."""
+    return {**{key: found[key] for key in ("acc1", "acc5", "images")}, **evaluated(args)}
 
 
 def _state_of(scheduler: Scheduler) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""One update: gradients of a group of batches, clipping, optimizer, and what the host learns of it."""
+"""One update: gradients of a group of batches, clipping, optimizer, and its outcome for the host."""
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,21 +13,20 @@ from vision_kan.common import peers
 from vision_kan.common.errors import TrainingFailed
 from vision_kan.common.process import Process
 from vision_kan.training.criterion import Criterion, loss_of
-from vision_kan.training.debug_nan import KeptBatches, replay
 from vision_kan.training.precision import autocast
 from vision_kan.training.state import TrainState, has_running_statistics, lr_of
 
 
 # ---------------------------------------------------------------- what the processes agree on
 @dataclass(frozen=True)
-class Wishes:
-    """What this process would like to happen at the next update; what one wishes holds for all."""
+class Requests:
+    """What this process asks for at the next update. Any process's request applies to all of them."""
     signal: int = 0         # number of the signal that asks the run to stop
     save: bool = False
 
 
 class Report(NamedTuple):
-    """An update, seen afterwards and alike on all processes; all are numbers of one tensor."""
+    """The outcome of an update, identical on every process; the fields are the numbers of one tensor."""
     trouble: float          # 0: the loss is finite, 1: infinite, 2: not a number
     process: float          # where, counted from 1
     signal: float
@@ -41,8 +39,8 @@ class Report(NamedTuple):
 
 
 class Exchange:
-    """The largest value of each number over the processes: begun at one moment, read at a later one, so that a GPU need
-    not be waited for."""
+    """The largest value of each number over the processes. `begin` starts the transfer, `read` takes the result at a later
+    moment, so that the host does not wait for a GPU."""
 
     def __init__(self, process: Process):
         self.process = process
@@ -54,7 +52,7 @@ class Exchange:
         return numbers
 
     def begin(self, numbers: Tensor) -> None:
-        """Start to bring `numbers` (float32 [n], on the device) to the host."""
+        """Start copying `numbers` (float32 [n], on the device) to the host."""
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=numbers.is_cuda)
         host.copy_(numbers, non_blocking=True)      # numbers may be overwritten before they are read
         event = None
@@ -64,7 +62,7 @@ class Exchange:
         self.begun.append((host, event))
 
     def read(self) -> list[float]:
-        """The numbers begun first and not yet read."""
+        """The oldest numbers that are not yet read."""
         numbers, event = self.begun.popleft()
         if event is not None:
             event.synchronize()
@@ -72,14 +70,14 @@ class Exchange:
 
 
 class StopRequested(Exception):
-    """A signal has asked for the end, and all processes are at the same point."""
+    """A signal asks for the end of the run; all processes raise this at the same point."""
 
     def __init__(self, signal: int):
         self.signal = signal
 
 
 class NonFinite(TrainingFailed):
-    """Loss or gradient are not finite; the weights are those before that update, whose last batch is `step`."""
+    """Loss or gradient are not finite in the update whose last batch is `step`; the weights are those before it."""
 
     def __init__(self, text: str, step: int):
         super().__init__(text)
@@ -87,35 +85,37 @@ class NonFinite(TrainingFailed):
 
 
 class Updater:
-    """Computes the gradients of batches, and makes the updates of optimizer and moving average from them: none where the loss
-    on any process or the gradient is not finite.
+    """Computes the gradients of batches, then updates weights and moving average; it skips an update whose loss, on any process,
+    or gradient is not finite.
 
-    Whether it is, is known on the device at once and on the host one update later (`late`), so that a GPU is not waited
-    for. With `late` the optimizer must take `found_inf`, as PyTorch's fused ones do, and the average follows one update
-    behind, which is the same where the forward pass changes no buffers. It then reads its learning rates on the device too,
-    in float32. What the device needs and what it answers is in tensors that stay the same, as CUDA graphs want it (captured.py).
+    The device knows that immediately. The host reads it one update later (`late`), so that it does not wait for a GPU. With
+    `late` the optimizer must take `found_inf`, as PyTorch's fused ones do, and reads its learning rates on the device, in
+    float32. The average then follows one update behind, which gives the same numbers where the forward pass changes no buffers.
+    All that passes between host and device is in tensors that stay the same, as CUDA graphs need (captured.py).
 
     Args:
-        net: state.model, wrapped for several processes where there are some. criterion: as in `train_one_epoch`.
+        net: state.model, wrapped by DistributedDataParallel where there are several processes.
+        criterion: called as criterion(images, outputs, targets); its `copies` says how often the model sees a batch.
+        clip_grad: largest norm of the gradient; None leaves it as it is. late: None chooses by `can_defer_readback`.
     """
-    MAX_SKIPS = 20      # by float16's loss scaling in a row: it halves at each, from 65,536 to 1/16
+    MAX_SKIPS = 20      # in a row, by float16's loss scaling: each halves the scale, from 65,536 down to 1/16
 
     def __init__(self, net: nn.Module, state: TrainState, criterion: Criterion, process: Process, *,
                  amp_dtype: torch.dtype = torch.float32, clip_grad: float | None = None, late: bool | None = None):
         self.net, self.state, self.criterion, self.process = net, state, criterion, process
         self.amp_dtype, self.clip_grad = amp_dtype, clip_grad
-        self.late = can_read_late(state, process.device) if late is None else late
+        self.late = can_defer_readback(state, process.device) if late is None else late
         self.exchange = Exchange(process)
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        # on the device: what is the matter with the group's losses (see Report), the largest, and what `_send` sends
+        # on the device: the trouble with the group's losses (see Report), the largest loss, and what `_send` sends
         self.trouble, self.loss = torch.zeros((), device=process.device), torch.zeros((), device=process.device)
         self.sent = torch.zeros(5 + len(state.optimizer.param_groups), device=process.device)
         self.begin()
 
-    def begin(self) -> None:
-        """An epoch begins."""
-        self.signal, self.save = 0, False       # what was asked for by any process in the reports read so far
-        self.number_of: Callable[[int], int] = lambda step: step + 1    # of the run's updates, for the average's warm-up
+    def begin(self, number_of: Callable[[int], int] = lambda step: step + 1) -> None:
+        """Start an epoch. number_of: the last batch of an update -> the update's number in the run, from 1."""
+        self.signal, self.save = 0, False       # requests of any process in the reports read so far
+        self.number_of = number_of
         self._new_group()
 
     def _new_group(self) -> None:
@@ -134,13 +134,13 @@ class Updater:
         self.loss.copy_(torch.maximum(self.loss, value.nan_to_num(0.)))
         return loss
 
-    def update(self, step: int, wishes: Wishes) -> None:
-        """Apply the gradients that the batches up to `step` left. Raises TrainingFailed, on all processes at once."""
-        self._send(step, wishes)
+    def update(self, step: int, requests: Requests) -> None:
+        """Apply the gradients of the batches up to `step`. Raises TrainingFailed, on all processes at once."""
+        self._send(step, requests)
         report, norm, skip = self._measure()
         self.exchange.begin(report)
         if self.late:
-            self._settle(1)
+            self._drain(1)
         done = self.late or not self._read().skip
         if done:
             self._apply(norm, skip)
@@ -150,17 +150,17 @@ class Updater:
         if done and not self.late:
             self._average(step)
 
-    def _send(self, step: int, wishes: Wishes) -> None:
-        """The host's numbers of this update to the device."""
+    def _send(self, step: int, requests: Requests) -> None:
+        """Copy the host's numbers of this update to the device."""
         optimizer = self.state.optimizer
-        numbers = [self.process.rank + 1, wishes.signal, wishes.save, step, lr_of(optimizer),
+        numbers = [self.process.rank + 1, requests.signal, requests.save, step, lr_of(optimizer),
                    *(group["lr"] for group in optimizer.param_groups)]
         self.sent.copy_(torch.tensor(numbers, dtype=torch.float32, pin_memory=self.sent.is_cuda), non_blocking=True)
 
     @torch.no_grad()
     def _measure(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Unscale the gradients and agree on what this update is: the numbers of its Report, the gradient's norm, and 1. where
-        nothing may change by it."""
+        """Unscale the gradients and agree on the outcome: the numbers of the Report, the gradient's norm, and 1. where the update
+        is skipped."""
         self.state.scaler.unscale_(self.state.optimizer)
         norm = nn.utils.get_total_norm([p.grad.detach() for p in self.parameters if p.grad is not None]).float()
         where, signal, save = self.sent[:3]
@@ -169,7 +169,7 @@ class Updater:
         return torch.cat([agreed, torch.stack([skip, norm]), self.sent[3:5]]), norm, skip
 
     def _apply(self, norm: Tensor, skip: Tensor) -> None:
-        """Clip the gradients and make the optimizer's step; late: none where skip is 1."""
+        """Clip the gradients and make the optimizer's step; with `late` it changes nothing where skip is 1."""
         optimizer = self.state.optimizer
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
@@ -194,29 +194,19 @@ class Updater:
     def _average(self, step: int) -> None:
         """step: the last batch of the update whose weights these are."""
         ema = self.state.ema
-        if ema is not None:     # without a warm-up timm's first update, told its number, would copy the weights
+        if ema is not None:     # given a number, timm's first update copies the weights, which only a warm-up wants
             ema.update(self.state.model, self.number_of(step) if ema.use_warmup else None)
 
-    def _settle(self, behind: int) -> None:
+    def _drain(self, behind: int) -> None:
+        """Read the reports of all but the last `behind` updates."""
         while len(self.exchange.begun) > behind:
             report = self._read()
             if not report.skip:
                 self._average(int(report.step))
 
     def flush(self) -> None:
-        """Wait for the last update: afterwards the state is whole. Raises TrainingFailed."""
-        self._settle(0)
-
-
-def replay_non_finite(error: NonFinite, state: TrainState, criterion: Criterion, kept: KeptBatches, process: Process,
-                      amp_dtype: torch.dtype, seed: int, folder: str) -> str:
-    """The batches once more, and a sentence on the layer; batch and weights go into `folder`."""
-    file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
-    try:
-        return replay(state.model, criterion, kept.of_update(error.step), lambda: autocast(process.device, amp_dtype),
-                      state.scaler.get_scale(), (seed, state.epoch, process.rank), file)
-    except (OSError, RuntimeError) as error:
-        return f"--debug-nan: {file} could not be written or the batch not be replayed ({str(error).splitlines()[0]})"
+        """Wait for the last update; the state then includes it. Raises TrainingFailed."""
+        self._drain(0)
 
 
 @contextmanager
@@ -233,9 +223,9 @@ def _reading(optimizer: torch.optim.Optimizer, rates: Tensor) -> Iterator[None]:
             group.update(old)
 
 
-def can_read_late(state: TrainState, device: torch.device) -> bool:
-    """Whether an update can be left undone on the device without the host's knowing: elsewhere each update is waited for,
-    which on a CPU costs nothing."""
+def can_defer_readback(state: TrainState, device: torch.device) -> bool:
+    """Whether the device can skip an update before the host knows. Elsewhere the host waits for each update, which costs nothing
+    on a CPU."""
     fused = type(state.optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD) and \
         all(group.get("fused") for group in state.optimizer.param_groups)
     return device.type == "cuda" and fused and not (state.ema is not None and has_running_statistics(state.model))
