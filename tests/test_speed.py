@@ -152,7 +152,7 @@ def test_compiling_changes_neither_keys_nor_copies():
 
 def test_a_compiled_run_its_checkpoint_and_its_evaluation(data, tmp_path, monkeypatch, capsys):
     original, compiled = compile_model, []
-    monkeypatch.setattr(speed_module, "compile_model", lambda model, device, mode: compiled.append(mode) or original(
+    monkeypatch.setattr("vision_kan.run.build.compile_model", lambda model, device, mode: compiled.append(mode) or original(
         model, device, backend="eager"))
     options = (*QUICK, "--epochs", 1, "--data-path", data, "--drop-path", 0)
     for name, more in (("plain", []), ("compiled", ["--compile"])):
