@@ -29,6 +29,7 @@ import torch
 from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS
 from vision_kan.common import peers
 from vision_kan.common.errors import EXIT_PREEMPTED, UserError
+from vision_kan.common.files import write_text
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import get_args_parser
 from vision_kan.config.parser import Parser
@@ -124,9 +125,7 @@ def _meet(env, file: Path) -> tuple[str, str]:
         with socket.socket() as s:
             s.bind(("", 0))
             port = s.getsockname()[1]
-        draft = file.with_suffix(".draft")
-        draft.write_text(f"{address} {port}", encoding="utf-8")
-        os.replace(draft, file)
+        write_text(file, f"{address} {port}")
     deadline = time.monotonic() + WAIT_FOR_FIRST_TASK_S
     while not file.exists():
         if time.monotonic() > deadline:

@@ -52,6 +52,7 @@ from models_kan import ModelSpec
 from samplers import RASampler
 from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.checkpoints.write import save_checkpoint
+from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.seeds import seed_everything
 from vision_kan.config.resolve import parse_args
@@ -236,9 +237,8 @@ def load_images(folder: Path, cache: Path) -> dict[str, Tensor]:
             arrays[split] = np.stack([np.asarray(image) for image, _ in data]).transpose(0, 3, 1, 2)
             arrays[f"{split}_y"] = np.asarray(data.targets)
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = cache / f"images.{os.getpid()}.npz"
-        np.savez(temporary, **arrays)
-        temporary.replace(file)
+        with atomic_write(file) as temporary:
+            np.savez(temporary, **arrays)
     with np.load(file) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
 

@@ -14,7 +14,7 @@ from engine import evaluate, train_one_epoch
 from losses import build_criterion
 from vision_kan.common.errors import TrainingFailed
 from vision_kan.common.process import Process
-from vision_kan.common.text import plain
+from vision_kan.common.text import to_builtin_types
 from vision_kan.config.resolve import parse_args
 from vision_kan.training.captured import CapturedUpdater, CudaGraphs
 from vision_kan.training.criterion import Criterion
@@ -144,7 +144,7 @@ def run(captured_: bool, argv=(), loader: Callable[[], list] | None = None,
     except TrainingFailed as error:
         results.append(str(error))
     state.seconds = 0
-    return plain(state.state_dict()), results, updater
+    return to_builtin_types(state.state_dict()), results, updater
 
 
 def assert_same(a, b, where=""):

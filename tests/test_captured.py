@@ -16,7 +16,7 @@ from engine import train_one_epoch
 from losses import ClassLoss, CosubLoss, DistillationLoss
 from vision_kan.common.errors import EXIT_PREEMPTED, UserError
 from vision_kan.common.process import Process
-from vision_kan.common.text import plain
+from vision_kan.common.text import to_builtin_types
 from vision_kan.training import captured
 from vision_kan.training import updates as updates_module
 from vision_kan.training.captured import CapturedUpdater, reason_against
@@ -77,7 +77,7 @@ def epochs_of(updater: Updater, loader, epochs: int = 1) -> dict:
         train_one_epoch(Training(updater, epochs=9, print_freq=100), loader, Hooks())
         updater.state.next_epoch()
     updater.state.seconds = 0
-    return plain(updater.state.state_dict())
+    return to_builtin_types(updater.state.state_dict())
 
 
 def test_running_statistics_and_parameters_without_gradient():
@@ -156,7 +156,7 @@ def test_a_resume_is_to_the_last_bit():
     with pytest.raises(StopRequested):
         train_one_epoch(Training(updater, epochs=9), batches(8), stop)
     assert replays(updater)[1] >= 1
-    kept = plain(first.state_dict())
+    kept = to_builtin_types(first.state_dict())
     second = state_of(flags())
     second.load_state_dict(kept)
     rest = batches(8)[second.step:]

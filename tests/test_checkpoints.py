@@ -27,8 +27,8 @@ from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS, load_file
 from vision_kan.checkpoints.write import save_checkpoint, save_safetensors, saved_checkpoints
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import whole
-from vision_kan.common.text import plain
+from vision_kan.common.files import atomic_write, replacing, write_text
+from vision_kan.common.text import to_builtin_types
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
@@ -413,17 +413,17 @@ def test_a_file_or_folder_takes_its_place_when_all_went_well(folder, tmp_path):
         (place / "a" if folder else place).write_text(content)
 
     target = tmp_path / "target"
-    with pytest.raises(KeyError), whole(target) as place:
+    with pytest.raises(KeyError), atomic_write(target) as place:
         write(place, "half")
         raise KeyError
     assert not list(tmp_path.iterdir())
-    with whole(target) as place:
+    with atomic_write(target) as place:
         write(place, "all")
         assert not target.exists() and place.name == "target"
     assert (target / "a" if folder else target).read_text() == "all" and list(tmp_path.iterdir()) == [target]
 
     def again():
-        with whole(target) as place:
+        with atomic_write(target) as place:
             write(place, "new")
 
     if folder:
@@ -434,11 +434,23 @@ def test_a_file_or_folder_takes_its_place_when_all_went_well(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_plain():
+def test_a_runs_file_is_replaced_in_one_step(tmp_path):
+    target = tmp_path / "status.json"
+    write_text(target, "größe\n")
+    with pytest.raises(KeyError), replacing(target) as place:
+        place.write_text("half")
+        raise KeyError
+    assert target.read_text(encoding="utf-8") == "größe\n" and list(tmp_path.iterdir()) == [target]
+    (tmp_path / ".status.json.tmp").write_text("left by a kill")
+    write_text(target, "b")
+    assert target.read_text() == "b" and list(tmp_path.iterdir()) == [target]
+
+
+def test_builtin_types():
     given = {"tuple": (1, (2.5, None)), "numpy": np.float32(0.5), "int": np.int64(3), "bool": np.bool_(True),
              "ordered": OrderedDict(a=W), "path": Path("a/b"), "size": torch.Size([1, 2]), 3: ["text", False],
              "dtype": torch.bfloat16}
-    result = plain(given)
+    result = to_builtin_types(given)
     assert torch.equal(result["ordered"].pop("a"), W)
     assert result == {"tuple": [1, [2.5, None]], "numpy": 0.5, "int": 3, "bool": True, "ordered": {}, "path": "a/b",
                       "size": [1, 2], 3: ["text", False], "dtype": "torch.bfloat16"}
@@ -446,7 +458,7 @@ def test_plain():
 
 
 def test_any_program_loads_what_is_saved(tmp_path):
-    state = plain({"args": vars(Namespace(betas=(0.9, 0.99), path=Path("x"), lr=np.float64(1e-3))),
+    state = to_builtin_types({"args": vars(Namespace(betas=(0.9, 0.99), path=Path("x"), lr=np.float64(1e-3))),
                    "best": np.float64(71.25), "groups": [OrderedDict(lr=1.0)]})
     save_checkpoint({"model": {"w": W}, **state}, tmp_path)
     code = "import sys, torch; print(torch.load(sys.argv[1], weights_only=True)['best'])"

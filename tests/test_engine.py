@@ -28,7 +28,7 @@ from losses import ClassLoss, CosubLoss, build_criterion
 from samplers import RASampler
 from vision_kan.common.errors import TrainingFailed, UserError
 from vision_kan.common.process import Process
-from vision_kan.common.text import plain
+from vision_kan.common.text import to_builtin_types
 from vision_kan.config.resolve import parse_args
 from vision_kan.data.images import ImageSet, Split
 from vision_kan.data.known import open_digits
@@ -485,7 +485,7 @@ def test_an_update_that_is_not_finite_changes_nothing(opt, late, monkeypatch):
     epoch_of(before, batches(2))
     with pytest.raises(NonFinite, match="the loss became nan at step 3 of epoch 0 .*lr 0.001, gradient norm nan"):
         epoch_of(spoiled, batches(6), spoiled_at(3))
-    a, b = (plain(state.state_dict()) for state in (before, spoiled))
+    a, b = (to_builtin_types(state.state_dict()) for state in (before, spoiled))
     assert same(a["model"], b["model"]) and same(a["model_ema"], b["model_ema"]) and same(a["optimizer"], b["optimizer"])
 
 
@@ -498,7 +498,7 @@ def test_read_late_is_the_same_run(argv, monkeypatch):
         state = state_of(nano(), *argv, "--model-ema", "--model-ema-decay", 0.5, lr=2.0 ** -10)
         epoch_of(state, batches(7), accumulate=2, clip_grad=0.5)
         state.seconds = 0
-        states.append(plain(state.state_dict()))
+        states.append(to_builtin_types(state.state_dict()))
     assert same(*states)
 
 
@@ -713,7 +713,7 @@ def test_state_goes_through_a_file():
     assert {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "max_accuracy"} <= saved.keys()
     fresh = state_of(nano(seed=9), "--opt", "adamw", "--model-ema", dtype=torch.float16)
     fresh.load_state_dict(saved)
-    assert same(plain(fresh.state_dict()), plain(state.state_dict()))
+    assert same(to_builtin_types(fresh.state_dict()), to_builtin_types(state.state_dict()))
     state.results = {"model": {"acc1": 50.0, "acc5": 80.0, "images": 8, "data_set": "FOLDER", "split": "validation"}}
     state.position = 16         # within the next epoch its weights are others
     assert through_a_file(state)["results"] == {}
@@ -861,7 +861,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(argv):
     resumed, done = whole.resumed(*argv), len(whole.rates)
     whole.epochs(3)
     resumed.epochs(3)
-    assert same(plain(resumed.state.state_dict()), plain(whole.state.state_dict()))
+    assert same(to_builtin_types(resumed.state.state_dict()), to_builtin_types(whole.state.state_dict()))
     assert resumed.rates == whole.rates[done:] and len(set(whole.rates)) > 1
 
 

@@ -27,7 +27,7 @@ from vision_kan import kernels
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS
 from vision_kan.common.errors import UserError
-from vision_kan.common.text import plain
+from vision_kan.common.text import to_builtin_types
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION
 from vision_kan.config.recipes import dump_yaml
@@ -970,7 +970,7 @@ def test_the_optimizers_state_survives_a_file(opt, more, tmp_path):
     argv = ["--opt", opt, "--warmup-epochs", 0, *more]
     args, model, optimizer = gkan(*argv)
     weights = train(args, model, optimizer)
-    torch.save({"model": weights, "optimizer": plain(optimizer.state_dict())}, tmp_path / "c.pth")
+    torch.save({"model": weights, "optimizer": to_builtin_types(optimizer.state_dict())}, tmp_path / "c.pth")
     whole = train(args, model, optimizer, seed=1)
 
     args, model, optimizer = gkan(*argv)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from vision_kan.checkpoints.write import save_safetensors
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
-from vision_kan.common.text import plain, say
+from vision_kan.common.text import say, to_builtin_types
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION, parse_beside_main
 from vision_kan.config.parser import Parser
@@ -101,7 +101,7 @@ def run(argv: list[str]) -> int:
         say(conversion.table(errors))
     if not report.converted:
         raise UserError(f"nothing was converted: {own.source} holds no MLP that fits {own.model}; see the table above")
-    about = {"model_args": plain({"name": spec.name, "kwargs": spec.kwargs}),
+    about = {"model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}),
              "args": {key: getattr(config.args, key) for key in sorted(PREPARATION & config.sources.keys())}}
     if checkpoint.state.get("class_names"):
         about["class_names"] = checkpoint.state["class_names"]

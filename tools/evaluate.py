@@ -33,7 +33,7 @@ from torch import Tensor
 from engine import evaluate, summary
 from tools.common import add_model_arguments, loaders_of
 from vision_kan.common import peers
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.text import printable, to_json
 from vision_kan.config.flags import parse_beside_main
@@ -206,7 +206,7 @@ def draw_mistakes(mistakes: list[Mistake], names: list[str], args: Namespace) ->
 
 
 def save(figure: Figure, path: Path) -> None:
-    with whole(path) as temporary, warnings.catch_warnings():
+    with atomic_write(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")       # a script that the font does not have
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -254,7 +254,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes")
     own, flags = parse_beside_main(parser, argv)
     output = own.output or default_folder(own.checkpoint, own.weights)
-    with whole(output / "report.json") as file, plt.rc_context({"text.parse_math": False}):
+    with atomic_write(output / "report.json") as file, plt.rc_context({"text.parse_math": False}):
         trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
         loaders = loaders_of(trained)
         tally = Tally(len(trained.class_names))
@@ -265,7 +265,7 @@ def run(argv: list[str]) -> int:
         save(draw_confusion(tally, names), output / "confusion.png")
         save(draw_reliability(report["calibration"]), output / "reliability.png")
         save(draw_mistakes(tally.worst, names, trained.args), output / "mistakes.png")
-        with whole(output / "classes.csv") as table, open(table, "w", encoding="utf-8", newline="") as out:
+        with atomic_write(output / "classes.csv") as table, open(table, "w", encoding="utf-8", newline="") as out:
             rows = csv.DictWriter(out, list(report["classes"][0]), lineterminator="\n")
             rows.writeheader()
             rows.writerows(report["classes"])

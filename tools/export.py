@@ -42,9 +42,9 @@ from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
 from vision_kan.checkpoints.write import save_safetensors
 from vision_kan.common import peers
 from vision_kan.common.errors import TrainingFailed, UserError
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
-from vision_kan.common.text import plain, say, shown_size, to_json
+from vision_kan.common.text import say, shown_size, to_builtin_types, to_json
 from vision_kan.config.flags import PREPARATION, SCOPE, get_args_parser, parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters
@@ -70,7 +70,7 @@ def about(trained: Trained) -> dict[str, Any]:
     said = {key: trained.about[key] for key in ("class_names", "epoch", "versions") if trained.about.get(key) is not None}
     if trained.results:
         said["results"] = {"model": trained.results}        # the key that the weights have where this goes
-    return plain({"model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}, "args": flags, **said})
+    return to_builtin_types({"model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}, "args": flags, **said})
 
 
 def bare_model(trained: Trained) -> nn.Module:
@@ -234,7 +234,7 @@ def export(trained: Trained, target: Path, check: list[Path] | None = None) -> D
     check: image files, besides noise.
     Raises: UserError where that is not possible, TrainingFailed where the check fails: then nothing is left."""
     chosen = format_of(target)
-    with whole(target) as temporary:
+    with atomic_write(target) as temporary:
         chosen.write(trained, temporary)
         found = compare(trained.model, chosen.read(temporary, trained), check_batches(trained, check or []), chosen.exact)
         if not found.fits(chosen.exact):
@@ -254,7 +254,7 @@ def model_card(trained: Trained) -> str:
     name, suffix = trained.spec.name, models_kan.split_name(trained.spec.name)[1]
     data = _one_word(str(flags.get("data_set") or "unknown"))
     default = get_args_parser().get_default
-    recipe = {key: value for key, value in flags.items() if SCOPE[key] != "model" and value != plain(default(key))}
+    recipe = {key: value for key, value in flags.items() if SCOPE[key] != "model" and value != to_builtin_types(default(key))}
     started = trained.about.get("args", {}).get("finetune")
 
     held = {"model": "trained weights", "model_ema": "moving average"}
@@ -320,7 +320,7 @@ def _one_word(text: str) -> str:
 
 
 def _yaml(content: dict[str, Any]) -> str:
-    return yaml.safe_dump(plain(content), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(to_builtin_types(content), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _block(language: str, text: str) -> str:

@@ -33,7 +33,7 @@ from vision_kan.analysis.measures import DEAD_GAIN, LayerStats, measure
 from vision_kan.analysis.training_log import off_grid_warning, wide_grid_note
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import validation_images
@@ -254,10 +254,10 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
             f"{prefix}attention_{number}.png": figure for number, figure in enumerate(found.attention, 1)}
         pictures.append({name: png(figure, dpi=90) for name, figure in figures.items()})
     for name, content in (item for drawn in pictures for item in drawn.items()):
-        with whole(folder / name) as file:
+        with atomic_write(folder / name) as file:
             file.write_bytes(content)
     report = folder / "report.html"
-    with whole(report) as file:
+    with atomic_write(report) as file:
         file.write_text(page(columns, pictures), encoding="utf-8", errors="replace")
     return report
 

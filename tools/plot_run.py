@@ -19,7 +19,7 @@ from vision_kan.analysis.drawing import draw_functions, png
 from vision_kan.checkpoints.read import CHECKPOINT
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import validation_images
@@ -88,7 +88,7 @@ def plot_runs(folders: list[Path], picture: Path, arriving: bool = False) -> Pat
         draw_curve(figure.add_subplot(rows, 2, place), logs, key, label, dashed)
     for place, (name, layer) in enumerate(shown, 3):
         draw_functions(figure.add_subplot(rows, 2, place), name, layer, inputs.get(name))
-    with whole(picture) as file:
+    with atomic_write(picture) as file:
         file.write_bytes(png(figure, dpi=110))
     return picture
 

@@ -25,7 +25,7 @@ import torch
 from tools.common import add_model_arguments
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.text import printable, to_json
 from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
@@ -108,7 +108,7 @@ def run(argv: list[str]) -> int:
     kind = own.format or (ending if ending in FORMATS else "table")
     files = image_files(own.places)
     with ExitStack() as stack:
-        temporary = stack.enter_context(whole(own.output)) if own.output else None     # before the work, which may be long
+        temporary = stack.enter_context(atomic_write(own.output)) if own.output else None     # before the work, which may be long
         with redirect_stdout(sys.stderr):       # on stdout are the predictions alone
             trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
         pictures = Pictures(files, trained.args, own.batch_size)

@@ -38,9 +38,9 @@ from vision_kan.analysis.pruning.rank import random_order
 from vision_kan.checkpoints.write import save_pth, save_safetensors
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
-from vision_kan.common.text import plain, say
+from vision_kan.common.text import say, to_builtin_types
 from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import Loaders
@@ -139,9 +139,10 @@ def save(model: nn.Module, spec: ModelSpec, trained: Trained, loaders: Loaders, 
     """The checkpoint, .pth or .safetensors, whole or not at all."""
     options = {key: spec.kwargs[key] for key in KAN_OPTIONS if key in spec.kwargs}
     about: dict[str, Any] = {
-        "model_args": plain({"name": spec.name, "kwargs": spec.kwargs}), "class_names": loaders.class_names,
-        "args": plain({**trained.about.get("args", {}), "model": spec.name, "input_size": trained.args.input_size, **options,
-                       "data_set": loaders.data_set, "nb_classes": loaders.nb_classes}), "versions": versions()}
+        "model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}), "class_names": loaders.class_names,
+        "args": to_builtin_types({**trained.about.get("args", {}), "model": spec.name, "input_size": trained.args.input_size,
+                                  **options, "data_set": loaders.data_set, "nb_classes": loaders.nb_classes}),
+        "versions": versions()}
     if target.suffix == ".safetensors":
         save_safetensors(model.state_dict(), about, target)
     else:
@@ -164,10 +165,10 @@ def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Pa
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend()
-    with whole(target) as place, open(place, "w", encoding="utf-8", newline="") as file:
+    with atomic_write(target) as place, open(place, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Measured._fields, *(
             [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)])
-    with whole(picture) as place:
+    with atomic_write(picture) as place:
         figure.savefig(place, dpi=110, format="png")
     plt.close(figure)
     return picture

@@ -29,7 +29,7 @@ from matplotlib import pyplot as plt
 from tools.plot_run import draw_curve, names_of, read_log
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say
 from vision_kan.config.flags import SCOPE
 from vision_kan.config.parser import Parser
@@ -220,7 +220,7 @@ def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
     handles, labels = axes[1].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4), fontsize=8)
-    with whole(picture) as file:
+    with atomic_write(picture) as file:
         figure.savefig(file, dpi=110, format="png")
     plt.close(figure)
 
@@ -239,7 +239,7 @@ def run(argv: list[str]) -> int:
     say(table(runs, names))
     picture = own.output or own.folders[0] / "runs.png"
     if own.csv:
-        with whole(own.csv) as file:
+        with atomic_write(own.csv) as file:
             file.write_text(sheet(runs, names), encoding="utf-8")
         say(own.csv)
     plot(runs, names, picture)

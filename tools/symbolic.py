@@ -39,9 +39,9 @@ from vision_kan.analysis.symbolic import Learned, find_formulas, with_fitted_bas
 from vision_kan.checkpoints.write import save_safetensors
 from vision_kan.common import peers
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import whole
+from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
-from vision_kan.common.text import plain, say, to_json
+from vision_kan.common.text import say, to_builtin_types, to_json
 from vision_kan.config.flags import SCOPE, parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.workers import batches
@@ -54,8 +54,9 @@ def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) 
     `main.py --eval` reads; returns the table of the three."""
     loaders, process = loaders_of(trained), Process(device=trained.device)
     fitted, fits = with_fitted_basis(trained.model, found)
-    about = {"model_args": plain({"name": trained.spec.name, "kwargs": trained.spec.kwargs}),
-             "args": plain({dest: value for dest, value in vars(trained.args).items() if SCOPE[dest] in ("model", "data")})}
+    about = {"model_args": to_builtin_types({"name": trained.spec.name, "kwargs": trained.spec.kwargs}),
+             "args": to_builtin_types({dest: value for dest, value in vars(trained.args).items()
+                                       if SCOPE[dest] in ("model", "data")})}
     if trained.about.get("class_names"):
         about["class_names"] = trained.about["class_names"]
     lines = [summary(f"{title:17}", evaluate(model, loaders.val, process)) for title, model in (
@@ -139,9 +140,9 @@ def report(found: Sequence[Learned], folder: Path) -> None:
     texts = {".txt": table(found) + "\n", ".csv": sheet.getvalue(), ".json": to_json(records, indent=1) + "\n",
              ".tex": latex_table(found)}
     for suffix, text in texts.items():
-        with whole(folder / f"formulas{suffix}") as file:
+        with atomic_write(folder / f"formulas{suffix}") as file:
             file.write_text(text, encoding="utf-8")
-    with whole(folder / "formulas.png") as file:
+    with atomic_write(folder / "formulas.png") as file:
         draw(found, file)
 
 

@@ -1,4 +1,4 @@
-"""Files from URLs: kept whole and checked, or not at all. A server may be slow, lie, break off or send elsewhere."""
+"""Files from URLs: kept complete and checked, or not at all. A server may be slow, lie, break off or redirect."""
 import hashlib
 import logging
 import os
@@ -32,16 +32,16 @@ def is_url(location: str) -> bool:
 
 
 def quiet_hub() -> None:
-    """Let the Hub's client not tell of each of its retries."""
+    """Silence the Hub client's message on each retry."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def fetch(location: str) -> Path:
-    """A local path for `location`: a file or folder, a URL that is downloaded once, whole or not at all, or timm's
-    `hf-hub:OWNER/NAME[@REVISION]`, a model's folder out of the Hub's cache, and `local-dir:FOLDER`.
+    """A local path for `location`: a file or folder; a URL, which is downloaded once; or, as timm writes them,
+    `hf-hub:OWNER/NAME[@REVISION]`, a model's folder in the Hub's cache, and `local-dir:FOLDER`.
 
-    DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked whenever the file is
-    used. A file without must be a whole checkpoint to be kept: a server need not say how long it is."""
+    DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked at every use. A file without
+    them is kept only if it can be read as a checkpoint, since a server may not announce its length. Raises UserError."""
     if location.startswith(HUB):
         return _from_hub(location)
     if location.startswith(LOCAL):
@@ -55,12 +55,12 @@ def fetch(location: str) -> Path:
     name = Path(url.path).name[-150:]
     found = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", name)
     digest = found.group(1) if found else ""
-    # no hash in the name: two servers may offer different files under one name
+    # without a hash two servers may offer different files under one name
     target = folder / (name if digest else f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}")
     if target.is_file():
         if _sha256(target).startswith(digest):
             return target
-        say(f"warning: {target} is damaged: its SHA-256 is not that of its name, so it is downloaded again", file=sys.stderr)
+        say(f"warning: {target} is damaged: its SHA-256 is not the one in its name, so it is downloaded again", file=sys.stderr)
     say(f"downloading {location} to {target}")
     try:
         _download(location, target, digest)
@@ -92,14 +92,14 @@ def _from_hub(location: str) -> Path:
 
 
 def _download(location: str, target: Path, digest: str) -> None:
-    """`torch.hub.download_url_to_file` would keep what comes before a connection breaks off."""
-    with _Disk(location, target.parent):
+    """Not by `torch.hub.download_url_to_file`, which keeps half a file when the connection breaks off."""
+    with _local_write(location, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, handle = _partial(target)
     try:
         with os.fdopen(handle, "wb") as file:
             _Transfer(location, file, target.parent).finish()
-            with _Disk(location, target.parent):
+            with _local_write(location, target.parent):
                 os.chmod(temporary, 0o644)
                 file.flush()
                 os.fsync(handle)
@@ -110,7 +110,7 @@ def _download(location: str, target: Path, digest: str) -> None:
 
 
 def _partial(target: Path) -> tuple[Path, int]:
-    """A new file beside the target, locked while this process lives; those of processes that were killed are removed."""
+    """A new file beside the target, locked while this process lives. Removes those that killed processes have left."""
     for leftover in target.parent.glob(f"{re.sub(r'[][*?]', '?', target.name)}.*.partial{target.suffix}"):
         if fcntl:
             try:
@@ -126,7 +126,7 @@ def _partial(target: Path) -> tuple[Path, int]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:     # a file system without locks
                 pass
-        if os.path.exists(name):        # nobody took it for a leftover before it was locked
+        if os.path.exists(name):        # another process may have removed it as a leftover before it was locked
             return Path(name), handle
         os.close(handle)
 
@@ -150,8 +150,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Disk:
-    """What fails inside is not the connection's fault."""
+class _local_write:
+    """An OSError inside is the disk's fault, not the connection's: raised as a UserError."""
 
     def __init__(self, location: str, folder: Path):
         self.location, self.folder = location, folder
@@ -166,8 +166,8 @@ class _Disk:
 
 
 class _Transfer(Thread):
-    """The download in a thread of its own: wherever it waits, in names, connections, headers or a trickle of bytes, the
-    main thread sees that nothing comes."""
+    """The download in a thread of its own, so that the main thread notices a stall wherever it occurs: in name lookup,
+    connection, headers or a trickle of bytes."""
 
     def __init__(self, location: str, file: BinaryIO, folder: Path):
         super().__init__(daemon=True)
@@ -181,7 +181,7 @@ class _Transfer(Thread):
             request = Request(self.location, headers={"User-Agent": "torch.hub"})
             with build_opener(_Redirects).open(request, timeout=STALL_S) as response:
                 while (chunk := response.read1(2 ** 16)) and not self.given_up:
-                    with _Disk(self.location, self.folder):
+                    with _local_write(self.location, self.folder):
                         self.file.write(chunk)
                     self.received += len(chunk)
                 self.missing = response.length      # counts down from Content-Length, None without one
@@ -189,7 +189,7 @@ class _Transfer(Thread):
             self.failure = error
 
     def finish(self) -> None:
-        """Until everything is written. Raises UserError, OSError, HTTPException or ValueError."""
+        """Returns when everything is written. Raises UserError, OSError, HTTPException or ValueError."""
         self.start()
         before = 0
         while True:

@@ -12,13 +12,13 @@ from vision_kan.common.text import one_or_two
 
 
 def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
-    """Keys of released Vision-KAN, DeiT and DeiT-III files, or of a wrapped model -> ours.
+    """Rename the keys of released Vision-KAN, DeiT and DeiT-III files, or of a wrapped model, to ours.
 
-    The original kept an unused MLP beside each KAN: it is left behind.
+    The original kept an unused MLP beside each KAN, which is dropped.
 
     Args:
-        own: the keys of the model that takes the weights, where it is known. One that it has is right as it is: CaiT and BEiT,
-            for instance, call `gamma_1` what DeiT-III's own files call so and timm's DeiT-III `ls1.gamma`."""
+        own: the keys of the model that takes the weights, if known; these are never renamed. CaiT and BEiT, for instance, have a
+            `gamma_1` of their own, which in DeiT-III's files is timm's `ls1.gamma`."""
     inside, outside = unwrapped(state)
     state = outside | inside
     released = any(".kan.layers." in key for key in state)
@@ -33,7 +33,7 @@ def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str
 
 
 def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook for loading weights into a model of this project; an MLP's, too, into a group KAN."""
+    """timm's hook for loading weights into a model of this project; an MLP's weights fit a group KAN, too."""
     own = model.state_dict()
     state = rename_keys(state, own)
     if not any(".mlp.phi" in key for key in state):
@@ -42,16 +42,17 @@ def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     return checkpoint_filter_fn(state, model)       # type: ignore[arg-type]  # VisionTransformer's kin
 
 
-# What other programs call the weights, and their average; DINO's teacher is the one that is used.
+# The keys of other programs for the weights and for their average; of DINO's two models the teacher is the one to use.
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "teacher", "student", "module", "net")
 _AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
-# What wraps the names of a model's tensors: DataParallel, torch.compile, Lightning, DINO, lightly. In this order: where a file
-# has a model and the teacher that it learns from, the model is meant.
+# Prefixes of DataParallel, torch.compile, Lightning, DINO and lightly. The order matters: of a model and the teacher that it
+# learned from, the model is taken.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "teacher.", "student.", "backbone.", "net.", "timm_model.")
 
 
 def unwrapped(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A model's tensors without what wraps their names, and those that lay outside of it (a loss's, a projection head's)."""
+    """A model's tensors with those prefixes removed from their names, and the tensors outside the model (of a loss, a projection
+    head)."""
     inside, outside = dict(state), dict[str, torch.Tensor]()
     while True:
         wrapper = next((w for w in _WRAPPERS if 3 * sum(str(key).startswith(w) for key in inside) >= len(inside) > 0), None)

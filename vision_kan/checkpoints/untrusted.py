@@ -1,10 +1,10 @@
-"""Reads files of strangers: PyTorch's .pth (zip and legacy) and .safetensors. None of their code runs, and nothing takes
-more memory than the file's own length allows.
+"""Reads untrusted files: PyTorch's .pth (zip and legacy) and .safetensors. None of their code runs, and memory is bounded by
+the length of the file.
 
-`torch.load(weights_only=True)` and safetensors do the reading. The former runs no code, but lets a file take what memory and
-time it likes: `bytearray(10**11)`, a compressed record, four bytes that a stride of 0 repeats a trillion times, a tensor whose
-shape makes its storage grow, a tuple of tuples as a key. So the instructions of a .pth are played through before, with words
-instead of objects.
+`torch.load(weights_only=True)` and safetensors do the reading. torch.load runs no code, but a file can make it use any amount of
+memory and time: by `bytearray(10**11)`, a compressed record, four bytes that a stride of 0 repeats a trillion times, a tensor
+whose shape makes its storage grow, a tuple of tuples as a key. So `check_pickle` goes through the instructions of a .pth first,
+with names in place of objects.
 """
 import json
 import math
@@ -93,7 +93,7 @@ def _vet_zip(file: BinaryIO, size: int) -> None:
             if found != nbytes:
                 raise ValueError(f"storage {key} has {found} bytes where {nbytes} are declared")
 
-        _play(BytesIO(archive.read(f"{root}/data.pkl")), whole)
+        check_pickle(BytesIO(archive.read(f"{root}/data.pkl")), whole)
         damaged = archive.testzip()         # torch.load leaves the checksums that torch.save wrote unread
         if damaged:
             raise ValueError(f"its record {damaged} is damaged")
@@ -111,11 +111,11 @@ def _vet_legacy(file: BinaryIO, size: int) -> None:
             raise ValueError("it declares more values than it has")
 
     for storage in (none, none, none, fits, none):
-        _play(file, storage)
+        check_pickle(file, storage)
 
 
 # ---------------------------------------------------------------- the pickle
-class _Word(NamedTuple):
+class _Global(NamedTuple):
     """A name, `module attribute`, that a pickle would import."""
     name: str
 
@@ -130,7 +130,7 @@ class _Storage(NamedTuple):
     dtype: torch.dtype
 
 
-_OTHER = object()       # a value that tells nothing more
+_OTHER = object()       # any other value: only its place matters
 _LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
 _OTHERS = ("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST")
 _FIXED = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -172,21 +172,22 @@ def _windows_path(*parts: str) -> str:
     return str(PureWindowsPath(*parts))
 
 
-# Plain values that launchers and loops leave in a file's flags. A stand-in makes each anew, whatever this machine has.
+# Types that launchers and training loops leave in a file's flags. A stand-in creates each value, on any operating system.
 _STAND_INS: list[tuple[Callable, str]] = [
     (_NumpyType, "numpy.dtype"),
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_windows_path if "Windows" in name else _posix_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
       for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"))]
-# What a pickle may call. Each makes a new plain value of its arguments, no larger than they are.
+# What a pickle may call. Each creates a value no larger than its arguments.
 _CALLED = (*_TENSORS, "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state", "argparse Namespace",
            "collections OrderedDict", "collections Counter", "torch Size", "torch device", "_codecs encode",
            "__builtin__ set", "builtins set", *(" ".join(name.rsplit(".", 1)) for _, name in _STAND_INS))
 
 
-def _play(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
-    """Goes through a pickle's instructions and makes nothing. Raises where they are none of torch.save's, or would make
-    something that the file does not hold. storage: called with the name and bytes of each storage that is referred to."""
+def check_pickle(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
+    """Go through a pickle's instructions without creating any object. Raises an exception for an instruction that torch.save
+    never writes, and for one that would create more than the file holds. storage: called with the name and bytes of each storage
+    that is referred to."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -216,7 +217,7 @@ def _play(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[value])
         elif name == "GLOBAL":
-            stack.append(_word(value))
+            stack.append(_global(value))
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "TUPLE" or name in _FIXED:
@@ -228,10 +229,10 @@ def _play(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
                 if type(key) not in (str, int):
                     raise ValueError("a dictionary has a key that is neither text nor a number")
         elif name in ("REDUCE", "NEWOBJ"):
-            word, arguments = taken(2)
-            if type(word) is not _Word or type(arguments) is not _Tuple or word.name not in _CALLED:
-                raise ValueError("it calls what is no function")
-            if word.name in _TENSORS:
+            function, arguments = taken(2)
+            if type(function) is not _Global or type(arguments) is not _Tuple or function.name not in _CALLED:
+                raise ValueError("it calls something that is not a function")
+            if function.name in _TENSORS:
                 _check_tensor(*arguments.items)
             stack.append(_OTHER)
         elif name == "BUILD":
@@ -241,12 +242,12 @@ def _play(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
         elif name in _IMPORTING:
             raise Foreign(value if type(value) is str else name)
         elif name not in ("PROTO", "STOP"):
-            raise ValueError(f"the instruction {name} is none of torch.save's")
+            raise ValueError(f"torch.save never writes the instruction {name}")
 
 
-def _word(text: str) -> _Word:
+def _global(text: str) -> _Global:
     if text in _CALLED or text in _DTYPES or text in _STORAGES:
-        return _Word(text)
+        return _Global(text)
     if text.startswith("torch._utils _rebuild_"):
         raise ValueError(f"it holds a tensor that is not dense, {text.split(' ')[1]}")
     raise Foreign(text.replace(" ", "."))
@@ -262,9 +263,9 @@ def _tuple(items: list[Any]) -> _Tuple:
 def _storage(described: _Tuple, storage: Callable[[str, int], None]) -> _Storage:
     """('storage', kind, key, device, n[, view]): where a tensor's values are."""
     what, kind, key, _, count, *view = described.items
-    if what != "storage" or type(kind) is not _Word or kind.name not in _STORAGES or type(key) is not str or \
+    if what != "storage" or type(kind) is not _Global or kind.name not in _STORAGES or type(key) is not str or \
             type(count) is not int or count < 0:
-        raise ValueError("it refers to something that is no tensor's storage")
+        raise ValueError("it refers to something other than a tensor's storage")
     dtype = _STORAGES[kind.name]
     storage(key, count * dtype.itemsize)
     if view and type(view[0]) is _Tuple:        # the legacy layout: a name, the first value, how many
@@ -276,12 +277,12 @@ def _storage(described: _Tuple, storage: Callable[[str, int], None]) -> _Storage
 
 
 def _check_tensor(storage: _Storage, offset: int, shape: _Tuple, stride: _Tuple, requires_grad: Any = None, hooks: Any = None,
-                  dtype: _Word | None = None, attributes: Any = None) -> None:
+                  dtype: _Global | None = None, attributes: Any = None) -> None:
     """Whether it lies within its storage, and has no more values than that."""
     numbers = [offset, *shape.items, *stride.items]
     if any(type(number) is not int or not 0 <= number < 2 ** 48 for number in numbers) or len(shape.items) != len(stride.items):
-        raise ValueError("a tensor's shape is no shape")
-    has = storage.nbytes // (_DTYPES[dtype.name] if type(dtype) is _Word else storage.dtype).itemsize
+        raise ValueError("a tensor has an impossible shape")
+    has = storage.nbytes // (_DTYPES[dtype.name] if type(dtype) is _Global else storage.dtype).itemsize
     count = math.prod(shape.items)
     last = offset + sum((n - 1) * step for n, step in zip(shape.items, stride.items)) if count else 0
     if count > has or count and last >= has:
@@ -290,7 +291,7 @@ def _check_tensor(storage: _Storage, offset: int, shape: _Tuple, stride: _Tuple,
 
 # ---------------------------------------------------------------- the values
 class _Tree:
-    """Copies what a file describes, where the same list may stand in many places or in itself, into a tree of bounded size.
+    """Copies a file's content, in which one list may occur in many places or in itself, into a tree of bounded size.
 
     size: bytes of the file."""
 
@@ -321,7 +322,7 @@ class _Tree:
         if type(value) is int and value.bit_length() > 64:
             raise ValueError(f"{path} is a number of {value.bit_length()} bits")
         if type(value) not in (str, int, float, bool, type(None), bytes):
-            raise ValueError(f"{path or 'it'} is no plain value")
+            raise ValueError(f"{path or 'it'} is not a plain value")
         return value
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Checkpoints as they are written and kept."""
+"""Checkpoints are written and rotated here."""
 import errno
 import os
 import re
@@ -15,13 +15,13 @@ from safetensors.torch import save_file
 from vision_kan.checkpoints import untrusted
 from vision_kan.checkpoints.read import BEST, CHECKPOINT, PREVIOUS
 from vision_kan.common.errors import one_line
-from vision_kan.common.files import sync_folder, whole
+from vision_kan.common.files import atomic_write, replacing, sync_folder
 from vision_kan.common.text import to_json
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, newest first: checkpoint.pth, checkpoint_previous.pth,
-    checkpoint_previous_2.pth and so on, then the best ones, which may be of any epoch. Gaps are allowed."""
+    checkpoint_previous_2.pth and so on, then the best ones, which may be of any epoch. Some may be missing."""
     stem = Path(PREVIOUS).stem
     numbered = {int(match.group(1)): path for path in folder.glob(f"{stem}_*.pth")
                 if (match := re.fullmatch(rf"{stem}_([1-9]\d{{0,8}})\.pth", path.name))}
@@ -32,8 +32,8 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 # ---------------------------------------------------------------- writing checkpoints
 def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = (), keep: int = 2) -> None:
-    """Write `checkpoint.pth`, keep the `keep` - 1 before under the names of `saved_checkpoints`, and give the new file
-    the names in `also`. A kill or a full disk at any moment leaves the earlier files whole. Raises OSError."""
+    """Write `checkpoint.pth`, keep the `keep` - 1 before it under the names of `saved_checkpoints`, and link the new file to the
+    names in `also`. The earlier files stay intact if the process is killed or the disk fills up. Raises OSError."""
     path = folder / CHECKPOINT
     handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
     try:
@@ -55,19 +55,19 @@ def _dump(checkpoint: dict[str, Any], file: BinaryIO) -> None:
     try:
         torch.save(checkpoint, file)
     except RuntimeError as error:       # torch's zip writer hides the reason
-        raise OSError(errno.ENOSPC, f"writing failed ({str(error).splitlines()[0][:80]})") from error
+        raise OSError(errno.ENOSPC, f"writing failed ({one_line(error, 80)})") from error
 
 
 def save_pth(checkpoint: dict[str, Any], target: Path) -> None:
-    """One checkpoint under a name of its own, whole or not at all. Raises UserError where it cannot be written."""
-    with whole(target) as place, open(place, "wb") as file:
+    """One checkpoint under any name, complete or not at all. Raises UserError if it cannot be written."""
+    with atomic_write(target) as place, open(place, "wb") as file:
         _dump(checkpoint, file)
 
 
 def save_safetensors(state: Mapping[str, torch.Tensor], about: Mapping[str, Any], target: Path) -> None:
-    """Weights as .safetensors, with what a checkpoint says beside them (plain values) in the metadata, whole or not at all.
-    `load_file` gives both back."""
-    with whole(target) as temporary:
+    """Weights as .safetensors, with the checkpoint's other entries `about` (built-in types) in the metadata, complete or not at
+    all. `load_file` reads both back. Raises UserError if it cannot be written."""
+    with atomic_write(target) as temporary:
         try:
             save_file({key: value.contiguous() for key, value in state.items()}, temporary,
                       metadata={"format": "pt", untrusted.SAFETENSORS_KEY: to_json(about)})
@@ -77,8 +77,8 @@ def save_safetensors(state: Mapping[str, torch.Tensor], about: Mapping[str, Any]
 
 
 def _age(folder: Path, keep: int) -> None:
-    """Each of the last checkpoints takes the name of the one before it; those beyond `keep` go. `checkpoint.pth` stays
-    in place until it is replaced, so that at every moment each name holds a whole file."""
+    """Rename each of the last checkpoints to the next older name, and remove those beyond `keep`. `checkpoint.pth` stays in place
+    until it is replaced, so that each name holds a complete file at every moment."""
     stem = Path(PREVIOUS).stem
     names = [CHECKPOINT, PREVIOUS, *(f"{stem}_{number}.pth" for number in range(2, keep))][:keep]
     for newer, older in zip(names[-2::-1], names[:0:-1]):
@@ -90,14 +90,9 @@ def _age(folder: Path, keep: int) -> None:
 
 
 def _link(source: str | Path, target: Path) -> None:
-    """A second name for a file, put in place in one step; a copy where the file system has no links."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
+    """A second name for a file, in one step; a copy where the file system has no links."""
+    with replacing(target) as place:
         try:
-            os.link(source, temporary)
+            os.link(source, place)
         except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            shutil.copyfile(source, place)

@@ -1,7 +1,5 @@
 """Errors whose text is for the user, and exit codes."""
 
-
-
 # 75 is EX_TEMPFAIL of sysexits.h, "try again": stopped from outside, with everything kept that a resume needs.
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_PREEMPTED = 1, 2, 75
 
@@ -13,7 +11,7 @@ class UserError(Exception):
 
 
 class UnreadableData(UserError):
-    """So many images in a row cannot be read that going on makes no sense, or a stream is not what it is said to be."""
+    """Too many consecutive images cannot be read, or a stream is not what it is said to be."""
 
     # Not in datasets.py, where it is raised: loader processes send it by its module's name, which may have come to mean Hugging
     # Face's package.
@@ -35,7 +33,8 @@ class Preempted(Exception):
         self.exit_code = exit_code
 
 
-def one_line(error: BaseException) -> str:
-    """An error's first line, of characters that a terminal prints as they are."""
-    line = (str(error).splitlines() or [type(error).__name__])[0][:150]
-    return "".join(c if c.isprintable() else "?" for c in line)
+def one_line(error: BaseException | str, most: int = 150, line: int = 0) -> str:
+    """One line of an error's message or of a text, by default the first, of printable characters; the error's type where it has
+    no message. most: characters."""
+    lines = str(error).strip().splitlines() or ["" if isinstance(error, str) else type(error).__name__]
+    return "".join(c if c.isprintable() else "?" for c in lines[line].strip()[:most])

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear complete or not at all."""
 import errno
 import os
 import shutil
@@ -11,9 +11,10 @@ from vision_kan.common.errors import UserError
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A place of the same name beside `target` for a file or a folder, which becomes `target` where the block ends well; else
-    nothing is left of it. Raises UserError where the disk does not allow it, or a folder that holds something is in the way."""
+def atomic_write(target: Path) -> Iterator[Path]:
+    """A path for the block to write a file or a folder to; it becomes `target` if the block succeeds, else nothing is left of it.
+    It has the same name, in a temporary folder beside `target`. Raises UserError for any OSError inside, and if `target` is a
+    folder that is not empty."""
     temporary = None
     try:
         if target.is_dir() and any(target.iterdir()):
@@ -28,6 +29,27 @@ def whole(target: Path) -> Iterator[Path]:
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """The same for one file of a run: the temporary name is always the same, so that a kill leaves at most one such file, which
+    the next write removes. Raises OSError."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """`replacing` with a text in UTF-8, on the disk before it has its name. Raises OSError."""
+    with replacing(target) as place, open(place, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

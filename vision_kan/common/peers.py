@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from vision_kan.common import console
-from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
+from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError, one_line
 from vision_kan.common.process import Process, choose_device, world_size_of_launch
 
 LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|socket")
@@ -40,7 +40,7 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
         raise UserError(f"process 0 of {world_size}, which keeps the address {error}, did not come within --dist-timeout "
                         f"{timeout:g} s: check its log and its machine, MASTER_ADDR, MASTER_PORT and the firewall") from None
     except (RuntimeError, ValueError, OSError, KeyError) as error:
-        reason = f"{error} is not set" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        reason = f"{error} is not set" if isinstance(error, KeyError) else one_line(error)
         raise _cannot_meet(url, world_size, reason) from error
     missing = list(range(world_size))
     while True:
@@ -206,7 +206,7 @@ class Peers:
             self.look()
             reason = self.missing(silence)
             time.sleep(self.interval / 4)
-        reason = reason or f"the connection to the other processes was lost ({str(error).splitlines()[0][:150]})"
+        reason = reason or f"the connection to the other processes was lost ({one_line(error)})"
         return TrainingFailed(reason + KEPT)
 
     # ---- the thread
@@ -258,7 +258,7 @@ def init_process(device_name: str, dist_url: str = "env://", timeout: float = 60
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
                                 rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + MARGIN_S))
     except (RuntimeError, ValueError, OSError) as error:
-        raise _cannot_meet(dist_url, world_size, str(error).splitlines()[0]) from error
+        raise _cannot_meet(dist_url, world_size, one_line(error)) from error
     return Process(rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), device)
 
 
@@ -322,7 +322,7 @@ def _leave(code: int, text: str = "", reason: str = "", together: bool = False) 
         if together:
             _peers.close()
         else:
-            _peers.leave((reason or text.partition(": ")[2]).splitlines()[0])
+            _peers.leave(one_line(reason or text.partition(": ")[2], 1000))
         _peers = None
     if not alone:
         dist.destroy_process_group()

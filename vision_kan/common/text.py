@@ -40,13 +40,13 @@ def shown_size(size: int | Sequence[int], between: str = " ") -> str:
     return between.join(map(str, [size] if isinstance(size, int) else size))
 
 
-def plain(value: Any) -> Any:
-    """`value` with tuples, mappings and numpy numbers as plain types, so that any program loads a checkpoint
-    with `torch.load(weights_only=True)` and no allow-list."""
+def to_builtin_types(value: Any) -> Any:
+    """`value` with tuples, mappings and numpy numbers as Python's built-in types: any program can load such a checkpoint with
+    `torch.load(weights_only=True)` and no allow-list."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_builtin_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_builtin_types(item) for item in value]
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, (torch.Tensor, str, int, float, bool, type(None))):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.config.checks import _FLOAT, _INT
 from vision_kan.config.flags import ONE_SHOT, SCOPE, flags_by_dest
 from vision_kan.config.parser import (
@@ -93,8 +93,7 @@ def load_recipe(path: str) -> dict:
         raise UserError(f"{named}{where}: not a recipe in plain YAML ({on_one_line(str(e.problem))})") from None
     # the last four: what PyYAML meets after a tag on a value of another kind, such as !!int ''
     except (yaml.YAMLError, ValueError, RecursionError, IndexError, KeyError, AttributeError, TypeError) as e:
-        first_line = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{named}: not a recipe in plain YAML ({on_one_line(first_line)})") from None
+        raise UserError(f"{named}: not a recipe in plain YAML ({one_line(e)})") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{named}: a recipe is a list of 'flag: value' lines, not {describe_value(recipe)}")
     flags = flags_by_dest()

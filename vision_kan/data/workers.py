@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 
 from torch.utils.data import DataLoader
 
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.interruption import STOPPING
 
 
@@ -118,5 +118,5 @@ _MACHINE = {
 
 def machine_sentence(error: Exception) -> str | None:
     """What helps where the error is the machine's and not the program's, else None."""
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]     # a worker's error comes with its whole traceback
+    text = one_line(f"{type(error).__name__}: {error}", 1000, line=-1)      # a worker's error comes with its whole traceback
     return next((sentence for pattern, sentence in _MACHINE.items() if re.search(pattern, text)), None)

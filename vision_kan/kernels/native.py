@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_kan.common.errors import one_line
 from vision_kan.kernels.basis import MAX_POINTS, pair_constants
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -54,7 +55,7 @@ def library(points: int, base: str | None = None) -> ctypes.CDLL | None:
     try:
         found = _load(command, points, base)
     except (OSError, subprocess.SubprocessError) as error:
-        _without(f"{command} could not build them ({str(error).strip().splitlines()[-1][:200]})")
+        _without(f"{command} could not build them ({one_line(error, 200, line=-1)})")
         return None
     pointer: Any = ctypes.c_void_p      # lists of these hold several types
     integer, long, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models_kan import _TWINS, FEED_FORWARDS, SIZES, ModelSpec
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.layouts import rename_keys
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import one_or_two
 from vision_kan.layers.feed_forward import MLP
 
@@ -106,7 +106,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise UserError(f"{what} does not fit the model: {str(error).splitlines()[-1].strip()}: check --kan-grid-range "
+        raise UserError(f"{what} does not fit the model: {one_line(error, 300, line=-1)}: check --kan-grid-range "
                         "and --kan-grid-points") from error
 
 

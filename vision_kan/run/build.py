@@ -15,7 +15,7 @@ from models_kan import KAN_OPTIONS, ModelSpec
 from vision_kan import kernels
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.common.errors import UserError, one_line
-from vision_kan.common.text import one_or_two, plain, printable, say, shown_size
+from vision_kan.common.text import one_or_two, printable, say, shown_size, to_builtin_types
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import flag_name, get_args_parser
 from vision_kan.config.resolve import Config, parse_args
@@ -223,8 +223,8 @@ def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: to
 
 def description(config: Config, spec: ModelSpec, loaders: Loaders) -> dict[str, Any]:
     """What a checkpoint says of itself beside the state: flags, architecture, classes, versions; plain types."""
-    return {"args": plain({**vars(config.args), "nb_classes": loaders.nb_classes}),
-            "model_args": plain({"name": spec.name, "kwargs": spec.kwargs}),
+    return {"args": to_builtin_types({**vars(config.args), "nb_classes": loaders.nb_classes}),
+            "model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}),
             "class_names": loaders.class_names, "versions": versions()}
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder: log lines, TensorBoard events, flags, versions, checkpoints."""
+"""A run's output folder: log lines, TensorBoard events, flags, versions, checkpoints."""
 import datetime
 import errno
 import json
@@ -26,6 +26,7 @@ from vision_kan.checkpoints.write import save_checkpoint, saved_checkpoints
 from vision_kan.common import console, peers
 from vision_kan.common.console import EXIT_INTERRUPTED
 from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
+from vision_kan.common.files import write_text
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, to_json
 from vision_kan.run import tracking
@@ -61,14 +62,14 @@ class RunFolder:
     """`log.txt` (a JSON object a line), TensorBoard events, `args.yaml` and `run.yaml` of one run; the checkpoints
     are beside them. Does nothing without a folder and on ranks other than 0.
 
-    A write that fails (disk full, folder gone) is told once a time and does not end the training:
-    `failed` holds the last reason until a later write succeeds.
+    A failed write (disk full, folder gone) gives a warning and does not end the training: `failed` holds the last reason until a
+    checkpoint is written.
 
-    `status.json` says how the run stands, since torchrun hides its exit code: {"state": "running" | "finished" |
+    `status.json` is the state of the run, since torchrun hides its exit code: {"state": "running" | "finished" |
     "preempted" | "failed", "epoch", "step", "reason", "exit_code", "processes", "host", "pid", "time"}.
 
-    keep: checkpoints, besides the best ones. save_minutes: between checkpoints within an epoch, 0: none. track: those of
-    `tracking.SERVICES` that are told, too, under the project `track_project`."""
+    keep: number of checkpoints, besides the best ones. save_minutes: between checkpoints within an epoch; 0: none there. track:
+    the `tracking.SERVICES` to report to, under the project `track_project`."""
 
     RETRY_S = 60    # after a checkpoint could not be written
 
@@ -95,13 +96,13 @@ class RunFolder:
                                 "choose another folder") from error
 
     def holds_another_run(self, resumed: str) -> bool:
-        """Whether a checkpoint is here that is not of the run that goes on from the file `resumed` ('': a new run)."""
+        """Whether the folder has a checkpoint of another run than the one resumed from the file `resumed` ('': a new run)."""
         if not self.folder or not (self.folder / CHECKPOINT).exists():
             return False
         return not resumed or Path(resumed).expanduser().resolve().parent != self.folder.resolve()
 
     def start(self, args_yaml: str, argv: list[str], epoch: int, step: int = 0) -> None:
-        """Record flags, command and versions; take back the log lines of epochs that will be done again."""
+        """Record flags, command and versions; remove the log lines of epochs that will be done again."""
         if not self.folder:
             return
         goes_on = bool(epoch or step)
@@ -111,18 +112,18 @@ class RunFolder:
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
             "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
             "device": str(self.process.device), "versions": versions()}
-        with self._tolerant("args.yaml, run.yaml and log.txt"):
-            for leftover in self.folder.glob(".checkpoint-*.tmp"):     # of a kill while saving
+        with self._warn_on_os_error("args.yaml, run.yaml and log.txt"):
+            for leftover in self.folder.glob(".checkpoint-*.tmp"):     # left by a kill while saving
                 leftover.unlink(missing_ok=True)
             for path in saved_checkpoints(self.folder):
-                if path.is_dir():       # in the way of every checkpoint to come
+                if path.is_dir():       # it would block every later checkpoint
                     say(f"warning: the folder {path} is renamed to {path.name}.folder", file=sys.stderr)
                     path.rename(f"{path}.folder")
             log = self.folder / "log.txt"
             if log.exists():
                 kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
-                _write_whole(log, "".join(line + "\n" for line in kept))
-            _write_whole(self.folder / "args.yaml", args_yaml)
+                write_text(log, "".join(line + "\n" for line in kept))
+            write_text(self.folder / "args.yaml", args_yaml)
             with open(self.folder / "run.yaml", "a" if goes_on else "w", encoding="utf-8") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
         if self.track:
@@ -131,7 +132,7 @@ class RunFolder:
             self.trackers = [tracking.Tracker(name, about) for name in dict.fromkeys(self.track)]
 
     def log(self, record: dict[str, Any]) -> None:
-        """One line of log.txt, and its numbers as TensorBoard scalars and to the trackers at the record's epoch."""
+        """Append a line to log.txt, and report its numbers to TensorBoard and the trackers at the record's epoch."""
         if not self.folder:
             return
         numbers = {re.sub(r"^(train|test|ema_test)_", r"\1/", key): value for key, value in record.items()
@@ -139,8 +140,8 @@ class RunFolder:
         for tracker in self.trackers:
             tracker.log(record["epoch"], numbers)
         self.unwritten += to_json(record) + "\n"
-        with self._tolerant("log.txt"):
-            _append_whole(self.folder / "log.txt", self.unwritten)
+        with self._warn_on_os_error("log.txt"):
+            _append(self.folder / "log.txt", self.unwritten)
             self.unwritten = ""
         if self.unwritten:
             return
@@ -155,7 +156,7 @@ class RunFolder:
         """Let `write` add to the TensorBoard events, at this epoch."""
         if not self.folder:
             return
-        with self._tolerant("the TensorBoard events"):
+        with self._warn_on_os_error("the TensorBoard events"):
             board, self.board = self.board or self._open_board(epoch), None     # a writer that failed is dead
             write(board)
             board.flush()
@@ -166,7 +167,7 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         def hook(failure: threading.ExceptHookArgs) -> None:
-            # TensorBoard's thread dies of a full disk; its next call raises the same here, to be told in a sentence
+            # TensorBoard's thread dies of a full disk; the next call raises the same error here, which gets a sentence
             if not issubclass(failure.exc_type, OSError):
                 threading.__excepthook__(failure)
 
@@ -178,29 +179,29 @@ class RunFolder:
 
     def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
         if self.folder:
-            with self._tolerant(CHECKPOINT):
+            with self._warn_on_os_error(CHECKPOINT):
                 save_checkpoint(checkpoint, self.folder, also, self.keep)
             self.saved_at = time.monotonic()
 
     def wants_saving(self) -> bool:
-        """Whether a checkpoint within the epoch is due by the clock, or the last one has to be tried again."""
+        """Whether a checkpoint within the epoch is due by the clock, or the last one has failed and is due again."""
         if not self.folder:
             return False
         since = time.monotonic() - self.saved_at
         return bool(self.failed) and since > self.RETRY_S or bool(self.save_minutes) and since > 60 * self.save_minutes
 
     def status(self, state: str, epoch: int, step: int, reason: str = "", exit_code: int | None = None) -> None:
-        """Replace status.json; what cannot be written is told like any other file."""
+        """Replace status.json; if that fails, there is a warning as for any other file."""
         if not self.folder:
             return
         record = {"state": state, "epoch": epoch, "step": step, "reason": reason, "exit_code": exit_code,
                   "processes": self.process.world_size, "host": socket.gethostname(), "pid": os.getpid(),
                   "time": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
-        with self._tolerant(STATUS):
-            _write_whole(self.folder / STATUS, to_json(record, indent=1) + "\n")
+        with self._warn_on_os_error(STATUS):
+            write_text(self.folder / STATUS, to_json(record, indent=1) + "\n")
 
     def finished(self, epoch: int, reason: str = "") -> None:
-        """Let status.json say so, where a kill came between the last checkpoint and this."""
+        """Set status.json to finished, if a kill came between the last checkpoint and this."""
         try:
             told = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))["state"] if self.folder else "finished"
         except (OSError, ValueError, KeyError, TypeError):
@@ -210,8 +211,8 @@ class RunFolder:
 
     @contextmanager
     def telling(self, state: "TrainState") -> Iterator[None]:
-        """status.json follows the training inside, however it ends. A collective that failed because a process is gone is
-        raised as TrainingFailed that names it."""
+        """status.json follows the training inside, however it ends. A collective that fails because a process is gone raises
+        TrainingFailed, which names the process."""
         def end(how: str, reason: str, exit_code: int) -> None:
             self.status(how, state.epoch, state.step, reason, exit_code)
             for tracker in self.trackers:
@@ -240,12 +241,12 @@ class RunFolder:
             end("finished", self.ended_by, 0)
 
     def interrupted(self, state: "TrainState") -> None:
-        """What `telling` does at a second SIGINT, from another thread: this process's main one cannot be reached."""
+        """What `telling` does at a second SIGINT, called from another thread: the main thread does not respond."""
         console.tell(f"stopped: {INTERRUPTED}")
         self.status("preempted", state.epoch, state.step, INTERRUPTED, EXIT_INTERRUPTED)
 
     def stopped_by(self, signal: str, state: "TrainState") -> str:
-        """What a run that a signal stops leaves behind, in a sentence."""
+        """A sentence on what is saved of a run that a signal stops."""
         if not self.folder_name:
             return f"{signal}: without --output_dir nothing is kept"
         if self.failed:
@@ -254,12 +255,12 @@ class RunFolder:
 
     def close(self) -> None:
         if self.board:
-            with self._tolerant("the TensorBoard events"):
+            with self._warn_on_os_error("the TensorBoard events"):
                 self.board.close()
         self.board = None
 
     @contextmanager
-    def _tolerant(self, what: str) -> Iterator[None]:
+    def _warn_on_os_error(self, what: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -272,7 +273,7 @@ class RunFolder:
 
 
 def _run_id(folder: Path) -> str:
-    """What the earlier launches of the run in a folder are known by, or ''."""
+    """The id of the earlier launches of the run in this folder, or ''."""
     try:
         return yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))[-1]["run_id"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, IndexError):
@@ -280,26 +281,17 @@ def _run_id(folder: Path) -> str:
 
 
 def _epoch_of(line: str) -> float:
-    """The epoch of a log line; one that a kill cut off counts as never written."""
+    """The epoch of a log line; infinity for a line that a kill cut off."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
-def _append_whole(path: Path, text: str) -> None:
+def _append(path: Path, text: str) -> None:
     data = text.encode()
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if file.write(data) < len(data):        # the disk is full now: half a line would spoil the next one
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

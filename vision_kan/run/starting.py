@@ -18,7 +18,7 @@ from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url, quiet_hub
 from vision_kan.checkpoints.write import saved_checkpoints
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.process import cores, world_size_of_launch
-from vision_kan.common.text import one_or_two, plain, say
+from vision_kan.common.text import one_or_two, say, to_builtin_types
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION, get_args_parser
 from vision_kan.config.parser import nearest
@@ -198,8 +198,8 @@ def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
     if models_kan.split_name(name)[0] or is_model_in_modules(name, ["deit"]):
         return {dest: get_args_parser().get_default(dest) for dest in sorted(PREPARATION)}
     own = resolve_data_config(pretrained_cfg=dict(cfg))
-    return plain({"eval_crop_ratio": own["crop_pct"], "crop_mode": own["crop_mode"], "interpolation": own["interpolation"],
-                  "mean": own["mean"], "std": own["std"]})
+    return to_builtin_types({"eval_crop_ratio": own["crop_pct"],
+                             **{key: own[key] for key in ("crop_mode", "interpolation", "mean", "std")}})
 
 
 def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:

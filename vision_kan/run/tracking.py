@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import say
 
 FINISH_S = 30       # that a tracker has at the end of a run to send what is left
@@ -140,7 +140,7 @@ class Tracker:
                     unsent[0](service)
                     del unsent[0]
             except (Exception, SystemExit) as error:
-                self._tell((str(error).strip().splitlines() or [type(error).__name__])[0][:300])
+                self._tell(one_line(error, 300))
 
     def _tell(self, reason: str) -> None:
         if not self.told:

@@ -19,7 +19,7 @@ from models_kan import ModelSpec
 from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import choose_device
-from vision_kan.common.text import plain
+from vision_kan.common.text import to_builtin_types
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION
 from vision_kan.config.resolve import Config, parse_args
@@ -97,7 +97,7 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
         choose_backend(config, spec, model, chosen)
     model = model.to(chosen).eval().requires_grad_(False)
     about, stored = checkpoint.about, checkpoint.flags
-    same = all(plain(getattr(config.args, key)) == stored[key] for key in PREPARATION & stored.keys())
+    same = all(to_builtin_types(getattr(config.args, key)) == stored[key] for key in PREPARATION & stored.keys())
     results = about.get("results", {}).get(weights) if same else None
     return Trained(model, spec, config, class_names(about, model.num_classes), checkpoint.path, about, weights, results)
 

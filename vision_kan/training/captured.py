@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.process import Process
 from vision_kan.common.text import say
 from vision_kan.config.flags import OWN_GRAPHS
@@ -232,7 +232,7 @@ class CapturedUpdater(Updater):
         try:
             return self.recorder.record(function)
         except Exception as error:      # whatever it is: the step itself has been computed before, without a graph
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = one_line(error, 200)
         for parameter, gradient in zip(self.parameters, kept):
             parameter.grad = gradient
         if self.must:

@@ -11,7 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from torch import nn
 
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.training.state import MovingAverage, TrainState
 
@@ -81,7 +81,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"--opt {args.opt} cannot be set up ({str(error).splitlines()[0]}): check --opt-eps, "
+        raise UserError(f"--opt {args.opt} cannot be set up ({one_line(error)}): check --opt-eps, "
                         "--opt-betas and --momentum") from error
     if getattr(optimizer, "is_second_order", False) and any(getattr(module, "fused_attn", False) for module in model.modules()):
         raise UserError(f"--opt {args.opt} needs second derivatives, which PyTorch's fused attention does not have: choose "

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.process import Process
 from vision_kan.common.text import say
 
@@ -82,7 +82,7 @@ class StepProfiler:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             profiled.export_chrome_trace(str(self.path))
         except (OSError, RuntimeError) as error:
-            say(f"warning: --profile: {self.path} could not be written ({str(error).splitlines()[0]}): the training "
+            say(f"warning: --profile: {self.path} could not be written ({one_line(error)}): the training "
                 "goes on", file=sys.stderr)
             return
         last = self.first + self.active - 1

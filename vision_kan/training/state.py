@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process, gather_number
-from vision_kan.common.text import plain
+from vision_kan.common.text import to_builtin_types
 from vision_kan.data.names import evaluated
 
 # ---------------------------------------------------------------- state
@@ -41,8 +41,8 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """DeiT's keys and ours; `epoch` is the last finished one as in DeiT's files."""
-        return {"model": dict(self.model.state_dict()), "optimizer": plain(self.optimizer.state_dict()),
-                "lr_scheduler": plain(_state_of(self.scheduler)), "scaler": plain(self.scaler.state_dict()),
+        return {"model": dict(self.model.state_dict()), "optimizer": to_builtin_types(self.optimizer.state_dict()),
+                "lr_scheduler": to_builtin_types(_state_of(self.scheduler)), "scaler": to_builtin_types(self.scaler.state_dict()),
                 "model_ema": dict(self.ema.module.state_dict()) if self.ema else None,
                 "epoch": self.epoch - 1, "max_accuracy": self.max_accuracy, "max_accuracy_ema": self.max_accuracy_ema,
                 "epochs_without_best": self.epochs_without_best,
