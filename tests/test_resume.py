@@ -9,10 +9,9 @@ import torch
 from e2e import QUICK, at, checkpoint, differences, left, log, run, trained, write_digits
 from timm.optim import list_optimizers
 
-from vision_kan.common import seeds as seeds_module
+import engine
 from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.common.seeds import seed_everything
-from vision_kan.data import workers as workers_module
 from vision_kan.data.workers import batches
 
 DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 16 --distillation-type {} --teacher-model resnet10t " \
@@ -145,7 +144,7 @@ def test_a_spoiled_position_step_seed_or_key_gives_other_weights(whole, data, tm
     assert differences(expected, ends_with(position=saved["position"] + 16, step=2))
     assert differences(expected, ends_with(args={**saved["args"], "seed": 1}))
     original = seed_everything
-    monkeypatch.setattr(seeds_module, "seed_everything", lambda seed, epoch, step, rank: original(seed, epoch, step + 7, rank))
+    monkeypatch.setattr(engine, "seed_everything", lambda seed, epoch, step, rank: original(seed, epoch, step + 7, rank))
     assert differences(expected, ends_with())       # mixup and dropout
 
 
@@ -158,9 +157,10 @@ def test_another_batch_size_goes_on_where_the_order_was(data, tmp_path, monkeypa
             seen.extend(images.flatten(1).sum(1).tolist())
             yield images, targets
 
-    monkeypatch.setattr(workers_module, "batches", watched)
+    monkeypatch.setattr(engine, "batches", watched)
     assert trained(data, tmp_path / "whole", "") == 0
     first = seen[:48]
+    assert len(first) == 48
     del seen[:]
     with monkeypatch.context() as patch:
         at(patch, "the update of step 1 of epoch 0", lambda: os.kill(os.getpid(), signal.SIGTERM))
