@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vision_kan.common import peers
-from vision_kan.common.errors import TrainingFailed, one_line
+from vision_kan.common.errors import TrainingFailed
 from vision_kan.common.process import Process
 from vision_kan.training.criterion import Criterion, loss_of
 from vision_kan.training.precision import autocast
