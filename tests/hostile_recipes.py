@@ -20,13 +20,17 @@ from hypothesis import strategies as st
 from timm.optim import list_optimizers
 
 from vision_kan.common.errors import UserError
-from vision_kan.config.checks import _NAMES, LARGEST, validate
-from vision_kan.config.flags import ONE_SHOT, flags_by_dest
+from vision_kan.config.checks import validate
+from vision_kan.config.flag import LARGEST
+from vision_kan.config.flags import FLAGS as TABLE
+from vision_kan.config.flags import get_args_parser
 from vision_kan.config.parser import HeightAndWidth, on_one_line
 from vision_kan.config.resolve import parse_args
 
-FLAGS = {dest: action for dest, action in flags_by_dest().items() if dest not in ONE_SHOT}
-OPTIONS = sorted(option for action in flags_by_dest().values() for option in action.option_strings)
+ACTIONS = {action.dest: action for action in get_args_parser()._actions}
+FLAGS = {dest: action for dest, action in ACTIONS.items() if not TABLE[dest].one_shot}
+OPTIONS = sorted(option for action in ACTIONS.values() for option in action.option_strings)
+_NAMES = {dest: flag.names for dest, flag in TABLE.items() if flag.names}
 # What a run of a program may do that reading a file must not.
 FORBIDDEN = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.spawn", "os.posix_spawn", "os.startfile", "subprocess.Popen",
              "compile", "exec", "socket.connect", "os.remove", "os.rename", "os.mkdir", "pickle.find_class"}
@@ -123,7 +127,7 @@ def check_sentence(text: str, argv: list[str]) -> None:
 
 def check_values(args: Namespace) -> None:
     """Every flag is there, of its own type, and every number is finite and of ordinary size."""
-    for dest, action in flags_by_dest().items():
+    for dest, action in ACTIONS.items():
         value = getattr(args, dest)
         if value is None:
             if action.default is not None:

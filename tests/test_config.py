@@ -2,6 +2,7 @@
 import copy
 import json
 import re
+import subprocess
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -9,18 +10,23 @@ from pathlib import Path
 
 import hostile_recipes
 import pytest
+import timm
+import torch._inductor
 import yaml
 from e2e import write_digits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from vision_kan import kernels
 from vision_kan.common.errors import UserError
+from vision_kan.config import flags as flags_module
 from vision_kan.config import recipes as recipes_module
 from vision_kan.config import resolve as resolve_module
 from vision_kan.config.checks import validate
-from vision_kan.config.flags import _SCOPES, ADDED_CHOICES, CHANGED_DEFAULTS, SCOPE, get_args_parser
+from vision_kan.config.flags import FLAGS, GROUPS, get_args_parser
 from vision_kan.config.recipes import dump_yaml
 from vision_kan.config.resolve import Config, describe_sources, parse_args, resolve
+from vision_kan.run import tracking
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
@@ -56,24 +62,29 @@ def test_deit_flags_frozen():
     for dest, deit in DEIT.items():
         action = actions[dest]
         assert set(deit["options"]) <= set(action.option_strings), dest
-        default = CHANGED_DEFAULTS[dest][1] if dest in CHANGED_DEFAULTS else deit["default"]
-        assert action.default == default, dest
+        assert action.default == FLAGS[dest].default, dest
+        assert FLAGS[dest].deit or action.default == deit["default"], dest
         assert getattr(action.type, "__name__", None) == deit["type"], dest
         assert action.nargs == ("+" if dest == "input_size" else deit["nargs"]), dest        # height and width, too
-        choices = deit["choices"] and deit["choices"] + ADDED_CHOICES.get(dest, [])
-        assert action.choices == choices, dest
+        choices = action.choices and list(action.choices)
+        assert choices == deit["choices"] or dest == "data_set" and choices[:len(deit["choices"])] == deit["choices"], dest
+    assert {dest for dest, flag in FLAGS.items() if not flag.ours} == DEIT.keys()
 
 
 def test_changed_defaults_tell_deits_value_and_a_reason():
-    for dest, (theirs, ours, why) in CHANGED_DEFAULTS.items():
+    changed = {dest: flag for dest, flag in FLAGS.items() if flag.deit}
+    assert changed.keys() == {"model", "data_path", "device"}
+    for dest, flag in changed.items():
+        theirs, why = flag.deit
         assert theirs == DEIT[dest]["default"] or dest == "data_path"
-        assert theirs != ours and len(why) > 10
+        assert theirs != flag.default and len(why) > 10
 
 
 def test_every_flag_has_a_scope_and_a_help_text():
     actions = get_args_parser()._actions
-    assert {a.dest for a in actions} == set(SCOPE)
-    assert sum(len(dests.split()) for dests in _SCOPES.values()) == len(SCOPE)     # none in two scopes
+    assert [a.dest for a in actions] == list(FLAGS)
+    assert sum(len(group.flags) for group in GROUPS) == len(FLAGS)      # none twice
+    assert {flag.scope for flag in FLAGS.values()} == {"model", "data", "training", "run"}
     assert all(a.help for a in actions)
 
 
@@ -155,7 +166,7 @@ def test_the_last_of_two_switches_counts():
 
 def test_model_options_default_to_the_models_own():
     args = parse_args([]).args
-    assert all(getattr(args, dest) is None for dest in SCOPE if SCOPE[dest] == "model" and dest != "model")
+    assert all(getattr(args, dest) is None for dest, flag in FLAGS.items() if flag.scope == "model" and dest != "model")
 
 
 def test_parser_can_be_a_parent():
@@ -199,6 +210,27 @@ def test_reads_the_process_arguments_when_none_are_given(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--num-workers", "3"])
     parsed = parse_args()
     assert parsed.args.num_workers == 3 and parsed.given == {"num_workers": "command line"}
+
+
+# ---------------------------------------------------------------- what needs no torch
+def test_the_flags_need_no_torch():
+    """--help, a mistyped flag and a wrong value must not wait for it."""
+    script = ("import sys\nimport vision_kan.config.flags, vision_kan.config.recipes\n"
+              "from vision_kan.config.checks import check_flags\nfrom vision_kan.config.resolve import parse_args\n"
+              "check_flags(parse_args(['--config', 'recipes/quickstart_gkan.yaml']).args)\n"
+              "print([name for name in ('torch', 'timm', 'numpy') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_names_that_stand_in_the_table_and_elsewhere():
+    assert flags_module.KAN_BACKENDS == list(kernels.BACKENDS) and flags_module.KAN_BASES == list(kernels.BASES)
+    assert flags_module.IMAGENET_MEAN == timm.data.IMAGENET_DEFAULT_MEAN
+    assert flags_module.IMAGENET_STD == timm.data.IMAGENET_DEFAULT_STD
+    assert flags_module.TRACKERS == list(tracking.SERVICES)
+    assert set(flags_module.COMPILE_MODES) <= torch._inductor.list_mode_options().keys()
+    graphs = {mode for mode in flags_module.COMPILE_MODES if torch._inductor.list_mode_options(mode).get("triton.cudagraphs")}
+    assert set(flags_module.OWN_GRAPHS) == graphs
 
 
 # ---------------------------------------------------------------- recipes
@@ -455,16 +487,16 @@ def test_what_the_two_above_would_notice(tmp_path, monkeypatch):
         assert canary.is_dir()
         with pytest.raises(hostile_recipes.Violation, match="a recipe has run code"):
             hostile_recipes.outcome([], canary)
-    wrongs = {"KeyError": {}.__getitem__, "still busy": lambda path: time.sleep(9), "is no int": lambda path: {"epochs": 1.0},
-              "no ordinary number": lambda path: {"seed": 2 ** 63}, "no sentence": lambda path: refuse()}
 
-    def refuse():
+    def nameless(path):
         raise UserError("bad value")
 
+    wrongs = {"KeyError": {}.__getitem__, "still busy": lambda path: time.sleep(9), "is no int": lambda path: {"epochs": 1.0},
+              "no ordinary number": lambda path: {"seed": 2 ** 63}, "no sentence: 'bad value'": nameless}
     monkeypatch.setattr(hostile_recipes, "validate", lambda *_: None)
     for words, load_recipe in wrongs.items():
         monkeypatch.setattr(resolve_module, "load_recipe", load_recipe)
-        with pytest.raises(hostile_recipes.Violation, match=words):
+        with pytest.raises(hostile_recipes.Violation, match=f"^{words}|^[a-z_]+ .* {words}"):
             hostile_recipes.outcome(argv, canary, seconds=0.5)
 
 

@@ -18,7 +18,8 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 import run_with_submitit
 from vision_kan.config.checks import validate
-from vision_kan.config.flags import get_args_parser
+from vision_kan.config.flag import Flag
+from vision_kan.config.flags import FLAGS, GROUPS, get_args_parser
 from vision_kan.config.parser import Parser
 from vision_kan.config.resolve import parse_args
 
@@ -251,6 +252,26 @@ def test_flags_in_the_text_exist(page):
         assert flag in others or any(re.search(rf"{flag}\b", source) for source in sources), f"{page.name}: {flag}"
 
 
+# ---------------------------------------------------------------- README's table of flags
+def shown(flag: Flag) -> str:
+    value = f"{{{','.join(flag.choices)}}}" if flag.choices and len(",".join(flag.choices)) < 40 else \
+        flag.metavar if isinstance(flag.metavar, str) else " ".join(flag.metavar or ())
+    return f"`{flag.option}{' ' * bool(value)}{f'[{value}]' if flag.mode else value}`"
+
+
+def flags_table() -> str:
+    """The flags that DeiT does not have, by the groups of --help, and those that may differ from a checkpoint's."""
+    rows = {group.title: [shown(flag) for flag in group.flags if flag.ours] for group in GROUPS}
+    rows["may differ from the checkpoint's on `--resume`"] = [f"`{flag.option}`" for flag in FLAGS.values() if flag.on_resume]
+    rows["and on `--eval`"] = [f"`{flag.option}`" for flag in FLAGS.values() if flag.on_eval]
+    return "\n".join(["| | |", "|---|---|", *(f"| {title} | {', '.join(flags)} |" for title, flags in rows.items() if flags)])
+
+
+def test_the_readmes_table_of_flags():
+    assert flags_table() in (ROOT / "README.md").read_text(encoding="utf-8"), \
+        "README.md's table of flags is out of date: PYTHONPATH=. python tests/test_docs.py writes it"
+
+
 def test_every_flag_is_named_in_the_readme():
     """DeiT's are known; a family such as --kan-* counts for its members."""
     deit = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
@@ -258,3 +279,11 @@ def test_every_flag_is_named_in_the_readme():
     for action in get_args_parser()._actions:
         if action.dest not in str(deit) and not action.dest.startswith("kan_"):
             assert any(f"`{option}" in readme for option in action.option_strings), action.option_strings
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    text, found = re.subn(r"\| \| \|\n\|---\|---\|\n\| run \|.*?(?=\n\n)", lambda _: flags_table(),
+                          readme.read_text(encoding="utf-8"), flags=re.S)
+    assert found == 1
+    readme.write_text(text, encoding="utf-8")

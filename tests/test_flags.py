@@ -28,7 +28,7 @@ import main as program
 from datasets import build_loaders
 from vision_kan import kernels
 from vision_kan.common.process import Process
-from vision_kan.config.flags import SCOPE
+from vision_kan.config.flags import FLAGS
 from vision_kan.data import transforms
 
 DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
@@ -531,7 +531,7 @@ EFFECTS = {
 
 def test_the_table_is_complete():
     assert len(DEIT) == 71
-    assert EFFECTS.keys() == SCOPE.keys() and DEIT.keys() < EFFECTS.keys()
+    assert EFFECTS.keys() == FLAGS.keys() and DEIT.keys() < EFFECTS.keys()
 
 
 @pytest.mark.parametrize("dest", EFFECTS)

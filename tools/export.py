@@ -45,7 +45,7 @@ from vision_kan.common.errors import TrainingFailed, UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, shown_size, to_builtin_types, to_json
-from vision_kan.config.flags import PREPARATION, SCOPE, get_args_parser, parse_beside_main
+from vision_kan.config.flags import FLAGS, PREPARATION, parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.run.folder import versions
@@ -65,7 +65,7 @@ ONNX_BYTES = 2 ** 31            # of one file (protobuf)
 def about(trained: Trained) -> dict[str, Any]:
     """Of a checkpoint what is worth telling elsewhere, as plain values: architecture, classes, results, the flags that make the
     training, versions. No flag that names a place on this machine."""
-    flags = {key: value for key, value in trained.about.get("args", {}).items() if SCOPE.get(key, "place") != "place"}
+    flags = {key: value for key, value in trained.about.get("args", {}).items() if key in FLAGS and FLAGS[key].scope != "run"}
     flags |= {key: getattr(trained.args, key) for key in sorted(PREPARATION & trained.config.sources.keys())}
     said = {key: trained.about[key] for key in ("class_names", "epoch", "versions") if trained.about.get(key) is not None}
     if trained.results:
@@ -253,8 +253,8 @@ def model_card(trained: Trained) -> str:
     flags, names = said["args"], said.get("class_names") or []
     name, suffix = trained.spec.name, models_kan.split_name(trained.spec.name)[1]
     data = _one_word(str(flags.get("data_set") or "unknown"))
-    default = get_args_parser().get_default
-    recipe = {key: value for key, value in flags.items() if SCOPE[key] != "model" and value != to_builtin_types(default(key))}
+    recipe = {key: value for key, value in flags.items()
+              if FLAGS[key].scope != "model" and value != to_builtin_types(FLAGS[key].default)}
     started = trained.about.get("args", {}).get("finetune")
 
     held = {"model": "trained weights", "model_ema": "moving average"}

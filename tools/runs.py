@@ -31,13 +31,13 @@ from vision_kan.common import peers
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say
-from vision_kan.config.flags import SCOPE
+from vision_kan.config.flags import FLAGS
 from vision_kan.config.parser import Parser
 from vision_kan.config.recipes import load_recipe
 from vision_kan.run.folder import STATUS
 
-LOG, FLAGS = "log.txt", "args.yaml"
-DIFFERENT = {dest for dest, scope in SCOPE.items() if scope != "place"} | {"finetune", "teacher_path", "compile", "kan_backend"}
+LOG, ARGS = "log.txt", "args.yaml"
+DIFFERENT = {dest for dest, flag in FLAGS.items() if flag.scope != "run"} | {"finetune", "teacher_path", "compile", "kan_backend"}
 SAME_COLOURS = 10       # of matplotlib's cycle
 
 
@@ -143,9 +143,9 @@ def read_run(folder: Path) -> Run:
             status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             say(f"warning: {folder / STATUS} cannot be read ({error})", file=sys.stderr)
-    if (folder / FLAGS).is_file():
+    if (folder / ARGS).is_file():
         try:
-            flags = load_recipe(str(folder / FLAGS))
+            flags = load_recipe(str(folder / ARGS))
         except UserError as error:
             say(f"warning: the flags of {folder} cannot be told: {str(error).removeprefix('--config ')}", file=sys.stderr)
     return Run(folder, records, status if isinstance(status, dict) else {}, flags)
@@ -154,7 +154,7 @@ def read_run(folder: Path) -> Run:
 def differing_flags(runs: Sequence[Run]) -> list[str]:
     """Flags about model, data and training whose values are not the same in all runs that tell theirs; `COLUMNS` aside."""
     known = [run.flags for run in runs if run.flags]
-    return [dest for dest in SCOPE if dest in DIFFERENT and dest not in COLUMNS
+    return [dest for dest in FLAGS if dest in DIFFERENT and dest not in COLUMNS
             and len({json.dumps(flags.get(dest)) for flags in known}) > 1]
 
 

@@ -42,7 +42,7 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, to_builtin_types, to_json
-from vision_kan.config.flags import SCOPE, parse_beside_main
+from vision_kan.config.flags import FLAGS, parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.workers import batches
 from vision_kan.layers.function_layer import function_layers
@@ -55,8 +55,7 @@ def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) 
     loaders, process = loaders_of(trained), Process(device=trained.device)
     fitted, fits = with_fitted_basis(trained.model, found)
     about = {"model_args": to_builtin_types({"name": trained.spec.name, "kwargs": trained.spec.kwargs}),
-             "args": to_builtin_types({dest: value for dest, value in vars(trained.args).items()
-                                       if SCOPE[dest] in ("model", "data")})}
+             "args": to_builtin_types({dest: value for dest, value in vars(trained.args).items() if FLAGS[dest].scope in ("model", "data")})}
     if trained.about.get("class_names"):
         about["class_names"] = trained.about["class_names"]
     lines = [summary(f"{title:17}", evaluate(model, loaders.val, process)) for title, model in (

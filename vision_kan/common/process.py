@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vision_kan.common.device_names import DEVICE_NAME, NOT_A_DEVICE
 from vision_kan.common.errors import UserError
 
 
@@ -38,12 +39,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`--device`: auto is CUDA where there is a GPU, else MPS, else the CPU. UserError if it isn't there."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is no device: use auto, cpu, cuda, cuda:N or mps") from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name} is not supported: use auto, cpu, cuda, cuda:N or mps")
+    if not DEVICE_NAME.fullmatch(name):
+        raise UserError(f"--device {name} {NOT_A_DEVICE}")
+    device = torch.device(name)
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
         count = torch.cuda.device_count()

@@ -1,18 +1,17 @@
-"""What is printed and written: lines on rank 0, names, JSON."""
+"""What is printed and written: lines on rank 0, names, JSON. Imports neither torch nor numpy: there is a process group, a tensor
+or a number of numpy's only where a program has imported them."""
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
-import torch
-import torch.distributed as dist
 
 from vision_kan.common.console import readers_may_leave
 
 
 def say(*words, **kwargs) -> None:
     """Print on rank 0 only."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized() or dist.get_rank() == 0:
         with readers_may_leave():
             print(*words, **{"flush": True, **kwargs})
 
@@ -35,6 +34,12 @@ def one_or_two(sides: Sequence[Any]) -> Any:
     return sides[0] if all(type(side) is int and side == sides[0] for side in sides) else list(sides)
 
 
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """What `one_or_two` was given."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
 def shown_size(size: int | Sequence[int], between: str = " ") -> str:
     """A size as --input-size takes it, or with another text between height and width."""
     return between.join(map(str, [size] if isinstance(size, int) else size))
@@ -47,8 +52,12 @@ def to_builtin_types(value: Any) -> Any:
         return {key: to_builtin_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_builtin_types(item) for item in value]
-    if isinstance(value, np.generic):
+    if _is(value, "numpy", "generic"):
         return value.item()
-    if isinstance(value, (torch.Tensor, str, int, float, bool, type(None))):
+    if isinstance(value, (str, int, float, bool, type(None))) or _is(value, "torch", "Tensor"):
         return value
     return str(value)
+
+
+def _is(value: Any, module: str, name: str) -> bool:
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))

@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import one_or_two
 
-ONE_OR_EACH = {"hdim_kan"}                 # in a recipe or a checkpoint (of a pruned model) also a list, one for each block
-
 
 # ---------------------------------------------------------------- parser
 class SwitchOrMode(argparse.Action):
@@ -25,11 +23,7 @@ class SwitchOrMode(argparse.Action):
         off = (option_string or "").startswith("--no-")
         if off and values is not None:
             parser.error(f"{option_string} takes no value: leave out {values}")
-        setattr(namespace, self.dest, self.mode(values or not off))
-
-    def mode(self, value: str | bool) -> str | None:
-        """The mode that the value of a recipe means."""
-        return value if isinstance(value, str) else next(iter(self.choices or ())) if value else None
+        setattr(namespace, self.dest, None if off else values or next(iter(self.choices or ())))
 
 
 class HeightAndWidth(argparse.Action):
@@ -39,10 +33,7 @@ class HeightAndWidth(argparse.Action):
         super().__init__(option_strings, dest, nargs="+", **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            setattr(namespace, self.dest, typed_value(self, values))
-        except ValueError as error:
-            parser.error(f"{option_string} {error}")
+        setattr(namespace, self.dest, one_or_two(values) if len(values) < 3 else values)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -105,7 +96,7 @@ def with_underscores(name: str) -> str:
 
 
 def on_one_line(text: str, most: int = 200) -> str:
-    """The text without line breaks and other characters that have no picture, and its middle left out if it is long."""
+    """The text without line breaks and other unprintable characters; the middle of a long text is left out."""
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 4:]}"
 
@@ -117,8 +108,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """That of the words which `word` was probably meant to be, or ''. Dashes say nothing, and most short words have two letters
-    in common."""
+    """The one of `words` that `word` was probably meant to be, or ''. Dashes, underscores and case do not count."""
     folded = {with_underscores(w).strip("_").lower(): w for w in words}
     close = difflib.get_close_matches(with_underscores(word).strip("_").lower(), folded, n=1, cutoff=0.7)
     return folded[close[0]] if close else ""
@@ -136,54 +126,6 @@ def describe_value(value) -> str:
 # repr() of a few lines of YAML whose lists hold each other is endless
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
-
-
-def typed_value(action: argparse.Action, value):
-    """A recipe's or checkpoint's `value` as the flag's type. ValueError: 'must be ..., not ...'."""
-    if value is None:
-        if action.default is None:
-            return None
-        raise ValueError("has no value")
-    if action.dest in ONE_OR_EACH and isinstance(value, (list, tuple)) and value:
-        return [_typed_one(action, item) for item in value]
-    if isinstance(action, HeightAndWidth):
-        sides = value if isinstance(value, (list, tuple)) else [value]
-        if len(sides) not in (1, 2):
-            raise ValueError(f"must be a whole number, or two (height and width), not {describe_value(value)}")
-        return one_or_two([_typed_one(action, side) for side in sides])
-    if action.nargs in ("+", 2, 3):
-        if not isinstance(value, (list, tuple)) or not value or action.nargs not in ("+", len(value)):
-            kind = "numbers" if action.type else "names"
-            many = f"{ {'+': 'one or more', 2: 'two', 3: 'three'}[action.nargs]} {kind}"
-            raise ValueError(f"must be a list of {many}, not {describe_value(value)}")
-        return [_typed_one(action, item) for item in value]
-    return _typed_one(action, value)
-
-
-def _typed_one(action: argparse.Action, value):
-    if isinstance(action, SwitchOrMode) and isinstance(value, bool):
-        return action.mode(value)
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, not {describe_value(value)}")
-    elif action.type is int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"must be a whole number, not {describe_value(value)}")
-    elif action.type is float:
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise ValueError(f"must be a number, not {describe_value(value)}")
-        try:
-            return float(value)
-        except OverflowError:
-            raise ValueError("must be a number of ordinary size") from None
-    elif not isinstance(value, str):
-        raise ValueError(f"must be a text, not {describe_value(value)} (put it in quotes)")
-    elif "\0" in value or re.search("[\ud800-\udfff]", value):     # on the command line: bytes that are no UTF-8
-        raise ValueError(f"has a character that can be in no UTF-8 name: {describe_value(value)}")
-    if action.choices is not None and value not in action.choices:
-        near = did_you_mean(value, action.choices)
-        raise ValueError(f"must be one of {', '.join(action.choices)}, not '{show_value(value)}'{near}")
-    return value
 
 
 def show_value(value) -> str:

@@ -6,16 +6,10 @@ from pathlib import Path
 import yaml
 
 from vision_kan.common.errors import UserError, one_line
-from vision_kan.config.checks import _FLOAT, _INT
-from vision_kan.config.flags import ONE_SHOT, SCOPE, flags_by_dest
-from vision_kan.config.parser import (
-    describe_value,
-    did_you_mean,
-    on_one_line,
-    show_value,
-    typed_value,
-    with_underscores,
-)
+from vision_kan.config.flags import FLAGS
+from vision_kan.config.parser import describe_value, did_you_mean, on_one_line, show_value, with_underscores
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,7 +24,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         self.depth += 1
         if self.depth > 20:
-            raise yaml.composer.ComposerError(None, None, "a recipe is not nested so deep", self.peek_event().start_mark)
+            raise yaml.composer.ComposerError(None, None, "a recipe is nested at most 20 levels deep",
+                                              self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -67,7 +62,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-MOST_RECIPE_BYTES = 64 * 1024       # PyYAML reads so much in a few seconds
+MOST_RECIPE_BYTES = 64 * 1024       # PyYAML reads this much in a few seconds
 
 
 def load_recipe(path: str) -> dict:
@@ -85,7 +80,7 @@ def load_recipe(path: str) -> dict:
     except OSError as e:
         raise UserError(f"{named}: the file cannot be read ({e.strerror})") from None
     if len(text) > MOST_RECIPE_BYTES:
-        raise UserError(f"{named}: a file of more than {MOST_RECIPE_BYTES // 1024} KiB is no recipe")
+        raise UserError(f"{named}: a file of more than {MOST_RECIPE_BYTES // 1024} KiB is not a recipe")
     try:
         recipe = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as e:
@@ -96,17 +91,16 @@ def load_recipe(path: str) -> dict:
         raise UserError(f"{named}: not a recipe in plain YAML ({one_line(e)})") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{named}: a recipe is a list of 'flag: value' lines, not {describe_value(recipe)}")
-    flags = flags_by_dest()
     values = {}
     for key, value in recipe.items():
         dest = with_underscores(key) if isinstance(key, str) else None
-        if dest in ONE_SHOT:
-            raise UserError(f"{named}: the key {show_value(key)} belongs on the command line, not in a recipe")
-        if dest not in flags:
-            keys = flags.keys() - ONE_SHOT
+        if dest not in FLAGS:
+            keys = [flag.dest for flag in FLAGS.values() if not flag.one_shot]
             raise UserError(f"{named}: unknown key {show_value(key)}{did_you_mean(str(key).strip('-'), keys)}")
+        if FLAGS[dest].one_shot:
+            raise UserError(f"{named}: the key {show_value(key)} belongs on the command line, not in a recipe")
         try:
-            values[dest] = typed_value(flags[dest], value)
+            values[dest] = FLAGS[dest].typed(value)
         except ValueError as e:
             raise UserError(f"{named}: {show_value(key)} {e}") from None
     return values
@@ -115,5 +109,5 @@ def load_recipe(path: str) -> dict:
 def dump_yaml(args: Namespace) -> str:
     """The flags as YAML that --config reads back to the same values."""
     plain = {dest: list(value) if isinstance(value, tuple) else value
-             for dest, value in vars(args).items() if dest in SCOPE and dest not in ONE_SHOT}
+             for dest, value in vars(args).items() if dest in FLAGS and not FLAGS[dest].one_shot}
     return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True)

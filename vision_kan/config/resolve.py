@@ -5,20 +5,13 @@ from argparse import Namespace
 from dataclasses import dataclass, field, replace
 
 from vision_kan.common.errors import UserError
-from vision_kan.config.checks import PATHS, impossible_path
-from vision_kan.config.flags import (
-    _SCOPES,
-    MAY_CHANGE_ON_EVAL,
-    MAY_CHANGE_ON_RESUME,
-    PREPARATION,
-    SCOPE,
-    TAKEN,
-    flag_name,
-    flags_by_dest,
-    get_args_parser,
-)
-from vision_kan.config.parser import show_value, typed_value
+from vision_kan.config.checks import impossible_path
+from vision_kan.config.flags import FLAGS, PREPARATION, get_args_parser
+from vision_kan.config.parser import show_value
 from vision_kan.config.recipes import load_recipe
+
+# What a checkpoint fills in: the scopes of flags, by what it is used for.
+TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "training")}
 
 
 @dataclass(frozen=True)
@@ -43,15 +36,15 @@ def parse_args(argv: list[str] | None = None) -> Config:
     """
     parser = get_args_parser(add_help=True)
     unset = object()
-    parsed = vars(parser.parse_args(argv, Namespace(**{dest: unset for dest in SCOPE})))
-    values = {dest: action.default for dest, action in flags_by_dest().items()}
+    parsed = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(FLAGS, unset))))
+    values = {dest: flag.default for dest, flag in FLAGS.items()}
     given = {}
     for dest, value in parsed.items():
         if value is not unset:
             try:
-                typed_value(flags_by_dest()[dest], value)
+                FLAGS[dest].typed(value)
             except ValueError as e:
-                raise UserError(f"{flag_name(dest)} {e}") from None
+                raise UserError(f"{FLAGS[dest].option} {e}") from None
     if parsed["config"] is not unset:
         recipe = load_recipe(parsed["config"])
         values.update(recipe)
@@ -60,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> Config:
         if value is not unset:
             values[dest] = value
             given[dest] = "command line"
-    for dest in PATHS & given.keys():
-        if reason := impossible_path(values[dest]):
-            raise UserError(f"{flag_name(dest)} {show_value(values[dest])} ({given[dest]}) can be no path: {reason}")
+    for dest in given:
+        if FLAGS[dest].path and (reason := impossible_path(values[dest])):
+            raise UserError(f"{FLAGS[dest].option} {show_value(values[dest])} ({given[dest]}) cannot be a path: {reason}")
     return Config(Namespace(**values), given, dict(given))
 
 
@@ -74,18 +67,16 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     checkpoint_args: the `args` that a checkpoint holds (ours, DeiT's or the original Vision-KAN's: keys that
     are no flags are ignored). model_defaults: dest -> value that suits the model, e.g. {"input_size": 32}.
     models_own: dest -> what the checkpoint's model has where the checkpoint's flags say nothing.
-    purpose decides what is taken (see `SCOPE`): "resume" everything but places, "eval" model and data,
+    purpose decides what is taken (see `TAKEN`): "resume" everything but what belongs to one run, "eval" model and data,
     "finetune" the model unless --model names another one, and how images are prepared, None nothing.
     Returns a new Config and changes nothing. Raises `UserError` when a given flag contradicts the checkpoint
-    that is resumed or evaluated, except `MAY_CHANGE_ON_RESUME` and `MAY_CHANGE_ON_EVAL`, which are noted.
+    that is resumed or evaluated, unless it may change there (`Flag.on_resume`, `Flag.on_eval`), which is noted.
     """
     model_defaults = model_defaults or {}
     stored, notes = _understood(checkpoint_args)
     taken = TAKEN[purpose]
     if purpose == "finetune" and "model" in config.given and config.args.model != stored.get("model"):
         taken = ()
-    may_change = {"resume": MAY_CHANGE_ON_RESUME, "eval": MAY_CHANGE_ON_EVAL,
-                  "finetune": {*_SCOPES["model"].split(), *PREPARATION}}.get(purpose or "", set())
     values, sources = dict(vars(config.args)), dict(config.given)
     for dest, value in model_defaults.items():
         if dest not in config.given:
@@ -97,7 +88,8 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
     else:       # the images that were held out are chosen by the seed
         besides = {"seed"} if purpose == "eval" and stored.get("val_split") else set()
     for dest, value in stored.items():
-        if SCOPE[dest] not in taken and dest not in besides:
+        flag = FLAGS[dest]
+        if flag.scope not in taken and dest not in besides:
             continue
         if dest not in config.given:
             if value is not None:
@@ -105,29 +97,28 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
             continue
         if value is None and values[dest] is not None:  # it was trained with the model's own value, as args.yaml says by null
             value = (models_own or {}).get(dest, model_defaults.get(dest))
-        if values[dest] != value and SCOPE[dest] != "place":
-            flag, where = flag_name(dest), config.given[dest]
+        if values[dest] != value and flag.scope != "run":
+            ours, where = show_value(values[dest]), config.given[dest]
             theirs = "none" if value is None else show_value(value)
-            if dest not in may_change:
+            may_change = flag.on_resume if purpose == "resume" else flag.on_eval if purpose == "eval" else True
+            if not may_change:
                 remedy = ("leave it out, or start a new run from these weights with --finetune"
                           if purpose == "resume" else "leave it out")
-                raise UserError(f"{flag} {show_value(values[dest])} ({where}) contradicts the checkpoint, "
-                                f"which has {theirs}: {remedy}")
-            notes.append(f"{flag} is {show_value(values[dest])} ({where}); the checkpoint has {theirs}")
+                raise UserError(f"{flag.option} {ours} ({where}) contradicts the checkpoint, which has {theirs}: {remedy}")
+            notes.append(f"{flag.option} is {ours} ({where}); the checkpoint has {theirs}")
     return replace(config, args=Namespace(**values), sources=sources, notes=(*config.notes, *notes))
 
 
 def _understood(checkpoint_args) -> tuple[dict, list[str]]:
-    """Those of a checkpoint's args that are flags other than places, typed; and a note on each bad one."""
+    """Those of a checkpoint's args that are flags of more than one run, typed; and a note on each bad one."""
     if isinstance(checkpoint_args, Namespace):
         checkpoint_args = vars(checkpoint_args)
     stored, notes = {}, []
-    flags = flags_by_dest()
     for dest, value in (checkpoint_args or {}).items():
-        if dest not in flags or (SCOPE[dest] == "place" and dest != "teacher_path"):
+        if dest not in FLAGS or (FLAGS[dest].scope == "run" and dest != "teacher_path"):
             continue
         try:
-            stored[dest] = typed_value(flags[dest], value)
+            stored[dest] = FLAGS[dest].typed(value)
         except ValueError as e:
             notes.append(f"the checkpoint's {dest} {e}; it is ignored")
     return stored, notes
@@ -137,11 +128,10 @@ def describe_sources(config: Config) -> str:
     """What came from the checkpoint, the model and the recipe, one line for each, then the notes; or ''.
 
     How the model is trained is listed only where it differs from the defaults."""
-    flags = flags_by_dest()
     groups: dict[str, list[str]] = {}
     for dest, source in config.sources.items():
-        value = getattr(config.args, dest)
-        plain = (SCOPE[dest] in ("train", "place") or dest in PREPARATION - {"eval_crop_ratio"}) and value == flags[dest].default
+        value, flag = getattr(config.args, dest), FLAGS[dest]
+        plain = (flag.scope in ("training", "run") or dest in PREPARATION - {"eval_crop_ratio"}) and value == flag.default
         if source == "command line" or value is None or plain:
             continue
         groups.setdefault(source, []).append(f"{dest} {show_value(value)}")
