@@ -20,7 +20,7 @@ from tools import evaluate, inspect_kan, predict, runs
 from vision_kan.common import console, peers
 from vision_kan.common.interruption import Interruption
 
-TOOLS = sorted({*(ROOT / "tools").glob("*.py")} - {ROOT / "tools/common.py"})
+TOOLS = sorted(path for path in (ROOT / "tools").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 PROGRAMS = [ROOT / "main.py", ROOT / "run_with_submitit.py", *TOOLS]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # A module that stands for one whose import takes long, in the place of the real one.

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, log_loss, precision_score, top_k_accuracy_score
 
 from datasets import build_loaders
-from tools.common import loaders_of
+from tools.images import loaders_of
 from vision_kan.common.process import Process
 from vision_kan.config.flags import get_args_parser
 from vision_kan.run.trained import load_trained

@@ -16,7 +16,7 @@ from PIL import Image
 from test_trained import RELEASED
 
 from tools import inspect_kan
-from tools.common import loaders_of
+from tools.images import loaders_of
 from vision_kan.analysis.arriving import ActivationStats, collect_inputs
 from vision_kan.analysis.measures import LayerStats, measure
 from vision_kan.layers.function_layer import function_layers

@@ -11,7 +11,7 @@ from helpers import forked, scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_understand import nano
 
-from tools.common import loaders_of
+from tools.images import loaders_of
 from vision_kan.analysis.arriving import collect_inputs
 from vision_kan.analysis.measures import measure
 from vision_kan.analysis.training_log import log_functions

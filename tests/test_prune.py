@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from faster_kan import FasterKANLayer
 from models_kan import ModelSpec
 from tools import prune
-from tools.common import loaders_of
+from tools.images import loaders_of
 from vision_kan.analysis.pruning import fit as fit_module
 from vision_kan.analysis.pruning.calibrate import calibrate
 from vision_kan.analysis.pruning.fit import fit_edges, fit_functions, learned_basis, learned_weights, refit

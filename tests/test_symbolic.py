@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tools import symbolic
-from tools.common import loaders_of
+from tools.images import loaders_of
 from vision_kan.analysis import formulas
 from vision_kan.analysis.formulas import DEFINITIONS, FORMS, Formula, fit_symbolic
 from vision_kan.analysis.symbolic import Learned, SymbolicActivation, find_formulas, with_fitted_basis, with_formulas

@@ -13,7 +13,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from engine import evaluate
 from tools import export
-from tools.common import loaders_of
+from tools.images import loaders_of
 from vision_kan.common.process import Process
 from vision_kan.run.trained import Pictures, as_seen, class_names, image_files, load_trained
 

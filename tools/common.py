@@ -1,37 +1,49 @@
-"""What the tools share: their flags for a checkpoint, and the images that it is used on."""
+"""What all tools share: how a command begins and ends. Imports neither torch nor matplotlib."""
 import argparse
+import sys
+from collections.abc import Callable
 
-from datasets import build_dataset, build_loaders
-from vision_kan.checkpoints.checkpoint import WEIGHTS
+from vision_kan.common import console
 from vision_kan.common.errors import UserError
-from vision_kan.common.process import Process
-from vision_kan.data.images import ImageSet, Split
-from vision_kan.data.loaders import Loaders
-from vision_kan.run.build import model_spec
-from vision_kan.run.starting import Start
-from vision_kan.run.trained import Trained
+from vision_kan.config.flags import parse_beside_main
+from vision_kan.config.parser import Parser
+
+WEIGHTS = ("model", "model_ema")        # vision_kan.checkpoints.checkpoint.WEIGHTS, whose import takes seconds
 
 
-def loaders_of(trained: Trained) -> Loaders:
-    """The validation images that --data-path and --data-set among the flags name, as `main.py --eval` has them.
-    Raises UserError as that does, also where the classes are others."""
-    loaders = build_loaders(trained.args, Process(device=trained.device), trained.about.get("class_names"))
-    model_spec(trained.config, Start(spec=trained.spec), loaders.nb_classes)
-    return loaders
+def tool_parser(name: str, description: str | None) -> Parser:
+    """The parser of `tools/NAME`; its --help begins with the file's docstring as it is written."""
+    return Parser(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def training_images(trained: Trained) -> ImageSet:
-    """The training images that --data-path and --data-set name, prepared as those of an evaluation are."""
-    data, _ = build_dataset(True, trained.args, trained.about.get("class_names"))
-    if data.is_stream:
-        raise UserError(f"--data-set {trained.args.data_set} is a stream, from which no images can be chosen: give the "
-                        "same images as a folder or as another data set that is read by number")
-    return ImageSet(Split(data.images, data.targets, data.classes), False, trained.args)
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """CHECKPOINT, --weights and --device of a tool; what it does not know are flags of main.py's."""
+def model_parser(name: str, description: str | None) -> Parser:
+    """A tool's parser with CHECKPOINT, --weights and --device."""
+    parser = tool_parser(name, description)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py's or tools/convert.py's, of the "
                         "original Vision-KAN or DeiT: a file, a folder, a URL or hf-hub:OWNER/NAME")
     parser.add_argument("--weights", choices=WEIGHTS, default="model", help="the trained ones or their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    return parser
+
+
+def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(own, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
+
+
+def command(arguments: Callable[[], Parser], run: Callable[[argparse.Namespace, list[str]], int],
+            with_main: bool = False) -> Callable[[list[str] | None], int]:
+    """The `main` of a tool: takes the words of the command line (None: the process's own) and returns the exit code
+    (`console.exit_code`): 2 for bad input, after one sentence.
+
+    Args:
+        run: takes the tool's own arguments, and the words that are left for main.py's parser.
+        with_main: the flags of main.py are taken, too; else any other flag is refused."""
+    def main(argv: list[str] | None = None) -> int:
+        def program() -> int:
+            words = sys.argv[1:] if argv is None else argv
+            own, rest = parse_beside_main(arguments(), words) if with_main else (arguments().parse_args(words), [])
+            return run(own, rest)
+        return console.exit_code(program)
+    return main

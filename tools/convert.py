@@ -14,8 +14,7 @@ from argparse import Namespace
 from itertools import chain, islice
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
@@ -23,12 +22,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from tools.common import command, tool_parser
 from vision_kan.checkpoints.write import save_safetensors
-from vision_kan.common import peers
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import say, to_builtin_types
 from vision_kan.config.checks import validate
-from vision_kan.config.flags import PREPARATION, parse_beside_main
+from vision_kan.config.flags import PREPARATION
 from vision_kan.config.parser import Parser
 from vision_kan.config.resolve import parse_args, resolve
 from vision_kan.models import conversion
@@ -69,14 +68,17 @@ def compare(source: nn.Module, model: nn.Module, images: Tensor, exact: bool) ->
     return 1
 
 
-def run(argv: list[str]) -> int:
-    parser = Parser("convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
-    parser.add_argument("target", type=Path)
+def arguments() -> Parser:
+    parser = tool_parser("convert.py", __doc__)
+    parser.add_argument("source", metavar="SOURCE")
+    parser.add_argument("target", metavar="TARGET", type=Path)
     parser.add_argument("--model", required=True, metavar="NAME", help="what to turn it into")
     parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="images that a full-edge KAN is fitted on")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="images whose logits are compared")
-    own, flags = parse_beside_main(parser, argv)
+    return parser
+
+
+def run(own: argparse.Namespace, flags: list[str]) -> int:
     if own.target.suffix != ".safetensors":
         raise UserError(f"TARGET {own.target} must end in .safetensors")
     config = parse_args(["--model", own.model, "--drop-path", "0", *flags])
@@ -114,9 +116,7 @@ def run(argv: list[str]) -> int:
     return compare(source, model, images_in(own.check, config.args), exact=not errors)
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run, with_main=True)
 
 if __name__ == "__main__":
     sys.exit(main())

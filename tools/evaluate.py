@@ -31,12 +31,11 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from engine import evaluate, summary
-from tools.common import add_model_arguments, loaders_of
-from vision_kan.common import peers
+from tools.common import command, model_parser
+from tools.images import loaders_of
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.text import printable, to_json
-from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.images import Images, ImageSet
 from vision_kan.run.folder import versions
@@ -248,11 +247,13 @@ def default_folder(checkpoint: str, weights: str) -> Path:
     return default_output(checkpoint, f"_evaluation{'_ema' if weights == 'model_ema' else ''}")
 
 
-def run(argv: list[str]) -> int:
-    parser = Parser("evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
+def arguments() -> Parser:
+    parser = model_parser("evaluate.py", __doc__)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes")
-    own, flags = parse_beside_main(parser, argv)
+    return parser
+
+
+def run(own: argparse.Namespace, flags: list[str]) -> int:
     output = own.output or default_folder(own.checkpoint, own.weights)
     with atomic_write(output / "report.json") as file, plt.rc_context({"text.parse_math": False}):
         trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
@@ -275,9 +276,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run, with_main=True)
 
 if __name__ == "__main__":
     sys.exit(main())

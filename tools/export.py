@@ -22,8 +22,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
@@ -37,15 +36,15 @@ from torch import Tensor, nn
 
 import models_kan
 from engine import evaluate
-from tools.common import add_model_arguments, loaders_of
+from tools.common import command, model_parser
+from tools.images import loaders_of
 from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
 from vision_kan.checkpoints.write import save_safetensors
-from vision_kan.common import peers
 from vision_kan.common.errors import TrainingFailed, UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, shown_size, to_builtin_types, to_json
-from vision_kan.config.flags import FLAGS, PREPARATION, parse_beside_main
+from vision_kan.config.flags import FLAGS, PREPARATION
 from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.run.folder import versions
@@ -328,13 +327,15 @@ def _block(language: str, text: str) -> str:
 
 
 # ---------------------------------------------------------------- the command
-def run(argv: list[str]) -> int:
-    parser = Parser("export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
+def arguments() -> Parser:
+    parser = model_parser("export.py", __doc__)
     parser.set_defaults(device="cpu")       # a program keeps the device that it was exported on
     parser.add_argument("target", type=Path, metavar="TARGET", help="the ending is the format")
     parser.add_argument("--check", nargs="+", metavar="IMAGE|FOLDER", help="images whose logits are compared, besides noise")
-    own, flags = parse_beside_main(parser, argv)
+    return parser
+
+
+def run(own: argparse.Namespace, flags: list[str]) -> int:
     chosen = format_of(own.target)          # before anything takes time
     files = image_files(own.check) if own.check else []
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
@@ -352,9 +353,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run, with_main=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,6 +6,7 @@ Learned functions over the histogram of what really arrives at them, the share o
 function from its base; attention maps and rollout; a table of the blocks. What arrives is measured on validation images of
 --data-path, or else on the images given; attention is shown on the images given, or else on some of the validation images.
 """
+import argparse
 import base64
 import html
 import sys
@@ -14,8 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from tools.common import add_model_arguments, loaders_of
+from tools.common import check_at_least_1, command, model_parser
+from tools.images import loaders_of
 from vision_kan.analysis.arriving import ActivationStats, collect_inputs
 from vision_kan.analysis.attention import attention_panels, draw_attention
 from vision_kan.analysis.drawing import functions_figure, png
 from vision_kan.analysis.functions import chosen_layers
 from vision_kan.analysis.measures import DEAD_GAIN, LayerStats, measure
 from vision_kan.analysis.training_log import off_grid_warning, wide_grid_note
-from vision_kan.common import peers
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say
@@ -263,9 +263,8 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
 
 
 # ---------------------------------------------------------------- the command
-def run(argv: list[str]) -> int:
-    parser = Parser("inspect_kan.py", description=__doc__.splitlines()[0])
-    add_model_arguments(parser)
+def arguments() -> Parser:
+    parser = model_parser("inspect_kan.py", __doc__)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images or folders of them, to look at")
     parser.add_argument("--data-path", metavar="DIR", help="data set whose validation images are let through")
     parser.add_argument("--data-set", metavar="NAME", help="as main.py's, where the folder can't tell")
@@ -274,9 +273,11 @@ def run(argv: list[str]) -> int:
                         help="show only this layer or block, such as blocks.3 or blocks.3.mlp.phi2; may be repeated")
     parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint, shown beside the first")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: CHECKPOINT's name with _inspect at its end")
-    args = parser.parse_args(argv)
-    if args.samples < 1:
-        raise UserError(f"--samples {args.samples} must be at least 1")
+    return parser
+
+
+def run(args: argparse.Namespace, _: list[str]) -> int:
+    check_at_least_1(args, "samples")
     flags = [word for flag in ("data_path", "data_set") if getattr(args, flag) for word in (f"--{flag}", getattr(args, flag))]
     columns = []
     for place in filter(None, (args.checkpoint, args.compare)):
@@ -293,9 +294,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

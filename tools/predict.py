@@ -22,12 +22,10 @@ from vision_kan.common import console
 console.starting(__name__)
 import torch
 
-from tools.common import add_model_arguments
-from vision_kan.common import peers
+from tools.common import check_at_least_1, command, model_parser
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.text import printable, to_json
-from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.run.trained import Pictures, Trained, image_files, load_trained
 
@@ -92,18 +90,18 @@ WRITERS: dict[str, Callable[[Iterator[Prediction], list[str], Pictures, TextIO],
 
 
 # ---------------------------------------------------------------- command
-def run(argv: list[str]) -> int:
-    parser = Parser("predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
+def arguments() -> Parser:
+    parser = model_parser("predict.py", __doc__)
     parser.add_argument("places", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="folders with all that is below them")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="choices of each image (default: 5)")
     parser.add_argument("--format", choices=FORMATS, help="default: what the name of --output ends in, else table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-    own, flags = parse_beside_main(parser, argv)
-    for flag, value in (("--top", own.top), ("--batch-size", own.batch_size)):
-        if value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
+    return parser
+
+
+def run(own: argparse.Namespace, flags: list[str]) -> int:
+    check_at_least_1(own, "top", "batch_size")
     ending = own.output.suffix[1:].lower() if own.output else ""
     kind = own.format or (ending if ending in FORMATS else "table")
     files = image_files(own.places)
@@ -124,9 +122,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run, with_main=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
@@ -30,18 +29,17 @@ from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate
 from models_kan import KAN_OPTIONS, ModelSpec
-from tools.common import add_model_arguments, loaders_of, training_images
+from tools.common import check_at_least_1, command, model_parser
+from tools.images import loaders_of, training_images
 from vision_kan.analysis.pruning import plans
 from vision_kan.analysis.pruning.calibrate import calibrate
 from vision_kan.analysis.pruning.plans import KINDS, Hidden, Plan, first_level
 from vision_kan.analysis.pruning.rank import random_order
 from vision_kan.checkpoints.write import save_pth, save_safetensors
-from vision_kan.common import peers
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, to_builtin_types
-from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import Loaders
 from vision_kan.data.workers import batches
@@ -190,8 +188,7 @@ def draw_curve(own: argparse.Namespace, trained: Trained, plan: Plan, validation
 
 # ---------------------------------------------------------------- the command
 def arguments() -> Parser:
-    parser = Parser("prune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
+    parser = model_parser("prune.py", __doc__)
     parser.add_argument("target", metavar="TARGET", type=Path, help="what to write: .pth or .safetensors; .csv with --curve")
     parser.add_argument("--what", required=True, choices=KINDS,
                         help="hidden units; groups or grid points of the learned functions; the units of a full-edge KAN "
@@ -220,14 +217,12 @@ def check(own: argparse.Namespace) -> None:
                 raise UserError(f"{flag} {share:g} must be greater than 0 and at most 1: it is a share of what can be pruned")
     if own.max_loss is not None and not 0 <= own.max_loss < 100:
         raise UserError(f"--max-loss {own.max_loss:g} must be at least 0 and below 100: it is in points of top-1")
-    if own.images < 1:
-        raise UserError(f"--images {own.images} must be at least 1")
+    check_at_least_1(own, "images")
     if own.random and own.what not in ("hidden", "edges"):
         raise UserError(f"--random removes units, and --what {own.what} removes none: leave it out")
 
 
-def run(argv: list[str]) -> int:
-    own, flags = parse_beside_main(arguments(), argv)
+def run(own: argparse.Namespace, flags: list[str]) -> int:
     check(own)
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
     plans.check(trained.spec, own.what)
@@ -262,9 +257,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run, with_main=True)
 
 if __name__ == "__main__":
     sys.exit(main())

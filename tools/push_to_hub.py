@@ -9,15 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from vision_kan.common import peers
+from tools.common import command, tool_parser
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
@@ -53,19 +52,20 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
                         "HF_HUB_OFFLINE") from error
 
 
-def run(argv: list[str]) -> int:
-    parser = Parser("push_to_hub.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments() -> Parser:
+    parser = tool_parser("push_to_hub.py", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("repo", metavar=PLACE)
     parser.add_argument("--private", action="store_true", help="where the model is made anew: seen by its owners only")
-    own = parser.parse_args(argv)
+    return parser
+
+
+def run(own: argparse.Namespace, _: list[str]) -> int:
     say(push(own.folder, own.repo, own.private))
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,6 +2,7 @@
 
     python tools/quickstart.py [--seeds 0 1 2] [--output-dir runs/quickstart] [--epochs N]
 """
+import argparse
 import math
 import os
 import re
@@ -22,8 +23,9 @@ console.starting(__name__)
 import timm
 import torch
 
-from tools.plot_run import plot_runs, read_log
-from vision_kan.common import peers
+from tools.common import command, tool_parser
+from tools.logs import read_log
+from tools.plot_run import plot_runs
 from vision_kan.common.errors import UserError
 from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters, twin_mismatch
@@ -170,13 +172,16 @@ def conclusion(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(textwrap.fill(part, 110) for part in (text, about))
 
 
-def run(argv: list[str]) -> int:
-    parser = Parser("quickstart.py", description=__doc__.splitlines()[0])
+def arguments() -> Parser:
+    parser = tool_parser("quickstart.py", __doc__)
     parser.add_argument("--output-dir", type=Path, metavar="DIR",
                         help="a new folder for both runs (default: runs/quickstart, or runs/quickstart_2 and so on)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="train both with each of them")
     parser.add_argument("--epochs", type=int, metavar="N", help="instead of the recipe's")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(args: argparse.Namespace, _: list[str]) -> int:
     extra = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     args.output_dir = prepare(args.output_dir)
     start = time.perf_counter()
@@ -192,9 +197,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,15 +26,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from tools.plot_run import draw_curve, names_of, read_log
-from vision_kan.common import peers
+from tools.common import command, tool_parser
+from tools.logs import draw_curve, names_of, read_log
 from vision_kan.common.errors import UserError
-from vision_kan.common.files import atomic_write
+from vision_kan.common.files import STATUS, atomic_write
 from vision_kan.common.text import say
 from vision_kan.config.flags import FLAGS
 from vision_kan.config.parser import Parser
 from vision_kan.config.recipes import load_recipe
-from vision_kan.run.folder import STATUS
 
 LOG, ARGS = "log.txt", "args.yaml"
 DIFFERENT = {dest for dest, flag in FLAGS.items() if flag.scope != "run"} | {"finetune", "teacher_path", "compile", "kan_backend"}
@@ -225,14 +224,17 @@ def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
     plt.close(figure)
 
 
-def run(argv: list[str]) -> int:
-    parser = Parser("runs.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments() -> Parser:
+    parser = tool_parser("runs.py", __doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="runs, or folders of runs")
     parser.add_argument("--sort", default="name", choices=["name", *COLUMNS], metavar="KEY",
                         help=f"order of the lines: name (default), {', '.join(COLUMNS)}; the best first")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the table, with a column for each flag that differs")
     parser.add_argument("--output", type=Path, metavar="PICTURE", help="the curves (default: runs.png in the first FOLDER)")
-    own = parser.parse_args(argv)
+    return parser
+
+
+def run(own: argparse.Namespace, _: list[str]) -> int:
     runs = [read_run(folder) for folder in find_runs(own.folders)]
     names = dict(zip((run.folder for run in runs), names_of([run.folder for run in runs])))
     runs = sort_runs(runs, names, own.sort)
@@ -247,9 +249,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

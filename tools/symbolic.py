@@ -17,8 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
@@ -33,16 +32,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate, summary
-from tools.common import add_model_arguments, loaders_of
+from tools.common import check_at_least_1, command, model_parser
+from tools.images import loaders_of
 from vision_kan.analysis.formulas import DEFINITIONS
 from vision_kan.analysis.symbolic import Learned, find_formulas, with_fitted_basis, with_formulas
 from vision_kan.checkpoints.write import save_safetensors
-from vision_kan.common import peers
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, to_builtin_types, to_json
-from vision_kan.config.flags import FLAGS, parse_beside_main
+from vision_kan.config.flags import FLAGS
 from vision_kan.config.parser import Parser
 from vision_kan.data.workers import batches
 from vision_kan.layers.function_layer import function_layers
@@ -160,9 +159,8 @@ def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable
     return (images[targets >= 0] for images, targets in batches(loader) if (targets >= 0).any()), len(loader)
 
 
-def run(argv: list[str]) -> int:
-    parser = Parser("symbolic.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_model_arguments(parser)
+def arguments() -> Parser:
+    parser = model_parser("symbolic.py", __doc__)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images whose inputs to the functions weight the fits "
                         "(default: the validation images of --data-path; without any, all of the grid counts alike)")
     parser.add_argument("--limit", type=int, default=512, metavar="N", help="of these images, spread evenly (default: 512)")
@@ -173,10 +171,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="the table as text, CSV, JSON and LaTeX, and a picture")
     parser.add_argument("--replace", type=Path, metavar="TARGET", help="put the formulas in the functions' place, evaluate, "
                         "and save the nearest model that main.py reads (.safetensors; group KAN)")
-    own, flags = parse_beside_main(parser, argv)
-    for name in ("limit", "edges"):
-        if getattr(own, name) < 1:
-            raise UserError(f"--{name} {getattr(own, name)} must be at least 1")
+    return parser
+
+
+def run(own: argparse.Namespace, flags: list[str]) -> int:
+    check_at_least_1(own, "limit", "edges")
     if not 1 < own.parsimony < math.inf:
         raise UserError(f"--parsimony {own.parsimony:g} must be more than 1")
     if own.replace and own.replace.suffix != ".safetensors":
@@ -199,9 +198,7 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    return peers.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
-
+main = command(arguments, run, with_main=True)
 
 if __name__ == "__main__":
     sys.exit(main())

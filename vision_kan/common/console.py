@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
+
 EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141        # 128 + SIGINT and SIGPIPE, as shells count
 # Of a training: called when nobody reads the output any more, in place of an error. It has something to save first.
 on_unread: Callable[[], None] | None = None
@@ -59,6 +61,33 @@ def guarded(program: Callable[[], int]) -> int:
     finally:
         if starts:      # all is said and kept: Ctrl-C would only change the exit code while Python takes itself down
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def exit_code(program: Callable[[], int]) -> int:
+    """program(), `guarded`; after an error that is for the user its sentence on stderr and its exit code (`ending`)."""
+    def ended() -> int:
+        try:
+            return program()
+        except (Exception, KeyboardInterrupt) as error:
+            if (end := ending(error)) is None:
+                raise
+            print(end[1], file=sys.stderr, flush=True)
+            return end[0]
+
+    return guarded(ended)
+
+
+def ending(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and sentence of an error that is for the user; None for any other, whose traceback is wanted."""
+    if isinstance(error, UserError):
+        return error.exit_code, f"error: {error}"
+    if isinstance(error, (TrainingFailed, Preempted)):
+        return error.exit_code, f"stopped: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, f"stopped: {str(error) or 'interrupted'}"
+    if type(error).__name__ == "OutOfMemoryError":      # torch's, which may not be loaded
+        return EXIT_FAILED, "stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add --grad-checkpointing"
+    return None
 
 
 # ---------------------------------------------------------------- characters

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from vision_kan.common.errors import UserError
 
+STATUS = "status.json"      # in a run's folder
+
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import urlparse
 
-import torch
 import torch.distributed as dist
 
 from vision_kan.common import console
@@ -288,17 +287,10 @@ def exit_code(program: Callable[[], int]) -> int:
 def _exit_code(program: Callable[[], int]) -> int:
     try:
         code = program()
-    except UserError as error:
-        return _leave(error.exit_code, f"error: {error}")
-    except (TrainingFailed, Preempted) as error:
-        unread = error.exit_code == console.EXIT_UNREAD
-        return _leave(error.exit_code, "" if unread else f"stopped: {error}", together=isinstance(error, Preempted))
-    except torch.OutOfMemoryError:
-        return _leave(EXIT_FAILED, "stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add "
-                                   "--grad-checkpointing")
-    except KeyboardInterrupt as error:
-        return _leave(console.EXIT_INTERRUPTED, f"stopped: {str(error) or 'interrupted'}")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if end := console.ending(error):
+            code, text = end
+            return _leave(code, "" if code == console.EXIT_UNREAD else text, together=isinstance(error, Preempted))
         if isinstance(error, BrokenPipeError) and console.silence():
             return _leave(console.EXIT_UNREAD, "", "nobody reads its output any more")
         failure = lost(error)

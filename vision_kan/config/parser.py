@@ -83,6 +83,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = re.sub(r"^argument ", "", on_one_line(message, 500))
+        if absent := re.match(r"the following arguments are required: (.*)", message):
+            message = f"missing on the command line: {absent[1]} (see {self.prog} --help)"
         choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
         if choice:
             flag, value = choice.groups()

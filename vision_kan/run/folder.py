@@ -26,7 +26,7 @@ from vision_kan.checkpoints.write import save_checkpoint, saved_checkpoints
 from vision_kan.common import console, peers
 from vision_kan.common.console import EXIT_INTERRUPTED
 from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
-from vision_kan.common.files import write_text
+from vision_kan.common.files import STATUS, write_text
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, to_json
 from vision_kan.run import tracking
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from vision_kan.training.state import TrainState
 
 
-STATUS = "status.json"
 INTERRUPTED = "SIGINT twice: ended at once, nothing is saved since the last checkpoint"
 
 

@@ -1,0 +1,52 @@
+"""Runs' logs, read and drawn. Imports no torch."""
+import json
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from vision_kan.common.errors import UserError
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The records of a run's log.txt, one an epoch; a last line that a kill cut off is left out.
+
+    UserError where there is no log, no finished epoch, or something else."""
+    log = folder / "log.txt"
+    if not log.is_file():
+        raise UserError(f"{folder} holds no log.txt: name the --output_dir of a run")
+    lines, records = log.read_text(encoding="utf-8").splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append({**json.loads(line), "epoch": int(json.loads(line)["epoch"])})
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines) or not records:
+                raise UserError(f"{log} line {number} is no epoch of a training: name the --output_dir of a "
+                                "run") from error
+    if not records:
+        raise UserError(f"{log} holds no finished epoch yet: wait for the first one")
+    return records
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """Names of folders in a legend: as short as keeps them apart."""
+    paths = [folder.resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return [str(path) for path in paths]
+
+
+def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str, dashed: str | None = None) -> None:
+    """`key` of every run over its epochs; `dashed`: a second key, in the same colour."""
+    for name, records in logs.items():
+        line, = axes.plot([r["epoch"] + 1 for r in records], [r[key] for r in records], label=name, marker=".",
+                          markersize=3)
+        if dashed:
+            axes.plot([r["epoch"] + 1 for r in records], [r[dashed] for r in records], "--", color=line.get_color(),
+                      label=f"{name} (training)")
+    axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)     # type: ignore[call-arg]  # of matplotlib's stubs
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend()
