@@ -33,7 +33,7 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
 
 
 def command(arguments: Callable[[], Parser], run: Callable[[argparse.Namespace, list[str]], int],
-            with_main: bool = False) -> Callable[[list[str] | None], int]:
+            with_main: bool = False) -> Callable[..., int]:
     """The `main` of a tool: takes the words of the command line (None: the process's own) and returns the exit code
     (`console.exit_code`): 2 for bad input, after one sentence.
 
