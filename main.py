@@ -2,9 +2,9 @@
 import math
 import sys
 
-from vision_kan.common import console
+from vision_kan.config.early import answered
 
-console.starting(__name__)
+answered(__name__)
 import torch
 
 from datasets import build_loaders, calibration_batch

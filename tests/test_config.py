@@ -17,7 +17,9 @@ from e2e import write_digits
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tools import common
 from vision_kan import kernels
+from vision_kan.checkpoints import checkpoint as checkpoint_module
 from vision_kan.common.errors import UserError
 from vision_kan.config import flags as flags_module
 from vision_kan.config import recipes as recipes_module
@@ -227,7 +229,7 @@ def test_names_that_stand_in_the_table_and_elsewhere():
     assert flags_module.KAN_BACKENDS == list(kernels.BACKENDS) and flags_module.KAN_BASES == list(kernels.BASES)
     assert flags_module.IMAGENET_MEAN == timm.data.IMAGENET_DEFAULT_MEAN
     assert flags_module.IMAGENET_STD == timm.data.IMAGENET_DEFAULT_STD
-    assert flags_module.TRACKERS == list(tracking.SERVICES)
+    assert flags_module.TRACKERS == list(tracking.SERVICES) and common.WEIGHTS == checkpoint_module.WEIGHTS
     assert set(flags_module.COMPILE_MODES) <= torch._inductor.list_mode_options().keys()
     graphs = {mode for mode in flags_module.COMPILE_MODES if torch._inductor.list_mode_options(mode).get("triton.cudagraphs")}
     assert set(flags_module.OWN_GRAPHS) == graphs

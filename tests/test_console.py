@@ -54,6 +54,19 @@ def test_interrupted_while_it_imports(script, tmp_path):
     assert (process.returncode, out, err) == (130, "", "stopped: interrupted\n")
 
 
+@pytest.mark.parametrize("words, code, told", [
+    (["--help"], 0, "--batch-size"), (["--modle", "x"], 2, "unknown flag --modle: did you mean --model?"),
+    (["--epochs", "0"], 2, "--epochs 0 must be from 1 to 1000000"), (["--sched", "cosin"], 2, "did you mean cosine?"),
+    (["--config", "nowhere.yaml"], 2, "there is no such file"), (["--world_size", "4"], 2, "torchrun --nproc_per_node=4")])
+def test_what_needs_no_torch_is_answered_before_it_is_imported(words, code, told, tmp_path):
+    for name in ("torch", "timm", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')\n")
+    done = subprocess.run([sys.executable, str(ROOT / "main.py"), *words], capture_output=True, text=True, timeout=60,
+                          env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == code and told in (done.stderr if code else done.stdout) and "imported" not in done.stderr
+    assert done.stderr.startswith("error: ") == bool(code) and "Traceback" not in done.stderr
+
+
 def test_a_program_that_imports_another_keeps_its_handler():
     handler = signal.getsignal(signal.SIGINT)
     console.starting("main")

@@ -54,7 +54,8 @@ def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) 
     loaders, process = loaders_of(trained), Process(device=trained.device)
     fitted, fits = with_fitted_basis(trained.model, found)
     about = {"model_args": to_builtin_types({"name": trained.spec.name, "kwargs": trained.spec.kwargs}),
-             "args": to_builtin_types({dest: value for dest, value in vars(trained.args).items() if FLAGS[dest].scope in ("model", "data")})}
+             "args": to_builtin_types({dest: value for dest, value in vars(trained.args).items()
+                                       if FLAGS[dest].scope in ("model", "data")})}
     if trained.about.get("class_names"):
         about["class_names"] = trained.about["class_names"]
     lines = [summary(f"{title:17}", evaluate(model, loaders.val, process)) for title, model in (

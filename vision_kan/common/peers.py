@@ -293,7 +293,7 @@ def _exit_code(program: Callable[[], int]) -> int:
             return _leave(code, "" if code == console.EXIT_UNREAD else text, together=isinstance(error, Preempted))
         if isinstance(error, BrokenPipeError) and console.silence():
             return _leave(console.EXIT_UNREAD, "", "nobody reads its output any more")
-        failure = lost(error)
+        failure = lost(error) if isinstance(error, Exception) else None
         if failure is None:
             _leave(EXIT_FAILED, "", str(error) or type(error).__name__)
             raise

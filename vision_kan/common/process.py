@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vision_kan.common.device_names import DEVICE_NAME, NOT_A_DEVICE
 from vision_kan.common.errors import UserError
+from vision_kan.common.launch import world_size_of_launch as world_size_of_launch
 
 
 # ---------------------------------------------------------------- process group
@@ -28,11 +29,6 @@ def cores() -> int:
     """That this process may use: its part of the machine's, where a launcher has started several here."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def world_size_of_launch() -> int:
-    """Processes that torchrun (or a launcher that sets the same variables) has started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

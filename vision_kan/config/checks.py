@@ -55,7 +55,7 @@ def check_flags(args: Namespace, world_size: int = 1) -> None:
 
 def _check_optimizer(args: Namespace) -> None:
     from timm.optim import list_optimizers  # the one import of torch in this package: see `check_flags`
-    name, known = args.opt.lower().removeprefix("lookahead_"), list_optimizers()
+    name, known = args.opt.lower().removeprefix("lookahead_"), list(map(str, list_optimizers()))
     if name not in known:
         _refuse(args, "opt", f"is not one of timm's optimizers{did_you_mean(name, known)}")
 

@@ -1,0 +1,26 @@
+"""What main.py answers before it imports torch, which takes seconds: --help, a mistyped flag, a wrong value."""
+import signal
+import sys
+
+from vision_kan.common import console
+from vision_kan.common.launch import world_size_of_launch
+from vision_kan.config.checks import check_flags
+from vision_kan.config.resolve import parse_args
+
+
+def answered(name: str) -> None:
+    """For the first lines of main.py, with its `__name__`: ends the process where its flags need no more than an answer. Until
+    `console.guarded` takes over, Ctrl-C ends it in one line (`console.starting`)."""
+    console.starting(name)
+    if name == "__main__":
+        handler = signal.getsignal(signal.SIGINT)
+        if code := console.exit_code(_refused):
+            sys.exit(code)
+        signal.signal(signal.SIGINT, handler)
+
+
+def _refused() -> int:
+    args = parse_args().args
+    if not args.list_models and not args.resume:        # a checkpoint still fills in what is missing
+        check_flags(args, world_size_of_launch())
+    return 0
