@@ -42,7 +42,8 @@ def test_interrupted_while_it_imports(script, tmp_path):
     for name in ("torch", "matplotlib", "huggingface_hub", "timm"):
         (modules / f"{name}.py").write_text(SLOW.format(file=str(tmp_path / "importing")))
     process = subprocess.Popen([sys.executable, "-c", "import signal, runpy, sys; signal.signal(signal.SIGINT, "
-                                "signal.default_int_handler); runpy.run_path(sys.argv[1], run_name='__main__')", str(script)],
+                                "signal.default_int_handler); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
+                                str(script)],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**ENVIRONMENT, "PYTHONPATH": f"{modules}:{ROOT}"})
     try:
