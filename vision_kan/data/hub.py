@@ -105,7 +105,7 @@ class HoldsHuggingFace:
 
 def _received(kind: type, content: bytes) -> Any:
     huggingface_datasets()
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     vars(made).update(pickle.loads(content))
     return made
 
