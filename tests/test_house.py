@@ -72,6 +72,13 @@ def test_a_planted_violation_is_found(file, line, expected, tmp_path):
     assert any(expected in said for said in complaints(tmp_path))
 
 
+def test_files_are_read_at_a_sitting():
+    files = {*ROOT.glob("*.py"), *ROOT.glob("vision_kan/**/*.py")} - {ROOT / "vision_kan/config/flags.py"}      # a table
+    lengths = {path: len(path.read_text().splitlines()) for path in files if path.parent.name != "kernels"}
+    assert max(lengths.values()) <= 400, max(lengths, key=lengths.get)
+    assert len((ROOT / "main.py").read_text().splitlines()) < 130
+
+
 def test_readme_draws_the_house():
     """Each room has its row, in the order of the floors, the highest first."""
     table = (ROOT / "README.md").read_text().partition("## Where things are")[2].partition("\n## ")[0]
