@@ -383,7 +383,7 @@ def tracked(line):
 EFFECTS = {
     # run
     "batch_size": (lambda line: len(batches(line)[0][0]), "--batch-size 8", ""),
-    "epochs": (lambda line: caught(line).options.epochs, "--epochs 9", ""),
+    "epochs": (lambda line: caught(line).training.epochs, "--epochs 9", ""),
     "grad_accum": (trained, "--grad-accum 3", ""),
     "bce_loss": (loss, "--bce-loss", ""),
     "unscale_lr": (optimizer, "--unscale-lr", ""),
@@ -629,7 +629,7 @@ def test_the_seed_is_of_everything_random():
     # of one and the same image, where the order makes no difference
     assert not differences(*(images_of(f"--data-path {{same}} {STILL} --seed {seed}") for seed in (5, 6)))
     assert differences(*(images_of(f"--data-path {{same}} --seed {seed}") for seed in (5, 6)))
-    assert caught("--seed 5").options.seed == 5     # mixup, dropout
+    assert caught("--seed 5").training.seed == 5     # mixup, dropout
 
 
 def test_the_teacher_is_not_trained():
