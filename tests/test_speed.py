@@ -5,7 +5,6 @@ import shutil
 import sysconfig
 from argparse import Namespace
 from copy import deepcopy
-from importlib import util as util_module
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process
 from vision_kan.config.checks import validate
 from vision_kan.config.resolve import parse_args
+from vision_kan.run import training_run
 from vision_kan.training import speed as speed_module  # noqa: F401  registers the models with timm
 from vision_kan.training.optim import build_optimizer, build_state
 from vision_kan.training.speed import StepProfiler, compile_model, ideal_rate, peak_flops
@@ -177,10 +177,10 @@ def test_without_a_compiler_one_sentence(data, monkeypatch, capsys):
     assert run(*QUICK, "--epochs", 1, "--data-path", data, "--compile") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --compile needs a C++ compiler") and error.count("\n") == 1
-    monkeypatch.setattr(util_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(speed_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--compile needs Triton"):
         compile_model(small(NANO), torch.device("cuda"))
-    monkeypatch.setattr(util_module, "find_spec", lambda name: True)
+    monkeypatch.setattr(speed_module, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="--compile needs a C compiler"):
         compile_model(small(NANO), torch.device("cuda"))
 
@@ -278,7 +278,7 @@ def test_each_line_has_the_rate_and_where_it_is_known_the_utilisation(data, tmp_
     assert run(*options) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 6 and all("img/s" in line and "MFU" not in line for line in lines)
-    monkeypatch.setattr(speed_module, "ideal_rate", lambda flops, process, dtype: 1e4 if flops > 1e6 else None)
+    monkeypatch.setattr(training_run, "ideal_rate", lambda flops, process, dtype: 1e4 if flops > 1e6 else None)
     assert run(*options, "--output_dir", tmp_path / "out") == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
     for line in lines:

@@ -154,8 +154,8 @@ ODD = {
     "two roots": (_archive(RECORDS + [("other/data.pkl", b"\x80\x02}.")]), "something else"),
     "a storage that is short": (_archive([(name, content[:4] if name.endswith("data/0") else content)
                                           for name, content in RECORDS]), "4 bytes where 12 are declared"),
-    "a function for a value": (_in_place_of_one(b"ccollections\nOrderedDict\n"), "no plain value"),
-    "a storage's class called": (_in_place_of_one(b"ctorch\nFloatStorage\nK\x05\x85R"), "no function"),
+    "a function for a value": (_in_place_of_one(b"ccollections\nOrderedDict\n"), "not a plain value"),
+    "a storage's class called": (_in_place_of_one(b"ctorch\nFloatStorage\nK\x05\x85R"), "not a function"),
     "a pointer as a numpy value": (_in_place_of_one(_numpys(b"O8", b"AAAAAAAA")), "a numpy value of type 'O8'"),
     "a numpy value longer than its bytes": (_in_place_of_one(_numpys(b"U9999", b"ab")), "numpy value of another length"),
     "a numpy value of many fields": (_in_place_of_one(_numpys(b"f8,f8", b"a" * 16)), "a numpy value of type 'f8,f8'"),
