@@ -46,7 +46,7 @@ def checkout(tmp_path):
     for path in ROOT.glob("*.py"):
         if path.name != "main.py":
             shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    shutil.copytree(ROOT / "vision_kan", tmp_path / "vision_kan")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
