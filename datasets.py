@@ -24,6 +24,7 @@ from vision_kan.data.streams import STREAM, HuggingFaceStream, StreamImages, Str
 from vision_kan.data.workers import start_worker
 
 LEAST_WORKERS = 32      # loader processes that any machine may be asked for
+STREAMED = ("hfids/", "wds/")
 
 
 def build_dataset(is_train: bool, args: Namespace,
@@ -38,9 +39,12 @@ def build_dataset(is_train: bool, args: Namespace,
     Raises UserError for data that is missing, incomplete or contradicts the flags.
     """
     data_set = data_set_of(args)
-    if of_timm(data_set):
-        return _of_library(is_train, args, data_set, class_names)
-    if data_set == "DIGITS":
+    kind = ImageSet
+    if data_set.startswith(STREAMED):
+        kind, split = StreamSet, _stream(is_train, args, data_set, class_names)
+    elif of_timm(data_set):
+        split = _of_library(is_train, args, data_set)
+    elif data_set == "DIGITS":
         split = open_digits(is_train)
     elif data_set in CIFARS:
         split = open_cifar(is_train, args, CIFARS[data_set])
@@ -50,7 +54,7 @@ def build_dataset(is_train: bool, args: Namespace,
         split = open_class_folders(is_train, args, data_set, class_names)
     if class_names:
         split = as_in_checkpoint(split, args, class_names)
-    return ImageSet(split, is_train, args), len(split.classes)
+    return kind(split, is_train, args), len(split.classes)
 
 
 def build_loaders(args: Namespace, process: Process, class_names: list[str] | None = None) -> Loaders:
@@ -124,24 +128,27 @@ def _download_once(args: Namespace, process: Process) -> Namespace:
     return Namespace(**{**vars(args), "download": False})
 
 
-def _of_library(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> tuple[ImageSet, int]:
-    """`build_dataset` for KIND/NAME. Raises UserError for a package that is missing and whatever its library says."""
-    kind, _, name = data_set.partition("/")
-    package, least = PACKAGES.get(kind, ("", 0))
+def _check_package(data_set: str) -> None:
+    """Raises UserError for KIND/NAME where the package that reads it is missing or too old."""
+    package, least = PACKAGES.get(data_set.partition("/")[0], ("", 0))
     if package and (not package_spec(package) or int(version(package).split(".")[0]) < least):
         raise UserError(f"--data-set {data_set} needs the package {package}{f' {least} or newer' if least else ''}: "
                         f"pip install '{package}{f'>={least}' if least else ''}'")
-    if kind in ("hfids", "wds"):
-        return _build_stream(is_train, args, data_set, class_names)
+
+
+def _of_library(is_train: bool, args: Namespace, data_set: str) -> Split:
+    """torch/NAME or hfds/NAME. Raises UserError for whatever its library says."""
+    _check_package(data_set)
+    kind, _, name = data_set.partition("/")
     split = (open_torchvision if kind == "torch" else open_huggingface)(is_train, args, name)
     if not len(split.images):
         raise UserError(f"--data-set {data_set} has no images to {'train on' if is_train else 'evaluate'}: check --data-split")
-    if class_names:
-        split = as_in_checkpoint(split, args, class_names)
-    return ImageSet(split, is_train, args), len(split.classes)
+    return split
 
 
-def _build_stream(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> tuple[ImageSet, int]:
+def _stream(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> Split:
+    """hfids/NAME or wds/NAME; class_names: for a stream that has none of its own."""
+    _check_package(data_set)
     if args.resplit:
         raise UserError(f"--resplit spares the first repeat of each image, and --data-set {data_set} has no repeats: leave it "
                         "out")
@@ -152,10 +159,7 @@ def _build_stream(is_train: bool, args: Namespace, data_set: str, class_names: l
     names = class_names if class_names and args.num_classes in (None, len(class_names)) else None
     classes = stream.classes or names or numbered_classes(args)
     note = f"warning: --data-set {data_set} {STREAM}" if is_train else ""
-    split = Split(StreamImages(stream, data_set), np.arange(len(classes)), classes, note)
-    if class_names:
-        split = as_in_checkpoint(split, args, class_names)
-    return StreamSet(split, is_train, args), len(split.classes)
+    return Split(StreamImages(stream, data_set), np.arange(len(classes)), classes, note)
 
 
 def calibration_batch(loaders: Loaders, seed: int, size: int = 64) -> torch.Tensor:
