@@ -13,7 +13,8 @@ from losses import build_criterion
 from models_kan import ModelSpec
 from utils import main_process_first, stop_together, use_deterministic_kernels
 from vision_kan.common import peers
-from vision_kan.common.process import Process, world_size_of_launch
+from vision_kan.common.launch import world_size_of_launch
+from vision_kan.common.process import Process
 from vision_kan.common.seeds import seed_everything
 from vision_kan.common.text import say
 from vision_kan.config.checks import validate
@@ -102,7 +103,7 @@ def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module,
                                 build.class_weights(args, loaders, process.device))
     state = build_state(args, model, lr, math.ceil(len(loaders.train) / args.grad_accum), process.device, amp_dtype)
     if start.purpose == "resume":
-        resume(args, state, start, loaders, process)
+        resume(state, start, loaders)
     if has_ended(args, state, folder, process):
         return 0
     # 3. The steps, alone or with other processes, as CUDA graphs or not

@@ -13,8 +13,6 @@ class UserError(Exception):
 class UnreadableData(UserError):
     """Too many consecutive images cannot be read, or a stream is not what it is said to be."""
 
-    # Not in datasets.py, where it is raised: loader processes send it by its module's name, which may have come to mean Hugging
-    # Face's package.
     def __init__(self, text: str):
         # A DataLoader raises a worker's exception again with the whole traceback as its text.
         super().__init__(text.strip().rsplit(f"{type(self).__name__}: ", 1)[-1])

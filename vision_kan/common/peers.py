@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from vision_kan.common import console
 from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError, one_line
-from vision_kan.common.process import Process, choose_device, world_size_of_launch
+from vision_kan.common.launch import world_size_of_launch
+from vision_kan.common.process import Process, choose_device
 
 LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|socket")
 # torch's own limit of a collective lies a little above --dist-timeout: this module speaks first, and can name who is missing.

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from vision_kan.common.device_names import DEVICE_NAME, NOT_A_DEVICE
 from vision_kan.common.errors import UserError
-from vision_kan.common.launch import world_size_of_launch as world_size_of_launch
 
 
-# ---------------------------------------------------------------- process group
 @dataclass(frozen=True)
 class Process:
     """This process's place in the group and the device that it computes on."""

@@ -17,7 +17,8 @@ from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url, quiet_hub
 from vision_kan.checkpoints.write import saved_checkpoints
 from vision_kan.common.errors import UserError, one_line
-from vision_kan.common.process import cores, world_size_of_launch
+from vision_kan.common.launch import world_size_of_launch
+from vision_kan.common.process import cores
 from vision_kan.common.text import one_or_two, say, to_builtin_types
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION, get_args_parser

@@ -134,15 +134,13 @@ def open_folder(args: Namespace, start: Start, process: Process) -> RunFolder:
     return folder
 
 
-def resume(args: Namespace, state: TrainState, start: Start, loaders: Loaders, process: Process) -> None:
+def resume(state: TrainState, start: Start, loaders: Loaders) -> None:
     """Load the checkpoint that the run continues, and free its memory. Raises UserError where it does not fit."""
     state.load_state_dict(start.checkpoint.state)
     loaders.load_unreadable_state(start.checkpoint.state.get("unreadable") or [])
     start.checkpoint.free()
     step = f", step {state.step}" if state.step else ""
     say(f"resumed from {start.checkpoint.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
-    if changed := state.fit_launch(args.batch_size, process):
-        say(f"warning: {changed}", file=sys.stderr)
 
 
 def has_ended(args: Namespace, state: TrainState, folder: RunFolder, process: Process) -> bool:
@@ -163,9 +161,10 @@ def stopped_early(state: TrainState) -> str:
 
 
 def build_training(args: Namespace, spec: ModelSpec, updater: Updater, mixup: Mixup | None, loaders: Loaders) -> Training:
-    """The flags' training; says what is trained on what, and warns of what is odd about the learning rate."""
+    """The flags' training; says what is trained on what, and warns of an odd learning rate and of an epoch that a resume
+    continues in other batches."""
     model, process, lr = updater.state.model, updater.process, scaled_lr(args, updater.process.world_size)
-    for warning in schedule_warnings(args, lr):
+    for warning in filter(None, [updater.state.fit_launch(args.batch_size, process), *schedule_warnings(args, lr)]):
         say(f"warning: {warning}", file=sys.stderr)
     flops = count_flops(model) if models_kan.split_name(spec.name)[0] else None
     trained = sum(parameter.numel() for parameter in updater.parameters)
