@@ -1,5 +1,6 @@
 """Ctrl-C during the imports and in a tool, output that cannot show a name, output that nobody reads."""
 import functools
+import importlib
 import io
 import json
 import os
@@ -236,3 +237,26 @@ def interrupted_without_reader(argv: list[str]) -> int:
 
     peers.mark = mark
     return program.main(argv)
+
+
+# ---------------------------------------------------------------- arguments of tools
+NEEDED = {"convert": "SOURCE, TARGET, --model", "evaluate": "CHECKPOINT", "export": "CHECKPOINT, TARGET",
+          "inspect_kan": "CHECKPOINT", "plot_run": "FOLDER", "predict": "CHECKPOINT, IMAGE|FOLDER",
+          "prune": "CHECKPOINT, TARGET, --what", "push_to_hub": "FOLDER, USER/NAME", "runs": "FOLDER", "symbolic": "CHECKPOINT"}
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_tool_without_its_arguments_says_which(name, capsys):
+    tool = importlib.import_module(f"tools.{name}")
+    assert tool.main([]) == 2
+    assert capsys.readouterr() == ("", f"error: missing on the command line: {NEEDED[name]} (see {name}.py --help)\n")
+
+
+@pytest.mark.parametrize("name", [*NEEDED, "quickstart"])
+def test_a_mistyped_flag_of_a_tool(name, capsys):
+    given = {"--model": ["--model", "m"], "--what": ["--what", "hidden", "--curve"], "": []}
+    words = [word for needed in NEEDED.get(name, "").split(", ") for word in given.get(needed, ["x"])]
+    tool = importlib.import_module(f"tools.{name}")
+    assert tool.main([*words, "--no-such-flag"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: unknown flag --no-such-flag") and err.count("\n") == 1

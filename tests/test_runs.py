@@ -10,7 +10,7 @@ import pytest
 from e2e import QUICK, log, run, write_digits
 from PIL import Image
 
-from tools import runs
+from tools import plot_run, runs
 
 MLP = "vit_nano_patch8_32_ViT"
 
@@ -105,6 +105,16 @@ def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys):
     assert len(err.splitlines()) == 3 and all(line.startswith("warning: ") for line in err.splitlines())
     assert "status.json" in err and "no_such_flag" in err and "line 1 is no epoch" in err
     assert (copy / "runs.png").exists()
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+def test_names_in_a_script_that_the_font_lacks(copy, tmp_path):
+    one = next(path.parent for path in sorted(copy.rglob("log.txt")))
+    place = shutil.copytree(one, tmp_path / "猫" / "猫")
+    other = shutil.copytree(one, tmp_path / "犬" / "犬")
+    assert runs.main([str(place), str(other), "--output", str(tmp_path / "r.png")]) == 0
+    assert plot_run.main([str(place), str(other), "--output", str(tmp_path / "p.png")]) == 0
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("r.png", "p.png"))
 
 
 def test_many_runs_have_colours_of_their_own(copy, capsys, monkeypatch):

@@ -1,14 +1,20 @@
 """What all tools share: how a command begins and ends. Imports neither torch nor matplotlib."""
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from vision_kan.checkpoints import WEIGHTS
 from vision_kan.common import console
 from vision_kan.common.errors import UserError
+from vision_kan.common.files import atomic_write
 from vision_kan.config.flags import parse_beside_main
 from vision_kan.config.parser import Parser
 
-WEIGHTS = ("model", "model_ema")        # vision_kan.checkpoints.checkpoint.WEIGHTS, whose import takes seconds
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def tool_parser(name: str, description: str | None) -> Parser:
@@ -30,6 +36,15 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(own, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
+
+
+def save_picture(figure: "Figure", target: Path, **options: Any) -> None:
+    """Write a figure as a PNG, whole or not at all; names in a script that the font lacks are no reason for a warning.
+
+    options: of `Figure.savefig`."""
+    with atomic_write(target) as place, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure.savefig(place, dpi=110, format="png", **options)
 
 
 def command(arguments: Callable[[], Parser], run: Callable[[argparse.Namespace, list[str]], int],

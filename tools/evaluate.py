@@ -10,7 +10,6 @@ import argparse
 import csv
 import heapq
 import sys
-import warnings
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from engine import evaluate, summary
-from tools.common import command, model_parser
+from tools.common import command, model_parser, save_picture
 from tools.images import loaders_of
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
@@ -205,9 +204,7 @@ def draw_mistakes(mistakes: list[Mistake], names: list[str], args: Namespace) ->
 
 
 def save(figure: Figure, path: Path) -> None:
-    with atomic_write(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")       # a script that the font does not have
-        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    save_picture(figure, path, bbox_inches="tight")
     plt.close(figure)
 
 

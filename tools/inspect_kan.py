@@ -265,7 +265,7 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
 # ---------------------------------------------------------------- the command
 def arguments() -> Parser:
     parser = model_parser("inspect_kan.py", __doc__)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="images or folders of them, to look at")
+    parser.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="images or folders of them, to look at")
     parser.add_argument("--data-path", metavar="DIR", help="data set whose validation images are let through")
     parser.add_argument("--data-set", metavar="NAME", help="as main.py's, where the folder can't tell")
     parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="images to let through at most")

@@ -12,13 +12,12 @@ from vision_kan.common import console
 console.starting(__name__)
 from matplotlib.figure import Figure
 
-from tools.common import command, tool_parser
+from tools.common import command, save_picture, tool_parser
 from tools.images import loaders_of
 from tools.logs import draw_curve, names_of, read_log
 from vision_kan.analysis.arriving import collect_inputs
-from vision_kan.analysis.drawing import draw_functions, png
+from vision_kan.analysis.drawing import draw_functions
 from vision_kan.checkpoints.read import CHECKPOINT
-from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import validation_images
@@ -42,8 +41,7 @@ def plot_runs(folders: list[Path], picture: Path, arriving: bool = False) -> Pat
         draw_curve(figure.add_subplot(rows, 2, place), logs, key, label, dashed)
     for place, (name, layer) in enumerate(shown, 3):
         draw_functions(figure.add_subplot(rows, 2, place), name, layer, inputs.get(name))
-    with atomic_write(picture) as file:
-        file.write_bytes(png(figure, dpi=110))
+    save_picture(figure, picture)
     return picture
 
 

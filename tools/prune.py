@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate
 from models_kan import KAN_OPTIONS, ModelSpec
-from tools.common import check_at_least_1, command, model_parser
+from tools.common import check_at_least_1, command, model_parser, save_picture
 from tools.images import loaders_of, training_images
 from vision_kan.analysis.pruning import plans
 from vision_kan.analysis.pruning.calibrate import calibrate
@@ -166,8 +166,7 @@ def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Pa
     with atomic_write(target) as place, open(place, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Measured._fields, *(
             [f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)])
-    with atomic_write(picture) as place:
-        figure.savefig(place, dpi=110, format="png")
+    save_picture(figure, picture)
     plt.close(figure)
     return picture
 

@@ -26,7 +26,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from tools.common import command, tool_parser
+from tools.common import command, save_picture, tool_parser
 from tools.logs import draw_curve, names_of, read_log
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import STATUS, atomic_write
@@ -219,8 +219,7 @@ def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
     handles, labels = axes[1].get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(handles), 4), fontsize=8)
-    with atomic_write(picture) as file:
-        figure.savefig(file, dpi=110, format="png")
+    save_picture(figure, picture)
     plt.close(figure)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vision_kan.checkpoints import WEIGHTS
 from vision_kan.checkpoints.downloads import fetch
 from vision_kan.checkpoints.layouts import args_of, in_our_layout
 from vision_kan.checkpoints.read import are_names, load_file
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import say
 
-WEIGHTS = ("model", "model_ema")        # the trained weights and their moving average
 # What a run goes on from, and nothing else: all other entries describe the checkpoint.
 _STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
 # Flags that size an image: dest -> the largest value that is accepted.
