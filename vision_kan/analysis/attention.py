@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vision_kan.common.errors import UserError
 
 
-# ---------------------------------------------------------------- attention
 @torch.inference_mode()
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     """[L, B, H, T, T], on the CPU: how much each token (row) takes from each other (column), by block and head.

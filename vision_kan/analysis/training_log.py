@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 MOST_OFF_GRID = 0.05    # share of a layer's inputs, above it training warns
 
 
-# ---------------------------------------------------------------- while training
 def log_functions(model: nn.Module, images: Tensor, folder: "RunFolder", epoch: int) -> None:
     """Functions, what arrives, grid coverage and dead units into the run's TensorBoard events, and a warning on stderr where
     more than `MOST_OFF_GRID` of a layer's inputs fall off the grid. Neither the model nor any random number is touched.

@@ -10,7 +10,6 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.text import one_or_two
 
 
-# ---------------------------------------------------------------- parser
 class SwitchOrMode(argparse.Action):
     """`--X [MODE]` and `--no-X`: the mode, the first of the choices without one, None where it is off. In a recipe also true or
     false, as a switch has them."""

@@ -26,7 +26,6 @@ LARGEST_SHARE = 0.25
 CHUNK_BYTES = 48 * 2 ** 20
 
 
-# ---------------------------------------------------------------- images on the device
 class NotOnDevice(Exception):
     """Why these images, or what is done to them, cannot be on the device: a clause."""
 

@@ -12,7 +12,6 @@ from vision_kan.data.images import ImageSet, SampleKey
 FEW_UNREADABLE = 3      # are never too many, whatever share of a small data set, but with --max-unreadable 0
 
 
-# ---------------------------------------------------------------- loaders
 @dataclass
 class Loaders:
     """What a run reads its images from. `train` and `train_sampler` are None with --eval.

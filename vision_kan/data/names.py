@@ -14,7 +14,6 @@ CIFARS = {"CIFAR": CIFAR100, "CIFAR10": CIFAR10}
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 
 
-# ---------------------------------------------------------------- data sets
 def of_timm(data_set: str) -> bool:
     """Whether it is a name of timm.data.create_dataset's, read by `timm_datasets`."""
     return "/" in data_set

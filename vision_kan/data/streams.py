@@ -37,7 +37,6 @@ STREAM = ("is read as a stream: the order of its images depends on --num_workers
           "--repeated-aug says")
 
 
-# ---------------------------------------------------------------- streams: hfids/ and wds/
 class Record(NamedTuple):
     name: str
     image: dict[str, Any]   # as `decode_record` takes it

@@ -13,7 +13,6 @@ from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.interruption import STOPPING
 
 
-# ---------------------------------------------------------------- loader processes
 def batches(loader: DataLoader) -> Iterator:
     """The loader's batches. Raises UserError where a loader process has died, or where the machine is out of memory, shared
     memory, open files or processes."""

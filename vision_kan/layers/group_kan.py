@@ -39,7 +39,6 @@ from vision_kan.layers.function_layer import (
 torch.fx.wrap("rswaf_activation")      # one call in a graph of torch.fx
 
 
-# ---------------------------------------------------------------- modules
 class GroupActivation(FunctionLayer):
     """phi(u) = s * base(u) + sum_k C[g, k] B_k(u), elementwise: [..., channels] -> the same shape.
 

@@ -9,7 +9,6 @@ from vision_kan.layers.feed_forward import FeedForward, mlp_flops
 from vision_kan.layers.function_layer import Flops, FunctionLayer, sum_flops
 
 
-# ---------------------------------------------------------------- cost
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

@@ -15,7 +15,6 @@ from vision_kan.common.errors import UserError
 from vision_kan.models.infer import load_into, sample_key
 
 
-# ---------------------------------------------------------------- fine-tuning
 @dataclass
 class LoadReport:
     """What became of each tensor when a model took over another's weights: {key: note}."""

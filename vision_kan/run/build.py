@@ -30,7 +30,6 @@ from vision_kan.training.criterion import Teacher, balanced
 from vision_kan.training.speed import compile_model
 
 
-# ---------------------------------------------------------------- the model
 def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
     """The architecture: the checkpoint's own to resume or evaluate it, else what the flags say."""
     args = config.args

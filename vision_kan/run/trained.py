@@ -38,7 +38,7 @@ class Trained:
     """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
     effective flags; `args.input_size` and those of `flags.PREPARATION` say how images are prepared. class_names: one for each
     output. path: the checkpoint's. about: its other entries (`Checkpoint.about`). weights: the key of the model's weights
-    (`checkpoint.WEIGHTS`). results: the checkpoint's own of exactly these weights (`result_of`), where images were
+    (`checkpoints.WEIGHTS`). results: the checkpoint's own of exactly these weights (`result_of`), where images were
     prepared as they are now; else None."""
     model: nn.Module
     spec: ModelSpec
@@ -77,7 +77,7 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
     hf-hub:OWNER/NAME.
 
     Args:
-        weights: which of `checkpoint.WEIGHTS`. device: as --device. flags: more flags of main.py, such as --data-path DIR.
+        weights: which of `checkpoints.WEIGHTS`. device: as --device. flags: more flags of main.py, such as --data-path DIR.
     Raises: UserError for anything that `main.py --eval --resume` refuses."""
     config = parse_args(["--eval", "--resume", location, "--device", device, *flags])
     start = read_start(config)

@@ -16,7 +16,6 @@ from vision_kan.common.process import Process, gather_number
 from vision_kan.common.text import to_builtin_types
 from vision_kan.data.names import evaluated
 
-# ---------------------------------------------------------------- state
 PROGRESS = ("step", "position", "losses", "seconds", "skipped")    # of TrainState: how far the epoch is
 
 

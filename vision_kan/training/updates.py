@@ -17,7 +17,6 @@ from vision_kan.training.precision import autocast
 from vision_kan.training.state import TrainState, has_running_statistics, lr_of
 
 
-# ---------------------------------------------------------------- what the processes agree on
 @dataclass(frozen=True)
 class Requests:
     """What this process asks for at the next update. Any process's request applies to all of them."""
