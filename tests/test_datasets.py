@@ -48,7 +48,7 @@ from vision_kan.common.process import Process
 from vision_kan.data import images as images_module
 from vision_kan.data.class_folders import hold_out
 from vision_kan.data.images import FileImages, SampleKey, load_image
-from vision_kan.data.known import _digits_file, _digits_of
+from vision_kan.data.known import DIGITS_VAL, _digits_file, open_digits
 from vision_kan.data.names import evaluated, guess_data_set
 from vision_kan.data.transforms import build_transform
 from vision_kan.data.workers import batches
@@ -1547,8 +1547,8 @@ def test_digits_are_scikit_learns_and_so_is_their_split(monkeypatch):
     digits = load_digits()
     pixels, targets = _digits_file()
     assert np.array_equal(pixels, digits.images) and np.array_equal(targets, digits.target)
-    halves = train_test_split(np.arange(1797), test_size=360, stratify=targets, random_state=0)
-    for is_train, theirs in zip((True, False), halves):
-        assert np.array_equal(_digits_of(is_train, targets), np.sort(theirs))
+    train, val = train_test_split(np.arange(1797), test_size=360, stratify=targets, random_state=0)
+    assert np.array_equal(DIGITS_VAL, np.sort(val))
+    assert np.array_equal(open_digits(is_train=True).targets, targets[np.sort(train)])
     monkeypatch.setattr(os.path, "isfile", lambda path: False)        # another version may keep it elsewhere
     assert np.array_equal(_digits_file()[0], pixels)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from e2e import QUICK, checkpoint, run, write_digits
+from e2e import QUICK, ROOT, checkpoint, run, write_digits
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image
@@ -218,8 +218,9 @@ def test_the_widest_table_fits_a_page_of_1500_pixels():
                                 units="inputs", gain=torch.tensor([1.2e-05] * 3072))
     rows = inspect_kan.layers_table(SimpleNamespace(measured={"blocks.11.mlp.layers.0": layer}))
     assert f"-123.45, -12.34, 12.34, 123.45 {'12.3%'} 0.000123" in " ".join(rows[1]) and rows[1][-1] == "3072 of 3072 inputs"
-    size = int(re.search(r"^table \{.*font-size: (\d+)px", inspect_kan.STYLE, re.MULTILINE)[1])
-    padding = float(re.search(r"^td, th \{.*padding: \S+ ([.\d]+)em", inspect_kan.STYLE, re.MULTILINE)[1])
+    style = (ROOT / "tools/report.html.jinja").read_text()
+    size = int(re.search(r"^table \{.*font-size: (\d+)px", style, re.MULTILINE)[1])
+    padding = float(re.search(r"^td, th \{.*padding: \S+ ([.\d]+)em", style, re.MULTILINE)[1])
     font = FontProperties(family="DejaVu Sans", size=size)
 
     def width(words: str) -> float:
@@ -227,7 +228,7 @@ def test_the_widest_table_fits_a_page_of_1500_pixels():
 
     head, cells = rows      # a head may break between words
     total = sum(max(width(cell), *(width(word) for word in title.split())) for title, cell in zip(head, cells))
-    page = int(re.search(r"max-width: (\d+)px", inspect_kan.STYLE)[1])
+    page = int(re.search(r"max-width: (\d+)px", style)[1])
     assert 900 < total < page < 1500
     assert '<div class="pair wide">' in inspect_kan.page([NOTHING, NOTHING], [{}, {}])      # two tables, one above the other
 

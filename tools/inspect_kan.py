@@ -8,7 +8,6 @@ function from its base; attention maps and rollout; a table of the blocks. What 
 """
 import argparse
 import base64
-import html
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
+import jinja2
 import torch
 from matplotlib.figure import Figure
 from timm.layers import to_2tuple
@@ -162,18 +162,6 @@ def layers_table(found: Findings) -> list[list[str]]:
 
 
 # ---------------------------------------------------------------- the page
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1440px; padding: 0 1em;
-  color: #222; background: #fff }
-body.two { max-width: 2300px }
-.pair { display: flex; gap: 2em } .pair > div { flex: 1; min-width: 0; overflow-x: auto } .wide { display: block }
-table { border-collapse: collapse; margin: .5em 0; font-size: 13px; font-variant-numeric: tabular-nums }
-td, th { border: 1px solid #ccc; padding: .2em .6em; text-align: left; white-space: nowrap }
-th { background: #eef; white-space: normal; vertical-align: bottom }
-.facts td { white-space: normal; overflow-wrap: anywhere; vertical-align: top }
-img { max-width: 100%; display: block; margin: .5em 0 } h2 { border-bottom: 1px solid #ccc; margin-top: 2em }
-.warning { background: #fff3cd; padding: .5em 1em } .note { color: #555; max-width: 60em }
-"""
 NOTES = {
     "Blocks":
         "Root mean square of what the attention and the feed-forward of each block add (before any layer scale), and of what "
@@ -194,56 +182,21 @@ NOTES = {
         "from its smallest share of a patch (dark) to its largest (bright); both are above it."}
 
 
-def _table(rows: list[list[str]], head: bool = True) -> str:
-    def line(row: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>\n"
-
-    start = "<table>" if head else '<table class="facts">'
-    return start + "".join(line(row, "th" if head and not number else "td") for number, row in enumerate(rows)) + "</table>"
-
-
-def _picture(content: bytes, words: str) -> str:
-    return f'<img alt="{html.escape(words)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
+TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                               lstrip_blocks=True, undefined=jinja2.StrictUndefined)
 
 
 def page(columns: Sequence[Findings], pictures: Sequence[dict[str, bytes]]) -> str:
     """The report on one checkpoint, or on two side by side. pictures: of each, by file name."""
-    def row(title: str, parts: Sequence[str], layout: str = "pair") -> str:
-        """layout: "pair" is side by side, "pair wide" one above the other."""
-        inside = "".join(f"<div>{part}</div>" for part in parts)
-        note = f'<p class="note">{html.escape(NOTES[title])}</p>' if title in NOTES else ""
-        return f'<h2>{html.escape(title)}</h2>\n{note}<div class="{layout}">{inside}</div>\n'
-
-    def table_or(rows: list[list[str]], otherwise: str) -> str:
-        return _table(rows) if rows else f"<p>{html.escape(otherwise)}</p>"
-
-    def facts(found: Findings) -> str:
-        told = {"warning": off_grid_warning(found.measured), "note": wide_grid_note(found.measured)}
-        return _table(about(found), head=False) + "".join(f'<p class="{kind}">{html.escape(text)}</p>'
-                                                          for kind, text in told.items() if text)
-
-    def functions(found: Findings, drawn: dict[str, bytes]) -> str:
-        if found.functions is None:
-            return f"<p>{html.escape(found.trained.spec.name)} has no learned functions.</p>"
-        return "".join(_picture(drawn[name], name) for name in drawn if "functions" in name)
-
-    def attention(found: Findings, drawn: dict[str, bytes]) -> str:
-        return "".join(_picture(drawn[name], name) for name in drawn if "attention" in name) or \
-            f"<p>{html.escape(found.without_attention)}</p>"
-
     no_images = "not measured: no images were given"
-    title = "What the model has learned"
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}: '
-            f"{html.escape(columns[0].trained.path)}</title>\n<style>{STYLE}</style></head>\n"
-            f'<body{" class=two" if len(columns) > 1 else ""}>\n<h1>{html.escape(title)}</h1>\n'
-            + row("Checkpoint" if len(columns) == 1 else "Checkpoints", [facts(found) for found in columns])
-            + row("Blocks", [table_or(blocks_table(found), no_images if not found.collected.images else "no transformer blocks")
-                             for found in columns])
-            + row("Layers of learned functions", [table_or(
-                layers_table(found), "no learned functions" if found.functions is None else no_images) for found in columns],
-                "pair wide")
-            + row("Learned functions", [functions(*each) for each in zip(columns, pictures)])
-            + row("Attention", [attention(*each) for each in zip(columns, pictures)]) + "</body></html>\n")
+    return TEMPLATES.get_template("report.html.jinja").render(notes=NOTES, columns=[{
+        "path": found.trained.path, "model": found.trained.spec.name, "about": about(found),
+        "warning": off_grid_warning(found.measured), "note": wide_grid_note(found.measured),
+        "blocks": blocks_table(found), "without_blocks": "no transformer blocks" if found.collected.images else no_images,
+        "layers": layers_table(found), "without_layers": no_images if found.functions else "no learned functions",
+        "has_functions": found.functions is not None, "without_attention": found.without_attention,
+        "pictures": {name: base64.b64encode(png).decode() for name, png in drawn.items()},
+    } for found, drawn in zip(columns, pictures)])
 
 
 def write(columns: Sequence[Findings], folder: Path) -> Path:
