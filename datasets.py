@@ -62,14 +62,9 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
 
     Raises UserError, besides the data sets' own, for flags that contradict each other or the data.
     """
-    if args.num_workers < 0:
-        raise UserError(f"--num_workers {args.num_workers} is negative: use 0 to load in the main process")
     if args.num_workers > (most := max(LEAST_WORKERS, 4 * cores())):
         raise UserError(f"--num_workers {args.num_workers} is more than {most}, beyond which the {cores()} cores for each "
                         "training process here gain nothing: give fewer, or leave it out")
-    if args.resplit and not args.repeated_aug:
-        raise UserError("--resplit spares the first repeat of each image from random erasing: "
-                        "remove it or --no-repeated-aug")
     data_set = data_set_of(args)
     if args.download and dist.is_initialized():
         args = _download_once(args, process)

@@ -16,7 +16,7 @@ from vision_kan.common import peers
 from vision_kan.common.launch import world_size_of_launch
 from vision_kan.common.process import Process
 from vision_kan.common.seeds import seed_everything
-from vision_kan.common.text import say
+from vision_kan.common.text import say, warn
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import get_args_parser
 from vision_kan.config.resolve import Config, describe_sources, parse_args
@@ -28,7 +28,7 @@ from vision_kan.run import build
 from vision_kan.run.starting import Start, effective_config, read_start
 from vision_kan.run.training_run import TrainingRun, build_training, has_ended, open_folder, resume
 from vision_kan.training.captured import build_updater
-from vision_kan.training.optim import build_state, scaled_lr
+from vision_kan.training.optim import build_state, scaled_lr, schedule_warnings
 from vision_kan.training.precision import choose_amp_dtype
 
 __all__ = ["get_args_parser", "main"]
@@ -106,6 +106,7 @@ def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module,
         resume(state, start, loaders)
     if has_ended(args, state, folder, process):
         return 0
+    warn(state.fit_launch(args.batch_size, process), *schedule_warnings(args, lr))
     # 3. The steps, alone or with other processes, as CUDA graphs or not
     updater = build_updater(args, state, criterion, process, amp_dtype)
     training = build_training(args, spec, updater, mixup, loaders)

@@ -34,7 +34,7 @@ from vision_kan.analysis.measures import DEAD_GAIN, LayerStats, measure
 from vision_kan.analysis.training_log import off_grid_warning, wide_grid_note
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
-from vision_kan.common.text import say
+from vision_kan.common.text import say, warn
 from vision_kan.config.parser import Parser
 from vision_kan.data.loaders import validation_images
 from vision_kan.models.cost import count_parameters
@@ -242,7 +242,7 @@ def run(args: argparse.Namespace, _: list[str]) -> int:
     report = write(columns, args.output or default_output(args.checkpoint, "_inspect"))
     for found in columns:
         if warning := off_grid_warning(found.measured):
-            say(f"warning: {found.trained.path}: {warning}", file=sys.stderr)
+            warn(f"{found.trained.path}: {warning}")
     say(report)
     return 0
 

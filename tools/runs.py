@@ -30,7 +30,7 @@ from tools.common import command, save_picture, tool_parser
 from tools.logs import draw_curve, names_of, read_log
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import STATUS, atomic_write
-from vision_kan.common.text import say
+from vision_kan.common.text import say, warn
 from vision_kan.config.flags import FLAGS
 from vision_kan.config.parser import Parser
 from vision_kan.config.recipes import load_recipe
@@ -136,12 +136,12 @@ def read_run(folder: Path) -> Run:
         try:
             records = read_log(folder)
         except UserError as error:
-            say(f"warning: {error}", file=sys.stderr)
+            warn(str(error))
     if (folder / STATUS).is_file():
         try:
             status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            say(f"warning: {folder / STATUS} cannot be read ({error})", file=sys.stderr)
+            warn(f"{folder / STATUS} cannot be read ({error})")
     if (folder / ARGS).is_file():
         try:
             flags = load_recipe(str(folder / ARGS))

@@ -3,7 +3,6 @@ import hashlib
 import logging
 import os
 import re
-import sys
 import tempfile
 from http.client import HTTPException
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from vision_kan.checkpoints.read import FOLDER_CONFIG, FOLDER_WEIGHTS, load_file
 from vision_kan.common.errors import UserError, one_line
-from vision_kan.common.text import say
+from vision_kan.common.text import say, warn
 
 try:
     import fcntl
@@ -60,7 +59,7 @@ def fetch(location: str) -> Path:
     if target.is_file():
         if _sha256(target).startswith(digest):
             return target
-        say(f"warning: {target} is damaged: its SHA-256 is not the one in its name, so it is downloaded again", file=sys.stderr)
+        warn(f"{target} is damaged: its SHA-256 is not the one in its name, so it is downloaded again")
     say(f"downloading {location} to {target}")
     try:
         _download(location, target, digest)

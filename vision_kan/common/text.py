@@ -16,6 +16,12 @@ def say(*words, **kwargs) -> None:
             print(*words, **{"flush": True, **kwargs})
 
 
+def warn(*sentences: str) -> None:
+    """Print warnings on stderr of rank 0; an empty sentence is none."""
+    for sentence in filter(None, sentences):
+        say(f"warning: {sentence}", file=sys.stderr)
+
+
 def printable(name: str, most: int = 100_000) -> str:
     """A file's name, or its end, on one line, in characters that any stream can write."""
     name = name if name.isprintable() else repr(name)[1:-1]

@@ -28,7 +28,7 @@ from vision_kan.common.console import EXIT_INTERRUPTED
 from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
 from vision_kan.common.files import STATUS, write_text
 from vision_kan.common.process import Process
-from vision_kan.common.text import say, to_json
+from vision_kan.common.text import to_json, warn
 from vision_kan.run import tracking
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class RunFolder:
                 leftover.unlink(missing_ok=True)
             for path in saved_checkpoints(self.folder):
                 if path.is_dir():       # it would block every later checkpoint
-                    say(f"warning: the folder {path} is renamed to {path.name}.folder", file=sys.stderr)
+                    warn(f"the folder {path} is renamed to {path.name}.folder")
                     path.rename(f"{path}.folder")
             log = self.folder / "log.txt"
             if log.exists():
@@ -264,8 +264,7 @@ class RunFolder:
             yield
         except OSError as error:
             self.failed = f"{what} could not be written to {self.folder} ({error.strerror or error})"
-            say(f"warning: {self.failed}: the training goes on, free some space or mount the folder again",
-                file=sys.stderr)
+            warn(f"{self.failed}: the training goes on, free some space or mount the folder again")
         else:
             if what == CHECKPOINT:
                 self.failed = ""

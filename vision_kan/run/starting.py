@@ -19,7 +19,7 @@ from vision_kan.checkpoints.write import saved_checkpoints
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.launch import world_size_of_launch
 from vision_kan.common.process import cores
-from vision_kan.common.text import one_or_two, say, to_builtin_types
+from vision_kan.common.text import one_or_two, say, to_builtin_types, warn
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION, get_args_parser
 from vision_kan.config.parser import nearest
@@ -106,7 +106,7 @@ def newest_start(output_dir: str, evaluate: bool) -> Start | None:
         try:
             start = checked_start(Checkpoint.open(path), own, of_a_run=not evaluate)
         except UserError as error:
-            say(f"warning: {error}", file=sys.stderr)
+            warn(str(error))
             failures.append(path.name)
             continue
         if failures:

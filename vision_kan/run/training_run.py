@@ -21,7 +21,7 @@ from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.run.folder import RunFolder
 from vision_kan.run.starting import Start
 from vision_kan.training.debug_nan import KeptBatches, replay_non_finite
-from vision_kan.training.optim import scaled_lr, schedule_warnings
+from vision_kan.training.optim import scaled_lr
 from vision_kan.training.speed import StepProfiler, ideal_rate
 from vision_kan.training.state import TrainState, result_of
 from vision_kan.training.training import Epoch, Hooks, Training
@@ -161,11 +161,8 @@ def stopped_early(state: TrainState) -> str:
 
 
 def build_training(args: Namespace, spec: ModelSpec, updater: Updater, mixup: Mixup | None, loaders: Loaders) -> Training:
-    """The flags' training; says what is trained on what, and warns of an odd learning rate and of an epoch that a resume
-    continues in other batches."""
+    """The flags' training; says what is trained on what."""
     model, process, lr = updater.state.model, updater.process, scaled_lr(args, updater.process.world_size)
-    for warning in filter(None, [updater.state.fit_launch(args.batch_size, process), *schedule_warnings(args, lr)]):
-        say(f"warning: {warning}", file=sys.stderr)
     flops = count_flops(model) if models_kan.split_name(spec.name)[0] else None
     trained = sum(parameter.numel() for parameter in updater.parameters)
     cost = f", {flops.matmul / 1e6:,.1f} M matmul and {flops.elementwise / 1e6:,.2f} M elementwise FLOPs" if flops else ""
