@@ -1,5 +1,6 @@
 """What the end-to-end tests share: small data sets on disk, runs in this process and in others."""
 import atexit
+import contextlib
 import io
 import json
 import multiprocessing
@@ -10,24 +11,29 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import torch
-from helpers import scalars
+from helpers import NANO, ROOT, scalars
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import engine
 import main as program
 from vision_kan.common import peers
 
-ROOT = Path(__file__).resolve().parent.parent
-NANO = "vit_nano_patch8_32_KAN"
 # A run of a second: no warm-up that would outlast it, no worker processes.
 QUICK = ("--device", "cpu", "--num_workers", "0", "--model", NANO, "--batch-size", "16", "--warmup-epochs", "0",
          "--no-repeated-aug")
+# For runs of one process and of several that are compared. Plain SGD keeps a rounding error small; what is drawn for each
+# process rather than for each image is off.
+ALIKE = ("--opt", "momentum", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--unscale-lr", "--lr", "0.1",
+         "--model-ema-decay", "0.8", "--dist-eval")
 TIMES = ("epoch_seconds", "img_per_s", "mfu")
 LINE = re.compile(r"(model|model_ema): top-1 (\d+\.\d\d) top-5 (\d+\.\d\d) \((\d+) images\)")
 
@@ -140,6 +146,44 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+class Enough(BaseException):
+    """No more batches are wanted."""
+
+
+@contextlib.contextmanager
+def recording(first: int | None = None) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Record each batch of a training in this process: images and targets as they enter mixup, and the loss.
+
+    first: end the program with `Enough` after this many batches."""
+    record = {"images": [], "targets": [], "losses": []}
+    real = engine.train_one_epoch
+
+    def note(criterion, inputs, loss) -> None:
+        record["losses"].append(loss.detach().clone())
+        if len(record["losses"]) == first:
+            raise Enough
+
+    def train_one_epoch(training, loader, hooks):
+        mixup = training.mixup
+
+        def watched(images, targets):
+            record["images"].append(images.clone())
+            record["targets"].append(targets.clone())
+            return mixup(images, targets) if mixup else (images, targets)
+
+        hook = training.criterion.register_forward_hook(note)
+        try:
+            return real(replace(training, mixup=watched), loader, hooks)
+        finally:
+            hook.remove()
+
+    engine.train_one_epoch = train_one_epoch
+    try:
+        yield record
+    finally:
+        engine.train_one_epoch = real
+
+
 # ---------------------------------------------------------------- what a run left
 def checkpoint(folder: Path, name: str = "checkpoint.pth") -> dict:
     return torch.load(folder / name, map_location="cpu", weights_only=True)
@@ -171,6 +215,13 @@ def differences(a, b, path: str = "") -> list[str]:
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
     return [] if type(a) is type(b) and a == b else [path]
+
+
+def close(a: dict, b: dict) -> None:
+    """The weights and averages of two checkpoints are equal to rounding."""
+    for key in ("model", "model_ema"):
+        for name, value in a[key].items():
+            torch.testing.assert_close(value, b[key][name], rtol=1e-3, atol=2e-5, msg=f"{key} {name}")
 
 
 def evaluation(text: str) -> dict[str, tuple[str, str, int]]:

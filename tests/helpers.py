@@ -1,4 +1,4 @@
-"""What several test files share and that needs nothing of the program's models: sentences, forks, a folder's files, flags."""
+"""Shared by many test files, without the models and the program: names, sentences, forks, a folder's files, flags."""
 import multiprocessing
 from pathlib import Path
 
@@ -7,6 +7,11 @@ import torch
 
 from vision_kan.common.errors import UserError
 from vision_kan.config.flags import get_args_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+NANO, GKAN, EKAN, TWIN = (f"vit_nano_patch8_32_{suffix}" for suffix in ("KAN", "GKAN", "EKAN", "ViT"))
+RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"      # of the original Vision-KAN
+needs_released = pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
 
 
 def sentence(call, *args, **kwargs) -> str:

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def compile_all(folder: Path, *options: str) -> list[dict]:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from e2e import differences
-from helpers import epochs, forked, sentence
+from helpers import RELEASED, ROOT, epochs, forked, needs_released, sentence
 from safetensors.torch import save_file
 
 from vision_kan.checkpoints.checkpoint import Checkpoint
@@ -30,8 +30,6 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write, replacing, write_text
 from vision_kan.common.text import to_builtin_types
 
-ROOT = Path(__file__).resolve().parent.parent
-RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 W = torch.arange(6.).view(2, 3)
 
 
@@ -52,7 +50,7 @@ def test_reads_what_it_saves_and_the_released_layout(tmp_path):
     assert torch.equal(load_file(tmp_path / "old.pth")["model"]["w"], W)
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_reads_a_file_of_the_original_code():
     checkpoint = Checkpoint.open(RELEASED)
     assert {"model", "model_ema", "optimizer", "args"} <= set(checkpoint.state)

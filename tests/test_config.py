@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from pathlib import Path
 
 import hostile_recipes
 import pytest
@@ -14,6 +13,7 @@ import timm
 import torch._inductor
 import yaml
 from e2e import write_digits
+from helpers import ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,6 @@ from vision_kan.config.recipes import dump_yaml
 from vision_kan.config.resolve import Config, describe_sources, parse_args, resolve
 from vision_kan.run import tracking
 
-ROOT = Path(__file__).resolve().parent.parent
 DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
 
 

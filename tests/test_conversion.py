@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+from models import trained
 from torch import nn
 
 from models_kan import ModelSpec
@@ -11,16 +12,6 @@ from vision_kan.models.finetune import load_finetune
 
 FULL = {"kan_basis": "covering", "kan_second_norm": "static", "hdim_kan": 384}
 NANO = "vit_nano_patch8_32"
-
-
-def trained(name: str = f"{NANO}_ViT", **kwargs) -> nn.Module:
-    """An MLP ViT that is far from its initialisation: every tensor has moved, norms and biases too."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, **{"num_classes": 10, **kwargs})
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            p.add_(torch.randn_like(p) * (0.2 if "norm" in key or "bias" in key else 0.05))
-    return model.eval()
 
 
 def images(n: int = 32, size: int = 32) -> torch.Tensor:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from models import trained
 from PIL import Image
 from safetensors import safe_open
-from test_conversion import trained
 
 import main as program
 from tools import convert

@@ -13,11 +13,13 @@ import pytest
 import timm
 import torch
 from e2e import (
+    ALIKE,
     NANO,
     QUICK,
     ROOT,
     Run,
     checkpoint,
+    close,
     differences,
     evaluation,
     finish,
@@ -32,10 +34,6 @@ import engine
 import main as program
 from vision_kan.common.errors import EXIT_FAILED, EXIT_PREEMPTED
 
-# Plain SGD keeps a rounding error small; what is drawn for each process rather than for each image is off.
-ALIKE = ("--opt", "momentum", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--unscale-lr", "--lr", "0.1",
-         "--model-ema-decay", "0.8", "--dist-eval")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -46,13 +44,6 @@ def torchrun(*argv, options: tuple = (), cwd: Path | None = None, script: Path =
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, options), str(script), *map(str, argv)],
                             cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
-
-
-def close(a: dict, b: dict) -> None:
-    """The weights and averages of two checkpoints are equal to rounding."""
-    for key in ("model", "model_ema"):
-        for name, value in a[key].items():
-            torch.testing.assert_close(value, b[key][name], rtol=1e-3, atol=2e-5, msg=f"{key} {name}")
 
 
 def close_logs(a: list[dict], b: list[dict]) -> None:

@@ -8,9 +8,7 @@ from queue import Empty
 import pytest
 import torch
 import torch.distributed as dist
-from e2e import NANO, QUICK, Run, checkpoint, differences, finish, launch, log, write_digits
-from test_distributed import ALIKE, close
-from test_golden import recording
+from e2e import ALIKE, NANO, QUICK, Run, checkpoint, close, differences, finish, launch, log, recording, write_digits
 from torch import nn
 
 import datasets

@@ -1,12 +1,10 @@
 """Errors in one line."""
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from vision_kan.common.errors import one_line
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("error, line", [

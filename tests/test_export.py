@@ -12,9 +12,9 @@ import timm
 import torch
 import yaml
 from e2e import QUICK, evaluation, run, write_digits
+from helpers import RELEASED, ROOT, needs_released
 from PIL import Image
 from safetensors.torch import save
-from test_trained import RELEASED
 from timm.layers import to_2tuple
 
 from tools import export, push_to_hub
@@ -22,7 +22,6 @@ from vision_kan.checkpoints.read import load_file
 from vision_kan.data.transforms import EvalTransform
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
-ROOT = Path(__file__).resolve().parent.parent
 NANO = "vit_nano_patch8_32"
 
 
@@ -167,7 +166,7 @@ def test_timm_prepares_an_image_as_we_do(size, shape, trained_run):
     assert torch.equal(theirs, EvalTransform(size, trained.args.eval_crop_ratio)(image))
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_a_file_of_the_original_code(tmp_path):
     assert export.main([str(RELEASED), str(tmp_path / "folder"), "--weights", "model_ema"]) == 0
     model = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
@@ -288,7 +287,7 @@ def test_commands_and_python_of_the_document(trained_run, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_programs_of_the_original_code(tmp_path, capsys):
     """Each of its 12 blocks doubles a rounding: PyTorch's own float32 is off by a twentieth or more, and that is said."""
     for name in ("m.pt2", "m.onnx"):

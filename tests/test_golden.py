@@ -10,8 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,9 +19,8 @@ if __name__ == "__main__":
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from e2e import run  # noqa: E402
+from e2e import Enough, recording, run  # noqa: E402
 
-import engine  # noqa: E402
 import main as program  # noqa: E402
 from vision_kan import kernels  # noqa: E402
 
@@ -44,44 +41,6 @@ TOLERANCE = 4e-6
 
 
 # ---------------------------------------------------------------- what a run does
-class Enough(BaseException):
-    """No more batches are wanted."""
-
-
-@contextlib.contextmanager
-def recording(first: int | None = None) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Record each batch of the program's training inside: images and targets as they enter mixup, and the loss.
-
-    first: after so many batches the program ends with `Enough`."""
-    record = {"images": [], "targets": [], "losses": []}
-    real = engine.train_one_epoch
-
-    def note(criterion, inputs, loss) -> None:
-        record["losses"].append(loss.detach().clone())
-        if len(record["losses"]) == first:
-            raise Enough
-
-    def train_one_epoch(training, loader, hooks):
-        mixup = training.mixup
-
-        def watched(images, targets):
-            record["images"].append(images.clone())
-            record["targets"].append(targets.clone())
-            return mixup(images, targets) if mixup else (images, targets)
-
-        hook = training.criterion.register_forward_hook(note)
-        try:
-            return real(replace(training, mixup=watched), loader, hooks)
-        finally:
-            hook.remove()
-
-    engine.train_one_epoch = train_one_epoch
-    try:
-        yield record
-    finally:
-        engine.train_one_epoch = real
-
-
 def losses_of(model: str, *more, steps: int = STEPS, threads: int = 1) -> list[float]:
     """The first losses of the run."""
     before, backend = torch.get_num_threads(), kernels.chosen()

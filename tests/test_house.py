@@ -7,8 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 # From the ground up: each imports from itself and from those before it.
 FLOORS = ["vision_kan.common", "vision_kan.kernels", "vision_kan.config", "vision_kan.layers", "faster_kan",
           "vision_kan.checkpoints", "vision_kan.data", "models_kan", "vision_kan.models", "vision_kan.training",
@@ -37,9 +37,21 @@ def imports(root: Path) -> dict[str, set[str]]:
     return found
 
 
+def imported_tests(root: Path) -> list[str]:
+    """What is shared stands beside the tests, so that a test file can be moved, run or deleted alone."""
+    said = []
+    for path in root.glob("tests/*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                said += [f"{path.name} imports the test {name}" for name in names if name.split(".")[-1].startswith("test_")]
+    return said
+
+
 def complaints(root: Path) -> list[str]:
-    """What breaks the rules: an import that points up, an everyday name inside the package, a circle of modules."""
-    graph, said = imports(root), []
+    """What breaks the rules: an import that points up, an everyday name inside the package, a circle of modules, a test that
+    imports another."""
+    graph, said = imports(root), imported_tests(root)
     for module, targets in graph.items():
         for target in targets:
             if module.startswith("vision_kan") and target in EVERYDAY:
@@ -63,7 +75,8 @@ def test_imports_point_down():
 @pytest.mark.parametrize("file, line, expected", [
     ("vision_kan/common/text.py", "from vision_kan.run.folder import RunFolder", "floor above"),
     ("vision_kan/run/folder.py", "import utils", "everyone's name"),
-    ("vision_kan/models/cost.py", "def late():\n    from vision_kan.models import cost_of\n", "circle")])
+    ("vision_kan/models/cost.py", "def late():\n    from vision_kan.models import cost_of\n", "circle"),
+    ("tests/test_utils.py", "def late():\n    from test_errors import ROOT\n", "test_utils.py imports the test test_errors")])
 def test_a_planted_violation_is_found(file, line, expected, tmp_path):
     copy_of_sources(tmp_path)
     (tmp_path / "vision_kan/models/cost_of.py").write_text("from vision_kan.models import cost\n")

@@ -8,13 +8,13 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, run, write_digits
+from helpers import ROOT
 
 import hubconf
 import models_kan
 from vision_kan.common.errors import UserError
 from vision_kan.run.trained import load_trained
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = f"""
 import sys, timm, torch
 torch.hub.set_dir(sys.argv[3])

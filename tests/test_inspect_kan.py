@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from e2e import QUICK, ROOT, checkpoint, run, write_digits
+from e2e import QUICK, checkpoint, run, write_digits
+from helpers import RELEASED, ROOT, needs_released
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image
-from test_trained import RELEASED
 
 from tools import inspect_kan
 from tools.images import loaders_of
@@ -198,7 +198,7 @@ def test_models_of_timms(places, tmp_path, name, size, words, pictures):
     assert words in page.text and len(page.pictures) == pictures
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_a_file_of_the_original_code(places, tmp_path, capsys):
     image = next((places / "data/val/digit0").iterdir())
     assert inspected(RELEASED, image, "--layer", "blocks.11", "--output", tmp_path) == 0

@@ -1,12 +1,12 @@
 """Use in other programs: features of the models, the layers in other nets and in timm's other architectures, docs/library.md."""
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from e2e import _digits as load_digits
+from helpers import ROOT
 from timm.layers import GluMlp, Mlp
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
@@ -17,7 +17,6 @@ from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
 from vision_kan.models.conversion import replace_mlps
 
-ROOT = Path(__file__).resolve().parent.parent
 FEED_FORWARDS = list(models_kan.FEED_FORWARDS)
 COVERING = dict(grid_min=-3.0, grid_max=3.0, h=None, kan_bias=True, init_as_mlp=True)
 LAYERS = {"group": partial(GroupKAN, groups=4), "full-edge": partial(FasterKAN, hdim=16),

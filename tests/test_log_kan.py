@@ -8,8 +8,8 @@ import pytest
 import torch
 from e2e import QUICK, checkpoint, differences, launch, left, log, run, sentence, write_digits
 from helpers import forked, scalars
+from models import learned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_understand import nano
 
 from tools.images import loaders_of
 from vision_kan.analysis.arriving import collect_inputs
@@ -145,7 +145,7 @@ def test_without_effect_it_is_an_error(data, runs, tmp_path, capsys):
 
 def on_a_full_disk(folder: Path) -> tuple[str, str, float]:
     sys.stdout = sys.stderr = said = io.StringIO()      # pytest's are files, to which the limit would apply
-    folder_of_run, model = RunFolder(str(folder), Process()), nano("GKAN", depth=1)
+    folder_of_run, model = RunFolder(str(folder), Process()), learned("GKAN", depth=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     folder_of_run.events(0, lambda board: None)

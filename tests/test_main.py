@@ -37,7 +37,7 @@ from e2e import (
     sentence,
     write_digits,
 )
-from helpers import scalars
+from helpers import RELEASED, needs_released, scalars
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -49,7 +49,6 @@ from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.models.cost import count_flops
 
 GKAN = "vit_nano_patch8_32_GKAN"
-REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema",
          "results")
 # A slow average would be the initial model for the length of a test, a low rate would leave the weights alone.
@@ -758,12 +757,12 @@ def test_released_checkpoint_as_a_start_for_fine_tuning(digits64, tmp_path, watc
     assert before["head.weight"].shape == (3, 192)
 
 
-@pytest.mark.skipif(not REFERENCE.exists(), reason=f"{REFERENCE.name} is not beside this checkout")
+@needs_released
 def test_checkpoint_written_by_the_original_code(tmp_path, capsys):
     names = [f"class{i:03}" for i in range(100)]
     data = write_digits(tmp_path / "data", train=1, val=1, names=names, size=64)
     shutil.rmtree(data / "train")
-    assert run("--eval", "--resume", REFERENCE, "--data-path", data, "--num_workers", 0) == 0
+    assert run("--eval", "--resume", RELEASED, "--data-path", data, "--num_workers", 0) == 0
     out = capsys.readouterr().out
     assert "hdim_kan 20" in out and "input_size 64" in out
     assert {name: line[2] for name, line in evaluation(out).items()} == {"model": 100, "model_ema": 100}

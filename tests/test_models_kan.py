@@ -2,12 +2,13 @@ import argparse
 import copy
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import RELEASED
+from models import spread
 from safetensors.torch import save_file
 from timm.layers import DropPath
 from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf
@@ -29,9 +30,6 @@ from vision_kan.layers.group_kan import GroupKAN
 from vision_kan.models.cost import cost_mismatch, count_flops, count_parameters, twin_mismatch
 from vision_kan.models.finetune import load_finetune
 from vision_kan.models.infer import infer_model, load_exactly, patch_grid
-
-ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px"
 
 SIZE_NAMES = [
     "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "deit_base_patch16_384",
@@ -62,16 +60,6 @@ def small(name, seed=0, **kwargs):
     """The model on images of 2 x 2 patches, with 2 blocks (a single one in the widest)."""
     depth = 1 if "base" in name else 2
     return create(name, seed, **{**dict(img_size=2 * patch_of(name), depth=depth, num_classes=7), **kwargs})
-
-
-def spread(model, seed=1):
-    """Every value a random one: initial biases, norms and class tokens are all alike."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if not key.endswith((".grid", "rbf.h")):
-                value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
-    return model
 
 
 def images(model, n=2, seed=0, dtype=torch.float32):
@@ -521,11 +509,11 @@ def test_a_released_layout(name, kwargs, heads, prefix):
 
 @pytest.fixture(scope="module")
 def released():
-    if not REFERENCE.with_suffix(".pth").exists():
-        pytest.skip(f"no reference checkpoint at {REFERENCE.with_suffix('.pth')}")
+    if not RELEASED.exists():
+        pytest.skip(f"{RELEASED.name} is not beside this checkout")
     with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(REFERENCE.with_suffix(".pth"), weights_only=True)
-    return checkpoint, np.load(REFERENCE.with_suffix(".npz"))
+        checkpoint = torch.load(RELEASED, weights_only=True)
+    return checkpoint, np.load(RELEASED.with_suffix(".npz"))
 
 
 RELEASED_KWARGS = {"img_size": 64, "num_classes": 100, "hdim_kan": 20, "qkv_bias": False, "block_norm_eps": 1e-5,

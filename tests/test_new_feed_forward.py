@@ -3,12 +3,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 from e2e import QUICK, write_digits
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 HERE = ("--device", "cpu", "--num_workers", "0")
 # Runs in the copy: each line is a command as a user gives it, in one process.
 DRIVER = """

@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 from e2e import ROOT, checkpoint, evaluation, run, write_digits
+from helpers import RELEASED, needs_released
 
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
 sys.path.insert(0, str(ROOT / "tools"))
 import predict  # noqa: E402
 
-RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 NANO = "vit_nano_patch8_32_GKAN"
 
 
@@ -158,7 +158,7 @@ def test_mistakes(photos, fine_tuned, tmp_path, capfd):
         assert sentence in err and "Traceback" not in err and err.splitlines()[-1].startswith("error: "), words
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_a_released_checkpoint(photos, capsys):
     found = json.loads(read(capsys, RELEASED, photos / "null", "--format", "json", "--top", 3).out)
     assert len(found["images"]) == 20 and all(len(image["predictions"]) == 3 for image in found["images"])

@@ -2,7 +2,6 @@
 import csv
 from argparse import Namespace
 from itertools import pairwise
-from pathlib import Path
 
 import e2e
 import numpy as np
@@ -10,10 +9,9 @@ import pytest
 import timm
 import torch
 from e2e import checkpoint, differences, evaluation, run, write_digits
-from helpers import names
+from helpers import RELEASED, ROOT, names, needs_released
+from models import spread
 from PIL import Image
-from test_models_kan import spread
-from test_trained import RELEASED
 from torch.nn import functional as F
 
 from faster_kan import FasterKANLayer
@@ -32,7 +30,6 @@ from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.models.cost import count_parameters
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
-ROOT = Path(__file__).resolve().parent.parent
 HERE = ("--num_workers", "0", "--device", "cpu")
 GKAN, KAN = "vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"
 # Learns real digits of four classes in seconds.
@@ -361,7 +358,7 @@ def test_a_seed_gives_the_same_file_twice(command, group, tmp_path):
     assert not differences(a, b) and differences(a["model"], c["model"])
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_a_file_of_the_original_code(digits, tmp_path):
     """Its layout; its weights are random, so that little can be taken from it without a difference."""
     trained = load_trained(str(RELEASED), device="cpu", flags=["--num_workers", "0"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import sentence
+from helpers import ROOT, sentence
 from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
@@ -17,8 +17,6 @@ from tools import plot_run, quickstart
 from vision_kan.analysis.arriving import InputHistogram
 from vision_kan.checkpoints.read import load_file
 from vision_kan.common.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_log(folder: Path, *top1: float) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import ROOT
 
 import models_kan
 from vision_kan.config.checks import validate
@@ -19,7 +20,6 @@ from vision_kan.models.cost import count_flops, count_parameters, twin_mismatch
 from vision_kan.run.build import build_model, choose_backend, model_spec
 from vision_kan.run.starting import Start, effective_config, with_own_input_size
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 # The original authors' table: file -> (model, hidden width of the KAN, data set, top-1, top-5)
 ROWS = {

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 from e2e import NANO, checkpoint, differences, finish, launch, log, write_digits
+from helpers import ROOT
 
 import run_with_submitit
 from run_with_submitit import Trainer, main
 
 submitit = pytest.importorskip("submitit")
-ROOT = Path(__file__).resolve().parent.parent
 
 # Writes down what it was called with; what else it does is up to the test.
 STUB = """

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import RELEASED, needs_released
 from timm.layers import DropPath
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -47,8 +48,6 @@ from vision_kan.training.optim import (
 )
 from vision_kan.training.state import TrainState, lr_of
 
-ROOT = Path(__file__).resolve().parent.parent
-RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 NANO, TWIN = "vit_nano_patch8_32_KAN", "vit_nano_patch8_32_ViT"
 GKAN = "vit_nano_patch8_32_GKAN"
 TOKEN = "deit_tiny_distilled_patch16_224_KAN"
@@ -319,7 +318,7 @@ def test_spec_of_a_deit_checkpoint_is_inferred_from_its_shapes(tmp_path):
             load_exactly(timm.create_model(spec.name, **spec.kwargs), weights, "it")
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_spec_of_a_released_checkpoint(tmp_path):
     found = read_start(parse_args(["--eval", "--resume", str(RELEASED)]))
     assert found.spec.name == "deit_tiny_patch16_224_KAN"

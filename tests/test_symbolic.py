@@ -10,6 +10,7 @@ import pytest
 import sympy
 import torch
 from e2e import QUICK, evaluation, run, write_digits
+from helpers import RELEASED, needs_released
 from matplotlib.mathtext import MathTextParser
 from PIL import Image
 from torch import nn
@@ -24,7 +25,6 @@ from vision_kan.kernels import rswaf_activation_reference, rswaf_basis
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.run.trained import load_trained
 
-RELEASED = Path(__file__).resolve().parent.parent.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 GKAN = "vit_nano_patch8_32_GKAN"
 U = np.linspace(-3, 3, 300)
 
@@ -318,7 +318,7 @@ def test_the_legend_hides_no_curve(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_a_file_of_the_original_code(capsys):
     assert symbolic.main([str(RELEASED), "--device", "cpu", "--edges", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,13 +1,12 @@
 """Models out of checkpoints, and images to use them on."""
 import os
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from e2e import NANO, QUICK, checkpoint, evaluation, run, write_digits
 from e2e import sentence as program_sentence
-from helpers import sentence
+from helpers import RELEASED, needs_released, sentence
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -16,8 +15,6 @@ from tools import export
 from tools.images import loaders_of
 from vision_kan.common.process import Process
 from vision_kan.run.trained import Pictures, as_seen, class_names, image_files, load_trained
-
-RELEASED = Path(__file__).resolve().parent.parent.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +53,7 @@ def test_what_cannot_be_loaded(trained_run, tmp_path):
     assert "digit3" in sentence(loaders_of, trained)
 
 
-@pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+@needs_released
 def test_a_file_of_the_original_code():
     trained = load_trained(str(RELEASED), device="cpu")
     assert trained.spec.name.endswith("_KAN") and len(trained.class_names) == trained.model.num_classes

@@ -6,6 +6,7 @@ import timm
 import torch
 from helpers import sentence
 from matplotlib.figure import Figure
+from models import learned
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,17 +33,6 @@ from vision_kan.layers.function_layer import function_layers
 from vision_kan.layers.group_kan import GroupActivation
 
 U = torch.linspace(-4, 4, 50)
-
-
-def nano(suffix: str, seed: int = 0, **kwargs) -> nn.Module:
-    """A small model whose learned functions are no longer those of the start."""
-    torch.manual_seed(seed)
-    model = timm.create_model(f"vit_nano_patch8_32_{suffix}", num_classes=3, **kwargs).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".coefficients" in name or ".scale" in name:
-                parameter.normal_()
-    return model
 
 
 def activation(channels: int = 12, groups: int = 4, **kwargs) -> GroupActivation:
@@ -119,14 +109,14 @@ def test_strengths_are_deviations_under_the_data(name):
 
 
 def test_layers_by_name():
-    assert list(function_layers(nano("GKAN"))) == [f"blocks.{b}.mlp.phi{p}" for b in range(4) for p in (1, 2)]
-    assert list(function_layers(nano("KAN", depth=1))) == ["blocks.0.mlp.layers.0", "blocks.0.mlp.layers.1"]
-    assert function_layers(nano("ViT")) == {}
-    model = nano("GKAN")
+    assert list(function_layers(learned("GKAN"))) == [f"blocks.{b}.mlp.phi{p}" for b in range(4) for p in (1, 2)]
+    assert list(function_layers(learned("KAN", depth=1))) == ["blocks.0.mlp.layers.0", "blocks.0.mlp.layers.1"]
+    assert function_layers(learned("ViT")) == {}
+    model = learned("GKAN")
     assert list(chosen_layers(model, ["blocks.1.mlp.phi2", "blocks.3"])) == [
         "blocks.1.mlp.phi2", "blocks.3.mlp.phi1", "blocks.3.mlp.phi2"]
     assert "--layer blocks.9" in sentence(chosen_layers, model, ["blocks.9"])
-    assert "no learned functions" in sentence(chosen_layers, nano("ViT"), ["blocks.1"])
+    assert "no learned functions" in sentence(chosen_layers, learned("ViT"), ["blocks.1"])
 
 
 # ---------------------------------------------------------------- what arrives
@@ -156,7 +146,7 @@ def test_histogram_of_many_values_is_numpys():
                          ids=str)
 def test_collected_is_what_arrives(suffix, kwargs):
     """Against activations that are computed block by block."""
-    model, images = nano(suffix, depth=2, **kwargs), torch.randn(6, 3, 32, 32)
+    model, images = learned(suffix, depth=2, **kwargs), torch.randn(6, 3, 32, 32)
     model.train()
     found = collect_inputs(model, images.split(4))
     assert model.training and found.images == 6 and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -190,12 +180,12 @@ def test_collected_is_what_arrives(suffix, kwargs):
 
 
 def test_an_mlp_has_blocks_and_no_functions():
-    found = collect_inputs(nano("ViT"), [torch.randn(2, 3, 32, 32)])
+    found = collect_inputs(learned("ViT"), [torch.randn(2, 3, 32, 32)])
     assert found.inputs == {} and len(found.outputs) == 12 and all(value > 0 for value in found.outputs.values())
 
 
 def test_hooks_see_through_torch_compile():
-    model, images = nano("GKAN"), torch.randn(2, 3, 32, 32)
+    model, images = learned("GKAN"), torch.randn(2, 3, 32, 32)
     plain = collect_inputs(model, [images])
     model.compile(backend="eager")
     model(images)
@@ -302,7 +292,7 @@ def test_token_maps():
 
 
 def test_panels():
-    panels = attention_panels(nano("GKAN"), torch.randn(3, 32, 32))
+    panels = attention_panels(learned("GKAN"), torch.randn(3, 32, 32))
     assert list(panels) == ["rollout\nclass token", *(f"block {n}\nclass token" for n in range(4)),
                             *(f"block 3\nhead {n}" for n in range(3))]
     torch.testing.assert_close(panels["block 3\nclass token"], sum(panels[f"block 3\nhead {n}"] for n in range(3)) / 3)
