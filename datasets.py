@@ -1,4 +1,4 @@
-"""Data sets by name, and the loaders of a run."""
+"""Data sets by name, and the loaders of a run, under DeiT's names."""
 import sys
 from argparse import Namespace
 from importlib.metadata import version
@@ -19,11 +19,11 @@ from vision_kan.data.hub import PACKAGES, numbered_classes, open_huggingface, op
 from vision_kan.data.images import ImageSet, Split
 from vision_kan.data.known import open_cifar, open_digits, open_inat
 from vision_kan.data.loaders import Loaders, readable_images, validation_images
-from vision_kan.data.names import CIFARS, INAT_YEARS, as_in_checkpoint, data_set_of, of_timm
-from vision_kan.data.streams import STREAM, HuggingFaceStream, StreamImages, StreamSet, WebDataset
+from vision_kan.data.names import CIFARS, INAT_YEARS, data_set_of, is_timm_name, match_checkpoint_classes
+from vision_kan.data.streams import STREAM_NOTE, HuggingFaceStream, StreamImages, StreamSet, WebDataset
 from vision_kan.data.workers import start_worker
 
-LEAST_WORKERS = 32      # loader processes that any machine may be asked for
+MIN_WORKER_LIMIT = 32       # this many loader processes are allowed on any machine
 STREAMED = ("hfids/", "wds/")
 
 
@@ -41,9 +41,9 @@ def build_dataset(is_train: bool, args: Namespace,
     data_set = data_set_of(args)
     kind = ImageSet
     if data_set.startswith(STREAMED):
-        kind, split = StreamSet, _stream(is_train, args, data_set, class_names)
-    elif of_timm(data_set):
-        split = _of_library(is_train, args, data_set)
+        kind, split = StreamSet, _open_stream(is_train, args, data_set, class_names)
+    elif is_timm_name(data_set):
+        split = _open_library(is_train, args, data_set)
     elif data_set == "DIGITS":
         split = open_digits(is_train)
     elif data_set in CIFARS:
@@ -53,7 +53,7 @@ def build_dataset(is_train: bool, args: Namespace,
     else:
         split = open_class_folders(is_train, args, data_set, class_names)
     if class_names:
-        split = as_in_checkpoint(split, args, class_names)
+        split = match_checkpoint_classes(split, args, class_names)
     return kind(split, is_train, args), len(split.classes)
 
 
@@ -62,7 +62,7 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
 
     Raises UserError, besides the data sets' own, for flags that contradict each other or the data.
     """
-    if args.num_workers > (most := max(LEAST_WORKERS, 4 * cores())):
+    if args.num_workers > (most := max(MIN_WORKER_LIMIT, 4 * cores())):
         raise UserError(f"--num_workers {args.num_workers} is more than {most}, beyond which the {cores()} cores for each "
                         "training process here gain nothing: give fewer, or leave it out")
     data_set = data_set_of(args)
@@ -102,19 +102,19 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
 
 
 def _check_unused(args: Namespace, data_set: str, nb_classes: int, note: str) -> None:
-    """Raises UserError for flags that say something about other data than these."""
+    """Raises UserError for flags that do not apply to this data set."""
     if args.num_classes not in (None, nb_classes):
         raise UserError(f"--num-classes {args.num_classes} contradicts the data, which has {nb_classes} classes: leave it out")
     if args.val_split and not args.eval and "--val-split" not in note:
         raise UserError(f"--val-split {args.val_split:g}: --data-set {data_set} has validation images of its own: leave it out")
     for flag in ("data_split", "input_key", "target_key"):
-        if getattr(args, flag) is not None and not of_timm(data_set):
-            raise UserError(f"--{flag.replace('_', '-')} is for the data sets of timm's (torch/, hfds/, hfids/, wds/), not for "
+        if getattr(args, flag) is not None and not is_timm_name(data_set):
+            raise UserError(f"--{flag.replace('_', '-')} is for timm's data sets (torch/, hfds/, hfids/, wds/), not for "
                             f"--data-set {data_set}: leave it out")
 
 
 def _download_once(args: Namespace, process: Process) -> Namespace:
-    """One process per machine downloads while the others wait; returns flags without the wish."""
+    """One process per machine downloads while the others wait. Returns the flags without --download."""
     try:
         if process.local_rank == 0:
             build_dataset(False, args)
@@ -124,15 +124,15 @@ def _download_once(args: Namespace, process: Process) -> Namespace:
 
 
 def _check_package(data_set: str) -> None:
-    """Raises UserError for KIND/NAME where the package that reads it is missing or too old."""
+    """Raises UserError if the package that reads KIND/NAME is missing or too old."""
     package, least = PACKAGES.get(data_set.partition("/")[0], ("", 0))
     if package and (not package_spec(package) or int(version(package).split(".")[0]) < least):
         raise UserError(f"--data-set {data_set} needs the package {package}{f' {least} or newer' if least else ''}: "
                         f"pip install '{package}{f'>={least}' if least else ''}'")
 
 
-def _of_library(is_train: bool, args: Namespace, data_set: str) -> Split:
-    """torch/NAME or hfds/NAME. Raises UserError for whatever its library says."""
+def _open_library(is_train: bool, args: Namespace, data_set: str) -> Split:
+    """torch/NAME or hfds/NAME. Raises UserError for its library's errors."""
     _check_package(data_set)
     kind, _, name = data_set.partition("/")
     split = (open_torchvision if kind == "torch" else open_huggingface)(is_train, args, name)
@@ -141,24 +141,24 @@ def _of_library(is_train: bool, args: Namespace, data_set: str) -> Split:
     return split
 
 
-def _stream(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> Split:
-    """hfids/NAME or wds/NAME; class_names: for a stream that has none of its own."""
+def _open_stream(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> Split:
+    """hfids/NAME or wds/NAME. class_names: used if the stream has none of its own."""
     _check_package(data_set)
     if args.resplit:
         raise UserError(f"--resplit spares the first repeat of each image, and --data-set {data_set} has no repeats: leave it "
                         "out")
     stream = (WebDataset if data_set.startswith("wds/") else HuggingFaceStream)(args, is_train)
     if not stream.length:
-        raise UserError(f"--data-set {data_set} does not tell how many images it has: give --data-split 'TRAIN|NUMBER' "
+        raise UserError(f"--data-set {data_set} does not declare its number of images: give --data-split 'TRAIN|NUMBER' "
                         "'VAL|NUMBER'")
     names = class_names if class_names and args.num_classes in (None, len(class_names)) else None
     classes = stream.classes or names or numbered_classes(args)
-    note = f"warning: --data-set {data_set} {STREAM}" if is_train else ""
+    note = f"warning: --data-set {data_set} {STREAM_NOTE}" if is_train else ""
     return Split(StreamImages(stream, data_set), np.arange(len(classes)), classes, note)
 
 
 def calibration_batch(loaders: Loaders, seed: int, size: int = 64) -> torch.Tensor:
-    """Training images (with --eval: validation images), the same on every process."""
+    """[B, 3, H, W]: up to `size` training images (with --eval: validation images), the same on every process."""
     if not loaders.train:
         return validation_images(loaders, size)
     data: Any = loaders.train.dataset

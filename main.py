@@ -20,7 +20,7 @@ from vision_kan.common.text import say, warn
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import get_args_parser
 from vision_kan.config.resolve import Config, describe_sources, parse_args
-from vision_kan.data.device import on_device
+from vision_kan.data.device import move_to_device
 from vision_kan.data.loaders import Loaders, validation_images
 from vision_kan.data.transforms import build_mixup
 from vision_kan.models.infer import load_exactly
@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
         f"{describe_sources(config)}")
     # 2. Images, then the model, whose head needs the number of classes
     with stop_together(process):
-        loaders = on_device(build_loaders(args, process, start.class_names), args, process)
+        loaders = move_to_device(build_loaders(args, process, start.class_names), args, process)
         seed_everything(args.seed)
         model, spec = build.model_of_run(config, start, loaders.nb_classes, process.device,
                                          lambda: calibration_batch(loaders, args.seed))
@@ -82,7 +82,7 @@ def evaluate_checkpoint(config: Config, start: Start, model: torch.nn.Module, lo
             load_exactly(model, start.checkpoint.weights(key), f"{key} in checkpoint {start.checkpoint.path}")
         result = evaluate(model, loaders.val, process, amp_dtype=amp_dtype, shared=config.args.dist_eval, title=key)
         with stop_together(process):
-            loaders.check_unreadable(together=True)
+            loaders.check_unreadable(gather=True)
         if result["unreadable"] and not lines:
             say(f"{result['unreadable']} images could not be read and are left out")
         lines.append(summary(key, result))

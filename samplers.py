@@ -15,12 +15,10 @@ from vision_kan.data.images import SampleKey
 class RASampler(Sampler[SampleKey]):
     """Repeated augmentation ("Augment your batch", Hoffer et al. 2020) as in DeiT.
 
-    The epoch's order holds each image of a permutation `num_repeats` times in a row, rank r takes
-    the positions r, r + num_replicas, ... and stops after n // 256 * 256 / num_replicas of them, so
-    an epoch is about as long as one without repeats. Below 256 images, where DeiT's sampler yields
-    nothing, a rank takes ceil(n / num_replicas). With one repeat it is plain shuffling: every image
-    once, the order wrapped round to fill the last positions. The order itself depends on the seed
-    and the epoch only.
+    The epoch's order repeats each image of a permutation `num_repeats` times in a row. Rank r takes the positions r, r +
+    num_replicas, ... and stops after n // 256 * 256 / num_replicas of them, so an epoch is about as long as one without repeats.
+    Below 256 images, where DeiT's sampler yields nothing, a rank takes ceil(n / num_replicas). With one repeat it shuffles: every
+    image once, and the order wraps around to fill the last positions. The order depends on the seed and the epoch only.
 
     Args:
         dataset: the data set, or its length n.
@@ -29,7 +27,7 @@ class RASampler(Sampler[SampleKey]):
         num_repeats: draws of an image in a row; 1 for plain shuffling.
         seed: of the permutation, mixed with the epoch.
 
-    `len()` is the number of keys of a whole epoch on this rank, whatever position was set.
+    `len()` is the number of keys of a full epoch on this rank, whatever the position.
     """
 
     def __init__(self, dataset: Sized | int, num_replicas: int = 1, rank: int = 0, shuffle: bool = True,
@@ -46,10 +44,10 @@ class RASampler(Sampler[SampleKey]):
         self.position = 0
 
     def set_epoch(self, epoch: int, position: int = 0) -> None:
-        """Choose the epoch and where its order begins: this rank draws position + rank, position + rank + num_replicas, ...
+        """Set the epoch and the position at which it begins: this rank draws position + rank, position + rank + num_replicas, ...
 
-        position: in the order over all processes, 0 .. len(self) * num_replicas, e.g. the images that all of them have
-        seen; so the order goes on without a gap or a repeat with another number of processes or another batch size."""
+        position: 0 .. len(self) * num_replicas, in the order over all processes: the number of images that all of them have seen.
+        So a resume neither skips nor repeats an image, even with another number of processes or another batch size."""
         self.epoch = epoch
         self.position = position
 
@@ -73,6 +71,6 @@ class RASampler(Sampler[SampleKey]):
         if not self.shuffle:
             return torch.arange(self.length)
         generator = torch.Generator()
-        # A hash, because sums such as seed + epoch give (seed 0, epoch 1) and (seed 1, epoch 0) one order.
+        # A hash, because seed + epoch would give (seed 0, epoch 1) and (seed 1, epoch 0) the same order.
         generator.manual_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
         return torch.randperm(self.length, generator=generator)

@@ -49,7 +49,7 @@ from vision_kan.data import images as images_module
 from vision_kan.data.class_folders import hold_out
 from vision_kan.data.images import FileImages, SampleKey, load_image
 from vision_kan.data.known import DIGITS_VAL, _digits_file, open_digits
-from vision_kan.data.names import evaluated, guess_data_set
+from vision_kan.data.names import evaluated_split, guess_data_set
 from vision_kan.data.transforms import build_transform
 from vision_kan.data.workers import batches
 
@@ -155,7 +155,7 @@ def test_eval_takes_the_classes_of_train_where_there_is_one(tmp_path):
     (lambda root: os.rename(root / "train", root / "training"), "no train/"),
     (lambda root: os.rename(root / "val", root / "test"), "no val/"),
     (lambda root: (root / "train" / "empty").mkdir(), "train/empty.*holds no image"),
-    (lambda root: os.rename(root / "train" / "owl", root / "train" / "emu"), "'owl' that train/ lacks"),
+    (lambda root: os.rename(root / "train" / "owl", root / "train" / "emu"), "'owl', which train/ lacks"),
     (lambda root: [path.unlink() for path in root.glob("val/*/*")], "val/ .*holds no image"),
     (lambda root: [path.rename(path.with_suffix(".txt")) for path in root.glob("train/cat/*")],
      "train/cat.*holds no image"),
@@ -284,7 +284,7 @@ def test_what_is_no_single_folder(single, tmp_path):
     ({"data_set": "FOLDER", "val_split": 0.2, "seed": 3}, "0.2 held out by seed 3"),
     ({"data_set": "wds/cats", "data_split": ["train-0.tar|90", "val-0.tar|10"]}, "val-0.tar")])
 def test_which_images_are_evaluated(flags, expected):
-    assert evaluated(make_args(**flags)) == {"data_set": flags["data_set"], "split": expected}
+    assert evaluated_split(make_args(**flags)) == {"data_set": flags["data_set"], "split": expected}
 
 
 @pytest.mark.parametrize("changes, words", [({"num_classes": 5}, "--num-classes 5 contradicts the data, which has 3"),
@@ -396,7 +396,7 @@ def test_tiny_imagenets_annotations_are_checked(tmp_path):
     write_tiny(tmp_path)
     rows = (tmp_path / "val" / "val_annotations.txt").read_text()
     (tmp_path / "val" / "val_annotations.txt").write_text(rows.replace("n00000007", "n99999999", 1))
-    with pytest.raises(UserError, match="'n99999999' that train/ lacks"):
+    with pytest.raises(UserError, match="'n99999999', which train/ lacks"):
         build_loaders(make_args(tmp_path), Process())
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\n")
     with pytest.raises(UserError, match="val_annotations.txt has a line"):
@@ -997,7 +997,8 @@ def test_32_bit_grey_is_told_once_and_refused_by_name(folder, capfd):
     loaders = build_loaders(make_args(folder, num_workers=1, repeated_aug=False), Process())
     epoch_of(loaders), epoch_of(loaders)
     told, refused = sorted(capfd.readouterr().err.splitlines())
-    assert told.startswith("32-bit grey images are scaled") and "cat/float" in told and told.endswith("is the first (0 to 1)")
+    assert told.startswith("32-bit grey images are scaled") and "cat/float" in told.partition("The first is ")[2]
+    assert told.endswith("(0 to 1)")
     assert "hounsfield.tif (32-bit grey from -1024 to -1024, not 0 to 1, 255 or 65535: convert it" in refused
 
 
@@ -1131,7 +1132,7 @@ def evaluated_in_parts(rank, world, folder, rendezvous):
     loaders = build_loaders(make_args(folder, eval=True, dist_eval=True, max_unreadable=0.3), Process(rank, world))
     list(loaders.val)
     loaders.check_unreadable()      # two of seven: not too many yet
-    text = sentence(loaders.check_unreadable, together=True)
+    text = sentence(loaders.check_unreadable, gather=True)
     dist.destroy_process_group()
     return text
 
@@ -1241,7 +1242,7 @@ def test_batches_are_the_loaders(folder):
 
 
 @pytest.mark.parametrize("number, words", [
-    (signal.SIGKILL, "was killed, as a system does whose memory is full: lower --num_workers"), (signal.SIGBUS, "--ipc=host"),
+    (signal.SIGKILL, "was killed, most likely because the memory was full: lower --num_workers"), (signal.SIGBUS, "--ipc=host"),
     (signal.SIGSEGV, "signal 11, Segmentation fault): --num_workers 0")])
 def test_a_killed_worker_is_one_sentence(number, words):
     loader = digits(2).train

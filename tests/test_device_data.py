@@ -15,14 +15,14 @@ from datasets import build_loaders
 from vision_kan.common.process import Process
 from vision_kan.config.resolve import parse_args
 from vision_kan.data import device as device_module
-from vision_kan.data.device import NotOnDevice, TrainLoader, build_augmentation, on_device
+from vision_kan.data.device import NotOnDevice, TrainLoader, build_augmentation, move_to_device
 from vision_kan.data.device_augment import (
     Augmentation,
     _crop_box,
     _grey,
     _jitter,
     _resampled,
-    _three,
+    _three_augment,
     resampling,
     uniforms,
 )
@@ -43,7 +43,7 @@ def flags(data, *words):
 
 def loaders(data, *words, process=CPU):
     args = flags(data, *words)
-    return on_device(build_loaders(args, process), args, process)
+    return move_to_device(build_loaders(args, process), args, process)
 
 
 def photo(size: int = 48) -> Image.Image:
@@ -113,7 +113,7 @@ def test_colours_are_pils():
     x = pixels(image).float()
     assert (_grey(x)[0, 0] - torch.from_numpy(np.array(image.convert("L")))).abs().max() <= 1
     third = torch.tensor([[0.1, 0.5], [0.5, 0.5], [0.9, 0.5]])
-    solarised, grey, blurred = _three(x.expand(3, -1, -1, -1), third)
+    solarised, grey, blurred = _three_augment(x.expand(3, -1, -1, -1), third)
     assert torch.equal(solarised.byte(), pixels(ImageOps.solarize(image, 128))[0])
     assert (grey - pixels(image.convert("L").convert("RGB"))[0]).abs().max() <= 1
     assert (blurred - pixels(image.filter(ImageFilter.GaussianBlur(1.05)))[0]).abs().mean() < 1
@@ -146,7 +146,7 @@ def test_crops_are_distributed_as_timms(high, wide):
 def test_random_erasing_is_distributed_as_timms(mode, count):
     ours = augmentation(size=24, erase=0.6, erase_mode=mode, erase_count=count)
     x = torch.full((2000, 3, 24, 24), 9.0)
-    got = ours.erased(x, uniforms(1, 0, torch.arange(2000), ours.draws), torch.zeros(2000, dtype=torch.long))
+    got = ours.random_erase(x, uniforms(1, 0, torch.arange(2000), ours.num_uniforms), torch.zeros(2000, dtype=torch.long))
     random.seed(0)
     torch.manual_seed(0)
     want = RandomErasing(0.6, mode=mode, max_count=count, device="cpu")(x.clone())
@@ -246,7 +246,7 @@ def test_what_has_no_counterpart_is_refused_or_left_to_the_loader(data, words, t
     args = flags(data, *words, "--data-on-device", "auto")
     made = build_loaders(args, CPU)
     before = made.train
-    assert on_device(made, args, CPU).train is before and not capsys.readouterr().out      # on a CPU not even tried
+    assert move_to_device(made, args, CPU).train is before and not capsys.readouterr().out      # on a CPU not even tried
     monkeypatch.setattr(device_module, "_memory", lambda device: 2 ** 40)
     with pytest.raises(NotOnDevice, match=told.split()[0]):
         TrainLoader(made.train.dataset, made.train_sampler, args, CPU)

@@ -28,7 +28,7 @@ SIZES, WORLDS = range(1, 65), range(1, 5)
 class SomeUnreadable(ArrayImages):
     """Every seventh image, the first one left out, is like a file that cannot be read."""
 
-    def load(self, index, enough=0, upright=False):
+    def load(self, index, min_side=0, upright=False):
         if index % 7 == 6:
             raise OSError("unreadable")
         return super().load(index)

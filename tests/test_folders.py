@@ -20,7 +20,7 @@ from vision_kan.run.trained import image_files
 
 @pytest.fixture(autouse=True)
 def untold():
-    folders._tell_once.cache_clear()
+    folders._report_once.cache_clear()
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_other_causes(tmp_path, capsys):
     flags = (*e2e.QUICK, "--batch-size", 2, "--epochs", 1, "--data-path")
     data = write_folder(tmp_path / "data", {"cat": 3, "dog": 3}, {"cat": 1})
     write_image(tmp_path / "one/cat/0.jpg")
-    assert "has a single class folder (cat): to tell classes apart" in e2e.sentence(capsys, *flags, tmp_path / "one")
+    assert "has a single class folder (cat): a classifier needs two" in e2e.sentence(capsys, *flags, tmp_path / "one")
     shutil.move(data, tmp_path / "outer/inner")
     text = e2e.sentence(capsys, *flags, tmp_path / "outer")
     assert f"is not the folder of the data set, which is in it: give --data-path {tmp_path}/outer/inner" in text
@@ -207,7 +207,7 @@ def test_other_causes(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "text" / name).mkdir(parents=True)
         (tmp_path / "text" / name / "notes.txt").touch()
-    assert "the folders that it has hold no image of a format" in e2e.sentence(capsys, *flags, tmp_path / "text")
+    assert "its folders hold no image of a format" in e2e.sentence(capsys, *flags, tmp_path / "text")
 
 
 def test_what_is_asked_for_only_once_is_read_lazily(data, monkeypatch):

@@ -229,9 +229,9 @@ def test_columns(hub, folder, tmp_path):
     name, half = f"hfds/{tmp_path}/plain", ["train", "train"]
     for changes, words in (({}, "0 columns of the kind ClassLabel among picture, label, number: .*--target-key"),
                            ({"target_key": "x"}, "--target-key x: .*no such column but picture"),
-                           ({"target_key": "label"}, "does not tell its classes: give --num-classes"),
+                           ({"target_key": "label"}, "does not declare its classes: give --num-classes"),
                            ({"target_key": "label", "num_classes": 2}, "images of no class"),
-                           ({"target_key": "picture", "num_classes": 3}, "no whole numbers.*class_encode_column"),
+                           ({"target_key": "picture", "num_classes": 3}, "not whole numbers.*class_encode_column"),
                            ({"target_key": "label", "num_classes": 3, "data_split": ["train", "test"]},
                             "no part 'test' but train")):
         with pytest.raises(UserError, match=words):
@@ -330,8 +330,8 @@ def test_two_processes_share_a_stream(shards, tmp_path):
     assert last["test_images"] == 24 and "step 3/3" in out
 
 
-@pytest.mark.parametrize("told, words, workers", [("23", "has more images than the 23 that are told", 0),
-                                                  ("25", "has fewer images than the 25 that are told", 2)])
+@pytest.mark.parametrize("told, words, workers", [("23", "has more images than the 23 declared", 0),
+                                                  ("25", "has fewer images than the 25 declared", 2)])
 def test_a_wrong_length_is_noticed(shards, told, words, workers):
     loaders = loaders_of(["--data-set", "wds/x", "--data-path", shards, "--data-split", WDS_SPLIT[0], f"val-{{0..2}}.tar|{told}",
                           "--num-classes", 3], num_workers=workers)
@@ -371,17 +371,17 @@ def test_what_a_stream_refuses(shards, parquet, tmp_path):
         return str(error.value)
 
     assert "give --num-classes" in refused("wds/x", shards, num_classes=None)
-    assert "of class 2, and there are 2" in refused("wds/x", shards, num_classes=2)
+    assert "has class 2, but classes go from 0 to 1" in refused("wds/x", shards, num_classes=2)
     assert "no repeats" in refused("wds/x", shards, resplit=True, repeated_aug=True)
-    assert "does not tell how many" in refused("wds/x", shards, data_split=["train-0.tar", "val-0.tar"])
+    assert "does not declare its number of images" in refused("wds/x", shards, data_split=["train-0.tar", "val-0.tar"])
     assert "must be the number of images" in refused("wds/x", shards, data_split=["train-0.tar|x", "val-0.tar"])
-    assert "train-9.tar is no file" in refused("wds/x", shards, data_split=["train-9.tar|5", "val-0.tar|5"])
+    assert "train-9.tar is not a local file" in refused("wds/x", shards, data_split=["train-9.tar|5", "val-0.tar|5"])
     assert "no class under 'json'" in refused("wds/x", shards, target_key="json")
     assert "cannot be opened" in refused("wds/x", shards, data_split=["train", "val"])
     shutil.copytree(parquet, tmp_path / "other")        # of this one no cache knows the length
-    assert "does not tell how many" in refused(f"hfids/{tmp_path}/other", "", data_split=None, num_classes=None)
+    assert "does not declare its number of images" in refused(f"hfids/{tmp_path}/other", "", data_split=None, num_classes=None)
     (tmp_path / "cut.tar").write_bytes((shards / "train-0.tar").read_bytes()[:3000])
-    assert "cannot be read on" in refused("wds/x", tmp_path, data_split=["cut.tar|8", "cut.tar|8"])
+    assert "cannot be read any further" in refused("wds/x", tmp_path, data_split=["cut.tar|8", "cut.tar|8"])
 
 
 def test_no_shard_is_a_shell_command(tmp_path, monkeypatch):

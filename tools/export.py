@@ -342,7 +342,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     if trained.args.data_path:
         loaders = loaders_of(trained)
         measured = evaluate(trained.model, loaders.val, Process(device=trained.device))
-        loaders.check_unreadable(together=True)
+        loaders.check_unreadable(gather=True)
         trained.results = result_of(measured, trained.args)
         say(f"{own.weights}: {told(trained.results)}")
     found = export(trained, own.target, files)

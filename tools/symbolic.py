@@ -60,7 +60,7 @@ def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) 
         about["class_names"] = trained.about["class_names"]
     lines = [summary(f"{title:17}", evaluate(model, loaders.val, process)) for title, model in (
         ("learned functions", trained.model), ("their formulas", with_formulas(trained.model, found)), ("saved", fitted))]
-    loaders.check_unreadable(together=True)
+    loaders.check_unreadable(gather=True)
     save_safetensors(fitted.state_dict(), about, target)
     return "\n".join([*lines, f"{target}: {trained.spec.name}, its functions are those of the grid's basis nearest to the "
                       f"formulas (R^2 {min(fits):.4f} or more, half of them {float(np.median(fits)):.6f} or more)"])

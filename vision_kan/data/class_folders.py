@@ -1,4 +1,4 @@
-"""A folder of classes as a data set: with train/ and val/, or one that is split."""
+"""A folder of class folders as a data set: with train/ and val/, or split by --val-split."""
 import hashlib
 import os
 from argparse import Namespace
@@ -13,14 +13,16 @@ from vision_kan.data.images import FileImages, Split
 from vision_kan.data.names import data_root, guess_data_set, is_single_folder
 
 FOLDER_CLASSES = {"IMNET": 1000, "TinyIMNET": 200, "FOLDER": None}
-VAL_SPLIT = 0.2     # of a folder without train/ and val/, where --val-split does not say
+VAL_SPLIT = 0.2     # default of --val-split for a folder without train/ and val/
 
 
 def hold_out(names: Sequence[str], targets: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which images are for validation, bool [N]: of each class `share`, rounded, those whose hash of seed and name is
-    smallest. So the order of the names does not matter, and an image more or less moves one other at most.
+    """The mask of the validation images, bool [N].
 
-    A class with two images or more keeps one on either side (`share` 1: all are held out), one alone is trained on."""
+    Of each class it takes round(share * images), those with the smallest hash of seed and name. So the split does not depend on
+    the order of the names, and adding or removing one image moves at most one other.
+
+    A class of two or more images keeps at least one in each half (`share` 1: all are held out); a single image is trained on."""
     hashes = np.array([int.from_bytes(hashlib.blake2b(f"{seed}/".encode() + os.fsencode(name), digest_size=8).digest())
                        for name in names], dtype=np.uint64)
     chosen = np.zeros(len(names), dtype=bool)
@@ -31,23 +33,25 @@ def hold_out(names: Sequence[str], targets: np.ndarray, share: float, seed: int)
     return chosen
 
 
-def one_half(is_train: bool, args: Namespace, names: Sequence[str], targets: np.ndarray, classes: list[str]
+def split_by_share(is_train: bool, args: Namespace, names: Sequence[str], targets: np.ndarray, classes: list[str]
              ) -> tuple[np.ndarray, str]:
-    """Which images are in the half that --val-split and --seed make, bool [N], and a sentence about both halves."""
+    """The mask of the half that --val-split and --seed give, bool [N], and a sentence about both halves."""
     held_out = hold_out(names, targets, args.val_split, args.seed)
     chosen = ~held_out if is_train else held_out
     if not chosen.any():
         raise UserError(f"--val-split {args.val_split:g} of {len(names)} images leaves none to "
                         f"{'train on' if is_train else 'evaluate'}: choose another share, or give more images")
-    alone = [printable(classes[target], 40) for target in np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 1)]
-    rest = f"; of a class with a single image none can be held out: {', '.join(alone[:5])}{', ...' if alone[5:] else ''}" \
-        if alone and args.val_split < 1 else ""
+    single = [printable(classes[target], 40) for target in np.flatnonzero(np.bincount(targets, minlength=len(classes)) == 1)]
+    rest = f"; of a class with a single image none can be held out: {', '.join(single[:5])}{', ...' if single[5:] else ''}" \
+        if single and args.val_split < 1 else ""
     return chosen, (f"{len(classes)} classes, {int((~held_out).sum())} images to train on, {int(held_out.sum())} held out "
                     f"(--val-split {args.val_split:g}, --seed {args.seed}){rest}")
 
 
 def open_class_folders(is_train: bool, args: Namespace, data_set: str, class_names: list[str] | None) -> Split:
-    """train/<class>/... and val/<class>/..., any depth below the class; Tiny ImageNet's val/images too."""
+    """train/<class>/... and val/<class>/..., at any depth below the class; also Tiny ImageNet's flat val/images.
+
+    Raises UserError for a missing half, an empty class, or classes that differ between the halves."""
     root = data_root(args)
     train, val = os.path.join(root, "train"), os.path.join(root, "val")
     if data_set == "FOLDER" and (args.eval or args.val_split) and is_single_folder(root):
@@ -61,7 +65,7 @@ def open_class_folders(is_train: bool, args: Namespace, data_set: str, class_nam
                 and os.path.isdir(pictures) and bool(os.listdir(pictures)))
     flat = _tiny_annotations(annotations) if flat_val else {}
 
-    by_name = args.eval and class_names is not None  # then the checkpoint says what the classes are
+    by_name = args.eval and class_names is not None     # the checkpoint defines the classes
     val_classes = sorted(set(flat.values())) if flat_val else class_folders(val)
     classes = [] if by_name else class_folders(train)
     classes = classes or val_classes
@@ -75,7 +79,7 @@ def open_class_folders(is_train: bool, args: Namespace, data_set: str, class_nam
                         f"{len(classes)}: use --data-set FOLDER for your own images")
     for name in val_classes:
         if name not in classes:
-            raise UserError(f"val/ under --data-path {args.data_path} has the class {name!r} that train/ "
+            raise UserError(f"val/ under --data-path {args.data_path} has the class {name!r}, which train/ "
                             "lacks: add it to train/ or remove it from val/")
 
     half = "train" if is_train else "val"
@@ -98,22 +102,22 @@ def open_class_folders(is_train: bool, args: Namespace, data_set: str, class_nam
                  np.array([target for _, target in samples], dtype=np.int64), classes)
 
 
-# What the two halves are called elsewhere. A folder of these is no folder of classes.
-_HALVES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test", "testing")}
-_PARTS = {name for names in _HALVES.values() for name in names}
+# Common names of the two halves. A folder with such a name is not a class.
+_HALF_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "test", "testing")}
+_ALL_HALF_NAMES = {name for names in _HALF_NAMES.values() for name in names}
 
 
 def _no_classes(root: str, half: str) -> str:
-    """Why a half without images in class folders is as it is, and what helps, or ''."""
+    """What to do about images that lie directly in a half, or '' if there are none."""
     count = len(images_in(os.path.join(root, half)))
     return f"images lie directly in it ({count}), put each into the folder of its class, {half}/CLASS/" if count else ""
 
 
 def _why_no_half(root: str, half: str) -> str:
-    """How a folder that should have train/ and val/ is, and what helps."""
+    """What the folder holds in place of `half`, and the remedy."""
     folders = class_folders(root)
     flat = len(images_in(root))
-    if other := next((name for name in folders if name.lower() in _HALVES[half]), None):
+    if other := next((name for name in folders if name.lower() in _HALF_NAMES[half]), None):
         return f"has no {half}/ folder but {other}/: rename it to {half}/"
     if half == "val" and "train" in folders:
         return ("has no val/ folder: make one with a folder per class, or give its train/ as the --data-path, and a part of "
@@ -121,24 +125,24 @@ def _why_no_half(root: str, half: str) -> str:
     if "train" in folders or "val" in folders:
         return f"has no {half}/ folder: it needs train/ and val/ with one folder per class (--eval needs val/ only)"
     if flat and not has_images(root, folders):
-        return (f"has images directly in it ({flat}) and none in class folders: put each into a folder that has the name of its "
-                "class, for two classes or more")
+        return (f"has images directly in it ({flat}) and none in class folders: put each into a folder named after its class, "
+                "for two classes or more")
     if len(folders) == 1 and guess_data_set(inside := os.path.join(root, folders[0])):
         return f"is not the folder of the data set, which is in it: give --data-path {inside}"
     if len(folders) == 1 and has_images(root, folders):
-        return (f"has a single class folder ({printable(folders[0], 60)}): to tell classes apart it takes two or more, one "
-                "folder for each")
+        return (f"has a single class folder ({printable(folders[0], 60)}): a classifier needs two or more "
+                "classes, one folder for each")
     if folders and not has_images(root, folders):
-        return (f"has no {half}/ folder, and the folders that it has hold no image of a format that is read: it needs train/ and "
-                "val/ with one folder per class, or class folders alone")
+        return (f"has no {half}/ folder, and its folders hold no image of a format that is read: it needs train/ and val/ with "
+                "one folder per class, or class folders alone")
     return (f"has no {half}/ folder: it needs train/ and val/ with one folder per class (--eval needs val/ only), or --data-set "
             "FOLDER for class folders alone")
 
 
 def _single_folder(is_train: bool, args: Namespace, root: str) -> Split:
-    """<class>/..., any depth below the class: one half of it by --val-split. Without that all of it, to evaluate."""
+    """<class>/..., at any depth below the class: one half by --val-split, or every image to evaluate without it."""
     classes = class_folders(root)
-    if parts := [name for name in classes if name.lower() in _PARTS]:
+    if parts := [name for name in classes if name.lower() in _ALL_HALF_NAMES]:
         raise UserError(f"--data-path {args.data_path} has the folders {', '.join(parts)} where classes are expected: name the "
                         "two parts train/ and val/, or leave the class folders alone in it")
     samples = find_labelled(root, classes)
@@ -150,13 +154,13 @@ def _single_folder(is_train: bool, args: Namespace, root: str) -> Split:
     names = [os.path.relpath(path, root).replace(os.sep, "/") for path, _ in samples]
     note, chosen = f"it has no val/ folder, so all {len(names)} images are evaluated", np.ones(len(names), dtype=bool)
     if args.val_split:
-        chosen, note = one_half(is_train, args, names, targets, classes)
+        chosen, note = split_by_share(is_train, args, names, targets, classes)
     return Split(FileImages([path for (path, _), mine in zip(samples, chosen) if mine]), targets[chosen], classes,
                  f"--data-path {args.data_path}: {note}")
 
 
 def _tiny_annotations(path: str) -> dict[str, str]:
-    """Tiny ImageNet's val_annotations.txt: image name -> class; the columns after these are boxes."""
+    """Tiny ImageNet's val_annotations.txt: image name -> class. The other columns are boxes."""
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         rows = [line.split("\t") for line in file if line.strip()]
     if any(len(row) < 2 for row in rows):

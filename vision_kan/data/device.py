@@ -1,4 +1,4 @@
-"""Small data sets that live on the device."""
+"""Loaders of small data sets whose images are kept on the device and augmented there."""
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -20,20 +20,18 @@ from vision_kan.data.images import ImageSet
 from vision_kan.data.loaders import Loaders
 from vision_kan.data.transforms import is_small
 
-# The share of the device's memory that images may take, and what a batch of augmented ones may take at a time: several batches
-# are made at once, because a small one costs more to launch than to compute.
-LARGEST_SHARE = 0.25
-CHUNK_BYTES = 48 * 2 ** 20
+MAX_MEMORY_SHARE = 0.25     # of the device's memory, for the images
+CHUNK_BYTES = 48 * 2 ** 20  # of augmented images made at once: a single small batch costs more to launch than to compute
 
 
 class NotOnDevice(Exception):
-    """Why these images, or what is done to them, cannot be on the device: a clause."""
+    """These images, or their augmentation, cannot be on the device. The message is a clause that says why."""
 
 
-def on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
-    """`loaders` of a training with the images on the device, as --data-on-device says; auto: on a GPU, wherever it can be.
+def move_to_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
+    """`loaders` with the images on the device, as --data-on-device asks. `auto` does so on a GPU wherever it can.
 
-    Raises UserError where it has to be and cannot."""
+    Raises UserError where the flag is `on` and it cannot."""
     if args.eval or args.data_on_device == "off" or (args.data_on_device == "auto" and process.device.type == "cpu"):
         return loaders
     try:
@@ -55,7 +53,7 @@ def on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
 
 
 def build_augmentation(args: Namespace) -> Augmentation:
-    """The flags' augmentation. Raises NotOnDevice for a policy that is not written for tensors, and for oblong inputs."""
+    """The flags' augmentation. Raises NotOnDevice for a policy without a tensor version, and for oblong inputs."""
     if not isinstance(args.input_size, int):
         raise NotOnDevice(f"images of --input-size {shown_size(args.input_size)} are augmented by PIL only: square ones can be "
                           "on the device")
@@ -71,9 +69,9 @@ def build_augmentation(args: Namespace) -> Augmentation:
 
 
 def load_pixels(data: ImageSet, fit: Callable[[Image.Image], Image.Image], device: torch.device, name: bool) -> Tensor:
-    """uint8 [N, 3, H, W] on the device; zeros for an image that cannot be read, which is marked and, with `name`, named.
+    """All images as uint8 [N, 3, H, W] on the device. An unreadable one is zeros, marked in `data`, and reported if `name`.
 
-    fit: applied to each image. Raises NotOnDevice for images of different sizes, or too many for the device."""
+    fit: applied to each image. Raises NotOnDevice for images of different sizes, or more than fit into memory."""
     def load(index: int) -> np.ndarray | None:
         image = data._load(index, name)
         return None if image is None else np.asarray(fit(image))
@@ -84,7 +82,7 @@ def load_pixels(data: ImageSet, fit: Callable[[Image.Image], Image.Image], devic
     first = next((image for image in map(load, range(len(data))) if image is not None), None)
     if first is None:
         raise NotOnDevice("none of the images can be read")
-    size, limit = len(data) * first.nbytes, LARGEST_SHARE * _memory(device)
+    size, limit = len(data) * first.nbytes, MAX_MEMORY_SHARE * _memory(device)
     if size > limit:
         raise NotOnDevice(f"{len(data):,} images of {shown(first)} pixels take {size / 2 ** 30:,.1f} GiB, more than the "
                           f"{limit / 2 ** 30:,.1f} that are a quarter of the memory of {device}")
@@ -98,7 +96,7 @@ def load_pixels(data: ImageSet, fit: Callable[[Image.Image], Image.Image], devic
         if image is not None:
             pixels[index] = image
 
-    with ThreadPoolExecutor() as pool:      # PIL decodes without Python's lock
+    with ThreadPoolExecutor() as pool:      # PIL releases Python's lock while it decodes
         try:
             for _ in pool.map(keep, range(len(data))):
                 pass
@@ -109,27 +107,27 @@ def load_pixels(data: ImageSet, fit: Callable[[Image.Image], Image.Image], devic
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of the device in all, so that the same machine always decides alike."""
+    """Total bytes of the device. The total, not what is free, so that a machine always decides the same."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2 ** 30
 
 
 class _Normalise:
-    """(pixel / 255 - mean) / std to the last bit as `augment.Normalise`. Divisors are tensors: by a number, a GPU multiplies
-    with its reciprocal."""
+    """(pixel / 255 - mean) / std, bit for bit `transforms.Normalise`. The divisors are tensors: for a Python number, a GPU
+    would multiply by the reciprocal."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
-        self.most = torch.tensor(255.0, device=device)
+        self.white = torch.tensor(255.0, device=device)
         self.mean, self.std = (torch.tensor(value, dtype=torch.float32, device=device).view(3, 1, 1) for value in (mean, std))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x.float().div(self.most).sub_(self.mean).div_(self.std)
+        return x.float().div(self.white).sub_(self.mean).div_(self.std)
 
 
 class TrainLoader:
-    """Augmented batches (float32 [B, 3, S, S], int64 [B]) on the device in the sampler's order, the last incomplete one
-    dropped; in the place of a DataLoader."""
+    """Replaces the DataLoader of a training: augmented batches (float32 [B, 3, S, S], int64 [B]) on the device, in the
+    sampler's order. The last incomplete batch is dropped."""
 
     def __init__(self, data: ImageSet, sampler: Any, args: Namespace, process: Process):
         self.dataset, self.sampler, self.batch_size = data, sampler, args.batch_size
@@ -137,13 +135,13 @@ class TrainLoader:
         device = process.device
         self.pixels = load_pixels(data, self._fit, device, name=process.is_main)
         self.targets = torch.from_numpy(data.targets).to(device)
-        self.sources = _replaced(data)
+        self.sources = _with_replacements(data)
         self.normalise = _Normalise(args.mean, args.std, device)
-        each = 4 * 3 * args.input_size ** 2
-        self.chunk = max(1, CHUNK_BYTES // (each * args.batch_size))
+        image_bytes = 4 * 3 * args.input_size ** 2
+        self.chunk = max(1, CHUNK_BYTES // (image_bytes * args.batch_size))     # batches made at once
 
     def _fit(self, image: Image.Image) -> Image.Image:
-        """With its shorter side as long as the input where the crop is one of the padded image."""
+        """The image resized to the input's size by its shorter side, if a random crop of the padded image follows."""
         if not self.augment.padded or min(image.size) == self.augment.size:
             return image
         if len(self.augment.kinds) > 1:
@@ -159,18 +157,18 @@ class TrainLoader:
         order = torch.from_numpy(np.stack([self.sources[indices], positions, repeats])).to(device)
         batches = order.shape[1] // size
         for first in range(0, batches, self.chunk):
-            # Always of one size, so that a GPU takes the same kernels, and gives the same bits, wherever a run was resumed.
+            # Every chunk has the same size, so that a GPU runs the same kernels, with the same bits, wherever a run was resumed.
             place = torch.arange(first * size, (first + self.chunk) * size, device=device).clamp(max=order.shape[1] - 1)
             index, position, repeat = order[:, place]
-            u = uniforms(sampler.seed, sampler.epoch, position, self.augment.draws)
+            u = uniforms(sampler.seed, sampler.epoch, position, self.augment.num_uniforms)
             x = self.normalise(self.augment(self.pixels[index], u))
-            x, targets = self.augment.erased(x, u, repeat), self.targets[index]
+            x, targets = self.augment.random_erase(x, u, repeat), self.targets[index]
             for batch in range(min(self.chunk, batches - first)):
                 yield x[batch * size:(batch + 1) * size], targets[batch * size:(batch + 1) * size]
 
 
 class EvalLoader:
-    """Batches (float32 [B, 3, S, S] on the device, int64 [B] on the host) of these images; -1 for an unreadable one."""
+    """Batches (float32 [B, 3, S, S] on the device, int64 [B] on the host) of a shard. An unreadable image has target -1."""
 
     def __init__(self, data: ImageSet, shard: range, args: Namespace, process: Process):
         self.dataset, self.shard, self.batch_size = data, shard, max(1, int(1.5 * args.batch_size))
@@ -193,8 +191,8 @@ class EvalLoader:
             yield self.normalise(self.pixels[chosen.to(self.pixels.device)]), self.targets[chosen]
 
 
-def _replaced(data: ImageSet) -> np.ndarray:
-    """int64 [N]: which image is taken for each, another one for an unreadable one."""
+def _with_replacements(data: ImageSet) -> np.ndarray:
+    """int64 [N]: each image's own index, or that of a readable one drawn in its place."""
     sources, readable = np.arange(len(data)), np.flatnonzero(data.unreadable.numpy() == 0)
     for index in np.flatnonzero(data.unreadable.numpy()):
         sources[index] = readable[np.random.default_rng([index]).integers(len(readable))]

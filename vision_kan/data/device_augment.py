@@ -1,4 +1,4 @@
-"""Augmentation on the device, drawn by a counter-based hash."""
+"""Augmentation of batches on the device. Its random numbers are a hash of (seed, epoch, position), so that a resume is exact."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Random numbers of an image by what they are for; TRIES candidates of a box before the last resort, as in timm.
-TRIES = 10
+TRIES = 10      # candidates of a crop or erased box before the fallback, as in timm
+# The column at which each step's random numbers begin.
 CROP, FLIP, THREE, JITTER, ERASE = 0, 24, 26, 30, 40
-ERASE_EACH = 2 * TRIES + 6
+ERASE_COLUMNS = 2 * TRIES + 6       # for each erased box
 
 
 # ---------------------------------------------------------------- random numbers
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit numbers (int64 tensors) that flips about half of the bits for each one changed: lowbias32 of
+    """A bijection of 32-bit numbers (int64 tensors); changing one bit flips about half of the bits. lowbias32 of
     https://github.com/skeeto/hash-prospector, constants by TheIronBorn."""
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
@@ -32,12 +32,12 @@ def uniforms(seed: int, epoch: int, positions: Tensor, count: int) -> Tensor:
 
 
 def _integer(u: Tensor, count: Tensor | int) -> Tensor:
-    """A uniform whole number of 0 .. count - 1 from u in [0, 1)."""
+    """A uniform integer in 0 .. count - 1, from u in [0, 1)."""
     return (u * count).floor().long()
 
 
 # ---------------------------------------------------------------- resampling
-# PIL's filters: half a support and the function, both at scale 1 (Pillow, src/libImaging/Resample.c).
+# PIL's filters at scale 1 (Pillow, src/libImaging/Resample.c).
 def _cubic(x: Tensor, a: float = -0.5) -> Tensor:
     x = x.abs()
     return torch.where(x < 1, ((a + 2) * x - (a + 3)) * x * x + 1,
@@ -62,12 +62,12 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def resampling(kind: str, start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
-    """[B, out, size]: the linear maps that cut `length` [B] of `size` pixels from `start` [B] on and resize them to `out`, as
-    PIL does: pixels outside the cut are not seen, and a reduction averages."""
-    start, length = start.double(), length.double()         # at an edge the last bit decides which pixel is seen
+    """[B, out, size]: linear maps that crop `length` [B] of `size` pixels from `start` [B] on and resize them to `out`, as PIL
+    does: pixels outside the crop have no weight, and a reduction averages."""
+    start, length = start.double(), length.double()         # at an edge the last bit decides which pixel counts
     ratio = (length / out)[:, None]
-    centre = (torch.arange(out, device=start.device) + 0.5) * ratio                     # [B, out], in the cut
-    pixel = torch.arange(size, device=start.device) - start[:, None]                    # [B, size], in the cut
+    centre = (torch.arange(out, device=start.device) + 0.5) * ratio                     # [B, out], in the crop
+    pixel = torch.arange(size, device=start.device) - start[:, None]                    # [B, size], in the crop
     if kind == "nearest":
         return (pixel[:, None] == centre.floor()[..., None]).float()
     inside = (pixel >= 0) & (pixel < length[:, None])
@@ -78,34 +78,35 @@ def resampling(kind: str, start: Tensor, length: Tensor, size: int, out: int) ->
 # ---------------------------------------------------------------- augmentation
 @dataclass(frozen=True)
 class Augmentation:
-    """What `augment.build_transform` does to a training image, as numbers."""
+    """The parameters of `transforms.build_transform` for training images, and its steps as tensor operations."""
     size: int
     padded: bool                        # a random crop of the padded image; else a random resized crop
     padding: int
     padding_mode: str                   # "constant" or "reflect"
-    kinds: tuple[str, ...]              # interpolations to choose from
+    kinds: tuple[str, ...]              # interpolations, one drawn for each image
     flip: float
     three: bool                         # 3-Augment: solarise, grey or blur
-    jitter: float                       # brightness, contrast, saturation
-    erase: float                        # probability
+    jitter: float                       # strength for brightness, contrast and saturation
+    erase: float                        # probability of random erasing
     erase_mode: str
     erase_count: int
-    spare_first: bool                   # no erasing of an image's first repeat
+    spare_first: bool                   # don't erase an image's first repeat
 
     @property
-    def draws(self) -> int:
-        return ERASE + (ERASE_EACH * self.erase_count if self.erase else 0)
+    def num_uniforms(self) -> int:
+        """Random numbers that an image needs."""
+        return ERASE + (ERASE_COLUMNS * self.erase_count if self.erase else 0)
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         """uint8 [B, 3, H, W], uniforms [B, K] -> float32 [B, 3, S, S] of 0 .. 255, before normalisation and erasing."""
         x = self._padded_crop(images, u) if self.padded else self._resized_crop(images, u)
         if self.three:
-            x = _three(x, u[:, THREE:])
+            x = _three_augment(x, u[:, THREE:])
         if self.jitter:
             x = _jitter(x, u[:, JITTER:], self.jitter)
         return x
 
-    def erased(self, x: Tensor, u: Tensor, repeat: Tensor) -> Tensor:
+    def random_erase(self, x: Tensor, u: Tensor, repeat: Tensor) -> Tensor:
         """Random erasing of normalised images [B, 3, S, S], after timm's RandomErasing. repeat: int64 [B]."""
         if not self.erase:
             return x
@@ -116,7 +117,7 @@ class Augmentation:
         count = _integer(u[:, 1], self.erase_count) + 1
         line = torch.arange(size, device=x.device)
         for nth in range(self.erase_count):
-            v = u[:, 2 + ERASE_EACH * nth:]
+            v = u[:, 2 + ERASE_COLUMNS * nth:]
             area = (0.02 + (1 / 3 - 0.02) * v[:, :TRIES]) * (size * size) / count[:, None]
             ratio = torch.exp(math.log(0.3) * (2 * v[:, TRIES:2 * TRIES] - 1))
             high, wide = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
@@ -126,9 +127,9 @@ class Augmentation:
             top, left = _integer(v[:, 2 * TRIES], size - height + 1), _integer(v[:, 2 * TRIES + 1], size - width + 1)
             rows = (line >= top[:, None]) & (line < (top + height)[:, None])
             columns = (line >= left[:, None]) & (line < (left + width)[:, None])
-            these = chosen & fits.any(1) & (nth < count)
-            there = these[:, None, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
-            x = torch.where(there, self._fill(x, v[:, 2 * TRIES + 2]), x)
+            erased = chosen & fits.any(1) & (nth < count)
+            mask = erased[:, None, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
+            x = torch.where(mask, self._fill(x, v[:, 2 * TRIES + 2]), x)
         return x
 
     def _padded_crop(self, images: Tensor, u: Tensor) -> Tensor:
@@ -136,14 +137,15 @@ class Augmentation:
         rows = _integer(u[:, CROP, None], high + 2 * pad - size + 1) + torch.arange(size, device=u.device) - pad
         columns = _integer(u[:, CROP + 1, None], wide + 2 * pad - size + 1) + torch.arange(size, device=u.device) - pad
         columns = torch.where(u[:, FLIP, None] < self.flip, columns.flip(1), columns)
-        seen = ((rows >= 0) & (rows < high))[:, None, :, None] & ((columns >= 0) & (columns < wide))[:, None, None, :]
+        inside = ((rows >= 0) & (rows < high))[:, None, :, None] & ((columns >= 0) & (columns < wide))[:, None, None, :]
         if self.padding_mode == "reflect":
             rows, columns = (index.abs() - 2 * (index - length + 1).clamp(min=0)
                              for index, length in ((rows, high), (columns, wide)))
-        each = torch.arange(len(images), device=u.device)[:, None, None, None]
+        image = torch.arange(len(images), device=u.device)[:, None, None, None]
         channel = torch.arange(3, device=u.device)[:, None, None]
-        x = images[each, channel, rows.clamp(0, high - 1)[:, None, :, None], columns.clamp(0, wide - 1)[:, None, None, :]].float()
-        return x if self.padding_mode == "reflect" else x * seen
+        rows, columns = rows.clamp(0, high - 1)[:, None, :, None], columns.clamp(0, wide - 1)[:, None, None, :]
+        x = images[image, channel, rows, columns].float()
+        return x if self.padding_mode == "reflect" else x * inside
 
     def _resized_crop(self, images: Tensor, u: Tensor) -> Tensor:
         high, wide = images.shape[2:]
@@ -162,23 +164,23 @@ class Augmentation:
         if self.erase_mode == "const":
             return torch.zeros_like(x[:1])
         shape = x.shape[1:] if self.erase_mode == "pixel" else (x.shape[1], 1, 1)
-        table = _normals(x.device)
-        places = torch.arange(math.prod(shape), device=x.device) + _integer(u[:, None], len(table))
-        return table[places % len(table)].view(-1, *shape)
+        table = _normal_table(x.device)
+        indices = torch.arange(math.prod(shape), device=x.device) + _integer(u[:, None], len(table))
+        return table[indices % len(table)].view(-1, *shape)
 
 
 _TABLES: dict[torch.device, Tensor] = {}
 
 
-def _normals(device: torch.device, count: int = 2 ** 21) -> Tensor:
-    """A table of normal numbers; an image takes a stretch of it from a drawn place on."""
+def _normal_table(device: torch.device, count: int = 2 ** 21) -> Tensor:
+    """Normal random numbers, float32 [count]; an erased box takes a stretch of them from a drawn index on."""
     if device not in _TABLES:
         _TABLES[device] = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
     return _TABLES[device]
 
 
 def _resampled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[B, 3, H, W] by the maps [B, S, H] and [B, S, W], as PIL: columns first, rounded to whole numbers after each."""
+    """[B, 3, H, W] by the maps [B, S, H] and [B, S, W]. Like PIL: columns first, rounded to integers after each map."""
     for step in (lambda x: x @ columns.transpose(1, 2)[:, None], lambda x: rows[:, None] @ x):
         x = (step(x) + 0.5).floor().clamp(0, 255)
     return x
@@ -193,10 +195,10 @@ def _crop_box(u: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor, Tensor, 
     first = fits.byte().argmax(1, keepdim=True)
     width, height = width.gather(1, first)[:, 0], height.gather(1, first)[:, 0]
     found = fits.any(1)
-    whole_width, whole_height = min(wide, round(high * 4 / 3)), min(high, round(wide * 4 / 3))
-    width, height = torch.where(found, width, float(whole_width)), torch.where(found, height, float(whole_height))
-    top = torch.where(found, (u[:, 2 * TRIES] * (high - height + 1)).floor(), float((high - whole_height) // 2))
-    left = torch.where(found, (u[:, 2 * TRIES + 1] * (wide - width + 1)).floor(), float((wide - whole_width) // 2))
+    central_width, central_height = min(wide, round(high * 4 / 3)), min(high, round(wide * 4 / 3))      # timm's fallback
+    width, height = torch.where(found, width, float(central_width)), torch.where(found, height, float(central_height))
+    top = torch.where(found, (u[:, 2 * TRIES] * (high - height + 1)).floor(), float((high - central_height) // 2))
+    left = torch.where(found, (u[:, 2 * TRIES + 1] * (wide - width + 1)).floor(), float((wide - central_width) // 2))
     return top, left, height, width
 
 
@@ -205,15 +207,15 @@ def _grey(x: Tensor) -> Tensor:
     return (0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).round()
 
 
-def _three(x: Tensor, u: Tensor) -> Tensor:
-    """DeiT III's 3-Augment, one of the three for each image: inverted from 128 on, grey, or blurred (deviation 0.1 to 2)."""
+def _three_augment(x: Tensor, u: Tensor) -> Tensor:
+    """DeiT III's 3-Augment, one of three for each image: solarised from 128 on, grey, or blurred (deviation 0.1 to 2)."""
     choice = _integer(u[:, 0], 3)[:, None, None, None]
     solarised = torch.where(x < 128, x, 255 - x)
     return torch.where(choice == 0, solarised, torch.where(choice == 1, _grey(x), _blurred(x, 0.1 + 1.9 * u[:, 1])))
 
 
 def _blurred(x: Tensor, deviation: Tensor, reach: int = 6) -> Tensor:
-    """A Gaussian of this deviation [B] in pixels (at most 2); beyond the edge its pixels go on."""
+    """Gaussian blur. deviation: [B], in pixels, at most 2. The edge's pixels are repeated beyond it."""
     offset = torch.arange(-reach, reach + 1, device=x.device)
     weights = torch.exp(-0.5 * (offset / deviation[:, None]).square())
     weights = weights / weights.sum(1, keepdim=True)
@@ -227,7 +229,7 @@ def _blurred(x: Tensor, deviation: Tensor, reach: int = 6) -> Tensor:
 
 
 def _jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
-    """torchvision's ColorJitter of brightness, contrast and saturation, in an order of its own for each image."""
+    """torchvision's ColorJitter of brightness, contrast and saturation, in an order drawn for each image."""
     low = max(0.0, 1 - strength)
     factors = (low + (1 + strength - low) * u[:, :3])[:, :, None, None, None]
     order = torch.argsort(u[:, 3:6], 1)

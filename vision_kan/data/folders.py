@@ -1,4 +1,4 @@
-"""Image files in folders: what counts as one, and which of a folder are read. All that reads folders asks here."""
+"""Image files in folders: what counts as an image, and which of a folder's files are read."""
 import os
 import sys
 from collections import Counter, deque
@@ -9,7 +9,7 @@ from PIL import Image, features
 
 from vision_kan.common.text import printable, say
 
-# What an image file may hold, whatever its name. PIL knows some forty formats: for PostScript it would start Ghostscript.
+# Formats that an image file may have, whatever its name. PIL knows forty more: for PostScript it would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "AVIF")
 
 
@@ -18,13 +18,13 @@ def formats() -> list[str]:
     """Those of FORMATS that this machine's PIL can decode."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN
-            and (name not in ("WEBP", "AVIF") or features.check(name.lower()))]     # they need libraries
+            and (name not in ("WEBP", "AVIF") or features.check(name.lower()))]     # these two need a library
 
 
 @cache
 def endings() -> tuple[str, ...]:
-    """By which the images of a folder are known, in lower case: `.jpg` and so on, as PIL has them."""
-    readable = formats()        # the list below is whole from then on
+    """The file name endings of images, in lower case, as PIL lists them: `.jpg` and so on."""
+    readable = formats()        # also loads PIL's plugins, which complete the list below
     return tuple(ending for ending, name in Image.registered_extensions().items() if name in readable)
 
 
@@ -33,12 +33,12 @@ def is_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is no data: notebooks, file managers and macOS leave such beside the images."""
+    """Whether a file or folder of this name is not data: notebooks, file managers and macOS leave such files."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def class_folders(root: str) -> list[str]:
-    """Names of the folders in a folder, sorted, without hidden ones; none where it cannot be read."""
+    """Sorted names of the visible folders in `root`; none if it cannot be read."""
     try:
         with os.scandir(root) as entries:
             return sorted(entry.name for entry in entries if not is_hidden(entry.name) and _is_folder(entry))
@@ -47,7 +47,7 @@ def class_folders(root: str) -> list[str]:
 
 
 def images_in(root: str) -> list[str]:
-    """Names of the visible image files that lie directly in a folder; none where it cannot be read."""
+    """Sorted names of the visible image files directly in `root`; none if it cannot be read."""
     try:
         with os.scandir(root) as entries:
             return sorted(entry.name for entry in entries
@@ -57,27 +57,27 @@ def images_in(root: str) -> list[str]:
 
 
 def find_labelled(root: str, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """The images in and below root/CLASS for each of `classes`: (path, index into `classes`), in torchvision's order. What is
-    left out is told once, on stderr."""
+    """The images in and below root/CLASS for each of `classes`: (path, index into `classes`), in torchvision's order. Reports
+    once, on stderr, what is left out."""
     scan = _Scan(root, class_folders(root))
     scan.hidden += [name for name in os.listdir(root) if is_hidden(name)]
-    scan.beside += images_in(root)
+    scan.outside += images_in(root)
     found = [(os.path.join(folder, name), number) for number in sorted(range(len(classes)), key=classes.__getitem__)
              for folder, names in sorted(scan.walk(os.path.join(root, classes[number]))) for name in names]
-    _tell_once(scan.left_out())
+    _report_once(scan.left_out())
     return found
 
 
 def find_images(root: str) -> list[str]:
-    """The images in and below a folder. What is left out is told once, on stderr."""
+    """The images in and below a folder. Reports once, on stderr, what is left out."""
     scan = _Scan(root)
     found = [os.path.join(folder, name) for folder, names in scan.walk(root) for name in names]
-    _tell_once(scan.left_out())
+    _report_once(scan.left_out())
     return found
 
 
 def visible(root: str, samples: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Those (path, class) pairs that another library has found in `root` which are not hidden; of the others it is told once."""
+    """The (path, class) pairs that are not hidden, of those that another library found in `root`. Reports the others once."""
     scan = _Scan(root)
     kept = []
     for path, target in samples:
@@ -85,36 +85,36 @@ def visible(root: str, samples: Sequence[tuple[str, int]]) -> list[tuple[str, in
             scan.hidden.append(path)
         else:
             kept.append((path, target))
-    _tell_once(scan.left_out())
+    _report_once(scan.left_out())
     return kept
 
 
 def has_images(root: str, names: Sequence[str]) -> bool:
-    """Whether there is an image in or below any of these folders in `root`."""
+    """Whether any of these folders in `root` has an image in or below it."""
     scan = _Scan(root, names)
     return any(images for name in names for _, images in scan.walk(os.path.join(root, name)))
 
 
 class _Scan:
-    """A walk through what is below `root`, and what it leaves out. Links to folders are followed, and no folder is read twice,
-    nor one that `root` lies in.
+    """Walks through what is below `root` and records what it leaves out. It follows links to folders, but reads no folder twice
+    and none that contains `root`.
 
-    classes: names of folders in `root` that a link does not make a part of another one."""
+    classes: names of folders in `root`. A link to one of them is not followed: it would make a class a part of another."""
 
     def __init__(self, root: str, classes: Sequence[str] = ()):
         self.root = root
         self.seen = {_identity(os.path.join(root, name)) for name in classes} | _ancestors(root)
-        self.hidden: list[str] = []         # paths, as those below
-        self.no_images: Counter[str] = Counter()        # ending -> files
-        self.beside: list[str] = []
-        self.again: list[str] = []
-        self.closed: list[str] = []
+        self.hidden: list[str] = []         # paths, like the three last
+        self.no_images: Counter[str] = Counter()        # ending -> number of files
+        self.outside: list[str] = []        # images that are not in a class folder
+        self.again: list[str] = []          # links to folders that are read already
+        self.closed: list[str] = []         # folders that cannot be opened
 
     def walk(self, top: str) -> Iterator[tuple[str, list[str]]]:
-        """`top`, which is `root` or a folder in it, and the folders below: each one's path and the names of its images."""
+        """Yields (path, names of the images) for `top` and each folder below. top: `root` or a folder in it."""
         if os.path.islink(top):
             self.seen |= _ancestors(top)
-        links = deque([top])        # followed after all else, so that a folder is read under its own name
+        links = deque([top])        # followed last, so that a folder is read under its own name
         while links:
             link = links.popleft()
             if link != top and _identity(link) in self.seen:
@@ -128,7 +128,7 @@ class _Scan:
                     with os.scandir(folder) as listed:
                         entries = sorted(listed, key=lambda entry: entry.name)
                 except OSError as error:
-                    if os.path.lexists(folder):     # else a class that has no images in this half
+                    if os.path.lexists(folder):     # else a class without images in this half
                         self.closed.append(f"{folder}: {error.strerror}")
                     continue
                 names: list[str] = []
@@ -146,25 +146,25 @@ class _Scan:
                 yield folder, names
 
     def left_out(self) -> str:
-        """A sentence, or ''."""
+        """What was left out as a sentence, or ''."""
         most = sorted(self.no_images.items(), key=lambda item: (-item[1], item[0]))
         kinds = ", ".join([f"{count} {printable(ending, 20)}" for ending, count in most[:5]] + ["..."] * (len(most) > 5))
         parts = [(len(self.hidden), "hidden file{s} or folder{s}", self._some(self.hidden)),
                  (self.no_images.total(), "file{s} of no format that is read here", kinds),
-                 (len(self.beside), "image{s} beside the class folders", self._some(self.beside)),
+                 (len(self.outside), "image{s} beside the class folders", self._some(self.outside)),
                  (len(self.again), "link{s} to folders that are read already", self._some(self.again)),
                  (len(self.closed), "folder{s} that cannot be opened", self._some(self.closed))]
-        told = [f"{count} {what.replace('{s}', 's' if count > 1 else '')} ({names})" for count, what, names in parts if count]
-        return f"left out in {printable(self.root)}: {'; '.join(told)}" if told else ""
+        texts = [f"{count} {what.replace('{s}', 's' if count > 1 else '')} ({names})" for count, what, names in parts if count]
+        return f"left out in {printable(self.root)}: {'; '.join(texts)}" if texts else ""
 
     def _some(self, paths: list[str]) -> str:
-        """The first of them, as they are called in `root`."""
+        """The first three paths, relative to `root`."""
         names = sorted(path.removeprefix(os.path.join(self.root, "")) for path in paths)
         return ", ".join([printable(name, 60) for name in names[:3]] + ["..."] * (len(names) > 3))
 
 
 @cache
-def _tell_once(sentence: str) -> None:
+def _report_once(sentence: str) -> None:
     if sentence:
         say(sentence, file=sys.stderr)
 
@@ -177,7 +177,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _identity(folder: str) -> tuple[int, int] | None:
-    """Of a folder, under whatever name; None where there is none."""
+    """(device, inode) of a folder, the same under every name; None if it does not exist."""
     try:
         status = os.stat(folder)
     except OSError:
@@ -186,7 +186,7 @@ def _identity(folder: str) -> tuple[int, int] | None:
 
 
 def _ancestors(folder: str) -> set[tuple[int, int] | None]:
-    """The folder that it really is and all that this lies in."""
+    """Identities of the folder, links resolved, and of all folders above it."""
     real = os.path.realpath(folder)
     found = {_identity(real)}
     while (parent := os.path.dirname(real)) != real:

@@ -16,19 +16,20 @@ from PIL import Image
 from timm.data import create_dataset
 
 from vision_kan.common.errors import UserError, one_line
-from vision_kan.data.class_folders import one_half
+from vision_kan.data.class_folders import split_by_share
 from vision_kan.data.folders import class_folders, find_labelled, visible
 from vision_kan.data.images import ArrayImages, FileImages, Split, decode_image, load_image
 from vision_kan.data.names import data_root
 
-VALIDATION = ("validation", "val", "valid", "test")     # names of a split to evaluate on, in this order
-PACKAGES = {"hfds": ("datasets", 4), "hfids": ("datasets", 4), "wds": ("webdataset", 0)}      # from 4 on without scripts
+VALIDATION = ("validation", "val", "valid", "test")     # names of a split to evaluate on, the first that is there
+# kind -> package and its oldest major version: `datasets` runs no scripts of strangers from 4 on
+PACKAGES = {"hfds": ("datasets", 4), "hfids": ("datasets", 4), "wds": ("webdataset", 0)}
 
 
-def open_with_library(args: Namespace, open_it: Callable[[], Any]) -> Any:
-    """What the library opens, or its error in one sentence."""
+def open_with_library(args: Namespace, opener: Callable[[], Any]) -> Any:
+    """What `opener` returns. Raises UserError for the library's errors."""
     try:
-        return open_it()
+        return opener()
     except UserError:
         raise
     except Exception as error:      # the libraries raise nearly anything
@@ -36,39 +37,39 @@ def open_with_library(args: Namespace, open_it: Callable[[], Any]) -> Any:
                         "name, --data-path, --data-split and the connection") from error
 
 
-def part_name(args: Namespace, is_train: bool) -> str | None:
-    """The half that --data-split names."""
+def split_name(args: Namespace, is_train: bool) -> str | None:
+    """The split that --data-split names, or None."""
     return args.data_split and args.data_split[0 if is_train else 1]
 
 
 def _held_out(is_train: bool, args: Namespace, names: list[str], targets: np.ndarray, classes: list[str]
               ) -> tuple[np.ndarray, str]:
-    """Indices of one half by --val-split, and a sentence."""
+    """Indices of one half by --val-split, and a sentence about both. Raises UserError without the flag."""
     if not args.val_split:
         raise UserError(f"--data-set {args.data_set} has no validation images of its own: name the two parts with --data-split "
                         "TRAIN VAL, or hold some out with --val-split 0.2")
-    chosen, note = one_half(is_train, args, names, targets, classes)
+    chosen, note = split_by_share(is_train, args, names, targets, classes)
     return np.flatnonzero(chosen), f"{args.data_set}: {note}"
 
 
 def numbered_classes(args: Namespace) -> list[str]:
     if not args.num_classes:
-        raise UserError(f"--data-set {args.data_set} does not tell its classes: give --num-classes N")
+        raise UserError(f"--data-set {args.data_set} does not declare its classes: give --num-classes N")
     return [str(number) for number in range(args.num_classes)]
 
 
 # ---------------------------------------------------------------- torch/
 def open_torchvision(is_train: bool, args: Namespace, name: str) -> Split:
-    """torchvision's data sets that timm knows. Their pickles are checked against an MD5 or read as tensors only."""
+    """torchvision's data sets that timm knows. Pickles in them are checked against an MD5, or read as tensors only."""
     root = os.path.abspath(data_root(args))
 
-    own = name in ("folder", "image_folder")        # where a part is timm says, what of it is read `folders`
+    own = name in ("folder", "image_folder")        # timm finds the split's folder, and `folders` reads it
 
     def opened(part: str) -> Any:
         options: dict[str, Any] = {"is_valid_file": lambda _: False, "allow_empty": True} if own else {"download": args.download}
         return open_with_library(args, lambda: create_dataset(f"torch/{name}", root, part, trust_remote_code=False, **options))
 
-    data = opened(part_name(args, is_train) or ("train" if is_train else "validation"))
+    data = opened(split_name(args, is_train) or ("train" if is_train else "validation"))
     if own:
         data.classes = class_folders(data.root)
         data.samples = find_labelled(data.root, data.classes)
@@ -79,7 +80,7 @@ def open_torchvision(is_train: bool, args: Namespace, name: str) -> Split:
     if samples is None and hasattr(data, "all_categories"):     # iNaturalist
         samples = [(os.path.join(data.root, data.all_categories[c], file), c) for c, file in data.index]
     named: list[Any] = getattr(data, "classes", None) or getattr(data, "all_categories", [])
-    classes = [name if isinstance(name, str) else ", ".join(name) for name in named]        # ImageNet's have several
+    classes = [name if isinstance(name, str) else ", ".join(name) for name in named]        # ImageNet's have several names
     if samples is None:
         pixels = np.asarray(data.data)
         pixels = pixels if pixels.ndim == 4 else np.repeat(pixels[..., None], 3, axis=3)
@@ -89,29 +90,29 @@ def open_torchvision(is_train: bool, args: Namespace, name: str) -> Split:
     paths, targets = [path for path, _ in samples], np.array([target for _, target in samples], dtype=np.int64)
     if not own or data.root != root:
         return Split(FileImages(paths), targets, classes)
-    # timm takes the whole folder where it has no such part
+    # timm takes the whole folder if it has no such split
     chosen, note = _held_out(is_train, args, [os.path.relpath(path, root) for path in paths], targets, classes)
     return Split(FileImages([paths[index] for index in chosen]), targets[chosen], classes, note)
 
 
 # ---------------------------------------------------------------- hfds/
-class HoldsHuggingFace:
-    """What has objects of Hugging Face's package. A process that receives it opens the package first: there the name `datasets`
-    may still mean another file."""
+class PicklesHuggingFace:
+    """Holds objects of Hugging Face's package. Unpickling it imports the package first: in a new process the name `datasets` may
+    still mean the file datasets.py."""
 
     def __reduce__(self) -> tuple:
-        return _received, (type(self), pickle.dumps(vars(self)))
+        return _unpickle, (type(self), pickle.dumps(vars(self)))
 
 
-def _received(kind: type, content: bytes) -> Any:
+def _unpickle(kind: type, content: bytes) -> Any:
     huggingface_datasets()
     made: Any = object.__new__(kind)
     vars(made).update(pickle.loads(content))
     return made
 
 
-class RecordImages(HoldsHuggingFace):
-    """Images of a Hugging Face data set, whose tables stay on the disk: records `chosen`."""
+class RecordImages(PicklesHuggingFace):
+    """The records `chosen` of a Hugging Face data set as images. Its tables stay on the disk."""
 
     def __init__(self, name: str, data: Any, key: str, chosen: np.ndarray):
         self.title, self.data, self.key, self.chosen = name, data, key, chosen
@@ -122,38 +123,38 @@ class RecordImages(HoldsHuggingFace):
     def name(self, index: int) -> str:
         return f"{self.title}, record {self.chosen[index]}"
 
-    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
-        return decode_record(self.data[int(self.chosen[index])][self.key], enough, upright)
+    def load(self, index: int, min_side: int = 0, upright: bool = False) -> Image.Image:
+        return decode_record(self.data[int(self.chosen[index])][self.key], min_side, upright)
 
 
-def decode_record(image: dict[str, Any] | None, enough: int, upright: bool) -> Image.Image:
-    """Of `datasets.Image(decode=False)`: {"bytes", "path"}."""
+def decode_record(image: dict[str, Any] | None, min_side: int, upright: bool) -> Image.Image:
+    """The image of a record of `datasets.Image(decode=False)`: {"bytes", "path"}; see `load_image`."""
     if image and image.get("bytes"):
-        return decode_image(BytesIO(image["bytes"]), enough, upright)
+        return decode_image(BytesIO(image["bytes"]), min_side, upright)
     if image and image.get("path"):
-        return load_image(image["path"], enough, upright)
+        return load_image(image["path"], min_side, upright)
     raise ValueError("no image in this record")
 
 
 def open_huggingface(is_train: bool, args: Namespace, name: str) -> Split:
-    """A data set of the hub, a folder of images or Parquet files, or one that `save_to_disk` has written."""
-    parts = open_with_library(args, lambda: parts_of(name, args))
+    """A data set of the hub, a folder of images or Parquet files, or one written by `save_to_disk`."""
+    parts = open_with_library(args, lambda: splits_of(name, args))
     train, val = args.data_split or ("train", next((part for part in VALIDATION if part in parts), None))
     part = train if is_train or val is None else val
     if part not in parts:
         raise UserError(f"--data-set {args.data_set} has no part {part!r} but {', '.join(parts)}: choose with --data-split TRAIN "
                         "VAL")
     data = open_with_library(args, parts[part])
-    image, label = columns_of(data.features, args)
+    image, label = find_columns(data.features, args)
     data = data.cast_column(image, huggingface_datasets().Image(decode=False))
     targets = data.select_columns(label).with_format("numpy")[:][label]
     if not np.issubdtype(targets.dtype, np.integer):
-        raise UserError(f"--data-set {args.data_set}: the classes in {label!r} are no whole numbers: write the data with "
+        raise UserError(f"--data-set {args.data_set}: the classes in {label!r} are not whole numbers: write the data with "
                         f"class_encode_column({label!r})")
     classes = list(getattr(data.features[label], "names", ())) or numbered_classes(args)
-    strange = targets[(targets < 0) | (targets >= len(classes))]
-    if len(strange):
-        raise UserError(f"--data-set {args.data_set}: {part} has images of no class (such as {strange[0]} of 0 to "
+    unlabelled = targets[(targets < 0) | (targets >= len(classes))]
+    if len(unlabelled):
+        raise UserError(f"--data-set {args.data_set}: {part} has images of no class (such as {unlabelled[0]} of 0 to "
                         f"{len(classes) - 1}): choose another part with --data-split TRAIN VAL")
     title, chosen, note = f"{args.data_set} {part}", np.arange(len(data)), ""
     if val is None:
@@ -164,20 +165,21 @@ def open_huggingface(is_train: bool, args: Namespace, name: str) -> Split:
 
 
 def package_spec(package: str) -> ModuleSpec | None:
-    """Where a package is, leaving out this project's own modules."""
+    """The spec of an installed package; this project's modules of the same name don't count."""
     here = Path(__file__).parents[2]
     return PathFinder.find_spec(package, [place for place in sys.path if Path(place).resolve() != here])
 
 
 def huggingface_datasets() -> Any:
-    """Hugging Face's package, imported at its first use: it takes a second, and need not be there. The file datasets.py has the
-    same name; from here on the name means the package, whose parts import each other by it, and what was imported from the file
-    stays."""
+    """Hugging Face's package, imported at its first use: the import takes a second, and the package is optional.
+
+    The file datasets.py has the same name. From here on `datasets` means the package, whose modules import each other by it; what
+    was imported from the file before stays valid."""
     known = sys.modules.get("datasets")
     if hasattr(known, "load_dataset"):
         return known
     spec = package_spec("datasets")
-    assert spec is not None and spec.loader is not None     # `build` has looked
+    assert spec is not None and spec.loader is not None     # `build_dataset` has checked
     package = sys.modules["datasets"] = module_from_spec(spec)
     try:
         spec.loader.exec_module(package)
@@ -189,8 +191,8 @@ def huggingface_datasets() -> Any:
     return package
 
 
-def parts_of(name: str, args: Namespace) -> dict[str, Callable[[], Any]]:
-    """The parts of a data set: name -> what opens it."""
+def splits_of(name: str, args: Namespace) -> dict[str, Callable[[], Any]]:
+    """The splits of a data set: name -> a function that opens it."""
     datasets = huggingface_datasets()
     place, cache = os.path.expanduser(name), os.path.expanduser(args.data_path) or None
     if any(os.path.isfile(os.path.join(place, file)) for file in ("dataset_dict.json", "state.json")):
@@ -202,8 +204,8 @@ def parts_of(name: str, args: Namespace) -> dict[str, Callable[[], Any]]:
             for part in datasets.get_dataset_split_names(place)}
 
 
-def columns_of(features: Any, args: Namespace) -> tuple[str, str]:
-    """The columns of the image and of the class: --input-key and --target-key, or the only ones that can be."""
+def find_columns(features: Any, args: Namespace) -> tuple[str, str]:
+    """The columns of the image and of the class: those of --input-key and --target-key, or the only ones of their kind."""
     found = []
     for flag, key, kind in (("--input-key", args.input_key, "Image"), ("--target-key", args.target_key, "ClassLabel")):
         fitting = [name for name, feature in features.items() if type(feature).__name__ == kind]

@@ -1,4 +1,4 @@
-"""Images by number: decoded, augmented, seeded one by one; unreadable ones are replaced and counted."""
+"""Images by index: decoded and augmented, each from its own seed. Unreadable ones are replaced and counted."""
 import errno
 import math
 import os
@@ -22,41 +22,39 @@ from vision_kan.common.errors import UnreadableData, UserError
 from vision_kan.common.text import printable
 from vision_kan.data.folders import formats
 from vision_kan.data.transforms import GREY_SCALE, build_transform, to_rgb
-from vision_kan.data.workers import MORE_SHARED_MEMORY, machine_sentence
+from vision_kan.data.workers import MORE_SHARED_MEMORY, explain_machine_error
 
 
 class SampleKey(NamedTuple):
-    """One draw of the training order. (seed, epoch, position) seeds its augmentation, so the result
-    depends neither on the worker that makes it nor on how many workers or processes there are."""
-    index: int      # type: ignore[assignment]  # of the image in the data set; a tuple has a method of the name
+    """One draw of the training order. (seed, epoch, position) seeds its augmentation, so the result does not depend on the number
+    of workers or processes."""
+    index: int      # type: ignore[assignment]  # of the image in the data set; hides tuple.index
     seed: int
     epoch: int
     position: int   # in the epoch's order over all processes
     repeat: int     # which repeat of this image: 0 .. num_repeats - 1
 
 
-SMALLEST_CROP = 0.08    # share of an image's area in a random resized crop, timm's and DeiT's
-# An image of more pixels counts as unreadable. Decoded it takes 4 bytes a pixel, while its mode is converted 8: 1.4 GB in each
-# worker that has one at hand. The limit is PIL's own, which holds all that cameras take but a few phones' 200 megapixels; PIL's
-# warning from half of it on is for programs that decode what strangers send.
+SMALLEST_CROP = 0.08    # share of an image's area in a random resized crop, as in timm and DeiT
+# An image of more pixels counts as unreadable. A decoded image takes 4 bytes per pixel, and 8 while its mode is converted: 1.4 GB
+# in each worker that holds one. The limit is PIL's own; it admits what cameras take, except the 200 megapixels of a few phones.
 MAX_PIXELS = 178_956_970
 TRIES = 32  # images tried in place of an unreadable one before training gives up
 
 
 # ---------------------------------------------------------------- images
 class Images(Protocol):
-    """Numbered images. name: for messages. load: 8-bit RGB, or an exception where it cannot be read; enough and upright:
-    `load_image`."""
+    """Images by index. name: for messages. load: 8-bit RGB; raises any exception if the image cannot be read. min_side and
+    upright: see `load_image`."""
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
-    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image: ...
+    def load(self, index: int, min_side: int = 0, upright: bool = False) -> Image.Image: ...
 
 
 class FileImages:
-    """Image files. The paths lie end to end in one string of bytes: a list of millions of strings would be copied
-    into every worker, page by page, as its reference counts change, and one very long path must not cost its length
-    for every other."""
+    """Image files. All paths are joined into one string of bytes. As a list of millions of strings they would be copied into
+    every worker, page by page, as reference counts change; in an array the longest path would set the size of all."""
 
     def __init__(self, paths: list[str]):
         names = [os.fsencode(path) for path in paths]
@@ -69,8 +67,8 @@ class FileImages:
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[self.ends[index]:self.ends[index + 1]])
 
-    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
-        return load_image(self.name(index), enough, upright)
+    def load(self, index: int, min_side: int = 0, upright: bool = False) -> Image.Image:
+        return load_image(self.name(index), min_side, upright)
 
 
 class ArrayImages:
@@ -85,7 +83,7 @@ class ArrayImages:
     def name(self, index: int) -> str:
         return f"image {index}"
 
-    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
+    def load(self, index: int, min_side: int = 0, upright: bool = False) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
 
@@ -94,21 +92,21 @@ class Split(NamedTuple):
     images: Images
     targets: np.ndarray   # int64 [N], into classes
     classes: list[str]
-    note: str = ""        # how it was made, for the reader of the log
+    note: str = ""        # how it was made, for the log
 
 
 def _open_file(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))     # a named pipe would be waited for
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))     # else opening a named pipe would wait for a writer
 
 
-def load_image(path: str, enough: int = 0, upright: bool = False) -> Image.Image:
-    """The image file as 8-bit RGB; raises what PIL raises for a file that it cannot decode.
+def load_image(path: str, min_side: int = 0, upright: bool = False) -> Image.Image:
+    """The image file as 8-bit RGB. Raises what PIL raises for a file that it cannot decode.
 
-    enough: a JPEG file that is larger may be decoded at 1/2, 1/4 or 1/8 of its size, its shorter side no shorter than
-    so many pixels, in a fraction of the time. 0: as it is.
-    upright: turned as its EXIF orientation says. PIL does that for TIFF files in any case."""
+    min_side: a larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time, as long as its shorter side
+        keeps at least this number of pixels; 0 keeps its size.
+    upright: turn the image as its EXIF orientation says. PIL does so for TIFF files in any case."""
     with open(path, "rb", opener=_open_file) as file:
-        return decode_image(file, enough, upright)
+        return decode_image(file, min_side, upright)
 
 
 # EXIF orientation -> what makes the image upright
@@ -117,38 +115,38 @@ _TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE
                          Image.Transpose.ROTATE_90), 2))
 
 
-def decode_image(file: BinaryIO, enough: int = 0, upright: bool = False) -> Image.Image:
+def decode_image(file: BinaryIO, min_side: int = 0, upright: bool = False) -> Image.Image:
     """`load_image` of an open file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata and the like: what matters raises
+        warnings.simplefilter("ignore")  # for odd metadata and the like; what prevents decoding raises
         with Image.open(file, formats=formats()) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
-            if enough:
-                image.draft(None, (enough, enough))
+            if min_side:
+                image.draft(None, (min_side, min_side))
             rgb = to_rgb(image)
             turn = _turn(image) if upright else None
             return rgb if turn is None else rgb.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes a decoded image upright, if anything does. PIL's `exif_transpose` would fail where metadata make no sense."""
+    """The transposition that makes a decoded image upright, or None. PIL's `exif_transpose` fails on damaged metadata."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))       # type: ignore[arg-type]
-    except Exception:       # damaged metadata make PIL raise nearly anything, and the image is whole
+    except Exception:       # damaged metadata can raise nearly anything, though the image itself is intact
         return None
 
 
 @contextmanager
 def seeded(key: SampleKey) -> Iterator[None]:
-    """Python's, numpy's and torch's CPU generators run from (seed, epoch, position) inside, and go on
-    as if nothing had happened outside (in a worker, where nothing else draws, that is left out: 0.15 ms)."""
+    """Inside, Python's, numpy's and torch's CPU generators are seeded by (seed, epoch, position). Afterwards their states are
+    restored, except in a worker, where nothing else draws: it saves 0.15 ms."""
     keep = get_worker_info() is None
     states: Any = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if keep else ()
     words = np.random.SeedSequence([key.seed, key.epoch, key.position]).generate_state(3, np.uint64)
     random.seed(int(words[0]))
     np.random.seed(words[1:2].view(np.uint32))
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would reseed the GPUs too
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would also reseed the GPUs
     try:
         yield
     finally:
@@ -167,8 +165,8 @@ def _reason(error: Exception) -> str:
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
 
 
-def _tell(line: str) -> None:
-    """On stderr, in a single write: loader processes write there at the same time. `say` is for the first process alone."""
+def _print_line(line: str) -> None:
+    """Print on stderr in a single write, because loader processes write there at the same time. `say` prints in rank 0 only."""
     with readers_may_leave():
         print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
@@ -176,39 +174,38 @@ def _tell(line: str) -> None:
 class ImageSet(Dataset):
     """(image float32 [3, H, W], target) pairs of a split.
 
-    Training takes a `SampleKey` (or a plain index: unseeded). An unreadable image is replaced by
-    another one, chosen by a hash of the key; in evaluation it is a zero image with target -1.
-    `unreadable` (uint8 [N], in shared memory) has a 1 for each image that this process or one of its
-    workers could not read, and `named` for each that needs to be named no more.
+    Training takes a `SampleKey` (or an int: unseeded). An unreadable image is replaced by another one, chosen by a hash of the
+    key; in evaluation it is zeros with target -1. `unreadable` (uint8 [N], in shared memory) is 1 for each image that this
+    process or one of its workers could not read, `named` for each that has been reported.
 
-    Of the draws of an unreadable image in an epoch, in whatever process and worker, only the first names it; an image
-    drawn in place of another one is left to its own draw, or to `Loaders.gather_unreadable_train`.
+    In an epoch only the first draw of an unreadable image reports it, whichever process and worker it falls to. An unreadable
+    replacement is reported by its own draw, or by `Loaders.gather_unreadable_train`.
 
-    Raises UnreadableData: with --strict-data for each unreadable image, else where nothing else can be read either.
+    Raises UnreadableData for an unreadable image with --strict-data, else if TRIES replacements cannot be read either.
     """
 
-    is_stream = False   # whether a sample's key says which image it is
+    is_stream = False   # whether the images come in the stream's order, not by index
 
     def __init__(self, split: Split, is_train: bool, args: Namespace):
         self.images, self.targets, self.classes, self.note = split
         self.is_train = is_train
         self.input_size = args.input_size
-        # Training images of so many pixels a side lose nothing that the smallest crop (SMALLEST_CROP of the area) could
-        # show at the input's size; in evaluation every pixel is as in the published figures.
-        self.enough = math.ceil(max(to_2tuple(args.input_size)) / math.sqrt(SMALLEST_CROP)) if is_train else 0
+        # With this many pixels a side, the smallest crop (SMALLEST_CROP of the area) still has the input's resolution. Evaluation
+        # decodes at full size, as published figures do.
+        self.min_side = math.ceil(max(to_2tuple(args.input_size)) / math.sqrt(SMALLEST_CROP)) if is_train else 0
         self.transform: Any = build_transform(is_train, args)
         self.spare_first = args.resplit
         self.upright = bool(args.exif_orientation)
         self.strict = args.strict_data
-        self.quiet = False  # count what is unreadable without naming it
+        self.quiet = False  # count unreadable images without reporting them
         try:
             self.marks = torch.zeros(2, len(self.images), dtype=torch.uint8).share_memory_()
-            self.scale_told = torch.zeros(1, dtype=torch.uint8).share_memory_()
+            self.scale_reported = torch.zeros(1, dtype=torch.uint8).share_memory_()
         except RuntimeError as error:
-            raise UserError(machine_sentence(error) or f"no memory can be shared ({error}): {MORE_SHARED_MEMORY}") from error
+            raise UserError(explain_machine_error(error) or f"no memory can be shared ({error}): {MORE_SHARED_MEMORY}") from error
         self.unreadable, self.named = self.marks
         if dist.is_initialized() and dist.get_rank():
-            self.scale_told[0] = 1      # by the first process
+            self.scale_reported[0] = 1      # rank 0 reports it
 
     def __len__(self) -> int:
         return len(self.images)
@@ -222,7 +219,7 @@ class ImageSet(Dataset):
         if not isinstance(key, SampleKey):
             index, image = self._load_or_replace(key, [key])
             return self.transform(image), int(self.targets[index])
-        # later repeats, and the draws that fill the last positions after all images have come, leave it to the first
+        # later repeats, and the draws that fill up the last positions, leave the report to the first draw
         first = key.repeat == 0 and key.position < len(self)
         index, image = self._load_or_replace(key.index, key[1:], name=first)
         with seeded(key):
@@ -231,40 +228,40 @@ class ImageSet(Dataset):
 
     def _load(self, index: int, name: bool = True) -> Image.Image | None:
         try:
-            image = self.images.load(index, self.enough, self.upright)
+            image = self.images.load(index, self.min_side, self.upright)
         except MemoryError:
             raise
-        except Exception as error:  # broken files make PIL's decoders raise nearly anything
+        except Exception as error:  # PIL's decoders raise nearly anything for a broken file
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
                 raise  # the machine's fault, not the file's
-            if self.strict:     # and not counted: its own sentence must come before that of too many
+            if self.strict:     # not counted, so that this sentence comes before that of too many unreadable images
                 raise UnreadableData(f"the image {self.shown(index)} cannot be read ({_reason(error)}): repair or remove "
                                      "it, or leave out --strict-data") from None
             self.unreadable[index] = 1
             if name and not self.quiet:
                 self.name_unreadable(index, _reason(error))
             return None
-        self._tell_scale(index, image)
+        self._report_scale(index, image)
         return image
 
-    def _tell_scale(self, index: int, image: Image.Image) -> None:
+    def _report_scale(self, index: int, image: Image.Image) -> None:
         white = image.info.get(GREY_SCALE)
-        if isinstance(white, int) and not self.scale_told[0]:       # a file's own text of this name is a str
-            self.scale_told[0] = 1
-            _tell("32-bit grey images are scaled by their values, so that the least of 1 (floating point), 255 and 65535 that "
-                  f"holds an image's is white: {printable(self.images.name(index))} is the first (0 to {white})")
+        if isinstance(white, int) and not self.scale_reported[0]:       # an entry of this name in a file would be a str
+            self.scale_reported[0] = 1
+            _print_line("32-bit grey images are scaled: white is the smallest of 1 (floating point), 255 and 65535 that no value "
+                        f"of the image exceeds. The first is {printable(self.images.name(index))} (0 to {white})")
 
     def name_unreadable(self, index: int, reason: str) -> None:
         if not self.named[index]:
             self.named[index] = 1
-            _tell(f"Skipping an unreadable image: {printable(self.images.name(index))} ({reason})")
+            _print_line(f"Skipping an unreadable image: {printable(self.images.name(index))} ({reason})")
 
     def shown(self, *indices: int) -> str:
-        """Their names in a sentence."""
+        """The images' names, for a message."""
         return ", ".join(printable(self.images.name(index), 360 // len(indices)) for index in indices)
 
     def count_unreadable(self) -> int:
-        # as numpy's bool: it is asked for at every step, and takes 0.1 ms for ImageNet's 1.3 million where PyTorch takes 0.5
+        # numpy, because this runs at every step: 0.1 ms for ImageNet's 1.3 million images where PyTorch takes 0.5
         return int(np.count_nonzero(self.unreadable.numpy().view(bool)))
 
     def _load_or_replace(self, index: int, key: tuple[int, ...] | list[int], name: bool = True) -> tuple[int, Image.Image]:

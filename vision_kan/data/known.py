@@ -1,4 +1,4 @@
-"""Data sets of a known kind: DIGITS, CIFAR, iNaturalist."""
+"""Data sets with a format of their own: DIGITS, CIFAR, iNaturalist."""
 import json
 import os
 from argparse import Namespace
@@ -33,8 +33,8 @@ DIGITS_VAL = np.array("""
 
 
 def open_digits(is_train: bool) -> Split:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 with values 0 .. 16, enlarged once to 32 x 32.
-    360 of them (20%, the same share of every digit, whatever --seed) are for validation."""
+    """scikit-learn's 1,797 handwritten digits (8 x 8, values 0 .. 16), enlarged once to 32 x 32. 360 of them, 20% of each digit,
+    are for validation, the same for every --seed."""
     pixels, targets = _digits_file()
     chosen = np.setdiff1d(np.arange(len(targets)), DIGITS_VAL) if is_train else DIGITS_VAL
     small = (pixels[chosen] * (255 / 16)).round().astype(np.uint8)
@@ -44,8 +44,8 @@ def open_digits(is_train: bool) -> Split:
 
 
 def _digits_file() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's digits, float64 [1797, 8, 8], and their classes, int64 [1797]; read from its file where it is,
-    since to import scikit-learn takes longer than all else that happens before the first step but PyTorch."""
+    """scikit-learn's digits, float64 [1797, 8, 8], and their classes, int64 [1797]. Read from its file if possible: importing
+    scikit-learn would take longer than anything else before the first step but importing PyTorch."""
     found = find_spec("sklearn")
     file = found and os.path.join(os.path.dirname(found.origin or ""), "datasets", "data", "digits.csv.gz")
     if file and os.path.isfile(file):
@@ -57,9 +57,10 @@ def _digits_file() -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_cifar(is_train: bool, args: Namespace, cifar: type[CIFAR10]) -> Split:
+    """CIFAR-10 or CIFAR-100 by torchvision. Raises UserError if it is missing or damaged."""
     root = data_root(args)
     try:
-        # Checks the MD5 of every file before it unpickles one, so a foreign pickle never runs.
+        # torchvision checks the MD5 of each file before it unpickles one, so a stranger's pickle never runs.
         data = cifar(root, train=is_train, download=args.download)
     except (RuntimeError, OSError) as error:  # URLError is an OSError
         if args.download:
@@ -71,8 +72,8 @@ def open_cifar(is_train: bool, args: Namespace, cifar: type[CIFAR10]) -> Split:
 
 
 def open_inat(is_train: bool, args: Namespace, year: int) -> Split:
-    """iNaturalist as DeiT reads it: classes numbered in the order in which the training annotations
-    name them, files at <folder>/<category id>/<name> or where the JSON says."""
+    """iNaturalist as DeiT reads it: classes are numbered in the order of the training annotations, files are at
+    <folder>/<category id>/<name> or where the JSON says."""
     root = data_root(args)
     half = f"{'train' if is_train else 'val'}{year}.json"
     content = {}

@@ -1,4 +1,4 @@
-"""What a run reads its images from, and what of it could not be read."""
+"""The loaders of a run, and its count of unreadable images."""
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +9,18 @@ import torch.distributed as dist
 from vision_kan.common.errors import UserError
 from vision_kan.data.images import ImageSet, SampleKey
 
-FEW_UNREADABLE = 3      # are never too many, whatever share of a small data set, but with --max-unreadable 0
+FEW_UNREADABLE = 3      # this many are accepted whatever their share, except with --max-unreadable 0
 
 
 @dataclass
 class Loaders:
-    """What a run reads its images from. `train` and `train_sampler` are None with --eval.
+    """The loaders of a run. `train` and `train_sampler` are None with --eval.
 
-    train yields (images float32 [B, 3, S, S], targets int64 [B]), the last incomplete batch dropped;
-    val the same, every image once (over all ranks with --dist-eval), target -1 for an unreadable one.
+    train yields (images float32 [B, 3, S, S], targets int64 [B]) without the last incomplete batch. val yields the same, every
+    image once (over all ranks with --dist-eval), with target -1 for an unreadable one.
     """
-    train: Any              # DataLoader of an ImageSet
-    val: Any                # likewise
+    train: Any              # DataLoader of an ImageSet, or device.TrainLoader
+    val: Any                # DataLoader of an ImageSet, or device.EvalLoader
     train_sampler: Any      # RASampler
     data_set: str
     nb_classes: int
@@ -29,53 +29,52 @@ class Loaders:
     device: torch.device = torch.device("cpu")
 
     def gather_unreadable_train(self) -> int:
-        """Training images that any process could not read so far. All processes ask at the same time; what has not been
-        named yet is named."""
+        """The number of training images that any process could not read so far; reports those not reported yet. A collective:
+        all processes call it at the same time."""
         if self.train is None:
             return 0
         self._share_marks()
         return self.train.dataset.count_unreadable()
 
     def unreadable_val(self) -> int:
-        """Validation images that this process could not read so far."""
+        """The number of validation images that this process could not read so far."""
         return self.val.dataset.count_unreadable()
 
     def _share_marks(self) -> None:
-        """From now on each process knows what the others could not read and have named."""
-        data = [loader.dataset for loader in (self.train, self.val) if loader is not None]      # an empty shard is false
-        marks = torch.cat([one.marks for one in data], 1).to(self.device)
+        """Merge the marks of all processes: what any of them could not read, and what any has reported. A collective."""
+        data = [loader.dataset for loader in (self.train, self.val) if loader is not None]      # an empty loader is falsy
+        marks = torch.cat([images.marks for images in data], 1).to(self.device)
         if dist.is_initialized():
             dist.all_reduce(marks, dist.ReduceOp.MAX)
-        for one, (unreadable, named) in zip(data, marks.cpu().bool().split([len(one) for one in data], 1)):
-            one.unreadable[unreadable] = 1      # no zeros are written: a worker may be at it
-            one.named[named] = 1
-            for index in (unreadable & ~named).nonzero().flatten().tolist() if one.is_train else []:
+        for images, (unreadable, named) in zip(data, marks.cpu().bool().split([len(images) for images in data], 1)):
+            images.unreadable[unreadable] = 1       # write ones only: a worker may set others meanwhile
+            images.named[named] = 1
+            for index in (unreadable & ~named).nonzero().flatten().tolist() if images.is_train else []:
                 if not dist.is_initialized() or dist.get_rank() == 0:
-                    one.name_unreadable(index, "drawn in place of another one")
-                one.named[index] = 1
+                    images.name_unreadable(index, "drawn in place of another one")
+                images.named[index] = 1
 
     def gather_unreadable_state(self) -> list[int]:
-        """Indices of the training images that any process could not read so far, for a checkpoint. All processes ask at
-        the same time."""
+        """Indices of the training images that any process could not read so far, for a checkpoint. A collective."""
         self._share_marks()
         return self.train.dataset.unreadable.nonzero().flatten().tolist()
 
     def load_unreadable_state(self, indices: list[int]) -> None:
-        """Count those images from the beginning and don't name them again. They are tried once more: the files may have
-        been repaired, or be others under the same numbers."""
+        """Count the checkpoint's unreadable images from the start, without reporting them again. Each is tried once more: its
+        file may have been repaired or replaced."""
         data = self.train.dataset
         if not isinstance(indices, list) or not all(isinstance(index, int) for index in indices):
-            raise UserError("the checkpoint's list of unreadable images is none: take another checkpoint")
+            raise UserError("the checkpoint's list of unreadable images is not a list of numbers: take another checkpoint")
         for index in indices:
             if 0 <= index < len(data) and data._load(index, name=False) is None:
                 data.named[index] = 1
 
-    def check_unreadable(self, together: bool = False) -> None:
-        """Raises UserError where this process knows of more unreadable training or validation images than --max-unreadable
-        allows. FEW_UNREADABLE are too many only where the limit is 0.
+    def check_unreadable(self, gather: bool = False) -> None:
+        """Raises UserError if this process knows of more unreadable training or validation images than --max-unreadable allows.
+        FEW_UNREADABLE are too many only if the limit is 0.
 
-        together: all processes ask at the same time, and each knows what any of them could not read."""
-        if together:
+        gather: first merge what all processes could not read; a collective then."""
+        if gather:
             self._share_marks()
         for half, loader in (("training", self.train), ("validation", self.val)):
             if loader is None:
@@ -90,13 +89,14 @@ class Loaders:
 
 
 def validation_images(loaders: Loaders, size: int = 64) -> torch.Tensor:
-    """[B, 3, S, S]: so many readable validation images, if there are, spread evenly over their order. Uses no random number
-    and no loader process. Raises UserError where none can be read."""
+    """[B, 3, H, W]: up to `size` readable validation images, evenly spaced in the data set. Uses no random numbers and no loader
+    processes. Raises UserError if none can be read."""
     data: Any = loaders.val.dataset
     return readable_images(data, range(0, len(data), max(1, len(data) // size))[:size])
 
 
 def readable_images(data: ImageSet, keys: Sequence[SampleKey | int]) -> torch.Tensor:
+    """[B, 3, H, W]: the images of these keys that can be read. Raises UserError if none can."""
     readable = [image for image, target in map(data.__getitem__, keys) if target >= 0]
     if not readable:
         raise UserError("no image to calibrate with can be read: check the data folder")

@@ -1,4 +1,4 @@
-"""Which data set the flags mean."""
+"""The data set that the flags choose: its name, its folder and its classes."""
 import os
 import re
 from argparse import Namespace
@@ -14,13 +14,13 @@ CIFARS = {"CIFAR": CIFAR100, "CIFAR10": CIFAR10}
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 
 
-def of_timm(data_set: str) -> bool:
-    """Whether it is a name of timm.data.create_dataset's, read by `timm_datasets`."""
+def is_timm_name(data_set: str) -> bool:
+    """Whether it is a name for timm.data.create_dataset, KIND/NAME."""
     return "/" in data_set
 
 
 def guess_data_set(data_path: str | None) -> str | None:
-    """The --data-set that the folder looks like, or None."""
+    """The --data-set that a folder looks like, or None."""
     if not data_path:
         return None
     root = os.path.expanduser(data_path)
@@ -42,7 +42,7 @@ def guess_data_set(data_path: str | None) -> str | None:
 
 
 def is_single_folder(root: str) -> bool:
-    """Whether a folder has class folders with images, two at least, and no train/ and val/."""
+    """Whether a folder has at least two class folders, some image in them, and neither train/ nor val/."""
     classes = class_folders(root)
     if len(classes) < 2 or any(os.path.exists(os.path.join(root, half)) for half in ("train", "val")):
         return False
@@ -50,19 +50,19 @@ def is_single_folder(root: str) -> bool:
 
 
 def looks_like_imagenet(data_path: str | None) -> bool:
-    """Whether the class folders have the names of ImageNet's or parts of it, such as n01440764: whose published figures are of
-    images as they are, whatever their EXIF orientation."""
+    """Whether the class folders are named as ImageNet's, such as n01440764. Its published figures ignore the EXIF orientation."""
     root = os.path.expanduser(data_path or "")
     classes = next(filter(None, (class_folders(os.path.join(root, half)) for half in ("train", "val", ""))), [])
     return bool(data_path) and bool(classes) and all(re.fullmatch("n[0-9]{8}", name) for name in classes)
 
 
 def needs_splitting(args: Namespace) -> bool:
-    """Whether --data-path is a folder of class folders of which a part has to be held out."""
+    """Whether --data-path is a folder of class folders, so that validation images have to be held out."""
     return args.data_set == "FOLDER" and bool(args.data_path) and is_single_folder(os.path.expanduser(args.data_path))
 
 
 def data_set_of(args: Namespace) -> str:
+    """--data-set, or the data set that --data-path looks like, or IMNET. Raises UserError if --download cannot fetch it."""
     data_set = args.data_set or guess_data_set(args.data_path) or "IMNET"
     if args.download and data_set not in CIFARS and not data_set.startswith("torch/"):
         raise UserError(f"--download cannot fetch --data-set {data_set}, only {', '.join(CIFARS)} and torch/NAME: "
@@ -70,19 +70,22 @@ def data_set_of(args: Namespace) -> str:
     return data_set
 
 
-def evaluated(args: Namespace) -> dict[str, str]:
-    """Which images an evaluation with these flags is of: "data_set", and "split", which is "" where the data set chooses."""
+def evaluated_split(args: Namespace) -> dict[str, str]:
+    """The images that an evaluation with these flags uses: "data_set", and "split", "" if the data set chooses it."""
     data_set = data_set_of(args)
     if args.data_split:
         split = args.data_split[1].partition("|")[0]        # a stream's number of images follows
     elif args.val_split:
         split = f"{args.val_split:g} held out by seed {args.seed}"
     else:
-        split = "" if of_timm(data_set) else "test" if data_set in CIFARS else "validation"
+        split = "" if is_timm_name(data_set) else "test" if data_set in CIFARS else "validation"
     return {"data_set": data_set, "split": split}
 
 
-def as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> Split:
+def match_checkpoint_classes(split: Split, args: Namespace, class_names: list[str]) -> Split:
+    """The split with the checkpoint's classes. Evaluation maps classes by name; in training they must be the same.
+
+    Raises UserError for classes that the checkpoint lacks."""
     if not args.eval:
         if split.classes != list(class_names):
             raise UserError(f"the {len(split.classes)} classes under --data-path are not the checkpoint's "
@@ -98,6 +101,7 @@ def as_in_checkpoint(split: Split, args: Namespace, class_names: list[str]) -> S
 
 
 def data_root(args: Namespace) -> str:
+    """The folder of --data-path. Raises UserError if it is missing, unreadable or empty (except with --download)."""
     if not args.data_path:
         raise UserError("--data-path is not given: name the folder of the data set, "
                         "or try --data-set DIGITS, which needs none")

@@ -1,4 +1,4 @@
-"""Data sets that are read in their own order."""
+"""Streamed data sets, which are read in their own order."""
 import logging
 import os
 import random
@@ -20,26 +20,26 @@ from torch.utils.data import get_worker_info
 from vision_kan.common.errors import UnreadableData, UserError, one_line
 from vision_kan.data.folders import is_hidden
 from vision_kan.data.hub import (
-    HoldsHuggingFace,
-    columns_of,
+    PicklesHuggingFace,
     decode_record,
+    find_columns,
     huggingface_datasets,
     open_with_library,
-    part_name,
+    split_name,
 )
 from vision_kan.data.images import TRIES, ImageSet, SampleKey, Split, seeded
 from vision_kan.data.names import data_root
 
-SHUFFLE = 2048      # undecoded records among which a stream's order is drawn
-STREAM = ("is read as a stream: the order of its images depends on --num_workers and the number of processes; a run that is "
-          "resumed at the end of an epoch goes on exactly only with the same of both, and one resumed within an epoch shuffles "
-          "that epoch anew, so that some of its images come twice and others not at all; each draw is another image, whatever "
-          "--repeated-aug says")
+SHUFFLE_BUFFER = 2048       # undecoded records
+STREAM_NOTE = ("is read as a stream: the order of its images depends on --num_workers and the number of processes; a run that is "
+               "resumed at the end of an epoch continues exactly only with the same of both, and one resumed within an epoch "
+               "shuffles that epoch anew, so that some of its images come twice and others not at all; --repeated-aug has no "
+               "effect")
 
 
 class Record(NamedTuple):
     name: str
-    image: dict[str, Any]   # as `decode_record` takes it
+    image: dict[str, Any]   # for `decode_record`
     target: int
 
 
@@ -48,22 +48,24 @@ def _is_data(member: str) -> bool:
 
 
 class WebDataset:
-    """Tar files of a WebDataset: local ones, since the library would hand other addresses to a shell."""
+    """Local tar files of a WebDataset. Remote ones are refused: the library would pass their addresses to a shell."""
 
     def __init__(self, args: Namespace, is_train: bool):
         root = os.path.abspath(data_root(args))
-        part, length = parse_part(part_name(args, is_train) or ("train" if is_train else "validation"))
-        logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)       # there need not be an info file
+        part, length = parse_split(split_name(args, is_train) or ("train" if is_train else "validation"))
+        logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)       # it warns of a missing, optional file
         reader = open_with_library(args, lambda: create_dataset("wds/", root, part, num_samples=length)).reader
         self.files = [os.path.join(root, file) for file in reader.split_info.filenames]
         for file in self.files:
             if not os.path.isfile(file):
-                raise UserError(f"--data-set {args.data_set}: the shard {file} is no file here: check --data-path and "
+                raise UserError(f"--data-set {args.data_set}: the shard {file} is not a local file: check --data-path and "
                                 "--data-split, and fetch remote shards first")
         self.keys = (args.input_key or "jpg;jpeg;png;webp").split(";"), args.target_key or "cls"
         self.length, self.classes = reader.num_samples, None
 
     def records(self, seed: int | None, part: int, parts: int) -> Iterator[Record]:
+        """Share `part` of `parts` of the records, shuffled by `seed` if given: whole shards if there are enough, else every
+        parts-th record."""
         import webdataset
         files = list(self.files)
         if seed is not None:
@@ -75,7 +77,7 @@ class WebDataset:
         if not by_file:
             samples = islice(samples, part, None, parts)
         if seed is not None:
-            samples = webdataset.shuffle(SHUFFLE, initial=SHUFFLE, rng=random.Random(seed + part + 1))(samples)
+            samples = webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(seed + part + 1))(samples)
         pictures, label = self.keys
         for sample in samples:
             name = f"{sample['__url__']}, {sample['__key__']}"
@@ -88,32 +90,33 @@ class WebDataset:
             yield Record(name, {"bytes": image}, target)
 
 
-class HuggingFaceStream(HoldsHuggingFace):
-    """A Hugging Face data set that is read while it arrives."""
+class HuggingFaceStream(PicklesHuggingFace):
+    """A Hugging Face data set, read while it is downloaded."""
 
     def __init__(self, args: Namespace, is_train: bool):
         name = args.data_set.partition("/")[2]
-        part, length = parse_part(part_name(args, is_train) or ("train" if is_train else "validation"))
+        part, length = parse_split(split_name(args, is_train) or ("train" if is_train else "validation"))
         place, cache = os.path.expanduser(name), os.path.expanduser(args.data_path) or None
         data = open_with_library(args, lambda: huggingface_datasets().load_dataset(
             place if os.path.exists(place) else name, split=part, streaming=True, cache_dir=cache))
         features = data.features
         if not features:
-            raise UserError(f"--data-set {args.data_set} does not tell its columns before it is read: take hfds/{name}")
-        self.image, self.label = columns_of(features, args)
+            raise UserError(f"--data-set {args.data_set} does not declare its columns before it is read: take hfds/{name}")
+        self.image, self.label = find_columns(features, args)
         self.data = data.cast_column(self.image, huggingface_datasets().Image(decode=False))
-        told = (data.info.splits or {}).get(part)
-        self.length = length or (told.num_examples if told else 0)
+        info = (data.info.splits or {}).get(part)
+        self.length = length or (info.num_examples if info else 0)
         self.classes = list(getattr(features[self.label], "names", ())) or None
         self.title = f"{args.data_set} {part}"
 
     def records(self, seed: int | None, part: int, parts: int) -> Iterator[Record]:
+        """As `WebDataset.records`."""
         data, by_file = self.data, self.data.num_shards >= parts
         if by_file and parts > 1:
             data = data.shard(parts, part)
         if seed is not None:
-            data = data.shuffle(seed, buffer_size=SHUFFLE)
-        # `iter` gives all of it, where a plain loop would share it out among the loader processes
+            data = data.shuffle(seed, buffer_size=SHUFFLE_BUFFER)
+        # `iter` yields all records; a `for` loop would divide them among the loader processes once more
         rows = (row for batch in data.iter(1) for row in [{key: value[0] for key, value in batch.items()}])
         for row in islice(rows, 0 if by_file else part, None, 1 if by_file else parts):
             image = row[self.image]
@@ -122,7 +125,7 @@ class HuggingFaceStream(HoldsHuggingFace):
             yield Record(f"{self.title}, {name}", image, -1 if target is None else int(target))
 
 
-def parse_part(part: str) -> tuple[str, int | None]:
+def parse_split(part: str) -> tuple[str, int | None]:
     """'NAME|5000' -> name and number of images."""
     name, bar, length = part.partition("|")
     if bar and not re.fullmatch("[1-9][0-9]{0,11}", length):
@@ -131,11 +134,11 @@ def parse_part(part: str) -> tuple[str, int | None]:
 
 
 class StreamImages:
-    """The image of a stream that is at hand; unreadable ones are remembered by a number made from their name."""
+    """The current image of a stream. Its index, by which unreadable images are marked, is a hash of its name."""
 
     def __init__(self, stream: WebDataset | HuggingFaceStream, title: str):
         self.stream, self.title = stream, title
-        self.at_hand: Record | None = None
+        self.current: Record | None = None
         self.names: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -145,24 +148,25 @@ class StreamImages:
         return self.names.get(index, f"an image of {self.title}")
 
     def take(self, record: Record) -> int:
-        self.at_hand, index = record, zlib.crc32(record.name.encode(errors="surrogateescape")) % len(self)
+        """Make `record` the current image. Returns its index."""
+        self.current, index = record, zlib.crc32(record.name.encode(errors="surrogateescape")) % len(self)
         self.names = {index: record.name}
         return index
 
-    def load(self, index: int, enough: int = 0, upright: bool = False) -> Image.Image:
-        if self.at_hand is None:
-            raise ValueError("a stream is not read by number")
-        return decode_record(self.at_hand.image, enough, upright)
+    def load(self, index: int, min_side: int = 0, upright: bool = False) -> Image.Image:
+        if self.current is None:
+            raise ValueError("a stream cannot be read by index")
+        return decode_record(self.current.image, min_side, upright)
 
 
 class StreamSet(ImageSet):
     """(image float32 [3, S, S], target) pairs of a stream.
 
-    In training a key says how an image is augmented, and the next one of this process's and worker's share of the stream is
-    taken. In evaluation every loader process reads the records in their order and decodes those that it is asked for: each
-    counts once. `targets` has the target of each of the stream's classes.
+    In training the key seeds the augmentation only; the image is the next one of this worker's share of the stream. In evaluation
+    every worker reads all records in their order and decodes those that it is asked for, so that each counts once. `targets` maps
+    the stream's classes to the model's.
 
-    Raises UnreadableData also for a stream whose length or classes are not those that are told."""
+    Raises UnreadableData also for a stream whose length or classes are not those declared."""
     is_stream = True
     images: StreamImages
 
@@ -171,7 +175,7 @@ class StreamSet(ImageSet):
         self.batch_size = args.batch_size
         self.place = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.records: Iterator[Record] = iter(())
-        self.at: tuple[int, ...] = ()       # this process, epoch and position or index
+        self.at: tuple[int, ...] = ()       # (process, epoch, position) in training, (process, index) in evaluation
 
     def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
         if not isinstance(key, SampleKey):
@@ -188,14 +192,15 @@ class StreamSet(ImageSet):
         raise UnreadableData(f"{TRIES} images in a row of {self.images.title} cannot be read: check the data")
 
     def _shuffled(self, key: SampleKey) -> Iterator[Record]:
-        """This worker's share again and again, each time in another order."""
+        """This worker's share of the records, repeated without end, each time in another order."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         (rank, processes), parts = self.place, self.place[1] * workers
-        # where all of them begin in the epoch: they must put the shards into one order, another than before a resume
+        # The position at which all workers begin in this epoch. It seeds the shards' order, which must be the same for all of
+        # them, and another one after a resume.
         begin = key.position - rank - processes * self.batch_size * number
-        for again in count():
-            seed, empty = np.random.SeedSequence([key.seed, key.epoch, max(0, begin), again]).generate_state(1), True
+        for cycle in count():
+            seed, empty = np.random.SeedSequence([key.seed, key.epoch, max(0, begin), cycle]).generate_state(1), True
             for record in self._read(int(seed[0]), rank * workers + number, parts):
                 empty = False
                 yield record
@@ -208,8 +213,8 @@ class StreamSet(ImageSet):
         except UserError:
             raise
         except Exception as error:      # the libraries raise nearly anything for a damaged file
-            raise UnreadableData(f"{self.images.title} cannot be read on ({type(error).__name__}: {one_line(error)}): check its "
-                                 "files and the connection") from error
+            raise UnreadableData(f"{self.images.title} cannot be read any further ({type(error).__name__}: {one_line(error)}): "
+                                 "check its files and the connection") from error
 
     def _evaluated(self, index: int) -> tuple[torch.Tensor, int]:
         if self.at[:1] != (os.getpid(),) or index <= self.at[1]:
@@ -218,7 +223,7 @@ class StreamSet(ImageSet):
         self.at = (os.getpid(), index)
         if record is None or index == len(self) - 1 and next(self.records, None) is not None:
             raise UnreadableData(f"{self.images.title} has {'fewer' if record is None else 'more'} images than the {len(self)} "
-                                 "that are told: put the right number after the | of --data-split")
+                                 "declared: put the right number after the | of --data-split")
         target = self._target(record)
         image = self._load(self.images.take(record))
         if image is None:
@@ -227,6 +232,6 @@ class StreamSet(ImageSet):
 
     def _target(self, record: Record) -> int:
         if not 0 <= record.target < len(self.targets):
-            raise UnreadableData(f"{record.name} is of class {record.target}, and there are {len(self.targets)}, from 0: give "
-                                 "the right --num-classes")
+            raise UnreadableData(f"{record.name} has class {record.target}, but classes go from 0 to {len(self.targets) - 1}: "
+                                 "give the right --num-classes")
         return int(self.targets[record.target])

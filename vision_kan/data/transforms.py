@@ -1,4 +1,4 @@
-"""Image transforms: DeiT's for training and evaluation and DeiT III's 3-Augment, out of timm's parts."""
+"""Image transforms: DeiT's for training and evaluation and DeiT III's 3-Augment, built from timm's."""
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -20,25 +20,25 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     return auto_augment.posterize(image, max(1, bits_to_keep))
 
 
-# DeiT's own policy, rand-m9-mstd0.5-inc1, asks for 0 bits at strength 10: black in old versions of Pillow,
-# an error since version 13.
+# DeiT's policy, rand-m9-mstd0.5-inc1, posterizes to 0 bits at strength 10. That is black in old versions of Pillow and an error
+# since version 13.
 auto_augment.NAME_TO_OP.update(dict.fromkeys(
     [name for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")], _posterize))
-GREY_SCALE = "32-bit grey up to"      # in the `info` of an image that `to_rgb` has scaled by its values: up to what, an int
+GREY_SCALE = "32-bit grey up to"      # key in the `info` of an image that `to_rgb` has scaled: the value of white, an int
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB: an animation's first frame, alpha dropped, 16-bit grey scaled to 8.
+    """Any PIL image as 8-bit RGB: an animation's first frame, alpha dropped, 16-bit grey scaled to 8 bits.
 
-    32-bit grey (TIFF) does not say what white is: values 0 to 255 are taken as they are, others up to 65535 as 16 bits, and
-    those of floating point up to 1 as shares of white. Raises ValueError for any others. The EXIF orientation is ignored.
+    32-bit grey (TIFF) does not define white. It is the smallest of 1 (floating point only), 255 and 65535 that no value exceeds.
+    Raises ValueError for values outside 0 .. 65535. Ignores the EXIF orientation.
     """
     if not image.mode.startswith(("I", "F")):
         return image.convert("RGB")
     values = np.asarray(image)      # PIL would clip all at 255
     sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     white = 65535 if sixteen else _white(values)
-    # a piece at a time: the arithmetic takes 24 bytes a pixel
+    # piece by piece, because the arithmetic takes 24 bytes per pixel
     pieces = np.array_split(values.reshape(-1), max(1, values.size >> 20))
     grey = Image.fromarray(np.concatenate([_to_8_bits(piece, white) for piece in pieces]).reshape(values.shape))
     rgb = grey.convert("RGB")
@@ -48,7 +48,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _white(values: np.ndarray) -> int:
-    """What 32-bit grey values can be meant to reach."""
+    """The value of white in 32-bit grey: 1, 255 or 65535. Raises ValueError for values beyond."""
     low, high = values.min(), values.max()
     for white in (1, 255, 65535)[values.dtype.kind != "f":]:
         if 0 <= low and high <= white:
@@ -63,19 +63,20 @@ def _to_8_bits(values: np.ndarray, white: int) -> np.ndarray:
     return (values if white == 255 else (values + 128) // 257).astype(np.uint8)
 
 
-# Resized by its shorter side to 256 pixels, an image of 20,000 x 1 would take 4 GB. Of an image longer than so many times its
-# shorter side no more is resized: photographs end at panoramas of 10, and a square crop shows a twentieth of it at most.
-LONGEST = 20
+# Longer images are cropped before they are resized: resized by its shorter side to 256 pixels, an image of 20,000 x 1 would take
+# 4 GB. Panoramas reach a ratio of about 10.
+MAX_ASPECT_RATIO = 20
 
 
-def shorten(image: Image.Image, choose: Callable[[int], int], most: int = LONGEST, size: int | Sequence[int] = 1) -> Image.Image:
-    """The image, or so much of its longer side that this is `most` times the shorter, both as multiples of those of `size`.
+def shorten(image: Image.Image, choose: Callable[[int], int], most: int = MAX_ASPECT_RATIO,
+            size: int | Sequence[int] = 1) -> Image.Image:
+    """The image, its longer side cropped to `most` times the shorter one, relative to the sides of `size`.
 
-    choose: called with the number of pixels to spare, returns how many of them are left out before the part that is kept.
-    size: of the input, or its height and width."""
+    choose: takes the number of surplus pixels and returns how many of them are cut off before the part that is kept.
+    size: of the model's input, an int or (height, width)."""
     (width, height), (rows, columns) = image.size, to_2tuple(size)
     for wide, long, limit in ((True, width, most * height * columns // rows), (False, height, most * width * rows // columns)):
-        keep = max(1, limit) + (long - max(1, limit)) % 2       # of the long side's parity: the two centres are the same
+        keep = max(1, limit) + (long - max(1, limit)) % 2       # same parity as the long side, so that the centre stays
         if keep < long:
             first = choose(long - keep)
             return image.crop((first, 0, first + keep, height) if wide else (0, first, width, first + keep))
@@ -83,15 +84,15 @@ def shorten(image: Image.Image, choose: Callable[[int], int], most: int = LONGES
 
 
 def is_small(size: int | Sequence[int]) -> bool:
-    """Whether images of this --input-size are taken as they are, or cropped with a padding, instead of resized crops."""
+    """Whether images of this --input-size are trained on as padded random crops and evaluated without resizing."""
     return max(to_2tuple(size)) <= 32
 
 
 class Normalise:
-    """PIL RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std of each channel; those of ImageNet where not given.
+    """PIL RGB image -> float32 [3, H, W], (pixel / 255 - mean) / std per channel; ImageNet's mean and std by default.
 
-    To the last bit what torchvision's ToTensor and Normalize give, in a quarter of their time: those reorder the
-    channels a byte at a time and copy once more.
+    Bit for bit torchvision's ToTensor and Normalize in a quarter of their time: those reorder the channels byte by byte and copy
+    once more.
     """
 
     def __init__(self, mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
@@ -119,39 +120,38 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """PIL RGB image -> normalised float32 [3, H, W]: resize, centre crop. At 32 px or below an image
-    that already is H x W is taken as it is.
+    """PIL RGB image -> normalised float32 [3, H, W]: resize and centre crop. At 32 px or below, an image that already is H x W
+    is not resized.
 
-    size: the side of a square, or height and width.
-    mode: of the crop as timm has it: "center" resizes by the shorter side, "squash" both sides, "border" by the longer side and
-        fills up with the mean."""
+    size: the side of a square, or (height, width).
+    mode: timm's crop mode: "center" resizes by the shorter side, "squash" both sides, "border" by the longer side and fills up
+        with the mean."""
 
     def __init__(self, size: int | Sequence[int], crop_ratio: float, mode: str = "center", interpolation: str = "bicubic",
                  mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD):
         self.size = size
         high, wide = to_2tuple(size)
-        self.as_it_is = (wide, high) if is_small(size) else None        # in PIL's order
-        whole = create_transform((3, high, wide), is_training=False, crop_pct=crop_ratio, crop_mode=mode,
-                                 interpolation=interpolation, mean=tuple(mean))
-        self.resize = transforms.Compose(whole.transforms[:-2])         # all but timm's tensor and normalisation
-        # of an image that is resized by its longer side a pixel of the shorter one must be left
-        self.most = {"center": LONGEST, "border": min(LONGEST, high, wide), "squash": sys.maxsize}[mode]
+        self.kept_size = (wide, high) if is_small(size) else None       # in PIL's order
+        timm_transform = create_transform((3, high, wide), is_training=False, crop_pct=crop_ratio, crop_mode=mode,
+                                          interpolation=interpolation, mean=tuple(mean))
+        self.resize = transforms.Compose(timm_transform.transforms[:-2])        # without its ToTensor and Normalize
+        # "border" resizes by the longer side, and at least one pixel of the shorter one must remain
+        self.most = {"center": MAX_ASPECT_RATIO, "border": min(MAX_ASPECT_RATIO, high, wide), "squash": sys.maxsize}[mode]
         self.finish = Normalise(mean, std)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        if image.size != self.as_it_is:
+        if image.size != self.kept_size:
             image = self.resize(shorten(image, lambda spare: spare // 2, self.most, self.size))
         return self.finish(image)
 
 
 def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTransform:
-    """The transform of a training or an evaluation image (PIL, RGB) after DeiT.
+    """DeiT's transform of a training or an evaluation image (PIL, RGB).
 
-    Training: a crop (random resized crop; `--src` or an input of 32 px and below: the shorter side
-    resized to the input size, `--crop-padding` around it, random crop), flip, colours (`--ThreeAugment`
-    in place of `--aa`; `--color-jitter` with 3-Augment or without `--aa`), normalisation, random erasing
-    (with 3-Augment too: DeiT III's code has none, its recipes give `--reprob 0`). A resized crop has a ratio of width to height
-    of 3/4 to 4/3 times the input's: an oblong input keeps proportions as a square one does.
+    Training: random resized crop (with `--src`, or an input of 32 px and below: resize by the shorter side, pad by
+    `--crop-padding`, random crop), flip, colours (`--ThreeAugment` in place of `--aa`; `--color-jitter` with 3-Augment or without
+    `--aa`), normalisation, random erasing (also with 3-Augment: DeiT III's code has none, its recipes give `--reprob 0`). The
+    aspect ratio of a resized crop is 3/4 to 4/3 times the input's, so an oblong input distorts no more than a square one.
 
     Raises UserError for an `--aa` policy, `--remode` or `--train-interpolation` that timm does not know.
     """
@@ -173,7 +173,7 @@ def build_transform(is_train: bool, args: Namespace) -> TrainTransform | EvalTra
                         "such as rand-m9-mstd0.5-inc1, augmix-m3, original or none") from error
     steps = primary.transforms + secondary.transforms + final.transforms
     erasing = steps.pop() if args.reprob > 0 else None
-    steps[-2:] = [Normalise(args.mean, args.std)]      # in place of timm's tensor and normalisation
+    steps[-2:] = [Normalise(args.mean, args.std)]      # in place of timm's ToTensor and Normalize
     if args.src:
         steps[0] = _pad_and_crop(args, "reflect")
     elif is_small(args.input_size):
@@ -195,10 +195,7 @@ def _shorten_anywhere(image: Image.Image, size: int | Sequence[int]) -> Image.Im
 
 
 def build_mixup(args: Namespace, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix of a batch, or None where the flags switch both off.
-
-    It draws from numpy's generator.
-    """
+    """timm's mixup and cutmix of a batch, or None if the flags switch both off. It draws from numpy's generator."""
     if args.mixup == 0 and args.cutmix == 0 and args.cutmix_minmax is None:
         return None
     return Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,

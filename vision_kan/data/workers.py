@@ -1,4 +1,4 @@
-"""Loader processes: started deaf to signals, watched, their errors as sentences."""
+"""Loader processes: they ignore the signals that stop a run, and their errors become one sentence."""
 import os
 import re
 import signal
@@ -14,15 +14,15 @@ from vision_kan.common.interruption import STOPPING
 
 
 def batches(loader: DataLoader) -> Iterator:
-    """The loader's batches. Raises UserError where a loader process has died, or where the machine is out of memory, shared
-    memory, open files or processes."""
-    workers = _workers(getattr(loader, "_iterator", None))      # of the epoch before
+    """The loader's batches. Raises UserError if a loader process has died, or if the machine is out of memory, shared memory,
+    open files or processes."""
+    workers = _workers(getattr(loader, "_iterator", None))      # persistent ones of the previous epoch
     try:
         _check(workers)
         iterator = iter(loader) if workers else _start(loader)
         workers = _workers(iterator)
         while True:
-            _check(workers)     # at once: PyTorch looks when it has waited for five seconds
+            _check(workers)     # PyTorch itself checks only after waiting five seconds
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -32,9 +32,9 @@ def batches(loader: DataLoader) -> Iterator:
         raise
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
         _check(workers, error)
-        if sentence := machine_sentence(error):
+        if sentence := explain_machine_error(error):
             raise UserError(sentence) from error
-        if workers:     # one may be about to die, its connection being the first to go
+        if workers:     # a dying worker loses its connection first: wait for its exit code
             ended = wait([worker.sentinel for worker in workers], timeout=1)
             for worker in workers:
                 if worker.sentinel in ended:
@@ -48,9 +48,9 @@ def _workers(iterator: Iterator | None) -> list[BaseProcess]:
 
 
 def _start(loader: DataLoader) -> Iterator:
-    """iter(loader). While its workers are started, the signals that `start_worker` ignores are blocked, so that a worker is
-    born deaf to them. PyTorch's handler of SIGCHLD would raise an error wherever the training is at that moment, between
-    two updates or while a file is written; the one from before is put back, and the error comes out of `batches`."""
+    """iter(loader). The signals that `start_worker` ignores are blocked while the workers start, so that a worker never receives
+    them. The previous handler of SIGCHLD is restored, because PyTorch's raises an error wherever the training is at that moment,
+    even while a file is written; `batches` raises it instead."""
     if getattr(loader, "worker_init_fn", None) is not start_worker or not loader.num_workers or os.name != "posix":
         return iter(loader)
     handler = signal.getsignal(signal.SIGCHLD)
@@ -64,8 +64,8 @@ def _start(loader: DataLoader) -> Iterator:
 
 
 def start_worker(number: int) -> None:
-    """The first thing that a loader process does. Launchers signal all processes of a run, but only the training process
-    decides when to stop, and the step that it is in still needs its batch."""
+    """Set up a loader process. Launchers signal all processes of a run, but only the training process decides when to stop, and
+    its current step still needs its batch: so the signals are ignored here."""
     for stopping in set(STOPPING) - {signal.SIGTERM}:
         signal.signal(stopping, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):      # else SIGTERM keeps PyTorch's handler, which ends the process
@@ -74,8 +74,8 @@ def start_worker(number: int) -> None:
 
 
 def _obey_parent() -> None:
-    """SIGTERM from the training process ends this one: Python sends it where a program ends without closing its loaders, and
-    waits. From anybody else it is ignored."""
+    """End this process at a SIGTERM from the training process, which Python sends when a program ends without closing its
+    loaders. Ignore it from anyone else."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)
@@ -88,7 +88,7 @@ def _check(workers: list[BaseProcess], error: Exception | None = None) -> None:
         if code is None:
             continue
         if code == -signal.SIGKILL:
-            text = ("was killed, as a system does whose memory is full: lower --num_workers or --batch-size, or give the "
+            text = ("was killed, most likely because the memory was full: lower --num_workers or --batch-size, or give the "
                     "run more memory")
         elif code == -getattr(signal, "SIGBUS", 0):
             text = f"found no room in the shared memory: {MORE_SHARED_MEMORY}"
@@ -99,7 +99,7 @@ def _check(workers: list[BaseProcess], error: Exception | None = None) -> None:
 
 
 MORE_SHARED_MEMORY = "enlarge /dev/shm (docker run --ipc=host or --shm-size=16g), or lower --num_workers or --batch-size"
-# What PyTorch's and the system's errors say of the machine -> what helps.
+# Pattern of PyTorch's and the system's errors that the machine causes -> sentence with the remedy.
 _MACHINE = {
     r"Too many open files|0 items of ancdata":
         "there are too many open files for the loader processes: raise the limit (ulimit -n 65536), or lower --num_workers",
@@ -115,7 +115,7 @@ _MACHINE = {
 }
 
 
-def machine_sentence(error: Exception) -> str | None:
-    """What helps where the error is the machine's and not the program's, else None."""
-    text = one_line(f"{type(error).__name__}: {error}", 1000, line=-1)      # a worker's error comes with its whole traceback
+def explain_machine_error(error: Exception) -> str | None:
+    """The sentence for an error that the machine causes, else None."""
+    text = one_line(f"{type(error).__name__}: {error}", 1000, line=-1)      # a worker's error includes its traceback
     return next((sentence for pattern, sentence in _MACHINE.items() if re.search(pattern, text)), None)

@@ -87,7 +87,7 @@ class TrainingRun(Hooks):
             self.profiler()
 
     def after_evaluation(self) -> None:
-        self.loaders.check_unreadable(together=True)
+        self.loaders.check_unreadable(gather=True)
 
     def save(self, also: tuple[str, ...] = ()) -> None:
         """Write a checkpoint, also under the names `also`. All processes call this at the same time."""

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process, gather_number
 from vision_kan.common.text import to_builtin_types
-from vision_kan.data.names import evaluated
+from vision_kan.data.names import evaluated_split
 
 PROGRESS = ("step", "position", "losses", "seconds", "skipped")    # of TrainState: how far the epoch is
 
@@ -123,7 +123,7 @@ class TrainState:
 
 def result_of(found: dict[str, float], args: Namespace) -> dict[str, Any]:
     """What a checkpoint keeps of an evaluation: {"acc1", "acc5", "images"} of `engine.evaluate`, "data_set" and "split"."""
-    return {**{key: found[key] for key in ("acc1", "acc5", "images")}, **evaluated(args)}
+    return {**{key: found[key] for key in ("acc1", "acc5", "images")}, **evaluated_split(args)}
 
 
 def _state_of(scheduler: Scheduler) -> dict[str, Any]:
