@@ -234,8 +234,8 @@ def evaluation(text: str) -> dict[str, tuple[str, str, int]]:
     return lines
 
 
-def sentence(capsys, *argv) -> str:
-    """The one line on stderr of a run that ends with exit code 2."""
+def refusal(capsys, *argv) -> str:
+    """The one error on stderr of a run in this process that ends with exit code 2."""
     capsys.readouterr()
     code = run(*argv)
     out, err = capsys.readouterr()

@@ -15,6 +15,7 @@ needs_released = pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.na
 
 
 def sentence(call, *args, **kwargs) -> str:
+    """The text of the UserError that call(*args, **kwargs) raises: one line of bounded length."""
     with pytest.raises(UserError) as e:
         call(*args, **kwargs)
     text = str(e.value)

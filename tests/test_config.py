@@ -13,7 +13,7 @@ import timm
 import torch._inductor
 import yaml
 from e2e import write_digits
-from helpers import ROOT
+from helpers import ROOT, sentence
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -42,18 +42,12 @@ def recipe(tmp_path):
     return write
 
 
-def sentence(*argv: str) -> str:
-    with pytest.raises(UserError) as e:
-        parse_args(list(argv))
-    assert "\n" not in str(e.value)
-    return str(e.value)
+def parse_error(*argv: str) -> str:
+    return sentence(parse_args, list(argv))
 
 
-def refusal(*argv: str, world_size: int = 1) -> str:
-    with pytest.raises(UserError) as e:
-        validate(parse_args(list(argv)).args, world_size)
-    assert "\n" not in str(e.value)
-    return str(e.value)
+def check_error(*argv: str, world_size: int = 1) -> str:
+    return sentence(lambda: validate(parse_args(list(argv)).args, world_size))
 
 
 # ---------------------------------------------------------------- DeiT's flags
@@ -127,8 +121,8 @@ def test_a_switch_with_modes(tmp_path):
         assert parse_args(["--config", str(recipe)]).args.compile == mode
     recipe.write_text("compile: fast\n")
     for argv in (["--compile", "fast"], ["--config", str(recipe)]):
-        assert "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs" in refusal(*argv)
-    assert "takes no value" in refusal("--no-compile", "default")
+        assert "default, reduce-overhead, max-autotune, max-autotune-no-cudagraphs" in check_error(*argv)
+    assert "takes no value" in check_error("--no-compile", "default")
 
 
 def test_equals_sign_and_spelling():
@@ -144,11 +138,11 @@ def test_values_keep_their_dashes():
 @pytest.mark.parametrize("flag,near", [("--modle", "--model"), ("--epoch", "--epochs"), ("-lr", "--lr"),
                                        ("--batchsize=3", "--batch-size"), ("--OUTPUT_DIR", "--output_dir")])
 def test_typo_names_the_nearest_flag(flag, near):
-    assert sentence(flag, "3") == f"unknown flag {flag.partition('=')[0]}: did you mean {near}?"
+    assert parse_error(flag, "3") == f"unknown flag {flag.partition('=')[0]}: did you mean {near}?"
 
 
 def test_no_abbreviations():
-    assert "unknown flag --data-pa" in sentence("--data-pa", "x")
+    assert "unknown flag --data-pa" in parse_error("--data-pa", "x")
 
 
 @pytest.mark.parametrize("argv,words", [
@@ -157,7 +151,7 @@ def test_no_abbreviations():
     (["--data-set", "CIFAR100"], ["--data-set", "CIFAR100", "CIFAR10?"]),
 ])
 def test_bad_command_line(argv, words):
-    text = sentence(*argv)
+    text = parse_error(*argv)
     assert all(word in text for word in words), text
 
 
@@ -307,36 +301,36 @@ def test_whole_numbers_for_real_flags(recipe):
 ])
 def test_bad_recipe(recipe, text, words):
     file = recipe(text)
-    message = sentence("--config", file)
+    message = parse_error("--config", file)
     assert file in message and len(message) < 400
     assert all(word in message for word in words), message
 
 
 def test_recipe_that_would_run_code(recipe, tmp_path):
     victim = tmp_path / "ran"
-    message = sentence("--config", recipe(f"model: !!python/object/apply:os.mkdir ['{victim}']"))
+    message = parse_error("--config", recipe(f"model: !!python/object/apply:os.mkdir ['{victim}']"))
     assert "plain YAML" in message and not victim.exists()
 
 
 def test_recipe_missing_or_unreadable(tmp_path):
     (tmp_path / "tiny_kan.yaml").write_text("epochs: 1")
-    assert "tiny_kan.yaml?" in sentence("--config", str(tmp_path / "tinykan.yaml"))
-    assert "no such file" in sentence("--config", str(tmp_path / "no/recipe.yaml"))
-    assert "cannot be read" in sentence("--config", str(tmp_path))
+    assert "tiny_kan.yaml?" in parse_error("--config", str(tmp_path / "tinykan.yaml"))
+    assert "no such file" in parse_error("--config", str(tmp_path / "no/recipe.yaml"))
+    assert "cannot be read" in parse_error("--config", str(tmp_path))
 
 
 @pytest.mark.parametrize("kind", ["list", "map", "merge", "key"])
 def test_a_few_lines_that_stand_for_a_billion_values(recipe, kind):
     started = time.monotonic()
     for text in hostile_recipes.bombs(kind):
-        assert len(text) < 2000 and "--config" in sentence("--config", recipe(text))
+        assert len(text) < 2000 and "--config" in parse_error("--config", recipe(text))
     assert time.monotonic() - started < 5
 
 
 def test_an_endless_file_and_a_name_that_cannot_be():
-    assert "64 KiB" in sentence("--config", "/dev/zero")
-    assert "--config has a character" in sentence("--config", "a\0b")
-    assert "/a\\nb" in sentence("--config", "/nowhere/a\nb")
+    assert "64 KiB" in parse_error("--config", "/dev/zero")
+    assert "--config has a character" in parse_error("--config", "a\0b")
+    assert "/a\\nb" in parse_error("--config", "/nowhere/a\nb")
 
 
 # ---------------------------------------------------------------- args.yaml
@@ -393,7 +387,7 @@ def test_defaults_are_valid():
 ])
 def test_bad_value_names_its_flag(argv):
     flag, value = argv.split()[:2]
-    message = refusal(*argv.split())
+    message = check_error(*argv.split())
     assert message.startswith(flag + " ") and (value in message or float(value) == int(float(value))), message
 
 
@@ -434,24 +428,24 @@ def test_timm_takes_the_policies_that_we_let_through(policy):
     ("--sched cosin", ["did you mean cosine?"]), ("--opt adamww", ["did you mean adamw?"]),
 ])
 def test_contradictions(argv, words):
-    message = refusal(*argv.split())
+    message = check_error(*argv.split())
     assert all(word in message for word in words), message
 
 
 def test_launch_that_matches():
     validate(parse_args(["--distributed", "--world_size", "2"]).args, world_size=2)
-    assert "--world_size 3" in refusal("--world_size", "3", world_size=2)
+    assert "--world_size 3" in check_error("--world_size", "3", world_size=2)
 
 
 @pytest.mark.parametrize("flag", ["--data-path", "--output_dir", "--finetune", "--resume", "--teacher-path"])
 @pytest.mark.parametrize("path,why", [("~nobody_has_this_name/x", "no such user"), ("x" * 300, "too long"),
                                       ("a/" * 3000, "too long"), ("http://[::1", "Invalid IPv6"), ("caf\udce9", "UTF-8")])
 def test_a_path_that_cannot_be(flag, path, why, recipe):
-    text = sentence(flag, path)
+    text = parse_error(flag, path)
     assert text.startswith(f"{flag} ") and why in text and len(text) < 300
     if why != "UTF-8":
         file = recipe(f"{flag.lstrip('-').replace('-', '_')}: '{path}'")
-        assert f"(recipe {file})" in sentence("--config", file)
+        assert f"(recipe {file})" in parse_error("--config", file)
     assert getattr(parse_args([flag, "~/x y/é"]).args, flag.lstrip("-").replace("-", "_")) == "~/x y/é"
 
 
@@ -558,9 +552,9 @@ def test_widths_of_a_pruned_models_blocks(recipe):
     assert args.hdim_kan == widths
     assert parse_args(["--config", recipe(dump_yaml(args))]).args.hdim_kan == widths
     for wrong in ("[8, x]", "[8, 1.5]", "[[8]]", "[]"):
-        assert "hdim_kan" in sentence("--config", recipe(f"hdim_kan: {wrong}"))
-    assert "at least 1" in refusal("--config", recipe("hdim_kan: [8, 0]"))
-    assert "invalid int" in sentence("--hdim_kan", "8,24")       # on the command line it is one number
+        assert "hdim_kan" in parse_error("--config", recipe(f"hdim_kan: {wrong}"))
+    assert "at least 1" in check_error("--config", recipe("hdim_kan: [8, 0]"))
+    assert "invalid int" in parse_error("--hdim_kan", "8,24")       # on the command line it is one number
     with pytest.raises(UserError, match="--hdim_kan 8 .* contradicts the checkpoint, which has 8 24 16"):
         resolve(parse_args(["--eval", "--hdim_kan", "8"]), stored, {}, "eval")
 
@@ -710,8 +704,8 @@ def test_bad_input_sizes(recipe):
     for text in ("[32, 48, 64]", "[]", "[32, x]", "true", "[32, 48.5]"):
         with pytest.raises(UserError, match="input_size must be a whole number"):
             parse_args(["--config", recipe(f"input_size: {text}")])
-    assert refusal("--input-size", "0", "48") == "--input-size 0 48 must be from 1 to 16384"
-    assert "--input-size 4 48" in refusal("--input-size", "4", "48", "--cutmix-minmax", "0", "0.2")
-    assert "at most --input-size 48 8" in refusal("--input-size", "48", "8", "--crop-padding", "9")
+    assert check_error("--input-size", "0", "48") == "--input-size 0 48 must be from 1 to 16384"
+    assert "--input-size 4 48" in check_error("--input-size", "4", "48", "--cutmix-minmax", "0", "0.2")
+    assert "at most --input-size 48 8" in check_error("--input-size", "48", "8", "--crop-padding", "9")
     with pytest.raises(UserError, match="--input-size 32 48 .* contradicts the checkpoint, which has 48 32"):
         resolve(parse_args(["--input-size", "32", "48"]), {"input_size": [48, 32]}, purpose="resume")

@@ -298,7 +298,7 @@ def test_flags_for_other_data(folder, changes, words):
 def test_more_loader_processes_than_a_machine_can_use_are_refused(folder, monkeypatch, capsys):
     flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 4, "--epochs", 1, "--num_workers")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    text = e2e.sentence(capsys, *flags, 999)
+    text = e2e.refusal(capsys, *flags, 999)
     assert text.startswith("--num_workers 999 is more than 64, beyond which the 16 cores") and "leave it out" in text
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     text = sentence(build_loaders, make_args(folder, num_workers=33), Process())
@@ -1024,7 +1024,7 @@ def test_strict_data_ends_the_program(folder, capsys, workers):
     order = [data.images.name(key.index) for key in RASampler(len(data), num_repeats=1)]
     break_images(folder, *order[1:3])       # by the first update workers have met both, which would be too many
     flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 1, "--num_workers", workers, "--mixup", 0, "--cutmix", 0)
-    text = e2e.sentence(capsys, *flags, "--epochs", 1, "--strict-data")
+    text = e2e.refusal(capsys, *flags, "--epochs", 1, "--strict-data")
     assert text.startswith(f"the image {order[1]} cannot be read") and "--strict-data" in text
     assert e2e.run(*flags, "--epochs", 1, "--max-unreadable", 0.5) == 0
 
@@ -1061,7 +1061,7 @@ def test_the_program_stops_by_itself_when_too_many_images_cannot_be_read(folder,
     break_images(folder, "val/cat/0.jpg", *(f"val/dog/{i}.jpg" for i in range(3)))
     flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 4, "--epochs", 2, "--num_workers", workers, "--mixup", 0,
              "--cutmix", 0)
-    text = e2e.sentence(capsys, *flags)
+    text = e2e.refusal(capsys, *flags)
     assert "4 of the 7 validation images (57%) cannot be read, more than --max-unreadable 0.01 allows" in text
     assert e2e.run(*flags, "--max-unreadable", 0.6) == 0
 

@@ -13,8 +13,7 @@ from urllib.request import Request
 
 import pytest
 import torch
-from e2e import Run
-from e2e import sentence as program_sentence
+from e2e import Run, refusal
 from helpers import sentence
 
 from vision_kan.checkpoints import downloads
@@ -317,5 +316,5 @@ def test_a_full_disk(server, tmp_path):
 @pytest.mark.parametrize("flags", [["--resume"], ["--eval", "--resume"], ["--finetune"]])
 def test_the_program_begins_nothing_with_half_a_file(server, tmp_path, body, capsys, flags):
     url = server.put("/tiny.pth", body[:len(body) // 2], len(body))
-    assert url in program_sentence(capsys, *flags, url, "--output_dir", tmp_path / "out")
+    assert url in refusal(capsys, *flags, url, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists() and cached(tmp_path) == []

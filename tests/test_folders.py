@@ -181,13 +181,13 @@ def test_flat_folders_are_called_so(tmp_path, capsys):
     data = write_folder(tmp_path / "data", {"cat": 3, "dog": 3}, {})
     for number in range(2):
         write_image(data / f"val/{number}.jpg")
-    text = e2e.sentence(capsys, *flags, data)
+    text = e2e.refusal(capsys, *flags, data)
     assert "val/ under" in text and "images lie directly in it (2), put each into the folder of its class, val/CLASS/" in text
     write_image(tmp_path / "flat/0.jpg")
-    assert "has images directly in it (1) and none in class folders" in e2e.sentence(capsys, *flags, tmp_path / "flat")
+    assert "has images directly in it (1) and none in class folders" in e2e.refusal(capsys, *flags, tmp_path / "flat")
     write_image(tmp_path / "half/train/0.jpg")
     (tmp_path / "half/val").mkdir()
-    text = e2e.sentence(capsys, *flags, tmp_path / "half")
+    text = e2e.refusal(capsys, *flags, tmp_path / "half")
     assert "no class folder in train/: images lie directly in it (1), put each into" in text
 
 
@@ -195,19 +195,19 @@ def test_other_causes(tmp_path, capsys):
     flags = (*e2e.QUICK, "--batch-size", 2, "--epochs", 1, "--data-path")
     data = write_folder(tmp_path / "data", {"cat": 3, "dog": 3}, {"cat": 1})
     write_image(tmp_path / "one/cat/0.jpg")
-    assert "has a single class folder (cat): a classifier needs two" in e2e.sentence(capsys, *flags, tmp_path / "one")
+    assert "has a single class folder (cat): a classifier needs two" in e2e.refusal(capsys, *flags, tmp_path / "one")
     shutil.move(data, tmp_path / "outer/inner")
-    text = e2e.sentence(capsys, *flags, tmp_path / "outer")
+    text = e2e.refusal(capsys, *flags, tmp_path / "outer")
     assert f"is not the folder of the data set, which is in it: give --data-path {tmp_path}/outer/inner" in text
     data = tmp_path / "outer/inner"
     (data / "val").rename(data / "Valid")
-    assert "has no val/ folder but Valid/: rename it to val/" in e2e.sentence(capsys, *flags, data)
+    assert "has no val/ folder but Valid/: rename it to val/" in e2e.refusal(capsys, *flags, data)
     shutil.rmtree(data / "Valid")
-    assert "has no val/ folder: make one" in e2e.sentence(capsys, *flags, data)
+    assert "has no val/ folder: make one" in e2e.refusal(capsys, *flags, data)
     for name in ("a", "b"):
         (tmp_path / "text" / name).mkdir(parents=True)
         (tmp_path / "text" / name / "notes.txt").touch()
-    assert "its folders hold no image of a format" in e2e.sentence(capsys, *flags, tmp_path / "text")
+    assert "its folders hold no image of a format" in e2e.refusal(capsys, *flags, tmp_path / "text")
 
 
 def test_what_is_asked_for_only_once_is_read_lazily(data, monkeypatch):

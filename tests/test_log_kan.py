@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e import QUICK, checkpoint, differences, launch, left, log, run, sentence, write_digits
+from e2e import QUICK, checkpoint, differences, launch, left, log, refusal, run, write_digits
 from helpers import forked, scalars
 from models import learned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -133,13 +133,13 @@ def test_warning_off_the_grid(data, tmp_path, capfd, flags, warned):
 # ---------------------------------------------------------------- mistakes and full disks
 def test_without_effect_it_is_an_error(data, runs, tmp_path, capsys):
     line = (*QUICK, "--data-path", data, "--log-kan", 1)
-    text = sentence(capsys, *line, "--output_dir", tmp_path, "--model", "vit_nano_patch8_32_ViT")
+    text = refusal(capsys, *line, "--output_dir", tmp_path, "--model", "vit_nano_patch8_32_ViT")
     assert "--log-kan has no effect on --model vit_nano_patch8_32_ViT" in text and "vit_nano_patch8_32_GKAN" in text
-    assert "--log-kan has no effect" in sentence(capsys, *line, "--output_dir", tmp_path, "--model", "resnet10t")
-    assert "--output_dir" in sentence(capsys, *line)
+    assert "--log-kan has no effect" in refusal(capsys, *line, "--output_dir", tmp_path, "--model", "resnet10t")
+    assert "--output_dir" in refusal(capsys, *line)
     evaluation = ("--eval", "--resume", runs / "without/checkpoint.pth", "--data-path", data)
-    assert "--eval" in sentence(capsys, *evaluation, "--log-kan", 1)
-    assert "--log-kan" in sentence(capsys, *line[:-1], -1, "--output_dir", tmp_path)
+    assert "--eval" in refusal(capsys, *evaluation, "--log-kan", 1)
+    assert "--log-kan" in refusal(capsys, *line[:-1], -1, "--output_dir", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

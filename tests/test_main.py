@@ -33,8 +33,8 @@ from e2e import (
     differences,
     evaluation,
     log,
+    refusal,
     run,
-    sentence,
     write_digits,
 )
 from helpers import RELEASED, needs_released, scalars
@@ -202,7 +202,7 @@ def test_worker_processes_do_not_change_the_run(whole, data, tmp_path):
 def test_a_new_run_refuses_a_folder_that_holds_one(copied, data, capsys):
     before = contents(copied)
     for flags in ((), ("--finetune", copied / "checkpoint.pth")):
-        assert "holds a run already" in sentence(capsys, *three_epochs(data, copied), *flags)
+        assert "holds a run already" in refusal(capsys, *three_epochs(data, copied), *flags)
     assert contents(copied) == before
 
 
@@ -356,7 +356,7 @@ def test_a_group_kan_from_training_to_evaluation(data, tmp_path, watched, capsys
         (10.0, 0.01)}
     for more, words in ((("--kan-lr-mult", 3), "--kan-lr-mult 3.0"), (("--kan-groups", 8), "--kan-groups 8"),
                         (("--kan-base", "gelu"), "--kan-base gelu"), (("--no-kan-input-phi",), "--kan-input-phi")):
-        assert words in sentence(capsys, *flags, "--model", GKAN, "--epochs", 3, *more)
+        assert words in refusal(capsys, *flags, "--model", GKAN, "--epochs", 3, *more)
 
 
 def test_a_group_kan_starts_from_its_twins_weights(data, tmp_path, watched, capsys):
@@ -389,7 +389,7 @@ def test_a_runs_args_yaml_runs_again(model, data, tmp_path):
 @pytest.mark.parametrize("flags", ["--kan-lr-mult 5", "--kan-weight-decay 0.1", "--kan-groups 4", "--kan-base silu"])
 @pytest.mark.parametrize("model", [NANO, "vit_nano_patch8_32_ViT"])
 def test_a_flag_of_learned_activations_for_a_model_without_them(flags, model, data, capsys):
-    text = sentence(capsys, *QUICK, "--data-path", data, "--epochs", 1, "--model", model, *flags.split())
+    text = refusal(capsys, *QUICK, "--data-path", data, "--epochs", 1, "--model", model, *flags.split())
     assert text.startswith(f"{flags.split()[0]} has no effect on --model {model}: leave it out, or choose {GKAN}")
 
 
@@ -410,11 +410,11 @@ def test_an_oblong_input_size(data, tmp_path, capsys):
     assert evaluation(capsys.readouterr().out)["model"][0] == f"{log(tmp_path / 'run')[-1]['test_acc1']:.2f}"
     assert run("--config", tmp_path / "run" / "args.yaml", "--finetune", "", "--output_dir", tmp_path / "again") == 0
     assert checkpoint(tmp_path / "again")["args"]["input_size"] == [32, 48]
-    assert "--input-size 48 32" in sentence(capsys, *flags[:-2], 48, 32, "--resume", file)
+    assert "--input-size 48 32" in refusal(capsys, *flags[:-2], 48, 32, "--resume", file)
 
     torch.save(stored["model"], tmp_path / "bare.pth")      # without a word of what it is
     words = ("--eval", "--resume", tmp_path / "bare.pth", "--data-path", data, "--device", "cpu", "--num_workers", 0)
-    assert "--input-size" in sentence(capsys, *words) and run(*words, "--input-size", 32, 48) == 0
+    assert "--input-size" in refusal(capsys, *words) and run(*words, "--input-size", 32, 48) == 0
 
     photo, words = next((data / "val").rglob("*.png")), ("--device", "cpu")
     capsys.readouterr()
@@ -476,11 +476,11 @@ def test_the_teacher_alone_teaches_with_alpha_1(data, teacher, watched):
 
 def test_distillation_needs_its_teacher_and_a_student_with_a_token(data, teacher, tmp_path, capsys):
     flags = (*QUICK, "--data-path", data, "--epochs", 1, "--distillation-type", "soft")
-    assert "--teacher-path" in sentence(capsys, *flags, *STUDENT)
-    assert "distillation token" in sentence(capsys, *flags, *teacher)
-    assert "--teacher-model no_such_model" in sentence(capsys, *flags, *STUDENT, *teacher, "--teacher-model", "no_such_model")
-    assert "--teacher-path" in sentence(capsys, *flags, *STUDENT, *teacher, "--teacher-model", "resnet18")
-    assert "does not exist" in sentence(capsys, *flags, *STUDENT, "--teacher-path", tmp_path / "absent.pth")
+    assert "--teacher-path" in refusal(capsys, *flags, *STUDENT)
+    assert "distillation token" in refusal(capsys, *flags, *teacher)
+    assert "--teacher-model no_such_model" in refusal(capsys, *flags, *STUDENT, *teacher, "--teacher-model", "no_such_model")
+    assert "--teacher-path" in refusal(capsys, *flags, *STUDENT, *teacher, "--teacher-model", "resnet18")
+    assert "does not exist" in refusal(capsys, *flags, *STUDENT, "--teacher-path", tmp_path / "absent.pth")
 
 
 # ---------------------------------------------------------------- evaluation
@@ -541,8 +541,8 @@ def predictions(model: torch.nn.Module, folder: Path) -> torch.Tensor:
 
 
 def test_evaluation_needs_a_checkpoint(data, tmp_path, capsys):
-    assert "--resume" in sentence(capsys, "--eval", "--data-path", data)
-    assert "holds no checkpoint" in sentence(capsys, "--eval", "--resume", "auto", "--output_dir", tmp_path)
+    assert "--resume" in refusal(capsys, "--eval", "--data-path", data)
+    assert "holds no checkpoint" in refusal(capsys, "--eval", "--resume", "auto", "--output_dir", tmp_path)
 
 
 def test_evaluation_writes_nothing(copied, data):
@@ -670,7 +670,7 @@ def test_only_the_folders_are_needed_to_resume(copied, data, capsys):
     ("--input-size", "64"), ("--data-set", "DIGITS"), ("--mixup", "0"), ("--sched", "step"), ("--kan-h", "0.5")])
 def test_a_flag_that_contradicts_the_checkpoint(flag, value, copied, data, capsys):
     before = contents(copied)
-    assert flag in sentence(capsys, "--resume", "auto", "--output_dir", copied, "--data-path", data, "--epochs", 4,
+    assert flag in refusal(capsys, "--resume", "auto", "--output_dir", copied, "--data-path", data, "--epochs", 4,
                             "--device", "cpu", flag, value)
     assert contents(copied) == before
 
@@ -678,7 +678,7 @@ def test_a_flag_that_contradicts_the_checkpoint(flag, value, copied, data, capsy
 def test_resuming_a_checkpoint_into_the_folder_of_another_run(whole, copied, data, tmp_path, capsys):
     other = shutil.copytree(whole, tmp_path / "other")
     before = contents(copied)
-    assert "--output_dir" in sentence(capsys, *three_epochs(data, copied), "--resume", other / "checkpoint.pth",
+    assert "--output_dir" in refusal(capsys, *three_epochs(data, copied), "--resume", other / "checkpoint.pth",
                                       "--epochs", 4)
     assert contents(copied) == before
 
@@ -695,7 +695,7 @@ def test_all_checkpoints_damaged(copied, data, capsys):
     for file in copied.glob("*.pth"):
         file.write_bytes(b"")
     before = contents(copied)
-    assert "cannot be read" in sentence(capsys, *three_epochs(data, copied), "--resume", "auto")
+    assert "cannot be read" in refusal(capsys, *three_epochs(data, copied), "--resume", "auto")
     assert contents(copied) == before
 
 
@@ -741,7 +741,7 @@ def test_released_checkpoint_needs_no_flags(digits64, tmp_path, capsys):
 
 def test_released_checkpoint_is_no_start_for_resuming(digits64, tmp_path, capsys):
     released(tmp_path / "released.pth")
-    assert "--finetune" in sentence(capsys, "--resume", tmp_path / "released.pth", "--data-path", digits64, "--device", "cpu",
+    assert "--finetune" in refusal(capsys, "--resume", tmp_path / "released.pth", "--data-path", digits64, "--device", "cpu",
                                     "--data-set", "FOLDER", "--output_dir", tmp_path / "out")
 
 
@@ -818,9 +818,9 @@ def test_finetune_refuses_what_shares_no_attention(data, whole, tmp_path, capsys
             (tmp_path / "resnet.pth", "'conv1.weight', 'bn1.weight'", "choose weights of a vision transformer"),
             (whole / "checkpoint.pth", "attention fits this model (blocks.0.attn.qkv.weight: (288, 96) against (576, 192))",
              "choose the --model of the same width")):
-        says = sentence(capsys, *FINE, "--data-path", data, "--input-size", 32, "--finetune", file)
+        says = refusal(capsys, *FINE, "--data-path", data, "--input-size", 32, "--finetune", file)
         assert holds in says and remedy in says
-    says = sentence(capsys, *FINE, "--data-path", data, "--finetune", "no_such_model")
+    says = refusal(capsys, *FINE, "--data-path", data, "--finetune", "no_such_model")
     assert "neither a file, a folder, a URL nor the name" in says
 
 
@@ -859,9 +859,9 @@ def test_finetune_from_an_address_with_a_hash(data, deit_tiny, server, tmp_path,
     assert run(*flags, "--finetune", f"{address}/tiny-{digest[:8]}.pth") == 0       # kept from the first time
 
     (folder / "tiny-0123abcd.pth").write_bytes(buffer.getvalue())
-    assert "not the file that its name promises" in sentence(capsys, *flags, "--finetune", f"{address}/tiny-0123abcd.pth")
+    assert "not the file that its name promises" in refusal(capsys, *flags, "--finetune", f"{address}/tiny-0123abcd.pth")
     assert [path.name for path in (tmp_path / "hub/checkpoints").iterdir()] == [f"tiny-{digest[:8]}.pth"]
-    assert "cannot be downloaded" in sentence(capsys, *flags, "--finetune", f"{address}/absent-0123abcd.pth")
+    assert "cannot be downloaded" in refusal(capsys, *flags, "--finetune", f"{address}/absent-0123abcd.pth")
 
 
 # ---------------------------------------------------------------- --list-models
@@ -880,40 +880,40 @@ def test_list_models(capsys):
 def test_bad_flags_and_recipes(data, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 1\n")
-    assert "--batch-size" in sentence(capsys, "--batch-sise", 8)
-    assert "learning_rate" in sentence(capsys, "--config", recipe)
+    assert "--batch-size" in refusal(capsys, "--batch-sise", 8)
+    assert "learning_rate" in refusal(capsys, "--config", recipe)
     recipe.write_text("lr: fast\n")
-    assert "lr must be a number" in sentence(capsys, "--config", recipe)
-    assert "no such file" in sentence(capsys, "--config", tmp_path / "absent.yaml")
-    assert "--epochs" in sentence(capsys, "--epochs", "many")
-    assert "--epochs" in sentence(capsys, "--epochs", -1)
+    assert "lr must be a number" in refusal(capsys, "--config", recipe)
+    assert "no such file" in refusal(capsys, "--config", tmp_path / "absent.yaml")
+    assert "--epochs" in refusal(capsys, "--epochs", "many")
+    assert "--epochs" in refusal(capsys, "--epochs", -1)
     for flags, word in (("--input-size 30", "--input-size 30"), ("--model resnet999", "--model resnet999"),
                         ("--batch-size 64", "--batch-size 64"), ("--model resnet18 --hdim_kan 8", "--hdim_kan"),
                         ("--model resnet18 --attn-only", "--attn-only"), ("--data-set CIFAR", "--data-path"),
                         ("--data-set IMNET", "--data-set"), ("--batch-size 15", "--batch-size"),
                         ("--finetune /nowhere.pth", "--finetune"), ("--resume auto", "--output_dir")):
-        assert word in sentence(capsys, *QUICK, "--epochs", 1, "--data-path", data, *flags.split())
+        assert word in refusal(capsys, *QUICK, "--epochs", 1, "--data-path", data, *flags.split())
     if not torch.cuda.is_available():
-        assert "--device cuda" in sentence(capsys, *QUICK, "--data-path", data, "--device", "cuda")
+        assert "--device cuda" in refusal(capsys, *QUICK, "--data-path", data, "--device", "cuda")
 
 
 def test_bad_data_folders(data, tmp_path, capsys):
     flags = (*QUICK, "--epochs", 1, "--output_dir", tmp_path / "out", "--data-path")
     (tmp_path / "empty").mkdir()
-    assert "--data-path" in sentence(capsys, *QUICK, "--epochs", 1)
-    assert "--data-path" in sentence(capsys, *flags, tmp_path / "absent")
-    assert "is an empty folder" in sentence(capsys, *flags, tmp_path / "empty")
-    assert "--data-path" in sentence(capsys, *flags, data / "train/digit0/0.png")
+    assert "--data-path" in refusal(capsys, *QUICK, "--epochs", 1)
+    assert "--data-path" in refusal(capsys, *flags, tmp_path / "absent")
+    assert "is an empty folder" in refusal(capsys, *flags, tmp_path / "empty")
+    assert "--data-path" in refusal(capsys, *flags, data / "train/digit0/0.png")
 
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     (copy / "val/extra").mkdir()
-    assert "'extra'" in sentence(capsys, *flags, copy)
+    assert "'extra'" in refusal(capsys, *flags, copy)
     shutil.rmtree(copy / "val/extra")
     for image in (copy / "train/digit1").iterdir():
         image.unlink()
-    assert f"train{os.sep}digit1" in sentence(capsys, *flags, copy)
+    assert f"train{os.sep}digit1" in refusal(capsys, *flags, copy)
     shutil.rmtree(copy / "val")
-    assert "--data-path" in sentence(capsys, *flags, copy)
+    assert "--data-path" in refusal(capsys, *flags, copy)
     assert not (tmp_path / "out").exists()
 
 
@@ -930,7 +930,7 @@ def test_unreadable_images_are_named_counted_and_survived(data, tmp_path, capsys
     assert [(r["train_unreadable"], r["test_unreadable"], r["test_images"]) for r in log(tmp_path / "out")] == [(1, 2, 24)] * 2
     assert "(24 images)" in out
     evaluated = ("--eval", "--resume", tmp_path / "out/checkpoint.pth", "--data-path", copy, "--device", "cpu")
-    assert "2 of the" in sentence(capsys, *evaluated, "--max-unreadable", 0)
+    assert "2 of the" in refusal(capsys, *evaluated, "--max-unreadable", 0)
     assert run(*evaluated) == 0             # more than 1%, but only two
     out = capsys.readouterr().out
     assert "2 images could not be read" in out and evaluation(out) == logged(log(tmp_path / "out")[-1])
@@ -963,7 +963,7 @@ def test_files_that_are_no_checkpoint(flags, data, whole, tmp_path, capsys):
     files["absent"] = tmp_path / "absent.pth"
     extra = (*STUDENT, "--distillation-type", "hard", "--teacher-model", NANO) if "teacher" in flags else ()
     for path in files.values():
-        text = sentence(capsys, *QUICK, *extra, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "out",
+        text = refusal(capsys, *QUICK, *extra, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "out",
                         *flags.split(), path)
         assert str(path) in text, text
         assert not marker.exists()
@@ -973,25 +973,25 @@ def test_files_that_are_no_checkpoint(flags, data, whole, tmp_path, capsys):
 def test_a_checkpoint_of_another_kind(data, whole, tmp_path, capsys):
     torch.save({"model": timm.create_model("resnet18", num_classes=3).state_dict()}, tmp_path / "resnet.pth")
     flags = ("--eval", "--data-path", data, "--device", "cpu", "--num_workers", 0)
-    assert "vision transformer" in sentence(capsys, *flags, "--resume", tmp_path / "resnet.pth")
-    assert "vision transformer" in sentence(capsys, *flags, "--resume", tmp_path / "resnet.pth", "--model", NANO)
+    assert "vision transformer" in refusal(capsys, *flags, "--resume", tmp_path / "resnet.pth")
+    assert "vision transformer" in refusal(capsys, *flags, "--resume", tmp_path / "resnet.pth", "--model", NANO)
     assert run(*flags, "--resume", tmp_path / "resnet.pth", "--model", "resnet18", "--input-size", 32) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("model: top-1")
-    assert "--model" in sentence(capsys, *flags, "--resume", whole / "checkpoint.pth", "--model", "resnet18")
+    assert "--model" in refusal(capsys, *flags, "--resume", whole / "checkpoint.pth", "--model", "resnet18")
 
 
 def test_data_that_are_not_the_checkpoints(data, whole, tmp_path, capsys):
     flags = ("--eval", "--resume", whole / "checkpoint.pth", "--device", "cpu", "--num_workers", 0)
-    assert "class" in sentence(capsys, *flags, "--data-set", "DIGITS")
+    assert "class" in refusal(capsys, *flags, "--data-set", "DIGITS")
     foreign = write_digits(tmp_path / "foreign", names=["cat", "dog", "frog"])
-    assert "'cat'" in sentence(capsys, *flags, "--data-path", foreign)
-    assert "--data-path" in sentence(capsys, *flags, "--data-path", data, "--data-set", "CIFAR")
+    assert "'cat'" in refusal(capsys, *flags, "--data-path", foreign)
+    assert "--data-path" in refusal(capsys, *flags, "--data-path", data, "--data-set", "CIFAR")
 
 
 def test_an_output_folder_that_cannot_be_written(data, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file/below"):
-        assert "--output_dir" in sentence(capsys, *QUICK, "--data-path", data, "--epochs", 1, "--output_dir", folder)
+        assert "--output_dir" in refusal(capsys, *QUICK, "--data-path", data, "--epochs", 1, "--output_dir", folder)
     assert (tmp_path / "file").read_text() == "mine"
 
 

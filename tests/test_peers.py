@@ -63,7 +63,7 @@ def rounds(process, folder: Path, count: int = 3, before=lambda step: None) -> i
     return 0
 
 
-def sentence(text: str) -> str:
+def error_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith(("stopped: ", "error: "))]
     assert len(lines) == 1 and "Traceback" not in text, text
     return lines[0]
@@ -80,7 +80,7 @@ def test_one_that_does_not_come(there, missing, tmp_path):
     codes, errors, seconds = together(rounds, tmp_path, 3, timeout=1.0, only=there)
     assert set(codes.values()) == {EXIT_BAD_INPUT} and seconds < 6
     for text in errors.values():
-        assert missing in sentence(text) and "--dist-timeout 1 s" in text
+        assert missing in error_line(text) and "--dist-timeout 1 s" in text
 
 
 def test_one_that_comes_late_is_waited_for(tmp_path):
@@ -105,7 +105,7 @@ def test_one_that_is_killed_is_named(victim, tmp_path):
     codes, errors, seconds = together(program, tmp_path, 3, timeout=3.0)
     assert codes.pop(victim) == -signal.SIGKILL and set(codes.values()) == {EXIT_FAILED} and seconds < 12
     for rank in codes:
-        assert re.search(rf"process {victim}\b", sentence(errors[rank])) and "--resume auto" in errors[rank]
+        assert re.search(rf"process {victim}\b", error_line(errors[rank])) and "--resume auto" in errors[rank]
 
 
 def test_one_that_is_killed_between_meeting_and_the_group_is_named(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_one_that_is_killed_between_meeting_and_the_group_is_named(tmp_path, mon
     monkeypatch.setattr(peers, "Peers", die_first)
     codes, errors, seconds = together(rounds, tmp_path, timeout=2.0)
     assert codes == {0: EXIT_FAILED, 1: -signal.SIGKILL} and seconds < 8
-    assert "process 1 of 2 gave no sign of life" in sentence(errors[0])
+    assert "process 1 of 2 gave no sign of life" in error_line(errors[0])
 
 
 @pytest.mark.parametrize("how", ["hangs", "is frozen"])
@@ -139,9 +139,9 @@ def test_one_that_hangs_is_named(how, tmp_path):
     codes, errors, seconds = together(lambda process, folder: rounds(process, folder, 3, before(process)), tmp_path,
                                       timeout=2.0, after=thaw)
     assert codes[0] == EXIT_FAILED and 2 <= seconds < 12
-    assert re.search(r"process 1\b", sentence(errors[0]))
+    assert re.search(r"process 1\b", error_line(errors[0]))
     if how == "hangs":
-        assert codes[1] == EXIT_FAILED and "time.sleep(50)" not in sentence(errors[1])
+        assert codes[1] == EXIT_FAILED and "time.sleep(50)" not in error_line(errors[1])
         assert "this process, 1 of 2, has hung" in errors[1] or "has stopped" in errors[1]
         assert "the update of step" in errors[0] or "the forward pass of step 1" in errors[0]
 
@@ -155,7 +155,7 @@ def test_one_that_stops_with_an_error_tells_the_others_why(tmp_path):
 
     codes, errors, seconds = together(program, tmp_path, 2, timeout=5.0)
     assert codes == {0: EXIT_FAILED, 1: EXIT_BAD_INPUT} and seconds < 10
-    assert "process 1 has stopped (the disk of machine B is full)" in sentence(errors[0])
+    assert "process 1 has stopped (the disk of machine B is full)" in error_line(errors[0])
 
 
 def test_another_error_keeps_its_traceback(tmp_path):

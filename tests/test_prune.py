@@ -415,7 +415,7 @@ def test_a_strangers_widths_are_refused_in_a_sentence(widths, group, digits, tmp
     content = load_file(group)
     described = {**content["model_args"], "kwargs": {**content["model_args"]["kwargs"], "hdim_kan": widths}}
     torch.save({**content, "model_args": described}, tmp_path / "described.pth")
-    assert "described.pth" in e2e.sentence(capsys, "--eval", "--resume", tmp_path / "described.pth", "--data-path", digits, *HERE)
+    assert "described.pth" in e2e.refusal(capsys, "--eval", "--resume", tmp_path / "described.pth", "--data-path", digits, *HERE)
     torch.save({**content, "args": {**content["args"], "hdim_kan": widths}}, tmp_path / "flags.pth")
     if widths in ([8, 8, 8], [8, 8, 8, 10 ** 9], [8, 8, 8, 0]):     # other lists are ignored, with a note
-        assert "hdim_kan" in e2e.sentence(capsys, "--finetune", tmp_path / "flags.pth", "--data-path", digits, *HERE)
+        assert "hdim_kan" in e2e.refusal(capsys, "--finetune", tmp_path / "flags.pth", "--data-path", digits, *HERE)

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import RELEASED, needs_released
+from helpers import RELEASED, needs_released, sentence
 from timm.layers import DropPath
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -51,13 +51,6 @@ from vision_kan.training.state import TrainState, lr_of
 NANO, TWIN = "vit_nano_patch8_32_KAN", "vit_nano_patch8_32_ViT"
 GKAN = "vit_nano_patch8_32_GKAN"
 TOKEN = "deit_tiny_distilled_patch16_224_KAN"
-
-
-def sentence(call, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as e:
-        call(*args, **kwargs)
-    assert str(e.value) and "\n" not in str(e.value)
-    return str(e.value)
 
 
 def settled(*argv, start: Start | None = None):

@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from e2e import QUICK, ROOT, checkpoint, differences, evaluation, launch, log, run, sentence, write_digits
+from e2e import QUICK, ROOT, checkpoint, differences, evaluation, launch, log, refusal, run, write_digits
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
@@ -210,7 +210,7 @@ def test_one_folder_is_not_evaluated_on_what_it_is_trained_on(folder):
 def test_saved_to_disk_without_a_validation_part(hub, folder, tmp_path, capsys):
     table(hub, files_of(folder, "train")).save_to_disk(tmp_path / "saved")
     words = [*QUICK, "--data-set", f"hfds/{tmp_path}/saved"]
-    assert "--val-split 0.2" in sentence(capsys, *words)
+    assert "--val-split 0.2" in refusal(capsys, *words)
     assert run(*words, "--epochs", 1, "--val-split", 0.25, "--output_dir", tmp_path / "run") == 0
     assert "36 images to train on, 12 held out (--val-split 0.25, --seed 0)" in capsys.readouterr().out
     assert run("--eval", "--resume", tmp_path / "run/checkpoint.pth", "--device", "cpu", "--num_workers", 0) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e import QUICK, Run, log, run, sentence, write_digits
+from e2e import QUICK, Run, log, refusal, run, write_digits
 
 from vision_kan.common.errors import Preempted
 from vision_kan.common.process import Process
@@ -131,16 +131,16 @@ def test_a_server_that_is_not_there_stops_nothing_and_is_told_once(data, tmp_pat
 
 def test_mistakes(data, tmp_path, capsys, monkeypatch):
     given = [*QUICK, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "run"]
-    assert "did you mean wandb?" in sentence(capsys, *given, "--track", "wandbb")
-    assert "--output_dir" in sentence(capsys, *given[:-2], "--track", "mlflow")
+    assert "did you mean wandb?" in refusal(capsys, *given, "--track", "wandbb")
+    assert "--output_dir" in refusal(capsys, *given[:-2], "--track", "mlflow")
     (tmp_path / "flags.yaml").write_text("eval: true\n")
-    assert "--eval has none" in sentence(capsys, *given, "--config", tmp_path / "flags.yaml", "--track", "mlflow")
+    assert "--eval has none" in refusal(capsys, *given, "--config", tmp_path / "flags.yaml", "--track", "mlflow")
     (tmp_path / "recipe.yaml").write_text("track: wandb\n")
-    assert "a list of one or more names" in sentence(capsys, *given, "--config", tmp_path / "recipe.yaml")
+    assert "a list of one or more names" in refusal(capsys, *given, "--config", tmp_path / "recipe.yaml")
     present = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in tracking.SERVICES else present(name))
     for name in tracking.SERVICES:
-        assert f"pip install {name}" in sentence(capsys, *given, "--track", name)
+        assert f"pip install {name}" in refusal(capsys, *given, "--track", name)
     assert run(*given) == 0
 
 

@@ -4,8 +4,7 @@ import os
 import pytest
 import timm
 import torch
-from e2e import NANO, QUICK, checkpoint, evaluation, run, write_digits
-from e2e import sentence as program_sentence
+from e2e import NANO, QUICK, checkpoint, evaluation, refusal, run, write_digits
 from helpers import RELEASED, needs_released, sentence
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -153,7 +152,7 @@ def test_another_model_of_timms_has_its_images_as_it_was_trained(tmp_path, capsy
     assert run("--eval", "--resume", file, *flags, "--mean", 0.1, 0.1, 0.1) == 0
     second = capsys.readouterr().out
     assert "--mean is 0.1 0.1 0.1 (command line); the checkpoint has 0.5 0.5 0.5" in second
-    assert "contradicts the checkpoint" in program_sentence(capsys, *QUICK[:4], "--resume", file, "--data-path", data, "--std",
+    assert "contradicts the checkpoint" in refusal(capsys, *QUICK[:4], "--resume", file, "--data-path", data, "--std",
                                                             1, 1, 1)
     # bare weights
     torch.save({"model": timm.create_model("test_vit").state_dict()}, tmp_path / "bare.pth")
