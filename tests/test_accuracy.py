@@ -14,6 +14,8 @@ from samplers import RASampler
 from vision_kan.kernels import native
 from vision_kan.models.cost import twin_mismatch
 
+pytestmark = pytest.mark.slow
+
 
 def model(text: str, seed: int = 0):
     _, suffix, options, _ = accuracy.parse_variant(text)

@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
 
 
 def compile_all(folder: Path, *options: str) -> list[dict]:
@@ -39,9 +40,7 @@ def test_one_tile_of_every_op_and_target(tmp_path):
 
 def test_the_main_loop_and_what_it_does():
     """Of a listing: the loop with the most special functions, its narrowest access, and whether threads meet in it."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import aot
-
+    from benchmarks import aot
     opcodes = ["LDG.E", "MUFU.EX2", "BRA", "LDG.E.128", "MUFU.EX2", "MUFU.RCP", "STG.E.64", "BRA", "BAR.SYNC"]
     groups = [aot.CLASSES.get(opcode.split(".")[0], "other") for opcode in opcodes]
     found = aot._main_loop(groups, [(0, 3), (3, 8)], opcodes)
@@ -52,13 +51,11 @@ def test_the_main_loop_and_what_it_does():
                                           "global_load_ushort", "buffer_store_byte")] == [1, 2, 4, 8, 16, 2, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_full(tmp_path):
     compile_all(tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("version", ["3.3.0", "3.6.0"])
 def test_older_versions_of_triton(tmp_path, version):

@@ -1,24 +1,22 @@
-"""benchmarks/fuzz_checkpoints.py: some hostile files through the whole program here, a thousand behind the marker `slow`."""
+"""benchmarks/fuzz_checkpoints.py: hostile files through the whole program."""
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 def python(*words) -> tuple[int, str]:
-    ran = subprocess.run([sys.executable, *words], cwd=BENCHMARKS, capture_output=True, text=True,
+    ran = subprocess.run([sys.executable, *words], cwd=ROOT / "benchmarks", capture_output=True, text=True,
                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"})
     return ran.returncode, ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("count", [55, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("count", [55, pytest.param(1000, marks=pytest.mark.timeout(3600))])
 def test_hostile_checkpoints_are_refused_or_fallen_back_from(count):
     code, said = python("fuzz_checkpoints.py", "--n", str(count), "--seed", "1")
     assert code == 0, said

@@ -5,7 +5,6 @@ import csv
 import math
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,9 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from benchmarks import gpu
 from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.training.state import MovingAverage
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import gpu  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,11 @@
 """The benchmarks of scaling and of the loader run and write what they promise."""
 import csv
-import sys
 
 import e2e
 import pytest
 import torch
 
-sys.path.insert(0, str(e2e.ROOT / "benchmarks"))
-
-import loader  # noqa: E402
-import scaling  # noqa: E402
+from benchmarks import loader, scaling
 
 pytestmark = pytest.mark.slow
 

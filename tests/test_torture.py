@@ -1,4 +1,4 @@
-"""benchmarks/torture.py: three kills of a real run of two processes here, a hundred behind the marker `slow`."""
+"""benchmarks/torture.py: a real run of two processes, killed again and again."""
 import pytest
 
 from benchmarks import torture
@@ -6,7 +6,7 @@ from benchmarks import torture
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.timeout(3600))])
 def test_killed_again_and_again_it_ends_as_the_run_left_in_peace(kills, capsys):
     code = torture.main(["--kills", str(kills), "--epochs", "3" if kills < 10 else "12"])
     said = capsys.readouterr().out

@@ -1,19 +1,14 @@
 """The speed benchmarks of ops and whole steps run, and their rows say what they should; no time is asserted."""
 import csv
-import importlib.util
 
 import pytest
 import torch
-from e2e import ROOT
 
+from benchmarks import kernels as op_benchmark
 from benchmarks import timing, train_step
 from vision_kan import kernels
 
 pytestmark = pytest.mark.slow
-
-_spec = importlib.util.spec_from_file_location("benchmarks_kernels", ROOT / "benchmarks/kernels.py")
-op_benchmark = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(op_benchmark)
 
 
 def rows_of(file):
