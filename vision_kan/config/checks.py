@@ -1,4 +1,4 @@
-"""Values of flags that are refused: each flag's own rule (its row in `flags`), then what several flags say together."""
+"""Refuses values of flags: first by each flag's own rule (its row in `flags`), then by rules for several flags."""
 import os
 from argparse import Namespace
 from pathlib import Path
@@ -12,7 +12,7 @@ from vision_kan.config.parser import did_you_mean, show_value
 
 
 def impossible_path(path: str) -> str:
-    """Why no file or URL can have this name, or ''."""
+    """Why this cannot be the name of a file or URL, or ''."""
     try:
         urlparse(path)
         encoded = os.fsencode(Path(path).expanduser())
@@ -28,20 +28,21 @@ def impossible_path(path: str) -> str:
 def validate(args: Namespace, world_size: int = 1) -> None:
     """Raise `UserError`, one sentence that names the flag, for a value that no run could use.
 
-    world_size is the number of processes that were really started. What only training reads may still be odd
-    when `args.eval` is set.
+    world_size: the number of processes that were started. With `args.eval`, values that only training reads are not checked
+    together.
     """
     check_flags(args, world_size)
     _check_optimizer(args)
 
 
 def check_flags(args: Namespace, world_size: int = 1) -> None:
-    """`validate` without what timm has to say, which takes seconds to import."""
+    """`validate` without the checks that need timm, which takes seconds to import."""
     for dest, value in vars(args).items():
         if dest in FLAGS and (objection := FLAGS[dest].objection(value)):
             _refuse(args, dest, objection)
     if args.sched == "plateau" and args.sched_on_updates:
-        raise UserError("--sched-on-updates: --sched plateau reacts to each epoch's accuracy, leave one of them out")
+        raise UserError("--sched-on-updates does not work with --sched plateau, which follows each epoch's accuracy: "
+                        "leave one of them out")
     if args.track and args.eval:
         raise UserError("--track sends the epochs of a training, and --eval has none: leave one of them out")
     _check_launch(args, world_size)
@@ -71,21 +72,21 @@ def _check_training(args: Namespace) -> None:
             _refuse(args, "cutmix_minmax", f"leave no box to choose from at --input-size {shown}")
     geometric = not args.ThreeAugment and args.aa not in ("", "none", "3a")
     if geometric and args.train_interpolation in ("box", "hamming", "lanczos"):
-        _refuse(args, "train_interpolation", f"is for resizing only, and the rotations of --aa {args.aa} need nearest, "
+        _refuse(args, "train_interpolation", f"can only resize, and the rotations of --aa {args.aa} need nearest, "
                                              "bilinear or bicubic: choose one of them, or --aa none")
     if args.crop_padding > min(sides):
         _refuse(args, "crop_padding", f"must be at most --input-size {shown}")
     if args.sched == "plateau" and args.decay_rate >= 1:
-        _refuse(args, "decay_rate", "must be less than 1 with --sched plateau, which lowers the rate by it")
+        _refuse(args, "decay_rate", "must be less than 1 with --sched plateau, which multiplies the rate by it")
     if args.sched in ("step", "multistep") and args.decay_rate > 1:
-        _refuse(args, "decay_rate", f"must be at most 1 with --sched {args.sched}, which lowers the rate by it")
+        _refuse(args, "decay_rate", f"must be at most 1 with --sched {args.sched}, which multiplies the rate by it")
     if args.resplit and not args.repeated_aug:
         raise UserError("--resplit leaves the first repeat of each image unerased and needs --repeated-aug, which is off: "
                         "leave out --resplit or --no-repeated-aug")
     for given, flag, why in ((args.profile, "--profile", "writes its trace into"),
                              (args.log_kan, "--log-kan", "writes to TensorBoard in"),
-                             (args.debug_nan, "--debug-nan", "keeps the batch in"),
-                             (args.track, "--track", "keeps the tracker's name for the run in")):
+                             (args.debug_nan, "--debug-nan", "saves the batch in"),
+                             (args.track, "--track", "saves the tracker's id of the run in")):
         if given and not args.output_dir:
             raise UserError(f"{flag} {why} --output_dir: give that folder")
     if args.distillation_type != "none":
@@ -99,7 +100,7 @@ def _check_training(args: Namespace) -> None:
 def _check_launch(args: Namespace, world_size: int) -> None:
     expected = args.world_size if args.world_size > 1 else 2
     launch = f"torchrun --nproc_per_node={expected} main.py ..."
-    if args.world_size not in (1, world_size):              # 1 is the default and says nothing
+    if args.world_size not in (1, world_size):              # 1, the default, means any number
         raise UserError(f"--world_size {args.world_size} does not match the {world_size} process(es) that "
                         f"were started: start them with '{launch}', or leave the flag out")
     if args.distributed and world_size == 1:

@@ -9,8 +9,8 @@ from vision_kan.config.resolve import parse_args
 
 
 def answered(name: str) -> None:
-    """For the first lines of main.py, with its `__name__`: ends the process where its flags need no more than an answer. Until
-    `console.guarded` takes over, Ctrl-C ends it in one line (`console.starting`)."""
+    """Called at the top of main.py with its `__name__`: ends the process if --help or an error is all there is to say. Until
+    `console.guarded` takes over, Ctrl-C ends it with one line (`console.starting`)."""
     console.starting(name)
     if name == "__main__":
         handler = signal.getsignal(signal.SIGINT)
@@ -21,6 +21,6 @@ def answered(name: str) -> None:
 
 def _refused() -> int:
     args = parse_args().args
-    if not args.list_models and not args.resume:        # a checkpoint still fills in what is missing
+    if not args.list_models and not args.resume:        # a checkpoint may still fill in missing values
         check_flags(args, world_size_of_launch())
     return 0

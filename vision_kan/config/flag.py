@@ -1,4 +1,4 @@
-"""What there is to know about a flag: a row of the table in `flags`."""
+"""A flag: one row of the table in `flags`."""
 import argparse
 import math
 import re
@@ -13,7 +13,7 @@ LARGEST = 10 ** 9       # upper bound for every number but the seed: above it ar
 
 
 class Rule(NamedTuple):
-    """What a value must satisfy, and the end of the sentence that refuses another one: 'must be at least 1'."""
+    """A condition on a value, and the end of the sentence that refuses other values: 'must be at least 1'."""
     holds: Callable[[Any], bool]
     otherwise: str
 
@@ -33,24 +33,24 @@ BELOW_1 = Rule(lambda value: 0 <= value < 1, "must be at least 0 and less than 1
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of main.py. Dashes and underscores are alike on the command line and in a recipe.
+    """A flag of main.py. The command line and recipes treat dashes and underscores alike.
 
     Args:
-        option: as it is shown. default: None where a model or a data set has its own.
-        scope: what a flag describes decides what a checkpoint may fill in (`resolve`):
+        option: the flag as shown. default: None if the model or the data set has its own.
+        scope: what the flag describes, which decides when a checkpoint fills it in (`resolve`):
             "model" the network, "data" images and classes, "training" how it is trained,
             "run" where and how one run happens, which never comes from a checkpoint.
         type: bool is a switch `--X`, `--no-X`; None is text. nargs, metavar: argparse's.
         size: one number, or height and width. mode: a switch that also takes one of the choices.
-        choices: refused by the parser; names: by `validate`, as DeiT's parser takes any text.
-        rule: of each value; together: of several.
-        on_resume: may differ from the checkpoint's: length, batch, memory and arithmetic, which change the run on purpose or
-            are what another machine or a NaN asks for. on_eval: likewise, other images or another crop.
-        preparation: how an image is prepared beside its size; timm's pretrained configurations have it too.
-        one_shot: neither in a recipe nor in args.yaml. path: a file, folder or URL.
-        one_or_each: in a recipe or a checkpoint also a list, a value for each block (of a pruned model).
-        alias: a second spelling. deit: what DeiT has instead, and why it is different here; None where DeiT has the same.
-        ours: DeiT does not have it.
+        choices: checked by the parser; names: by `validate`, since DeiT's parser takes any text.
+        rule: holds for each value; together: for all values at once.
+        on_resume: may differ from the checkpoint's. These flags set length, batch, memory and arithmetic: they change the run on
+            purpose, or another machine or a NaN requires it. on_eval: the same for an evaluation: other images or another crop.
+        preparation: part of an image's preparation besides its size; timm's pretrained configurations have it too.
+        one_shot: not allowed in a recipe, not written to args.yaml. path: a file, folder or URL.
+        one_or_each: in a recipe or a checkpoint also a list with a value per block (of a pruned model).
+        alias: a second spelling. deit: DeiT's default and the reason for another one; None if they are equal.
+        ours: DeiT does not have this flag.
     """
     option: str
     default: Any
@@ -134,16 +134,16 @@ class Flag:
             except OverflowError:
                 raise ValueError("must be a number of ordinary size") from None
         elif not isinstance(value, str):
-            raise ValueError(f"must be a text, not {describe_value(value)} (put it in quotes)")
+            raise ValueError(f"must be text, not {describe_value(value)} (put it in quotes)")
         elif "\0" in value or re.search("[\ud800-\udfff]", value):      # on the command line: bytes that are not UTF-8
-            raise ValueError(f"has a character that no UTF-8 name can have: {describe_value(value)}")
+            raise ValueError(f"has a character that UTF-8 cannot encode, or a NUL: {describe_value(value)}")
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"must be one of {', '.join(self.choices)}, not '{show_value(value)}'"
                              f"{did_you_mean(value, self.choices)}")
         return value
 
     def objection(self, value: Any) -> str:
-        """Why a value of the flag's type is refused: 'must be at least 1'; '' where it is not."""
+        """Why a value of the flag's type is refused: 'must be at least 1'; '' if it is accepted."""
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if one is None:
                 continue
@@ -152,7 +152,7 @@ class Flag:
             if self.rule and not self.rule.holds(one):
                 return self.rule.otherwise
             if isinstance(one, (int, float)) and abs(one) > self.largest:
-                return f"must be no larger than {self.largest:,}".replace(",", " ")
+                return f"must be at most {self.largest:,}".replace(",", " ")
             if self.names and one not in self.names:
                 return f"is not one of {', '.join(self.names)}{did_you_mean(one, self.names)}"
         if self.together and value is not None and not self.together.holds(value):

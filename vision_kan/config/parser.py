@@ -1,4 +1,4 @@
-"""The parser of the flags: its errors are one sentence."""
+"""The command-line parser, whose errors are one sentence each."""
 import argparse
 import difflib
 import re
@@ -11,8 +11,8 @@ from vision_kan.common.text import one_or_two
 
 
 class SwitchOrMode(argparse.Action):
-    """`--X [MODE]` and `--no-X`: the mode, the first of the choices without one, None where it is off. In a recipe also true or
-    false, as a switch has them."""
+    """`--X [MODE]` and `--no-X`: the mode, by default the first of the choices; None if off. A recipe may also say true or false,
+    as for a switch."""
 
     def __init__(self, option_strings, dest, choices, **kwargs):
         options = [*option_strings, *("--no-" + option.removeprefix("--") for option in option_strings)]
@@ -26,7 +26,7 @@ class SwitchOrMode(argparse.Action):
 
 
 class HeightAndWidth(argparse.Action):
-    """`--X PIXELS [WIDTH]`: one number, the side of a square, or two; kept as `one_or_two` has them."""
+    """`--X PIXELS [WIDTH]`: the side of a square, or height and width; stored as by `one_or_two`."""
 
     def __init__(self, option_strings, dest, **kwargs):
         super().__init__(option_strings, dest, nargs="+", **kwargs)
@@ -36,7 +36,7 @@ class HeightAndWidth(argparse.Action):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Shows defaults that say something (not None, "" or off; 0 does), as they are typed."""
+    """Shows each default as it is typed, but not None, "" or off."""
 
     def _get_help_string(self, action):
         help_text = (action.help or "").replace(" (default: %(default)s)", "")
@@ -47,12 +47,12 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes dashes and underscores alike, knows no abbreviations, and raises
-    `UserError` with one sentence (and the nearest flag) in place of a usage dump."""
+    """An ArgumentParser that treats dashes and underscores alike, does not accept abbreviations, and raises `UserError` with one
+    sentence (and the nearest flag) instead of printing the usage."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False, "formatter_class": _HelpFormatter, **kwargs})
-        # argparse knows -3 and -0.5 as numbers, but takes -1e3 for a flag
+        # argparse reads -3 and -0.5 as numbers, but -1e3 as a flag
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -69,12 +69,12 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         self.refuse_unknown(unknown, self._option_string_actions)
         if unknown:
-            hint = "there is no place for it" if self._get_positional_actions() else "every option here is a --flag"
+            hint = "too many arguments" if self._get_positional_actions() else "options begin with --"
             self.error(f"unexpected argument '{on_one_line(unknown[0])}': {hint}")
         return parsed
 
     def refuse_unknown(self, words: Iterable[str], known: Iterable[str]) -> None:
-        """Raises UserError for the first of the words that is a flag; known: the flags that there are."""
+        """Raises UserError for the first word that is a flag, with the nearest of `known`."""
         for word in words:
             if word.startswith("-") and not self._negative_number_matcher.match(word):
                 name = word.partition("=")[0]
@@ -97,19 +97,19 @@ def with_underscores(name: str) -> str:
 
 
 def on_one_line(text: str, most: int = 200) -> str:
-    """The text without line breaks and other unprintable characters; the middle of a long text is left out."""
+    """The text without line breaks and unprintable characters; a long text loses its middle."""
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 4:]}"
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """': did you mean X?', or '' where nothing is near."""
+    """': did you mean X?', or '' if no word is similar."""
     close = nearest(word, words)
     return f": did you mean {close}?" if close else ""
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The one of `words` that `word` was probably meant to be, or ''. Dashes, underscores and case do not count."""
+    """The most similar of `words`, or ''. Dashes, underscores and case do not count."""
     folded = {with_underscores(w).strip("_").lower(): w for w in words}
     close = difflib.get_close_matches(with_underscores(word).strip("_").lower(), folded, n=1, cutoff=0.7)
     return folded[close[0]] if close else ""
@@ -124,7 +124,7 @@ def describe_value(value) -> str:
     return f"{kinds.get(type(value), 'the ' + type(value).__name__)} {text[:80]}"
 
 
-# repr() of a few lines of YAML whose lists hold each other is endless
+# repr() of nested YAML aliases would be exponentially long
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother = 2, 80, 80
 
@@ -136,5 +136,5 @@ def show_value(value) -> str:
         return "on" if value else "off"
     try:
         return on_one_line(str(value)) or "''"
-    except ValueError:      # Python writes no more than 4300 digits
-        return "a number of thousands of digits"
+    except ValueError:      # Python converts at most 4300 digits
+        return "a number with thousands of digits"

@@ -13,9 +13,8 @@ _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data only (no tags that run code), duplicate and merge keys (`<<`) refused, and numbers as anyone reads them:
-    PyYAML follows YAML 1.1, where 5e-4 and 1e5 are texts, 010 is 8 and 1:30 is 90. Here the first two are numbers, the
-    others texts."""
+    """Loads plain data only (no tags that run code) and refuses duplicate and merge keys (`<<`). Numbers follow YAML 1.2: PyYAML
+    follows 1.1, where 5e-4 and 1e5 are texts, 010 is 8 and 1:30 is 90. Here the first two are numbers, the others texts."""
     yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
                                for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 
@@ -31,14 +30,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def flatten_mapping(self, node):
-        # ten lines of merge keys can stand for a billion entries
+        # ten lines of merge keys can expand to a billion entries
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, "a recipe has no merge keys", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not allowed", key_node.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader`, and any other reader, reads back as the same value (the texts '5e-4' and '1:30' in quotes)."""
+    """Writes values so that `_Loader` and any other YAML reader read the same back (the texts '5e-4' and '1:30' get quotes)."""
 
 
 _DECIMAL = re.compile(r"^[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$"
@@ -62,7 +61,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-MOST_RECIPE_BYTES = 64 * 1024       # PyYAML reads this much in a few seconds
+MOST_RECIPE_BYTES = 64 * 1024       # PyYAML takes a few seconds for this size
 
 
 def load_recipe(path: str) -> dict:
@@ -86,7 +85,7 @@ def load_recipe(path: str) -> dict:
     except yaml.MarkedYAMLError as e:
         where = f", line {e.problem_mark.line + 1}" if e.problem_mark else ""
         raise UserError(f"{named}{where}: not a recipe in plain YAML ({on_one_line(str(e.problem))})") from None
-    # the last four: what PyYAML meets after a tag on a value of another kind, such as !!int ''
+    # PyYAML raises the last four for a tag on a value of another kind, such as !!int ''
     except (yaml.YAMLError, ValueError, RecursionError, IndexError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"{named}: not a recipe in plain YAML ({one_line(e)})") from None
     if not isinstance(recipe, dict):

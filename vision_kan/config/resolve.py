@@ -1,4 +1,4 @@
-"""How a checkpoint and a recipe fill in what was not given.
+"""How a checkpoint and a recipe fill in flags that were not given.
 
 Precedence: default < model's own < checkpoint < recipe < command line."""
 from argparse import Namespace
@@ -10,17 +10,17 @@ from vision_kan.config.flags import FLAGS, PREPARATION, get_args_parser
 from vision_kan.config.parser import show_value
 from vision_kan.config.recipes import load_recipe
 
-# What a checkpoint fills in: the scopes of flags, by what it is used for.
+# The scopes of flags that a checkpoint fills in, by purpose.
 TAKEN = {None: (), "finetune": ("model",), "eval": ("model", "data"), "resume": ("model", "data", "training")}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Effective flags and where they come from.
+    """Effective flags and their sources.
 
-    args: every flag's value. given: dest -> "command line" | "recipe FILE" for what the user said.
-    sources: the same plus "checkpoint" | "model" after `resolve`; a dest that is missing has its default.
-    notes: sentences about checkpoint values that were overridden or could not be understood.
+    args: every flag's value. given: dest -> "command line" | "recipe FILE" for flags that the user gave.
+    sources: the same plus "checkpoint" | "model" after `resolve`; a missing dest has its default.
+    notes: sentences about checkpoint values that were overridden or could not be read.
     """
     args: Namespace
     given: dict[str, str]
@@ -29,10 +29,10 @@ class Config:
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
-    """Defaults < the recipe named by --config < the command line (`argv`, or the process's).
+    """Defaults < the recipe of --config < the command line (`argv`, or the process's).
 
     Raises `UserError` for an unknown flag or key, a value of the wrong type or outside the choices, and a
-    recipe that can't be read. `validate` checks values, later: a checkpoint may still fill some in.
+    recipe that can't be read. `validate` checks values later, since a checkpoint may still fill some in.
     """
     parser = get_args_parser(add_help=True)
     unset = object()
@@ -59,18 +59,18 @@ def parse_args(argv: list[str] | None = None) -> Config:
     return Config(Namespace(**values), given, dict(given))
 
 
-# ---------------------------------------------------------------- checkpoint and model fill in the rest
+# ---------------------------------------------------------------- values from checkpoint and model
 def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
             model_defaults: dict | None = None, purpose: str | None = None, models_own: dict | None = None) -> Config:
     """A flag that was not given takes the checkpoint's value, else the model's own, else its default.
 
-    checkpoint_args: the `args` that a checkpoint holds (ours, DeiT's or the original Vision-KAN's: keys that
-    are no flags are ignored). model_defaults: dest -> value that suits the model, e.g. {"input_size": 32}.
-    models_own: dest -> what the checkpoint's model has where the checkpoint's flags say nothing.
-    purpose decides what is taken (see `TAKEN`): "resume" everything but what belongs to one run, "eval" model and data,
-    "finetune" the model unless --model names another one, and how images are prepared, None nothing.
-    Returns a new Config and changes nothing. Raises `UserError` when a given flag contradicts the checkpoint
-    that is resumed or evaluated, unless it may change there (`Flag.on_resume`, `Flag.on_eval`), which is noted.
+    checkpoint_args: the `args` of a checkpoint (ours, DeiT's or the original Vision-KAN's; other keys are ignored).
+    model_defaults: dest -> the model's own value, e.g. {"input_size": 32}.
+    models_own: dest -> the checkpoint model's value, for flags that the checkpoint's args leave open.
+    purpose decides what the checkpoint fills in (see `TAKEN`): "resume" everything but the scope "run", "eval" model and data,
+    "finetune" the model unless --model names another one, and the preparation of images; None nothing.
+    Returns a new Config. Raises `UserError` if a given flag contradicts the checkpoint that is resumed or evaluated; a flag that
+    may change there (`Flag.on_resume`, `Flag.on_eval`) gets a note instead.
     """
     model_defaults = model_defaults or {}
     stored, notes = _understood(checkpoint_args)
@@ -83,9 +83,9 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
             values[dest], sources[dest] = value, "model"
     if purpose == "resume":
         besides = {"teacher_path"}
-    elif purpose == "finetune":     # weights go on with images as they know them; runs of before did not tell
+    elif purpose == "finetune":     # prepare images as for these weights; older checkpoints do not record how
         besides = PREPARATION if "mean" in stored else set()
-    else:       # the images that were held out are chosen by the seed
+    else:       # the seed selects the held-out images
         besides = {"seed"} if purpose == "eval" and stored.get("val_split") else set()
     for dest, value in stored.items():
         flag = FLAGS[dest]
@@ -95,7 +95,7 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
             if value is not None:
                 values[dest], sources[dest] = value, "checkpoint"
             continue
-        if value is None and values[dest] is not None:  # it was trained with the model's own value, as args.yaml says by null
+        if value is None and values[dest] is not None:  # null in args.yaml: it was trained with the model's own value
             value = (models_own or {}).get(dest, model_defaults.get(dest))
         if values[dest] != value and flag.scope != "run":
             ours, where = show_value(values[dest]), config.given[dest]
@@ -110,7 +110,7 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
 
 
 def _understood(checkpoint_args) -> tuple[dict, list[str]]:
-    """Those of a checkpoint's args that are flags of more than one run, typed; and a note on each bad one."""
+    """The checkpoint's args that are flags and not of the scope "run", typed; and a note on each invalid one."""
     if isinstance(checkpoint_args, Namespace):
         checkpoint_args = vars(checkpoint_args)
     stored, notes = {}, []
@@ -125,9 +125,9 @@ def _understood(checkpoint_args) -> tuple[dict, list[str]]:
 
 
 def describe_sources(config: Config) -> str:
-    """What came from the checkpoint, the model and the recipe, one line for each, then the notes; or ''.
+    """The values from checkpoint, model and recipe, one line each, then the notes; or ''.
 
-    How the model is trained is listed only where it differs from the defaults."""
+    Flags of training and run are listed only if they differ from the defaults."""
     groups: dict[str, list[str]] = {}
     for dest, source in config.sources.items():
         value, flag = getattr(config.args, dest), FLAGS[dest]
