@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e import QUICK, ROOT, Run, checkpoint, command_line, log, write_digits
+from e2e import QUICK, Run, checkpoint, command_line, log, write_digits
+from helpers import ROOT
 
 import engine
 import main as program

@@ -2,6 +2,7 @@
 import pytest
 import timm
 import torch
+from helpers import GKAN, NANO, TWIN
 from models import trained
 from torch import nn
 
@@ -11,7 +12,6 @@ from vision_kan.models import conversion
 from vision_kan.models.finetune import load_finetune
 
 FULL = {"kan_basis": "covering", "kan_second_norm": "static", "hdim_kan": 384}
-NANO = "vit_nano_patch8_32"
 
 
 def images(n: int = 32, size: int = 32) -> torch.Tensor:
@@ -19,7 +19,7 @@ def images(n: int = 32, size: int = 32) -> torch.Tensor:
 
 
 def spec(**kwargs) -> ModelSpec:
-    return ModelSpec(f"{NANO}_KAN", {"num_classes": 10, **FULL, **kwargs})
+    return ModelSpec(NANO, {"num_classes": 10, **FULL, **kwargs})
 
 
 def convert(source: nn.Module, target: ModelSpec, batch: torch.Tensor | None = None):
@@ -142,7 +142,7 @@ def test_the_images_are_asked_for_only_by_a_full_edge_kan():
         raise AssertionError("no calibration batch is needed")
 
     source = trained()
-    for name in (f"{NANO}_GKAN", f"{NANO}_ViT"):
+    for name in (GKAN, TWIN):
         model = timm.create_model(name, num_classes=10)
         _, errors = conversion.load_converted(model, ModelSpec(name, {"num_classes": 10}), source.state_dict(), unused)
         assert not errors
@@ -159,7 +159,7 @@ def test_other_sizes_are_converted_at_the_models_own():
 def test_the_source_and_its_mode_are_left_alone():
     source = trained().train()
     before = {key: value.clone() for key, value in source.state_dict().items()}
-    model = timm.create_model(f"{NANO}_KAN", **spec().kwargs)
+    model = timm.create_model(NANO, **spec().kwargs)
     conversion.mlp_to_full_edge(model, source, images(4))
     assert source.training and all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
     assert not source.blocks[0].norm2._forward_pre_hooks

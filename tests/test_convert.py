@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import GKAN, NANO, TWIN
 from models import trained
 from PIL import Image
 from safetensors import safe_open
@@ -17,7 +18,6 @@ from vision_kan.models.finetune import load_finetune
 from vision_kan.models.infer import load_exactly
 from vision_kan.run.trained import load_trained
 
-NANO = "vit_nano_patch8_32"
 FULL = ["--hdim_kan", "384", "--kan-basis", "covering", "--kan-second-norm", "static", "--kan-grid-range", "-4", "4"]
 
 
@@ -44,7 +44,7 @@ def source(tmp_path_factory):
 
 def test_group_kan(source, photos, tmp_path, capsys):
     target = tmp_path / "deep" / "g.safetensors"
-    assert convert.main([str(source), str(target), "--model", f"{NANO}_GKAN", "--check", str(photos / "val")]) == 0
+    assert convert.main([str(source), str(target), "--model", GKAN, "--check", str(photos / "val")]) == 0
     out = capsys.readouterr().out
     assert "converted: 16 tensors" in out and "20 images" in out and "100.0%" in out
     with safe_open(target, "pt") as file:
@@ -60,7 +60,7 @@ def test_group_kan(source, photos, tmp_path, capsys):
 
 def test_full_edge_kan(source, photos, tmp_path, capsys):
     target = tmp_path / "k.safetensors"
-    command = [str(source), str(target), "--model", f"{NANO}_KAN", *FULL]
+    command = [str(source), str(target), "--model", NANO, *FULL]
     assert convert.main([*command, "--calibrate", str(photos / "train"), "--check", str(photos / "val")]) == 0
     out = capsys.readouterr().out
     assert "fitted to the MLP" in out and "error of the feed-forward" in out
@@ -70,11 +70,11 @@ def test_full_edge_kan(source, photos, tmp_path, capsys):
 
 def test_main_evaluates_and_finetunes_the_target(source, photos, tmp_path, capsys):
     target = tmp_path / "g.safetensors"
-    assert convert.main([str(source), str(target), "--model", f"{NANO}_GKAN"]) == 0
+    assert convert.main([str(source), str(target), "--model", GKAN]) == 0
     assert program.main(["--eval", "--resume", str(target), "--data-path", str(photos), "--data-set", "FOLDER",
                          "--num_workers", "0"]) == 0
     assert "20 images" in capsys.readouterr().out
-    assert program.main(["--finetune", str(target), "--model", f"{NANO}_GKAN", "--input-size", "32", "--data-path",
+    assert program.main(["--finetune", str(target), "--model", GKAN, "--input-size", "32", "--data-path",
                          str(photos), "--data-set", "FOLDER", "--num_workers", "0", "--epochs", "1", "--batch-size", "8",
                          "--output_dir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "checkpoint.pth").exists()
@@ -82,7 +82,7 @@ def test_main_evaluates_and_finetunes_the_target(source, photos, tmp_path, capsy
 
 def test_main_converts_by_itself(source, photos, tmp_path, capsys):
     """--finetune into a full-edge KAN takes its calibration batch from the training images."""
-    assert program.main(["--finetune", str(source), "--model", f"{NANO}_KAN", *FULL, "--input-size", "32", "--data-path",
+    assert program.main(["--finetune", str(source), "--model", NANO, *FULL, "--input-size", "32", "--data-path",
                          str(photos), "--data-set", "FOLDER", "--num_workers", "0", "--epochs", "1", "--batch-size", "8",
                          "--output_dir", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
@@ -103,20 +103,20 @@ def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, 
         return report
 
     monkeypatch.setattr(conversion_module, "load_finetune", damaged)
-    assert convert.main([str(source), str(tmp_path / "g.safetensors"), "--model", f"{NANO}_GKAN", "--check",
+    assert convert.main([str(source), str(tmp_path / "g.safetensors"), "--model", GKAN, "--check",
                          str(photos / "val")]) == 1
     assert "differs from its source" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, sentence", [
-    (["nowhere.pth", "t.safetensors", "--model", f"{NANO}_GKAN"], "neither a file"),
-    (["SOURCE", "t.pth", "--model", f"{NANO}_GKAN"], "must end in .safetensors"),
+    (["nowhere.pth", "t.safetensors", "--model", GKAN], "neither a file"),
+    (["SOURCE", "t.pth", "--model", GKAN], "must end in .safetensors"),
     (["SOURCE", "t.safetensors", "--model", "no_such_model"], "is unknown"),
-    (["SOURCE", "t.safetensors", "--model", f"{NANO}_GKAN", "--kan-grups", "4"], "--kan-grups"),
-    (["SOURCE", "t.safetensors", "--model", f"{NANO}_ViT"], "nothing was converted"),
-    (["SOURCE", "t.safetensors", "--model", f"{NANO}_KAN"], "nothing was converted"),
+    (["SOURCE", "t.safetensors", "--model", GKAN, "--kan-grups", "4"], "--kan-grups"),
+    (["SOURCE", "t.safetensors", "--model", TWIN], "nothing was converted"),
+    (["SOURCE", "t.safetensors", "--model", NANO], "nothing was converted"),
     (["SOURCE", "t.safetensors", "--model", "deit_tiny_patch16_224_GKAN"], "nothing of the checkpoint's attention"),
-    (["SOURCE", "t.safetensors", "--model", f"{NANO}_GKAN", "--check", "EMPTY"], "holds no images")])
+    (["SOURCE", "t.safetensors", "--model", GKAN, "--check", "EMPTY"], "holds no images")])
 def test_mistakes(words, sentence, source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -129,10 +129,10 @@ def test_mistakes(words, sentence, source, tmp_path, capsys, monkeypatch):
 def test_unreadable_images_are_left_out(source, photos, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     target = str(tmp_path / "g.safetensors")
-    assert convert.main([str(source), target, "--model", f"{NANO}_GKAN", "--check", str(tmp_path)]) == 2
+    assert convert.main([str(source), target, "--model", GKAN, "--check", str(tmp_path)]) == 2
     assert "can be read" in capsys.readouterr().err
     Image.new("RGB", (40, 40), "red").save(tmp_path / "whole.png")
-    assert convert.main([str(source), target, "--model", f"{NANO}_GKAN", "--check", str(tmp_path)]) == 0
+    assert convert.main([str(source), target, "--model", GKAN, "--check", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.err and "1 images" in captured.out
 
@@ -141,6 +141,6 @@ def test_images_stay_as_the_source_knows_them(photos, tmp_path):
     half = {"mean": [0.5] * 3, "std": [0.5] * 3, "eval_crop_ratio": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
     torch.save({"model": trained().state_dict(), "args": {"lr": 1.0, **half}}, tmp_path / "source.pth")
     target = tmp_path / "g.safetensors"
-    assert convert.main([str(tmp_path / "source.pth"), str(target), "--model", f"{NANO}_GKAN"]) == 0
+    assert convert.main([str(tmp_path / "source.pth"), str(target), "--model", GKAN]) == 0
     assert load_file(target)["args"] == half
     assert load_trained(str(target), device="cpu").data_config["mean"] == (0.5, 0.5, 0.5)

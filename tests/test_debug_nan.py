@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, run, write_digits
+from models import nano
 from torch import nn
 
 from losses import ClassLoss
@@ -28,8 +29,7 @@ def told(model, images=None, batches=None) -> str:
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return timm.create_model("vit_nano_patch8_32_KAN", num_classes=3, depth=2)
+    return nano(num_classes=3, depth=2)
 
 
 def test_the_first_layer_is_named(model):

@@ -14,9 +14,7 @@ import timm
 import torch
 from e2e import (
     ALIKE,
-    NANO,
     QUICK,
-    ROOT,
     Run,
     checkpoint,
     close,
@@ -29,6 +27,7 @@ from e2e import (
     run,
     write_digits,
 )
+from helpers import NANO, ROOT
 
 import engine
 import main as program

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from e2e import QUICK, ROOT, run, write_digits
+from e2e import QUICK, run, write_digits
+from helpers import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import run_with_submitit

@@ -4,6 +4,7 @@ import math
 import pytest
 import timm
 import torch
+from helpers import EKAN
 from scipy.interpolate import BSpline
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -26,7 +27,6 @@ LAYERS = {
     "quadratic": dict(num_grids=6, spline_order=2),
     "quintic": dict(num_grids=9, spline_order=5),
 }
-NANO = "vit_nano_patch8_32_EKAN"
 
 
 def layer_of(name="original", n_in=6, n_out=5, dtype=torch.float32):
@@ -333,7 +333,7 @@ def test_from_the_meta_device(how):
 
 @pytest.mark.parametrize("mode", ["", "reset"])
 def test_timm_initialises_a_model_from_the_meta_device(mode):
-    model = timm.create_model(NANO, device="meta", depth=1)
+    model = timm.create_model(EKAN, device="meta", depth=1)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -411,7 +411,7 @@ def test_deepcopy_and_state_dict_round_trip():
 @pytest.mark.parametrize("drop", [0.0, 0.3])
 def test_a_model_trains(drop):
     torch.manual_seed(0)
-    model = timm.create_model(NANO, num_classes=10, proj_drop_rate=drop)
+    model = timm.create_model(EKAN, num_classes=10, proj_drop_rate=drop)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     images, classes = torch.randn(8, 3, 32, 32), torch.arange(8)
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}

@@ -14,6 +14,8 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from helpers import NANO
+from models import nano
 from timm.data import Mixup
 from timm.layers import DropPath
 from timm.utils import ModelEmaV3
@@ -42,13 +44,7 @@ from vision_kan.training.training import Hooks, Training
 from vision_kan.training.updates import NonFinite, Requests, StopRequested, Updater, can_defer_readback
 
 CPU = torch.device("cpu")
-NANO = "vit_nano_patch8_32_KAN"
 K = 4
-
-
-def nano(seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model(NANO, **{"depth": 1, "num_classes": K, **kwargs})
 
 
 def flags(*argv) -> Namespace:

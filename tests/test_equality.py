@@ -8,7 +8,8 @@ from queue import Empty
 import pytest
 import torch
 import torch.distributed as dist
-from e2e import ALIKE, NANO, QUICK, Run, checkpoint, close, differences, finish, launch, log, recording, write_digits
+from e2e import ALIKE, QUICK, Run, checkpoint, close, differences, finish, launch, log, recording, write_digits
+from helpers import GKAN, NANO
 from torch import nn
 
 import datasets
@@ -20,7 +21,6 @@ from vision_kan.config.resolve import parse_args
 from vision_kan.data.images import ArrayImages, Split
 from vision_kan.data.known import open_digits
 
-GROUPS = "vit_nano_patch8_32_GKAN"
 SIZES, WORLDS = range(1, 65), range(1, 5)
 
 
@@ -124,7 +124,7 @@ DEIT = "--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --repeated-aug"
 DEIT3 = "--ThreeAugment --src --color-jitter 0.3 --reprob 0.25 --repeated-aug"
 
 
-@pytest.mark.parametrize("model,augmentation,accumulate", [(NANO, DEIT, 1), (GROUPS, DEIT3, 2)])
+@pytest.mark.parametrize("model,augmentation,accumulate", [(NANO, DEIT, 1), (GKAN, DEIT3, 2)])
 def test_two_processes_equal_one(model, augmentation, accumulate, data, tmp_path):
     """Also where a process gives a quarter of an update's images at a time."""
     flags = (*QUICK, *ALIKE, "--epochs", 2, "--data-path", data, "--model", model, *augmentation.split())

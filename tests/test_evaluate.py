@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from e2e import ROOT, evaluation, run, write_digits
+from e2e import evaluation, run, write_digits
+from helpers import ROOT
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, log_loss, precision_score, top_k_accuracy_score

@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 from e2e import QUICK, evaluation, run, write_digits
-from helpers import RELEASED, ROOT, needs_released
+from helpers import EKAN, GKAN, NANO, RELEASED, ROOT, needs_released
 from PIL import Image
 from safetensors.torch import save
 from timm.layers import to_2tuple
@@ -22,15 +22,13 @@ from vision_kan.checkpoints.read import load_file
 from vision_kan.data.transforms import EvalTransform
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
-NANO = "vit_nano_patch8_32"
-
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
     """A checkpoint after an epoch on real digits, and its data."""
     folder = tmp_path_factory.mktemp("run")
     data = write_digits(folder / "data")
-    assert run(*QUICK, "--model", f"{NANO}_GKAN", "--kan-groups", "4", "--kan-h", "0.9", "--data-path", data, "--epochs", 1,
+    assert run(*QUICK, "--model", GKAN, "--kan-groups", "4", "--kan-h", "0.9", "--data-path", data, "--epochs", 1,
                "--lr", "0.01", "--output_dir", folder / "run") == 0
     return folder / "run" / "checkpoint.pth", data
 
@@ -133,7 +131,7 @@ def test_the_model_card(trained_run, tmp_path):
     assert header["model-index"][0]["results"][0]["metrics"][0] == {"type": "accuracy", "value": 61.23, "name": "top-1"}
     assert header["model-index"][0]["results"][0]["dataset"] == {"name": "hfds/a'b", "type": "hfds/a'b",
                                                                   "split": "0.2 held out by seed 3"}
-    for words in (f"# {NANO}_GKAN", "top-1 61.23 top-5 99.00 (24 images of hfds/a'b, 0.2 held out by seed 3)",
+    for words in (f"# {GKAN}", "top-1 61.23 top-5 99.00 (24 images of hfds/a'b, 0.2 held out by seed 3)",
                   "kan_groups: 4", "lr: 0.01", "warmup_epochs: 0", "1 epochs done", f"torch: {torch.__version__.split('+')[0]}",
                   "Apache-2.0", 'timm.create_model("hf-hub:USER/NAME", pretrained=True)', "`deit_tiny.pth`", "`a'b # c`"):
         assert words in body, words
@@ -199,9 +197,9 @@ def test_a_model_of_timms(tmp_path):
 
 # ---------------------------------------------------------------- programs
 COVERING = {"kan_basis": "covering", "kan_second_norm": "static", "kan_base_branch": True}
-KINDS = [(f"{NANO}_GKAN", {"kan_trainable_base": True}), (f"{NANO}_KAN", {}), (f"{NANO}_KAN", COVERING), (f"{NANO}_EKAN", {}),
+KINDS = [(GKAN, {"kan_trainable_base": True}), (NANO, {}), (NANO, COVERING), (EKAN, {}),
          ("deit_tiny_distilled_patch16_224_ViT", {"img_size": 32}),
-         ("deit3_small_patch16_224_KAN", {"img_size": 32, "hdim_kan": 24}), (f"{NANO}_GKAN", {"img_size": [24, 40]})]
+         ("deit3_small_patch16_224_KAN", {"img_size": 32, "hdim_kan": 24}), (GKAN, {"img_size": [24, 40]})]
 
 
 def of_kind(name: str, kwargs: dict, folder: Path):

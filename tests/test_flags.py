@@ -19,8 +19,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from e2e import NANO, QUICK, ROOT, differences, free_port, run, write_digits
-from helpers import scalars
+from e2e import QUICK, differences, free_port, run, write_digits
+from helpers import NANO, ROOT, scalars
 from PIL import Image
 from torch import nn
 

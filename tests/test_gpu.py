@@ -8,9 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from e2e import QUICK, at, checkpoint, command_line, differences, log, run, write_digits
+from helpers import GKAN
+from models import nano
 from recorded import K, Net, Reading, assert_same, batches, evaluation
 from recorded import run as train
 from timm.data import Mixup
@@ -121,8 +122,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 CUDA = torch.device("cuda:0")
 
 
-def nano() -> nn.Module:
-    return timm.create_model("vit_nano_patch8_32_GKAN", num_classes=K, depth=2, drop_path_rate=0.3, proj_drop_rate=0.1)
+def dropping() -> nn.Module:
+    return nano(GKAN, depth=2, drop_path_rate=0.3, proj_drop_rate=0.1)
 
 
 # In bfloat16: PyTorch's attention in float32 adds up its gradients in any order, so that two runs without graphs differ too.
@@ -134,7 +135,7 @@ GRAPHS = {
                                "scaler": lambda: torch.amp.GradScaler("cuda", init_scale=2.0 ** 24, growth_interval=3)},
     "sgd": {"argv": ("--opt", "sgd", "--momentum", 0.9)},
     "running statistics": {"model": Net, "argv": ("--no-model-ema",), "amp_dtype": torch.float32},
-    "through torch.compile": {"model": lambda: compiled(nano())},
+    "through torch.compile": {"model": lambda: compiled(dropping())},
 }
 
 
@@ -146,7 +147,7 @@ def compiled(model: nn.Module) -> nn.Module:
 @needs_gpu
 @pytest.mark.parametrize("name", GRAPHS)
 def test_captured_is_eager(name, capsys):
-    case = {"device": CUDA, "model": nano, "amp_dtype": torch.bfloat16, **GRAPHS[name]}
+    case = {"device": CUDA, "model": dropping, "amp_dtype": torch.bfloat16, **GRAPHS[name]}
     mixup = case.pop("mixup", lambda: None)
     eager, wanted, _ = train(False, mixup=mixup(), **case)
     state, got, updater = train(True, mixup=mixup(), **case)
@@ -175,7 +176,7 @@ def test_a_loss_that_is_not_finite_is_told_as_without():
         spoiled[7][0][0, 0, 0, 0] = math.nan
         return spoiled
 
-    case = {"device": CUDA, "model": nano, "loader": loader, "clip_grad": 1.0, "amp_dtype": torch.bfloat16}
+    case = {"device": CUDA, "model": dropping, "loader": loader, "clip_grad": 1.0, "amp_dtype": torch.bfloat16}
     eager, wanted, _ = train(False, **case)
     state, got, _ = train(True, **case)
     assert "loss became nan at step 8 of epoch 0" in got[-1] and got == wanted
@@ -184,7 +185,7 @@ def test_a_loss_that_is_not_finite_is_told_as_without():
 
 @needs_gpu
 def test_moving_average_is_timms():
-    model = nano().to(CUDA)
+    model = dropping().to(CUDA)
     ours, theirs = MovingAverage(model, 0.9), ModelEmaV3(model, 0.9)
     for _ in range(3):
         with torch.no_grad():

@@ -10,8 +10,8 @@ import warnings
 import pytest
 import timm
 import torch
-from e2e import ROOT
 from functorch.compile import make_boxed_func
+from helpers import ROOT
 from paths import error
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd

@@ -23,21 +23,8 @@ import pytest
 import timm
 import torch
 import yaml
-from e2e import (
-    NANO,
-    QUICK,
-    ROOT,
-    Run,
-    checkpoint,
-    command_line,
-    differences,
-    evaluation,
-    log,
-    refusal,
-    run,
-    write_digits,
-)
-from helpers import RELEASED, needs_released, scalars
+from e2e import QUICK, Run, checkpoint, command_line, differences, evaluation, log, refusal, run, write_digits
+from helpers import GKAN, NANO, RELEASED, ROOT, needs_released, scalars
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -48,7 +35,6 @@ from tools import inspect_kan, predict
 from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.models.cost import count_flops
 
-GKAN = "vit_nano_patch8_32_GKAN"
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema",
          "results")
 # A slow average would be the initial model for the length of a test, a low rate would leave the weights alone.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import RELEASED
+from helpers import NANO, RELEASED
 from models import spread
 from safetensors.torch import save_file
 from timm.layers import DropPath
@@ -39,7 +39,6 @@ SIZE_NAMES = [
 DEIT_NAMES = [name for name in SIZE_NAMES if name.startswith("deit")]
 FEED_FORWARDS = {"KAN": FasterKAN, "GKAN": GroupKAN, "EKAN": EfficientKAN, "ViT": timm.layers.Mlp}
 NAMES = [f"{name}_{suffix}" for name in SIZE_NAMES for suffix in FEED_FORWARDS]
-NANO = "vit_nano_patch8_32_KAN"
 
 
 def create(name, seed=0, **kwargs):

@@ -10,15 +10,13 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from e2e import ROOT, checkpoint, evaluation, run, write_digits
-from helpers import RELEASED, needs_released
+from e2e import checkpoint, evaluation, run, write_digits
+from helpers import GKAN, RELEASED, ROOT, TWIN, needs_released
 
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
 sys.path.insert(0, str(ROOT / "tools"))
 import predict  # noqa: E402
-
-NANO = "vit_nano_patch8_32_GKAN"
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +31,9 @@ def fine_tuned(photos, tmp_path_factory):
     """`main.py --config recipes/finetune_folder.yaml` from weights in a file, with a smaller model."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    torch.save({"model": timm.create_model(NANO.replace("GKAN", "ViT"), num_classes=10).state_dict()}, folder / "weights.pth")
+    torch.save({"model": timm.create_model(TWIN, num_classes=10).state_dict()}, folder / "weights.pth")
     assert run("--data-set", "FOLDER", "--data-path", photos, "--config", ROOT / "recipes/finetune_folder.yaml", "--finetune",
-               folder / "weights.pth", "--model", NANO, "--input-size", 32, "--epochs", 1, "--warmup-epochs", 0, "--batch-size",
+               folder / "weights.pth", "--model", GKAN, "--input-size", 32, "--epochs", 1, "--warmup-epochs", 0, "--batch-size",
                16, "--device", "cpu", "--num_workers", 0, "--output_dir", folder / "run") == 0
     return folder / "run"
 

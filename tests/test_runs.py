@@ -8,11 +8,10 @@ import socket
 
 import pytest
 from e2e import QUICK, log, run, write_digits
+from helpers import TWIN
 from PIL import Image
 
 from tools import plot_run, runs
-
-MLP = "vit_nano_patch8_32_ViT"
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +20,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = write_digits(folder.parent / f"{folder.name}_data")
     assert run(*QUICK, "--data-path", data, "--epochs", 2, "--lr", 1e-3, "--output_dir", folder / "deep" / "kan") == 0
-    assert run(*QUICK, "--data-path", data, "--epochs", 1, "--model", MLP, "--no-model-ema", "--output_dir", folder / "mlp") == 0
-    assert run(*QUICK, "--data-path", data, "--epochs", 1, "--model", MLP, "--lr", 1e8, "--opt", "momentum", "--output_dir",
+    assert run(*QUICK, "--data-path", data, "--epochs", 1, "--model", TWIN, "--no-model-ema", "--output_dir", folder / "mlp") == 0
+    assert run(*QUICK, "--data-path", data, "--epochs", 1, "--model", TWIN, "--lr", 1e8, "--opt", "momentum", "--output_dir",
                folder / "failed") == 1
     return folder
 
@@ -56,7 +55,7 @@ def test_the_table_tells_what_the_runs_did(folder, tmp_path, capsys):
 
     rows = {row["run"]: row for row in csv.DictReader((tmp_path / "t.csv").open())}
     assert list(rows) == ["failed", "kan", "mlp"] and rows["failed"]["reason"] == status["reason"]
-    assert float(rows["kan"]["top1"]) == best and float(rows["kan"]["lr"]) == 1e-3 and rows["mlp"]["model"] == MLP
+    assert float(rows["kan"]["top1"]) == best and float(rows["kan"]["lr"]) == 1e-3 and rows["mlp"]["model"] == TWIN
     assert float(rows["kan"]["hours"]) == pytest.approx(sum(record["epoch_seconds"] for record in kan) / 3600)
     seconds = sum(record["epoch_seconds"] for record in kan)
     images = sum(record["epoch_seconds"] * record["img_per_s"] for record in kan)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from e2e import NANO, QUICK, checkpoint, run, write_digits
+from e2e import QUICK, checkpoint, run, write_digits
+from helpers import GKAN, NANO, TWIN
+from models import nano
+from recorded import batches
 from timm.data import Mixup
 from timm.models.vision_transformer import Attention
-from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,21 +33,11 @@ from vision_kan.training.training import Hooks, Training
 from vision_kan.training.updates import Updater
 
 CPU = torch.device("cpu")
-MODELS = ["vit_nano_patch8_32_ViT", "vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"]
-
-
-def small(name: str, seed: int = 0, **kwargs) -> nn.Module:
-    torch.manual_seed(seed)
-    return timm.create_model(name, **{"depth": 2, "num_classes": 4, **kwargs})
+MODELS = [TWIN, GKAN, NANO]
 
 
 def flags(*argv) -> Namespace:
     return parse_args(["--epochs", "3", "--warmup-epochs", "0", *map(str, argv)]).args
-
-
-def batches(n: int, size: int = 4) -> list:
-    random = torch.Generator().manual_seed(0)
-    return [(torch.randn(size, 3, 32, 32, generator=random), torch.randint(4, (size,), generator=random)) for _ in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +68,7 @@ def test_reads_are_counted():
 def test_steps_do_not_wait_for_the_device(name, kwargs):
     def reads_of(steps: int, print_freq: int) -> int:
         args = flags("--model", name, "--opt", "adamw")
-        model = small(name, **kwargs)
+        model = nano(name, **{"depth": 2, **kwargs})
         state = build_state(args, model, 1e-3, steps, CPU, torch.float32)
         with Reads() as reads:
             training = Training(Updater(model, state, build_criterion(args, 4, True), Process(), clip_grad=1.0),
@@ -104,13 +96,13 @@ def test_attention_is_pytorchs_own_kernel(name, monkeypatch):
 @pytest.mark.parametrize("opt, fused", [("adamw", True), ("adam", True), ("sgd", True), ("momentum", True),
                                         ("lookahead_adamw", True), ("nadamw", None), ("lamb", None), ("rmsprop", None)])
 def test_updates_are_fused_where_the_optimizer_can(opt, fused):
-    optimizer = build_optimizer(flags("--opt", opt), small(NANO), 1e-3)
+    optimizer = build_optimizer(flags("--opt", opt), nano(NANO, depth=2), 1e-3)
     assert {group.get("fused") for group in optimizer.param_groups} == {fused}
 
 
 @pytest.mark.parametrize("opt", ["adamw", "adam", "sgd", "momentum"])
 def test_fused_updates_equal_unfused_ones(opt):
-    models = [small("vit_nano_patch8_32_GKAN") for _ in range(2)]
+    models = [nano(GKAN, depth=2) for _ in range(2)]
     optimizers = [build_optimizer(flags("--opt", opt, "--model", "vit_nano_patch8_32_GKAN"), model, 1e-3) for model in models]
     for group in optimizers[1].param_groups:
         group["fused"] = group["foreach"] = False
@@ -127,7 +119,7 @@ def test_fused_updates_equal_unfused_ones(opt):
 # ---------------------------------------------------------------- torch.compile
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_with_the_gradients_of_the_plain_model(name):
-    model, plain = small(name), small(name)
+    model, plain = nano(name, depth=2), nano(name, depth=2)
     compile_model(model, CPU, backend="aot_eager", fullgraph=True)
     for training in (True, False):
         model.train(training)
@@ -142,7 +134,7 @@ def test_one_graph_with_the_gradients_of_the_plain_model(name):
 
 
 def test_compiling_changes_neither_keys_nor_copies():
-    model = small(NANO)
+    model = nano(NANO, depth=2)
     keys = list(model.state_dict())
     compile_model(model, CPU, backend="eager")
     model(torch.randn(2, 3, 32, 32))
@@ -179,17 +171,17 @@ def test_without_a_compiler_one_sentence(data, monkeypatch, capsys):
     assert error.startswith("error: --compile needs a C++ compiler") and error.count("\n") == 1
     monkeypatch.setattr(speed_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--compile needs Triton"):
-        compile_model(small(NANO), torch.device("cuda"))
+        compile_model(nano(NANO, depth=2), torch.device("cuda"))
     monkeypatch.setattr(speed_module, "find_spec", lambda name: True)
     with pytest.raises(UserError, match="--compile needs a C compiler"):
-        compile_model(small(NANO), torch.device("cuda"))
+        compile_model(nano(NANO, depth=2), torch.device("cuda"))
 
 
 def test_without_headers_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(UserError, match="Python.h is not found"):
-        compile_model(small(NANO), CPU)
+        compile_model(nano(NANO, depth=2), CPU)
 
 
 @pytest.mark.slow
@@ -197,7 +189,7 @@ def test_without_headers_one_sentence(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_by_inductor(name):
     """As near to float64's gradients as plain PyTorch is: how near that is depends on the model and the machine."""
-    model, plain, exact = small(name), small(name), small(name).double()
+    model, plain, exact = nano(name, depth=2), nano(name, depth=2), nano(name, depth=2).double()
     compile_model(model, CPU)
     images, targets = batches(1)[0]
     for each in (model, plain, exact):

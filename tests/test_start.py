@@ -17,7 +17,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import RELEASED, needs_released, sentence
+from helpers import GKAN, NANO, RELEASED, TWIN, needs_released, sentence
+from models import nano
 from timm.layers import DropPath
 from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
@@ -48,17 +49,11 @@ from vision_kan.training.optim import (
 )
 from vision_kan.training.state import TrainState, lr_of
 
-NANO, TWIN = "vit_nano_patch8_32_KAN", "vit_nano_patch8_32_ViT"
-GKAN = "vit_nano_patch8_32_GKAN"
 TOKEN = "deit_tiny_distilled_patch16_224_KAN"
 
 
 def settled(*argv, start: Start | None = None):
     return effective_config(parse_args(list(map(str, argv))), start or Start())
-
-
-def nano(name: str = NANO, **kwargs) -> nn.Module:
-    return timm.create_model(name, **{"depth": 1, "num_classes": 4, **kwargs})
 
 
 def save(path: Path, **content) -> Path:
@@ -653,7 +648,7 @@ def test_attention_only():
 
 
 def test_finetune_takes_the_weights_over_and_tells(tmp_path):
-    source, model = nano(num_classes=9), nano()
+    source, model = nano(seed=1, num_classes=9), nano()
     spec, content = ModelSpec(NANO, {"depth": 1, "num_classes": 4}), {"model": source.state_dict()}
     table = load_start(model, spec, Start("finetune", Checkpoint("c.pth", content)), None)
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
@@ -780,7 +775,6 @@ def test_second_order_optimizers_and_the_kan_layers(model):
     updated = {}
     for backend in ("auto", "reference"):
         kernels.use(backend)
-        torch.manual_seed(0)
         net = nano(model)
         for block in net.blocks:
             block.attn.fused_attn = False
@@ -816,7 +810,6 @@ def coefficients(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def gkan(*argv, **kwargs):
     """Flags, a group KAN and its optimizer at rate 1e-3."""
-    torch.manual_seed(0)
     args, model = flags("--model", GKAN, *argv), nano(GKAN, **kwargs)
     return args, model, build_optimizer(args, model, 1e-3)
 

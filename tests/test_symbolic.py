@@ -10,7 +10,7 @@ import pytest
 import sympy
 import torch
 from e2e import QUICK, evaluation, run, write_digits
-from helpers import RELEASED, needs_released
+from helpers import GKAN, RELEASED, needs_released
 from matplotlib.mathtext import MathTextParser
 from PIL import Image
 from torch import nn
@@ -25,7 +25,6 @@ from vision_kan.kernels import rswaf_activation_reference, rswaf_basis
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.run.trained import load_trained
 
-GKAN = "vit_nano_patch8_32_GKAN"
 U = np.linspace(-3, 3, 300)
 
 

@@ -4,8 +4,8 @@ import os
 import pytest
 import timm
 import torch
-from e2e import NANO, QUICK, checkpoint, evaluation, refusal, run, write_digits
-from helpers import RELEASED, needs_released, sentence
+from e2e import QUICK, checkpoint, evaluation, refusal, run, write_digits
+from helpers import NANO, RELEASED, needs_released, sentence
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
