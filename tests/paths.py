@@ -1,4 +1,4 @@
-"""The ways in which an op is computed on a CPU, for the tests of `kernels`."""
+"""For tests of ops and layers: the paths by which an op is computed on a CPU, its definition in fp64, errors, gradients."""
 import contextlib
 
 import pytest
@@ -9,10 +9,32 @@ from vision_kan.kernels import backend, native
 
 PATHS = ("native", "chunked", "reference", "compile")
 
+BASES_BY_HAND = {"none": lambda u: 0 * u, "identity": lambda u: u, "gelu": lambda u: u * (1 + torch.erf(u / 2 ** 0.5)) / 2,
+                 "silu": lambda u: u / (1 + torch.exp(-u)), "relu": lambda u: u.clamp(min=0),
+                 "relu2": lambda u: u.clamp(min=0) ** 2}
+
+
+def exact_linear(u, weight, grid, h):
+    """The definition of rswaf_linear, in fp64: u [..., I], weight [O, I*G] -> [..., O]."""
+    h = h.double() if isinstance(h, torch.Tensor) else h
+    basis = 1 - torch.tanh((u.double().unsqueeze(-1) - grid.double()) / h) ** 2
+    return torch.einsum("...ig,oig->...o", basis, weight.double().unflatten(1, (-1, grid.numel())))
+
+
+def exact_activation(u, c, points, h, base="none", scale=None):
+    """The definition of rswaf_activation, in fp64, one grid point at a time: u [..., I], c [groups, G] -> [..., I]."""
+    each = u.shape[-1] // c.shape[0]
+    group = torch.arange(u.shape[-1]) // each
+    c, u = c.double()[group], u.double()                # [I, G]
+    y = BASES_BY_HAND[base](u) * (1 if scale is None else scale.double()[group])
+    for k, point in enumerate(points):
+        y = y + c[:, k] * (1 - torch.tanh((u - point) / h) ** 2)
+    return y
+
 
 @contextlib.contextmanager
 def through(path):
-    """Every op is computed by `path`, and the test fails where another one was taken."""
+    """Compute every op by `path`, and fail where another path was taken."""
     if path in ("reference", "compile"):
         kernels.use(path)
         try:

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from helpers import EKAN
+from paths import error
 from scipy.interpolate import BSpline
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -56,13 +57,6 @@ def exact(x, base, spline, scaler, knots, order):
 
 def exact_layer(layer, x):
     return exact(x, layer.base_weight, layer.spline_weight, layer.spline_scaler, layer.grid, layer.spline_order)
-
-
-def error(a, b):
-    """Largest difference relative to the largest value."""
-    assert a.shape == b.shape
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
 # ---------------------------------------------------------------- the basis

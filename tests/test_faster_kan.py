@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from paths import error, exact_linear
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -45,24 +46,10 @@ def layer_of(name="original", n_in=6, n_out=5, dtype=torch.float32):
     return layer.to(dtype)
 
 
-def exact(u, weight, grid, h):
-    """The definition, in fp64: u [..., I], weight [O, I*G] -> [..., O]."""
-    h = h.double() if isinstance(h, torch.Tensor) else h
-    basis = 1 - torch.tanh((u.double().unsqueeze(-1) - grid.double()) / h) ** 2
-    return torch.einsum("...ig,oig->...o", basis, weight.double().unflatten(1, (-1, grid.numel())))
-
-
 def exact_layer(layer, x):
     norm = layer.layernorm
     u = F.layer_norm(x.double(), norm.normalized_shape, norm.weight.double(), norm.bias.double(), norm.eps)
-    return exact(u, layer.spline_linear.weight, layer.rbf.grid, layer.rbf.h)
-
-
-def error(a, b):
-    """Largest difference relative to the largest value."""
-    assert a.shape == b.shape
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+    return exact_linear(u, layer.spline_linear.weight, layer.rbf.grid, layer.rbf.h)
 
 
 def tolerance(name, dtype):
@@ -170,7 +157,7 @@ def test_inputs_of_1e4_stay_finite(name, dtype):
     leaves = [p for p in (u, weight, grid, h) if isinstance(p, nn.Parameter) or p is u]
     grads = torch.autograd.grad(y, leaves, torch.full_like(y, 100))
     assert y.isfinite().all() and all(g.isfinite().all() for g in grads)
-    assert error(y, exact(u, weight, grid, h)) < 8 * TOLERANCE[dtype]
+    assert error(y, exact_linear(u, weight, grid, h)) < 8 * TOLERANCE[dtype]
     assert grads[0][:, :3].abs().max() < 1e-4       # no bump reaches there, so no slope
     with torch.no_grad():                           # and a LayerNorm that scales up to 1e4
         layer.layernorm.weight.fill_(1e4)

@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from paths import error, gradients, saved
+from paths import BASES_BY_HAND, error, exact_activation, gradients, saved
 from timm.layers import Mlp
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -15,17 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import models_kan  # noqa: F401  (registers the models)
 from vision_kan.kernels import BASES
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
-
-
-def exact(u, c, points, h):
-    """The definition in fp64, a number at a time in the grid: u [..., I], c [groups, G]."""
-    each = u.shape[-1] // c.shape[0]
-    group = torch.arange(u.shape[-1]) // each
-    c, u = c.double()[group], u.double()                # [I, G]
-    y = torch.zeros_like(u)
-    for k, point in enumerate(points):
-        y = y + c[:, k] * (1 - torch.tanh((u - point) / h) ** 2)
-    return y
 
 
 def phi_of(channels=16, seed=0, dtype=torch.float32, **kwargs):
@@ -53,22 +42,17 @@ def kan_of(seed=0, dtype=torch.float32, **kwargs):
 
 
 # ---------------------------------------------------------------- the activation
-BY_HAND = {"identity": lambda u: u, "gelu": lambda u: u * (1 + torch.erf(u / 2 ** 0.5)) / 2,
-           "silu": lambda u: u / (1 + torch.exp(-u)), "relu": lambda u: u.clamp(min=0),
-           "relu2": lambda u: u.clamp(min=0) ** 2}
-
-
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("base", BASES)
 def test_every_base(base, trainable):
-    assert BY_HAND.keys() == BASES.keys()
+    assert BASES_BY_HAND.keys() == {"none", *BASES}
     phi = phi_of(base=base, groups=4, trainable_base=trainable, dtype=torch.float64)
     u, dy = (torch.randn(40, 16, dtype=torch.float64) * 2 for _ in range(2))
     u.requires_grad_()
 
     def by_hand():
         s = phi.scale[torch.arange(16) // 4] if trainable else 1.0
-        return s * BY_HAND[base](u) + exact(u, phi.coefficients, phi.points, phi.h)
+        return s * BASES_BY_HAND[base](u) + exact_activation(u, phi.coefficients, phi.points, phi.h)
 
     leaves = [u, *phi.parameters()]
     assert len(leaves) == 3 if trainable else len(leaves) == 2
@@ -124,7 +108,7 @@ def test_what_cannot_be_built(kwargs, words):
 def test_the_narrowest_width_that_is_allowed_is_exact():
     phi = phi_of(16, h=0.3, groups=2, dtype=torch.float64)
     u = torch.linspace(-8, 8, 160, dtype=torch.float64).reshape(10, 16)
-    want = F.gelu(u) + exact(u, phi.coefficients, phi.points, 0.3)
+    want = F.gelu(u) + exact_activation(u, phi.coefficients, phi.points, 0.3)
     assert (phi(u) - want).abs().max() < 1e-7
 
 
@@ -161,9 +145,9 @@ def test_another_base_takes_the_place_of_gelu():
 def test_the_formula():
     """y = W2 phi2(W1 phi1(n) + b1) + b2."""
     kan, n = kan_of(dtype=torch.float64), torch.randn(7, 16, dtype=torch.float64)
-    z = n + exact(n, kan.phi1.coefficients, kan.phi1.points, kan.phi1.h)
+    z = n + exact_activation(n, kan.phi1.coefficients, kan.phi1.points, kan.phi1.h)
     v = z @ kan.fc1.weight.T + kan.fc1.bias
-    z = BY_HAND["gelu"](v) + exact(v, kan.phi2.coefficients, kan.phi2.points, kan.phi2.h)
+    z = BASES_BY_HAND["gelu"](v) + exact_activation(v, kan.phi2.coefficients, kan.phi2.points, kan.phi2.h)
     assert error(kan(n), z @ kan.fc2.weight.T + kan.fc2.bias) < 1e-12
 
 

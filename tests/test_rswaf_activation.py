@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from paths import PATHS, error, gradients, saved, through
+from paths import BASES_BY_HAND, PATHS, error, exact_activation, gradients, saved, through
 from torch.utils.checkpoint import checkpoint
 
 from vision_kan.kernels import BASES, backend, native, rswaf_activation, rswaf_activation_reference
@@ -25,25 +25,11 @@ GRIDS = {
     "the narrowest": (-1.0, 1.0, 16, 0.1),
 }
 UNEVEN = (-1.7, -1.5, 0.1, 2.3, 2.4)
-BY_HAND = {"none": lambda u: 0 * u, "identity": lambda u: u, "gelu": lambda u: u * (1 + torch.erf(u / 2 ** 0.5)) / 2,
-           "silu": lambda u: u / (1 + torch.exp(-u)), "relu": lambda u: u.clamp(min=0),
-           "relu2": lambda u: u.clamp(min=0) ** 2}
 
 
 def points_of(name):
     low, high, count, h = GRIDS[name]
     return tuple(torch.linspace(low, high, count, dtype=torch.float64).tolist()), h
-
-
-def exact(u, c, points, h, base="none", scale=None):
-    """The definition in fp64, a grid point at a time: u [..., I], c [groups, G]."""
-    each = u.shape[-1] // c.shape[0]
-    group = torch.arange(u.shape[-1]) // each
-    c, u = c.double()[group], u.double()                # [I, G]
-    y = BY_HAND[base](u) * (1 if scale is None else scale.double()[group])
-    for k, point in enumerate(points):
-        y = y + c[:, k] * (1 - torch.tanh((u - point) / h) ** 2)
-    return y
 
 
 def inputs(name, shape, groups, dtype=torch.float64, seed=0):
@@ -73,26 +59,26 @@ def test_values_and_gradients_are_those_of_the_definition(path, name, dtype):
     u, c, dy = inputs(name, (3, 50, 24), 8, dtype)
     with through(path):
         got = gradients(lambda: rswaf_activation(u, c, points, h), [u, c], dy)
-    want = gradients(lambda: exact(u, c, points, h), [u, c], dy.double())
+    want = gradients(lambda: exact_activation(u, c, points, h), [u, c], dy.double())
     for a, b, factor in zip(got, want, (1, 8, 8), strict=True):
         assert a.dtype == dtype
         assert error(a, b) < factor * tolerance(name, dtype)
 
 
-@pytest.mark.parametrize("base", BY_HAND)
+@pytest.mark.parametrize("base", BASES_BY_HAND)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_every_base_with_a_scale(path, base, dtype):
     if path == "native" and dtype == torch.float64 or path == "compile" and dtype == torch.bfloat16:
         pytest.skip("not computed so")
-    assert set(BY_HAND) == {"none", *BASES}
+    assert set(BASES_BY_HAND) == {"none", *BASES}
     points, h = points_of("the models'")
     u, c, dy = inputs("the models'", (90, 21), 3, dtype)
     s = torch.tensor([0.5, 1.0, 1.5], dtype=dtype, requires_grad=True)
     leaves = [u, c] if base == "none" else [u, c, s]
     with through(path):
         got = gradients(lambda: rswaf_activation(u, c, points, h, base, s), leaves, dy)
-    want = gradients(lambda: exact(u, c, points, h, base, s), leaves, dy.double())
+    want = gradients(lambda: exact_activation(u, c, points, h, base, s), leaves, dy.double())
     assert all(error(a, b) < 8 * TOLERANCE[dtype] for a, b in zip(got, want, strict=True))
 
 
@@ -105,7 +91,7 @@ def test_half_precision_inputs_with_float32_coefficients(path, dtype):
     u, dy, c = u.detach().to(dtype).requires_grad_(), dy.to(dtype), c.detach().float().requires_grad_()
     with through(path):
         y, du, dc = gradients(lambda: rswaf_activation(u, c, points, h), [u, c], dy)
-    want = gradients(lambda: exact(u, c, points, h), [u, c], dy.double())
+    want = gradients(lambda: exact_activation(u, c, points, h), [u, c], dy.double())
     assert (y.dtype, du.dtype, dc.dtype) == (dtype, dtype, torch.float32)
     assert error(y, want[0]) < TOLERANCE[dtype] and error(du, want[1]) < TOLERANCE[dtype]
     assert error(dc, want[2]) < 1e-5
@@ -138,7 +124,7 @@ def test_shapes(path, shape, groups):
     u, c, dy = inputs("the models'", shape, groups or shape[-1], torch.float32)
     with through(path):
         got = gradients(lambda: rswaf_activation(u, c, points, h, "gelu"), [u, c], dy)
-    want = gradients(lambda: exact(u, c, points, h, "gelu"), [u, c], dy.double())
+    want = gradients(lambda: exact_activation(u, c, points, h, "gelu"), [u, c], dy.double())
     assert got[0].shape == got[1].shape == shape
     assert all(error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
     assert 0 not in shape or got[2].abs().max() == 0
@@ -169,9 +155,9 @@ def test_non_contiguous_inputs_and_gradients(path, make):
     with through(path):
         got = gradients(lambda: rswaf_activation(u, c, points, h), [base, c], dy)
         total = torch.autograd.grad(rswaf_activation(u, c, points, h).sum(), base)[0]       # sum's gradient has strides 0
-    want = gradients(lambda: exact(u, c, points, h), [base, c], dy.double())
+    want = gradients(lambda: exact_activation(u, c, points, h), [base, c], dy.double())
     assert all(error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
-    assert error(total, torch.autograd.grad(exact(u, c, points, h).sum(), base)[0]) < 1e-5
+    assert error(total, torch.autograd.grad(exact_activation(u, c, points, h).sum(), base)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("path", PATHS[:3])
@@ -187,7 +173,7 @@ def test_inputs_of_1e4_stay_finite(path, name, dtype):
         y, du, dc = gradients(lambda: rswaf_activation(u, c, points, h), [u, c], torch.full((3, 6), 100.0, dtype=dtype))
     assert y.isfinite().all() and du.isfinite().all() and dc.isfinite().all()
     assert y[:, :3].abs().max() < 1e-6 and du[:, :3].abs().max() < 1e-3     # no bump reaches there
-    assert (y.double() - exact(u, c, points, h)).abs().max() < 8 * max(1e-7, TOLERANCE[dtype]) * 5
+    assert (y.double() - exact_activation(u, c, points, h)).abs().max() < 8 * max(1e-7, TOLERANCE[dtype]) * 5
     if dtype != torch.float16:      # whose range 1e8 is beyond
         for base in BASES:
             with through(path):
@@ -207,7 +193,7 @@ def test_a_grid_that_is_not_symmetric_takes_the_pytorch_path():
     u, c, dy = torch.randn(30, 8, requires_grad=True), torch.randn(2, 5, requires_grad=True), torch.randn(30, 8)
     assert backend.resolve("auto", u, 5, UNEVEN, 0.5, "gelu") == "chunked"
     got = gradients(lambda: rswaf_activation(u, c, UNEVEN, 0.5, "gelu"), [u, c], dy)
-    want = gradients(lambda: exact(u, c, UNEVEN, 0.5, "gelu"), [u, c], dy.double())
+    want = gradients(lambda: exact_activation(u, c, UNEVEN, 0.5, "gelu"), [u, c], dy.double())
     assert all(error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
 
 
@@ -273,7 +259,7 @@ def test_used_twice_in_one_graph(path):
     u, c, dy = inputs("the models'", (40, 24), 8, torch.float32)
     with through(path):
         got = gradients(lambda: rswaf_activation(rswaf_activation(u, c, points, h, "gelu"), c, points, h), [u, c], dy)
-    want = gradients(lambda: exact(exact(u, c, points, h, "gelu"), c, points, h), [u, c], dy.double())
+    want = gradients(lambda: exact_activation(exact_activation(u, c, points, h, "gelu"), c, points, h), [u, c], dy.double())
     assert all(error(a, b) < 5e-5 for a, b in zip(got, want, strict=True))
 
 

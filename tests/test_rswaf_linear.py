@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from paths import PATHS, error, gradients, saved, through
+from paths import PATHS, error, exact_linear, gradients, saved, through
 from torch.utils.flop_counter import FlopCounterMode
 
 from faster_kan import RSWAFGrid
@@ -20,13 +20,6 @@ GRIDS = {
     "uneven": torch.tensor([-1.7, -1.5, 0.1, 2.3, 2.4]),
     "uneven and off centre": torch.tensor([0.5, 0.6, 3.0]),
 }
-
-
-def exact(u, weight, grid, h):
-    """The definition, in fp64: u [..., I], weight [O, I*G] -> [..., O]."""
-    h = h.double() if isinstance(h, torch.Tensor) else h
-    basis = 1 - torch.tanh((u.double().unsqueeze(-1) - grid.double()) / h) ** 2
-    return torch.einsum("...ig,oig->...o", basis, weight.double().unflatten(1, (-1, grid.numel())))
 
 
 def inputs(shape, n_out, dtype=torch.float32, n_grid=8, h=0.6, seed=0):
@@ -48,7 +41,7 @@ def test_values_and_gradients_are_those_of_the_definition(path, dtype, n_grid, h
     u, weight, grid, _, dy = inputs((3, 11, 21), 45, dtype, n_grid)
     with through(path):
         got = gradients(lambda: rswaf_linear(u, weight, grid, h, True), [u, weight], dy)
-    want = gradients(lambda: exact(u, weight, grid, h), [u, weight], dy.double())
+    want = gradients(lambda: exact_linear(u, weight, grid, h), [u, weight], dy.double())
     clamped = 1e-9 if n_grid == 16 and path == "chunked" else 0     # its exponential, at 2^60, for the widest of grids
     for a, b, factor in zip(got, want, (1, 8, 8), strict=True):
         assert a.dtype == dtype and error(a, b) < factor * (TOLERANCE[dtype] + clamped)
@@ -61,7 +54,7 @@ def test_shapes(path, shape, n_out):
     u, weight, grid, h, dy = inputs(shape, n_out)
     with through(path):
         got = gradients(lambda: rswaf_linear(u, weight, grid, h, True), [u, weight], dy)
-    want = gradients(lambda: exact(u, weight, grid, h), [u, weight], dy.double())
+    want = gradients(lambda: exact_linear(u, weight, grid, h), [u, weight], dy.double())
     assert got[0].shape == (*shape[:-1], n_out)
     assert all(error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
     assert 0 not in shape or got[2].abs().max() == 0
@@ -78,9 +71,9 @@ def test_non_contiguous_inputs_and_gradients(path, make):
     with through(path):
         got = gradients(lambda: rswaf_linear(u, weight, grid, h, True), [base, weight], dy)
         total = torch.autograd.grad(rswaf_linear(u, weight, grid, h, True).sum(), base)[0]
-    want = gradients(lambda: exact(u, weight, grid, h), [base, weight], dy.double())
+    want = gradients(lambda: exact_linear(u, weight, grid, h), [base, weight], dy.double())
     assert all(error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
-    assert error(total, torch.autograd.grad(exact(u, weight, grid, h).sum(), base)[0]) < 1e-5
+    assert error(total, torch.autograd.grad(exact_linear(u, weight, grid, h).sum(), base)[0]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -90,7 +83,7 @@ def test_autocast_rounds_the_basis_and_the_weight_only(path, dtype):
     if path == "native" and dtype == torch.float16:
         pytest.skip("the C++ kernels know float32 and bfloat16")
     u, weight, grid, h, dy = inputs((400, 24), 16)
-    want = gradients(lambda: exact(u, weight, grid, h), [u, weight], dy.double())
+    want = gradients(lambda: exact_linear(u, weight, grid, h), [u, weight], dy.double())
     with through(path):
         with torch.autocast("cpu", dtype):
             y = rswaf_linear(u, weight, grid, h, True)
@@ -108,7 +101,7 @@ def test_inputs_of_1e4_stay_finite(path, dtype):
     _, weight, grid, h, dy = inputs((3, 6), 5, dtype)
     with through(path):
         got = gradients(lambda: rswaf_linear(u, weight, grid, h, True), [u, weight], dy)
-    want = gradients(lambda: exact(u, weight, grid, h), [u, weight], dy.double())
+    want = gradients(lambda: exact_linear(u, weight, grid, h), [u, weight], dy.double())
     assert all(a.isfinite().all() and error(a, b) < 8 * TOLERANCE[dtype] for a, b in zip(got, want, strict=True))
     assert got[1][:, :3].abs().max() < 1e-4         # no bump reaches there, so no slope
 
@@ -136,7 +129,7 @@ def test_used_twice_in_one_graph(path):
     u, weight, grid, h, dy = inputs((40, 6), 6)
     with through(path):
         got = gradients(lambda: rswaf_linear(rswaf_linear(u, weight, grid, h, True), weight, grid, h, True), [u, weight], dy)
-    want = gradients(lambda: exact(exact(u, weight, grid, h), weight, grid, h), [u, weight], dy.double())
+    want = gradients(lambda: exact_linear(exact_linear(u, weight, grid, h), weight, grid, h), [u, weight], dy.double())
     assert all(error(a, b) < 5e-5 for a, b in zip(got, want, strict=True))
 
 
@@ -153,7 +146,7 @@ def test_frozen_parameters_and_inputs(path):
 def test_which_inputs_the_kernels_take():
     """What they do not know is computed by the PyTorch path, to the same result."""
     u, weight, grid, h, dy = inputs((40, 6), 5)
-    want = gradients(lambda: exact(u, weight, grid, h), [u, weight], dy.double())
+    want = gradients(lambda: exact_linear(u, weight, grid, h), [u, weight], dy.double())
     for form in (False, True):
         got = gradients(lambda form=form: rswaf_linear(u, weight, grid, h, form), [u, weight], dy)
         assert all(error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
@@ -237,7 +230,7 @@ def test_gradcheck_of_a_wide_grid():
 def test_both_forms_are_the_same_function_far_outside_the_grid_too(single_exp):
     u = torch.linspace(-40, 40, 4001, dtype=torch.float64)[:, None].requires_grad_()
     grid, weight = torch.linspace(-2, 2, 8, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
-    y, want = rswaf_linear(u, weight, grid, 0.33, single_exp), exact(u, weight, grid, 0.33)
+    y, want = rswaf_linear(u, weight, grid, 0.33, single_exp), exact_linear(u, weight, grid, 0.33)
     assert (y - want).abs().max() < 1e-11       # absolute: 1 - tanh^2 has no tails to be compared with
     for a, b in zip(torch.autograd.grad(y.sum(), u), torch.autograd.grad(want.sum(), u), strict=True):
         assert (a - b).abs().max() < 1e-10
@@ -280,7 +273,7 @@ def test_chunks_cover_all_tokens_and_hold_to_the_limit(monkeypatch):
 def test_the_reference_is_the_definition_with_all_of_its_tails():
     u, grid = torch.linspace(-5, 5, 101, dtype=torch.float64)[:, None], torch.tensor([-1.0, 1.0]).double()
     weight = torch.randn(2, 2, dtype=torch.float64)
-    assert error(rswaf_linear_reference(u, weight, grid, 0.4), exact(u, weight, grid, 0.4)) < 1e-13
+    assert error(rswaf_linear_reference(u, weight, grid, 0.4), exact_linear(u, weight, grid, 0.4)) < 1e-13
     far = torch.tensor([[30.0]])
     tail = rswaf_basis(far, torch.tensor([0.0]), 1.0)
     assert float(tail) == pytest.approx(4 * math.exp(-60), rel=1e-5)        # 1 - tanh^2 is 0 here
