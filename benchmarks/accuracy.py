@@ -483,7 +483,7 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-# The rows of the README's picture, and their names there.
+# The rows of the picture in docs/results.md, and their names there.
 PLAIN_NAMES = {"gkan": "group KAN", "relu2": "MLP, squared ReLU", "mlp": "MLP, GELU", "kan": "full-edge KAN, repaired",
                "ekan": "efficient-KAN", "kan-original": "full-edge KAN, original"}
 
