@@ -143,11 +143,13 @@ def test_a_training_whose_names_the_output_lacks(run):
     assert "データ" in (out / "args.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_sentence_on_a_name_that_the_output_lacks(tmp_path):
     done = command_line("--data-path", tmp_path / "猫", PYTHONIOENCODING="cp1252")
     assert done.returncode == 2 and r"\u732b" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_tools_whose_names_the_output_lacks(run):
     out, data = run
     given = out / "checkpoint.pth", "--device", "cpu"
@@ -181,8 +183,9 @@ def unread(script: str, *words, unbuffered: bool = False, into: str = "stdout") 
 
 
 @pytest.mark.parametrize("script, words, code", [
-    ("main.py", ["--list-models"], 141), ("main.py", ["--help"], None), ("tools/runs.py", ["RUN"], 141),
-    ("tools/predict.py", ["RUN/checkpoint.pth", "DATA", "--device", "cpu"], 141)], ids=str)
+    pytest.param("main.py", ["--list-models"], 141, marks=pytest.mark.slow), ("main.py", ["--help"], None),
+    ("tools/runs.py", ["RUN"], 141),
+    pytest.param("tools/predict.py", ["RUN/checkpoint.pth", "DATA", "--device", "cpu"], 141, marks=pytest.mark.slow)], ids=str)
 def test_a_reader_that_has_left(script, words, code, run):
     words = [word.replace("RUN", str(run[0])).replace("DATA", str(run[1])) for word in words]
     ended, err = unread(script, *words, unbuffered=code is None)

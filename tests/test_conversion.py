@@ -35,8 +35,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name, size", [
-    ("deit_tiny_patch16_224", 224), ("deit_small_patch16_224", 224), ("deit_base_patch16_224", 224),
-    ("deit_tiny_distilled_patch16_224", 224), ("deit_base_patch16_384", 384), ("deit3_small_patch16_224", 224)])
+    ("deit_tiny_patch16_224", 224), ("deit_small_patch16_224", 224),
+    pytest.param("deit_base_patch16_224", 224, marks=pytest.mark.slow), ("deit_tiny_distilled_patch16_224", 224),
+    pytest.param("deit_base_patch16_384", 384, marks=pytest.mark.slow), ("deit3_small_patch16_224", 224)])
 def test_a_group_kan_computes_what_the_mlp_did(name, size):
     """Every family of DeiT, two blocks of it: each block is converted alike."""
     source = trained(f"{name}_ViT", depth=2)

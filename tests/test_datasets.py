@@ -1413,6 +1413,7 @@ def shoot(parent, numbers, until):
     return count
 
 
+@pytest.mark.slow
 def test_workers_ignore_the_signals_that_ask_a_run_to_stop_from_their_first_moment(tmp_path):
     def train():
         process = multiprocessing.get_context("fork").Process(

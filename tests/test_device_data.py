@@ -161,8 +161,9 @@ def test_random_erasing_is_distributed_as_timms(mode, count):
 
 
 @pytest.mark.parametrize("words", [
-    ("--src",), ("--input-size", "40", "--train-interpolation", "random"), ("--color-jitter", "0.4"),
-    ("--ThreeAugment",)], ids=str)
+    pytest.param(("--src",), marks=pytest.mark.slow),
+    pytest.param(("--input-size", "40", "--train-interpolation", "random"), marks=pytest.mark.slow),
+    ("--color-jitter", "0.4"), pytest.param(("--ThreeAugment",), marks=pytest.mark.slow)], ids=str)
 def test_batches_are_distributed_as_the_loaders(data, words):
     """Mean, deviation, quantiles and differences of neighbouring pixels over 4 epochs of one small data set."""
     ours, theirs = loaders(data, *words), build_loaders(flags(data, *words), CPU)

@@ -86,7 +86,7 @@ def test_torchrun_of_two_equals_one_process_of_twice_the_batch(data, tmp_path):
     assert max((one["model"][key] - before[key]).abs().max() for key in before) > 0.01      # there was much to differ in
 
 
-@pytest.mark.parametrize("model", [NANO, "vit_nano_patch8_32_GKAN"])
+@pytest.mark.parametrize("model", [pytest.param(NANO, marks=pytest.mark.slow), "vit_nano_patch8_32_GKAN"])
 def test_the_processes_agree_on_the_weights(model, data, tmp_path):
     out = finish(launch(tmp_path, *QUICK, "--epochs", 1, "--data-path", data, "--batch-size", 8, "--repeated-aug",
                         "--drop", 0.1, "--lr", 0.1, "--model", model, "--output_dir", tmp_path / "out",
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(data, tmp_path):
 
 
 # ---------------------------------------------------------------- evaluation
-@pytest.mark.parametrize("images", [7, 8, 9, 1])
+@pytest.mark.parametrize("images", [7, pytest.param(8, marks=slow), pytest.param(9, marks=slow), 1])
 def test_evaluation_is_exact_for_any_number_of_images(images, data, tmp_path, capsys):
     """Also where the second process has none."""
     folder = tmp_path / "data"

@@ -183,7 +183,12 @@ def run_tool(name: str, words: list[str], ground: dict[str, str]) -> None:
     assert load("tools", name).main(filled(words, ground)) == 0
 
 
-@pytest.mark.parametrize("page, command", commands(), ids=lambda value: value[:60])
+# Seconds each; the tests of these tools are run every time.
+LONG = re.compile(r"tools/(prune|symbolic|export|evaluate|inspect_kan)\.py")
+
+
+@pytest.mark.parametrize("page, command", [pytest.param(*each, marks=pytest.mark.slow if LONG.search(each[1]) else ())
+                                           for each in commands()], ids=lambda value: value[:60])
 def test_command(page, command, ground, folders, monkeypatch):
     monkeypatch.chdir(folders(page))
     if "--track" in command:

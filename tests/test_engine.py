@@ -509,7 +509,7 @@ def test_when_an_update_may_be_read_late():
     assert can_defer_readback(state_of(resnet, "--opt", "adamw"), cuda)
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_float16_skips_are_survived_and_a_run_of_them_is_not(late, monkeypatch):
     monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device: late)
     state = state_of(nano(), "--model-ema", "--model-ema-decay", 0.5, "--momentum", 0.9, dtype=torch.float16)

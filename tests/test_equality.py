@@ -83,6 +83,7 @@ def counts(result: dict) -> tuple[int, ...]:
     return images, result["unreadable"], *right
 
 
+@pytest.mark.slow
 def test_evaluation_is_exact_for_every_data_set_size_and_number_of_processes(tmp_path):
     """Sizes below the number of processes included: some of them then have no image."""
     (alone,) = evaluations(1, False, tmp_path)

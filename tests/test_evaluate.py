@@ -195,6 +195,7 @@ def test_the_files(trained_run, report):
     assert report["model"] == "vit_nano_patch8_32_GKAN" and report["data_path"] == str(data) and report["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_the_default_place(trained_run, capsys):
     folder, data, broken = trained_run
     words = [str(folder / "best_checkpoint.pth"), "--data-path", str(data), "--device", "cpu", "--num_workers", "0"]
@@ -234,7 +235,8 @@ def random_tally(classes, images=2000):
     return tally
 
 
-@pytest.mark.parametrize("classes, cells, labels", [(2, 2, 2), (10, 10, 10), (41, 41, 21), (101, 51, 26), (1000, 100, 34)])
+@pytest.mark.parametrize("classes, cells, labels", [(2, 2, 2), (10, 10, 10), (101, 51, 26),
+    pytest.param(41, 41, 21, marks=pytest.mark.slow), pytest.param(1000, 100, 34, marks=pytest.mark.slow)])
 def test_every_number_of_classes_has_a_readable_matrix(classes, cells, labels, tmp_path):
     tally = random_tally(classes)
     with plt.rc_context({"text.parse_math": False}):

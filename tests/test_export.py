@@ -89,6 +89,7 @@ def result_in(folder: Path) -> str:
     return " ".join((folder / "README.md").read_text().partition("## Results")[2].partition("## Model")[0].split())
 
 
+@pytest.mark.slow
 def test_the_card_has_the_figure_of_the_exported_weights_alone(trained_run, tmp_path, capsys):
     file, data = trained_run
     assert run("--eval", "--resume", file, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
