@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,11 @@ FLOORS = ["vision_kan.common", "vision_kan.kernels", "vision_kan.config", "visio
 EVERYDAY = {"main", "engine", "datasets", "losses", "samplers", "utils"}      # names that any program may have
 
 
+@cache
+def import_nodes(source: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def room(module: str) -> str:
     return ".".join(module.split(".")[:2 if module.startswith("vision_kan.") else 1])
 
@@ -28,10 +34,10 @@ def imports(root: Path) -> dict[str, set[str]]:
     found = {}
     for module, path in files.items():
         names = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in import_nodes(path.read_text()):
             if isinstance(node, ast.ImportFrom):
                 names |= {part if (part := f"{node.module}.{alias.name}") in files else node.module for alias in node.names}
-            elif isinstance(node, ast.Import):
+            else:
                 names |= {alias.name for alias in node.names}
         found[module] = names & files.keys() - {module}
     return found
@@ -41,10 +47,9 @@ def imported_tests(root: Path) -> list[str]:
     """What is shared stands beside the tests, so that a test file can be moved, run or deleted alone."""
     said = []
     for path in root.glob("tests/*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-                said += [f"{path.name} imports the test {name}" for name in names if name.split(".")[-1].startswith("test_")]
+        for node in import_nodes(path.read_text()):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            said += [f"{path.name} imports the test {name}" for name in names if name.split(".")[-1].startswith("test_")]
     return said
 
 

@@ -40,6 +40,7 @@ def checkpoint(tmp_path_factory):
     return folder / "run" / "checkpoint.pth"
 
 
+@pytest.mark.slow
 def test_from_another_program(checkpoint, tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(checkpoint), str(tmp_path / "y.pt"), str(tmp_path)], cwd=tmp_path,
                           capture_output=True, text=True, timeout=200)
@@ -65,6 +66,7 @@ def test_a_checkpoint_tells_its_images_and_classes(checkpoint):
         hubconf.checkpoint("nowhere.pth")
 
 
+@pytest.mark.slow
 def test_dependencies_are_what_is_imported():
     """Every package beside the standard library that our modules import when they are loaded, in a program of their own."""
     program = ("import sys, hubconf, vision_kan.run.trained; "

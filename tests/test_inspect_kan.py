@@ -115,12 +115,14 @@ def test_a_group_kan_on_its_data(places, tmp_path, capsys):
         assert rows[name][-1] == "0 of 8 groups"
 
 
+@pytest.mark.slow
 def test_the_same_twice(places, tmp_path):
     for name in ("a", "b"):
         assert inspected(places / "KAN/checkpoint.pth", "--data-path", places / "data", *ONE, "--output", tmp_path / name) == 0
     assert (tmp_path / "a/report.html").read_bytes() == (tmp_path / "b/report.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_images_that_are_named(places, tmp_path):
     """They are let through, and looked at."""
     images = sorted((places / "data/val/digit1").iterdir())[:2]
@@ -147,6 +149,7 @@ def test_without_any_image(places, tmp_path, monkeypatch):
     assert default_output("https://a.b/c/deit.pth?x=1", "_inspect") == Path("deit_inspect")
 
 
+@pytest.mark.slow
 def test_before_and_after(places, tmp_path, monkeypatch):
     """One epoch earlier beside the last: pictures of the same scale, both tables."""
     heights = []
@@ -171,6 +174,7 @@ def test_before_and_after(places, tmp_path, monkeypatch):
     assert ours == theirs and list(ours) == ["blocks.0.mlp.phi1", "blocks.0.mlp.phi2"]
 
 
+@pytest.mark.slow
 def test_a_kan_beside_its_mlp_twin(places, tmp_path):
     assert inspected(places / "ViT/checkpoint.pth", "--compare", places / "KAN/checkpoint.pth", "--data-path", places / "data",
                      "--output", tmp_path) == 0
@@ -181,6 +185,7 @@ def test_a_kan_beside_its_mlp_twin(places, tmp_path):
     assert len([row for row in page.rows if row[0].endswith(".layers.1")]) == 4
 
 
+@pytest.mark.slow
 def test_the_moving_average(places, tmp_path):
     for weights in ("model", "model_ema"):
         assert inspected(places / "GKAN/checkpoint.pth", "--weights", weights, *ONE, "--output", tmp_path / weights) == 0

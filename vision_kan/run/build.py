@@ -231,7 +231,7 @@ def model_table() -> str:
     """--list-models: names, parameters and FLOPs of this project's models at their own size."""
     lines = [f"{'model':42}{'parameters':>14}{'matmul GFLOPs':>16}{'elementwise GFLOPs':>20}"]
     for name in models_kan.registered_models():
-        model = timm.create_model(name, device="meta")
+        model = timm.create_model(name, device="meta", weight_init="skip")      # a quarter of the time
         flops = count_flops(model)
         lines.append(f"{name:42}{count_parameters(model):>14,}{flops.matmul / 1e9:>16.3f}"
                      f"{flops.elementwise / 1e9:>20.4f}")
