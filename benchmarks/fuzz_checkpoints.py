@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch
-from e2e import NANO, QUICK, differences, run, write_digits
+from e2e import QUICK, run, write_digits
+from helpers import NANO, differences
 from hostile_checkpoints import Hostile, hostile_files
 from timing import machine
 

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import torch
-from e2e import Run, differences, launch, left
+from e2e import Run, launch, left
+from helpers import differences
 from timing import machine
 
 from vision_kan.common.errors import EXIT_PREEMPTED

@@ -205,18 +205,6 @@ def left(folder: Path) -> dict:
             "scalars": {tag: points for tag, points in scalars(folder).items() if tag not in TIMES}}
 
 
-def differences(a, b, path: str = "") -> list[str]:
-    """Where two nests of dictionaries, lists, tensors and plain values differ, bit by bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = [f"{path}.{key}" for key in a.keys() ^ b.keys()]
-        return found + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{path}.{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
-    return [] if type(a) is type(b) and a == b else [path]
-
-
 def close(a: dict, b: dict) -> None:
     """The weights and averages of two checkpoints are equal to rounding."""
     for key in ("model", "model_ema"):

@@ -1,5 +1,7 @@
-"""Shared by many test files, without the models and the program: names, sentences, forks, a folder's files, flags."""
+"""Shared by many test files, without the models and the program: names, sentences, forks, files, flags, comparisons, waiting."""
+import json
 import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from vision_kan.common.errors import UserError
 from vision_kan.config.flags import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
+DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())       # its flags
 NANO, GKAN, EKAN, TWIN = (f"vit_nano_patch8_32_{suffix}" for suffix in ("KAN", "GKAN", "EKAN", "ViT"))
 RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"      # of the original Vision-KAN
 needs_released = pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
@@ -59,3 +62,24 @@ def make_args(data_path="", **changes):
     return args
 
 
+def differences(a, b, path: str = "") -> list[str]:
+    """Where two nests of dictionaries, lists, tensors and plain values differ, bit by bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    if isinstance(a, dict) and isinstance(b, dict):
+        found = [f"{path}.{key}" for key in a.keys() ^ b.keys()]
+        return found + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{path}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    return [] if type(a) is type(b) and a == b else [path]
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{condition} not within {seconds:g} s"
+        time.sleep(0.01)
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    wait_until(path.exists, seconds)

@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from e2e import at, checkpoint, differences, log, trained, write_digits
+from e2e import at, checkpoint, log, trained, write_digits
+from helpers import differences
 from recorded import K, Net, Reading, RecordedGraphs, assert_same, batches, evaluation, flags, run, state_of, updater_of
 from timm.data import Mixup
 from torch import nn

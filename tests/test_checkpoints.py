@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from e2e import differences
-from helpers import RELEASED, ROOT, epochs, forked, needs_released, sentence
+from helpers import RELEASED, ROOT, differences, epochs, forked, needs_released, sentence
 from safetensors.torch import save_file
 
 from vision_kan.checkpoints.checkpoint import Checkpoint

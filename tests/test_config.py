@@ -1,6 +1,5 @@
 """Flags, recipes, value checks, and what a checkpoint fills in."""
 import copy
-import json
 import re
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import timm
 import torch._inductor
 import yaml
 from e2e import write_digits
-from helpers import ROOT, sentence
+from helpers import DEIT, ROOT, sentence
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -29,8 +28,6 @@ from vision_kan.config.flags import FLAGS, GROUPS, get_args_parser
 from vision_kan.config.recipes import dump_yaml
 from vision_kan.config.resolve import Config, describe_sources, parse_args, resolve
 from vision_kan.run import tracking
-
-DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from e2e import QUICK, Run, checkpoint, command_line, log, write_digits
-from helpers import ROOT
+from helpers import ROOT, wait_for
 
 import engine
 import main as program
@@ -27,13 +26,6 @@ PROGRAMS = [ROOT / "main.py", ROOT / "run_with_submitit.py", *TOOLS]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # A module that stands for one whose import takes long, in the place of the real one.
 SLOW = "import pathlib, time\npathlib.Path({file!r}).touch()\ntime.sleep(100)\n"
-
-
-def wait_for(path: Path, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- Ctrl-C

@@ -3,8 +3,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from e2e import QUICK, differences, run, write_digits
-from helpers import sentence
+from e2e import QUICK, run, write_digits
+from helpers import differences, sentence
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data.random_erasing import RandomErasing

@@ -12,31 +12,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from e2e import (
-    ALIKE,
-    QUICK,
-    Run,
-    checkpoint,
-    close,
-    differences,
-    evaluation,
-    finish,
-    free_port,
-    launch,
-    log,
-    run,
-    write_digits,
-)
-from helpers import NANO, ROOT
+from e2e import ALIKE, QUICK, Run, checkpoint, close, evaluation, finish, free_port, launch, log, run
+from helpers import NANO, ROOT, differences
 
 import engine
 import main as program
 from vision_kan.common.errors import EXIT_FAILED, EXIT_PREEMPTED
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 def torchrun(*argv, options: tuple = (), cwd: Path | None = None, script: Path = ROOT / "main.py") -> subprocess.Popen:

@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers import NANO
+from helpers import NANO, differences
 from models import nano
 from timm.data import Mixup
 from timm.layers import DropPath
@@ -78,17 +78,6 @@ def training_of(state: TrainState, criterion=None, process: Process | None = Non
 
 def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.state_dict().values()]).clone()
-
-
-def same(a, b) -> bool:
-    """Equal to the last bit, whatever is nested in it."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # ---------------------------------------------------------------- training
@@ -219,12 +208,12 @@ def test_moving_average_is_timms_to_the_last_bit(dtype, device):
                 value.add_(torch.randn_like(value) if value.is_floating_point() else 3)
         for average in (ours, theirs):
             average.update(model, step)
-    assert same(dict(ours.module.state_dict()), dict(theirs.module.state_dict()))
+    assert not differences(dict(ours.module.state_dict()), dict(theirs.module.state_dict()))
     assert ours.module[1].num_batches_tracked == 12
     other = deepcopy(model)
     other.load_state_dict({key: 0 * value for key, value in model.state_dict().items()})
     ours.update(other)          # another model's tensors
-    assert not same(dict(ours.module.state_dict()), dict(theirs.module.state_dict()))
+    assert differences(dict(ours.module.state_dict()), dict(theirs.module.state_dict()))
 
 
 @pytest.mark.parametrize("device", [None, "cpu"])
@@ -279,8 +268,8 @@ def test_mixup_is_applied_and_depends_on_seed_epoch_and_step_alone():
     assert all(t.shape == (8, K) and torch.allclose(t.sum(1), torch.ones(8)) for t in targets)
     assert not any(torch.equal(a, b[0]) for a, b in zip(images, original, strict=True))
     np.random.seed(99)
-    assert same(mixed()[0], targets)
-    assert not same(mixed(seed=1)[0], targets) and not same(mixed(epoch=1)[0], targets)
+    assert not differences(mixed()[0], targets)
+    assert differences(mixed(seed=1)[0], targets) and differences(mixed(epoch=1)[0], targets)
     last = mixed(data=[original[0]] * 3)[0]
     assert not torch.equal(last[0], last[1])            # the steps of an epoch differ
 
@@ -482,7 +471,8 @@ def test_an_update_that_is_not_finite_changes_nothing(opt, late, monkeypatch):
     with pytest.raises(NonFinite, match="the loss became nan at step 3 of epoch 0 .*lr 0.001, gradient norm nan"):
         epoch_of(spoiled, batches(6), spoiled_at(3))
     a, b = (to_builtin_types(state.state_dict()) for state in (before, spoiled))
-    assert same(a["model"], b["model"]) and same(a["model_ema"], b["model_ema"]) and same(a["optimizer"], b["optimizer"])
+    for key in ("model", "model_ema", "optimizer"):
+        assert not differences(a[key], b[key])
 
 
 @pytest.mark.parametrize("argv", [("--opt", "adamw"), ("--opt", "sgd", "--momentum", 0.9)])
@@ -495,7 +485,7 @@ def test_read_late_is_the_same_run(argv, monkeypatch):
         epoch_of(state, batches(7), accumulate=2, clip_grad=0.5)
         state.seconds = 0
         states.append(to_builtin_types(state.state_dict()))
-    assert same(*states)
+    assert not differences(*states)
 
 
 def test_when_an_update_may_be_read_late():
@@ -709,7 +699,7 @@ def test_state_goes_through_a_file():
     assert {"model", "optimizer", "lr_scheduler", "scaler", "model_ema", "max_accuracy"} <= saved.keys()
     fresh = state_of(nano(seed=9), "--opt", "adamw", "--model-ema", dtype=torch.float16)
     fresh.load_state_dict(saved)
-    assert same(to_builtin_types(fresh.state_dict()), to_builtin_types(state.state_dict()))
+    assert not differences(to_builtin_types(fresh.state_dict()), to_builtin_types(state.state_dict()))
     state.results = {"model": {"acc1": 50.0, "acc5": 80.0, "images": 8, "data_set": "FOLDER", "split": "validation"}}
     state.position = 16         # within the next epoch its weights are others
     assert through_a_file(state)["results"] == {}
@@ -857,7 +847,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(argv):
     resumed, done = whole.resumed(*argv), len(whole.rates)
     whole.epochs(3)
     resumed.epochs(3)
-    assert same(to_builtin_types(resumed.state.state_dict()), to_builtin_types(whole.state.state_dict()))
+    assert not differences(to_builtin_types(resumed.state.state_dict()), to_builtin_types(whole.state.state_dict()))
     assert resumed.rates == whole.rates[done:] and len(set(whole.rates)) > 1
 
 

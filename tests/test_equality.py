@@ -8,8 +8,8 @@ from queue import Empty
 import pytest
 import torch
 import torch.distributed as dist
-from e2e import ALIKE, QUICK, Run, checkpoint, close, differences, finish, launch, log, recording, write_digits
-from helpers import GKAN, NANO
+from e2e import ALIKE, QUICK, Run, checkpoint, close, finish, launch, log, recording
+from helpers import GKAN, NANO, differences
 from torch import nn
 
 import datasets
@@ -98,11 +98,6 @@ def test_evaluation_is_exact_for_every_data_set_size_and_number_of_processes(tmp
 
 
 # ---------------------------------------------------------------- two processes and one
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
 def recorded(argv: list[str]) -> int:
     """The program; what enters mixup in each process, and its losses, lie beside the output folder after it."""
     with recording() as record:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import timm
-from e2e import differences, evaluation, left, run, write_digits
+from e2e import evaluation, left, run, write_digits
+from helpers import differences
 from timm.models import register_model
 
 # A family's smallest model, and the smallest side of its images that it takes.

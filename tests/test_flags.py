@@ -19,8 +19,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from e2e import QUICK, differences, free_port, run, write_digits
-from helpers import NANO, ROOT, scalars
+from e2e import QUICK, free_port, run, write_digits
+from helpers import DEIT, NANO, differences, scalars
 from PIL import Image
 from torch import nn
 
@@ -32,7 +32,6 @@ from vision_kan.common.process import Process
 from vision_kan.config.flags import FLAGS
 from vision_kan.data import transforms
 
-DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
 GROUPS = "--model vit_nano_patch8_32_GKAN"
 STUDENT = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_kan 8"
 # Nothing random in an image, so that what a flag adds to it stands out.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e import QUICK, at, checkpoint, command_line, differences, log, run, write_digits
-from helpers import GKAN
+from e2e import QUICK, at, checkpoint, command_line, log, run, write_digits
+from helpers import GKAN, differences
 from models import nano
 from recorded import K, Net, Reading, assert_same, batches, evaluation
 from recorded import run as train

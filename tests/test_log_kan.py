@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e import QUICK, checkpoint, differences, launch, left, log, refusal, run, write_digits
-from helpers import forked, scalars
+from e2e import QUICK, checkpoint, launch, left, log, refusal, run
+from helpers import differences, forked, scalars
 from models import learned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,11 +23,6 @@ from vision_kan.run.trained import load_trained
 
 GROUP = ("--model", "vit_nano_patch8_32_GKAN")
 ALL = ("kan_off_grid", "kan_dead_groups", "kan_distance")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 @pytest.fixture(scope="module")

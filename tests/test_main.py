@@ -23,8 +23,8 @@ import pytest
 import timm
 import torch
 import yaml
-from e2e import QUICK, Run, checkpoint, command_line, differences, evaluation, log, refusal, run, write_digits
-from helpers import GKAN, NANO, RELEASED, ROOT, needs_released, scalars
+from e2e import QUICK, Run, checkpoint, command_line, evaluation, log, refusal, run, write_digits
+from helpers import GKAN, NANO, RELEASED, ROOT, differences, needs_released, scalars, wait_for, wait_until
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,11 +39,6 @@ STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "
          "results")
 # A slow average would be the initial model for the length of a test, a low rate would leave the weights alone.
 LEARN = ("--model-ema-decay", "0.8", "--unscale-lr", "--lr", "1e-3")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module")
@@ -296,17 +291,6 @@ def deaf_steps(argv: list[str]) -> int:
         lock(mutex)
 
     return slow_steps(argv, lock_twice)
-
-
-def wait_until(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def wait_for(path: Path, seconds: float = 60) -> None:
-    wait_until(path.exists, seconds)
 
 
 # ---------------------------------------------------------------- learned activations

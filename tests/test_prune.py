@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from e2e import checkpoint, differences, evaluation, run, write_digits
-from helpers import RELEASED, ROOT, names, needs_released
+from e2e import checkpoint, evaluation, run, write_digits
+from helpers import RELEASED, ROOT, differences, names, needs_released
 from models import spread
 from PIL import Image
 from torch.nn import functional as F

@@ -6,7 +6,8 @@ import signal
 import pytest
 import timm
 import torch
-from e2e import QUICK, at, checkpoint, differences, left, log, run, trained, write_digits
+from e2e import QUICK, at, checkpoint, left, log, run, trained
+from helpers import differences
 from timm.optim import list_optimizers
 
 import engine
@@ -35,11 +36,6 @@ WAYS = [
 
 class Killed(BaseException):
     """Ends the program where it is, as SIGKILL does: nothing of it is caught or written."""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from e2e import checkpoint, differences, finish, launch, log, write_digits
-from helpers import NANO, ROOT
+from e2e import checkpoint, finish, launch, log, write_digits
+from helpers import NANO, ROOT, differences
 
 import run_with_submitit
 from run_with_submitit import Trainer, main

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from e2e import checkpoint, differences, finish, free_port, launch, log, write_digits
-from helpers import NANO, ROOT
+from e2e import checkpoint, finish, free_port, launch, log, write_digits
+from helpers import NANO, ROOT, differences
 
 SCRIPT = ROOT / "tools/slurm.sh"
 HANGS = 600         # seconds without an end: no busy machine is so slow, the script waits for what never comes

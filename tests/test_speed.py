@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from e2e import QUICK, checkpoint, run, write_digits
+from e2e import QUICK, checkpoint, run
 from helpers import GKAN, NANO, TWIN
 from models import nano
 from recorded import batches
@@ -38,11 +38,6 @@ MODELS = [TWIN, GKAN, NANO]
 
 def flags(*argv) -> Namespace:
     return parse_args(["--epochs", "3", "--warmup-epochs", "0", *map(str, argv)]).args
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits") / "data")
 
 
 # ---------------------------------------------------------------- waits for the device

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from e2e import QUICK, evaluation, run, write_digits
+from e2e import QUICK, evaluation, run
 from helpers import GKAN, RELEASED, needs_released
 from matplotlib.mathtext import MathTextParser
 from PIL import Image
@@ -122,11 +122,6 @@ def test_an_untrained_activation_is_its_base(base):
     formulas = [fit_symbolic(u, y[:, channel]) for channel in (0, 4)]
     assert {formula.form for formula in formulas} == {"polynomial" if base == "identity" else base}
     torch.testing.assert_close(SymbolicActivation(formulas)(x), phi.reference_forward(x))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 def train(folder: Path, data: Path, *more) -> Path:

@@ -10,8 +10,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from e2e import QUICK, checkpoint, differences, evaluation, launch, log, refusal, run, write_digits
-from helpers import ROOT
+from e2e import QUICK, checkpoint, evaluation, launch, log, refusal, run, write_digits
+from helpers import ROOT, differences
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 

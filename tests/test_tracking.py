@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e import QUICK, Run, log, refusal, run, write_digits
+from e2e import QUICK, Run, log, refusal, run
 
 from vision_kan.common.errors import Preempted
 from vision_kan.common.process import Process
@@ -17,11 +17,6 @@ from vision_kan.run.tracking import About, Tracker
 
 needs = {name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
          for name in tracking.SERVICES}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 def offline(folder: Path) -> dict[str, str]:

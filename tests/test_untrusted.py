@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import pytest
 import torch
-from e2e import differences
+from helpers import differences
 from hostile_checkpoints import executing, hostile_files, repickled, saved
 from torch import nn
 
