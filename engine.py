@@ -28,11 +28,11 @@ from vision_kan.training.updates import Exchange, Requests, StopRequested
 
 # ---------------------------------------------------------------- training
 def train_epochs(training: Training, train: DataLoader, val: DataLoader, hooks: Hooks) -> Iterator[Epoch]:
-    """Train and evaluate one epoch after the other, from `training.state` on. Yields each when the state is that of the next
-    epoch's beginning. Raises what `train_one_epoch` and `evaluate` raise."""
+    """Train and evaluate epoch by epoch, from `training.state` on. Yields each once the state has moved on to the start of the
+    next. Raises what `train_one_epoch` and `evaluate` raise."""
     state = training.state
     sampler: Any = train.sampler
-    by_result = isinstance(state.scheduler, PlateauLRScheduler)     # all other schedules follow the epoch alone
+    by_result = isinstance(state.scheduler, PlateauLRScheduler)     # all other schedules depend on the epoch only
     while state.epoch < training.epochs:
         number = state.epoch
         sampler.set_epoch(number, state.position)
@@ -51,9 +51,9 @@ def train_epochs(training: Training, train: DataLoader, val: DataLoader, hooks: 
 def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dict[str, float]:
     """One pass over `loader`, or the rest of it from state.step on.
 
-    Returns {"loss", "lr", "seconds", "img_per_s"} of all processes together, and "mfu" where the ideal rate is known.
-    Raises StopRequested where a process has asked for the end, and TrainingFailed where loss, gradient or weights are not
-    finite: both on all processes at once, with a state from which a run can resume.
+    Returns {"loss", "lr", "seconds", "img_per_s"} over all processes, and "mfu" if the ideal rate is known.
+    Raises StopRequested if any process asks to stop, and TrainingFailed if loss, gradient or weights are not finite: both on all
+    processes at once, with a state from which a run can resume.
     """
     updater, state, process, criterion = training.updater, training.state, training.process, training.criterion
     net, accumulate = updater.net, training.accumulate
@@ -63,7 +63,7 @@ def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dic
     loss_sum = torch.tensor(state.losses[process.rank] if state.losses else 0., device=device)
     updater.begin(lambda step: training.updates_done(step + 1, len(loader)))
     start = time.perf_counter()
-    began = start - state.seconds       # where nothing had interrupted the epoch
+    began = start - state.seconds       # as if the epoch had not been interrupted
     saved, images_seen, mean = first, 0, None
     shown = progress(batches(loader), steps - first, f"epoch {epoch}", process)
     for step, (images, targets) in zip(range(first, steps), shown):
@@ -102,7 +102,7 @@ def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dic
                             f"{mean:.4f}  lr {lr_of(state.optimizer):.3g}  {rate:.0f} img/s{used}  eta {left}", process)
         hooks.after_step()
     complete_state(training, loss_sum, began)
-    if mean is None:        # resumed at its very end
+    if mean is None:        # resumed after the epoch's last step
         mean = mean_over_processes(loss_sum / max(1, first), process)
     end = time.perf_counter()
     rate = images_seen * process.world_size / (end - start)
@@ -111,10 +111,10 @@ def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dic
 
 
 def complete_state(training: Training, loss_sum: Tensor, began: float) -> None:
-    """Wait for the last update, so that the state has all that a resume needs, the epoch's losses and duration included.
+    """Wait for the last update, so that the state has all that a resume needs, including the epoch's losses and duration.
 
-    began: when the epoch began, as time.perf_counter() counts.
-    Raises TrainingFailed where the weights are not finite, and StopRequested where a process has asked for the end."""
+    began: when the epoch began, by time.perf_counter().
+    Raises TrainingFailed if the weights are not finite, and StopRequested if any process asks to stop."""
     updater, state = training.updater, training.state
     updater.flush()
     if not torch.stack([parameter.isfinite().all() for parameter in state.model.parameters()]).all():
@@ -126,7 +126,7 @@ def complete_state(training: Training, loss_sum: Tensor, began: float) -> None:
 
 
 def steps_left(loader: DataLoader, position: int, process: Process) -> int:
-    """Batches of each process from a position of the epoch's order on."""
+    """Batches per process from a position of the epoch's order on."""
     if not position:
         return len(loader)
     sampler: Any = loader.sampler
@@ -138,15 +138,15 @@ def steps_left(loader: DataLoader, position: int, process: Process) -> int:
 def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtype: torch.dtype = torch.float32,
              shared: bool = False, title: str = "test", requests: Callable[[], Requests] = Requests,
              on_batch: Callable[[Tensor, Tensor, Tensor, Tensor], None] | None = None) -> dict[str, float]:
-    """{"loss", "acc1", "acc5", "images", "unreadable"}: mean cross-entropy, percents, counts.
+    """Evaluate `model`. Returns {"loss", "acc1", "acc5", "images", "unreadable"}: mean cross-entropy, percents, counts.
 
-    Every readable image counts once: unreadable ones come with target -1 and are left out. With `shared` each
-    process has a part of the images and the sums are added up.
+    Every readable image counts once; unreadable ones come with target -1 and are left out.
 
-    requests: called after each batch; a process that has got a signal stops the evaluation on all of them.
-    on_batch: called for each batch with its images, outputs and targets, all of the B' that are readable, and bool [B] which
-        of the loader's these are.
-    Raises StopRequested, on all processes at once."""
+    shared: each process evaluates a part of the images, and the results are those of all.
+    requests: called after each batch; a signal in any process stops the evaluation on all of them.
+    on_batch: called for each batch with the images, outputs and targets of the readable ones, and a mask, bool [B], that says
+        which of the loader's batch these are.
+    Raises StopRequested, on all processes at once; UserError if no image can be read."""
     model.eval()
     device = process.device
     evaluator = ClassificationEvaluator(device)
@@ -177,7 +177,7 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
             on_batch(images, outputs, targets, readable)
         peers.mark(f"a batch of the evaluation ({title})")
         agree()
-    for _ in range(rounds - len(loader)):       # other processes have a batch more
+    for _ in range(rounds - len(loader)):       # other processes have one more batch
         agree()
     counts = torch.tensor([evaluator.num_samples, unreadable], device=device)
     distributed = shared and process.world_size > 1
@@ -192,7 +192,7 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
 
 
 def evaluate_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dict[str, dict[str, float]]:
-    """Evaluate the model ("test") and its moving average, if there is one ("ema_test"), and print a line on each."""
+    """Evaluate the model ("test") and its moving average, if there is one ("ema_test"), and print a line for each."""
     state, process = training.state, training.process
     options: dict[str, Any] = {"amp_dtype": training.amp_dtype, "shared": training.shared_evaluation, "requests": hooks.requests}
     results = {"test": evaluate(state.model, loader, process, **options)}
@@ -204,7 +204,7 @@ def evaluate_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dict
 
 
 def ema_model(state: TrainState, device: torch.device) -> nn.Module:
-    """The averaged model where it can be evaluated: itself, or a copy on `device` if it is kept elsewhere."""
+    """The averaged model on `device`, a copy if it is kept elsewhere."""
     assert state.ema is not None
     module = state.ema.module
     if next(module.parameters()).device == device:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision_kan.kernels import MAX_HALF_RANGE, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
-from vision_kan.layers.feed_forward import EdgeHalf, Half, TwoLayerKAN, ends, widths
+from vision_kan.layers.feed_forward import EdgeHalf, Half, TwoLayerKAN, grid_range_of, widths
 from vision_kan.layers.function_layer import BASIS_FLOPS, SILU_FLOPS, Flops, FunctionLayer
 from vision_kan.layers.least_squares import ridge_solve
 
@@ -30,8 +30,7 @@ torch.fx.wrap("rswaf_linear")      # one call in a graph of torch.fx
 
 # ---------------------------------------------------------------- modules
 class SplineLinear(nn.Module):
-    """The weights of every edge function, [O, I*G]. No `nn.Linear`: timm gives each of those a ViT's
-    initialisation."""
+    """The weights of every edge function, [O, I*G]. Not an `nn.Linear`, which timm would initialise as a ViT's."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None, dtype=None):
         super().__init__()
@@ -57,13 +56,16 @@ def fit_basis(function: Callable[[Tensor], Tensor], grid: Tensor, h: float | Ten
               std: Tensor | float = 1.0, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
     """Coefficients a with sum_k a_k B_k(u) ~ function(mean + std * u) for a standard normal u.
 
-    Least squares by Gauss-Hermite quadrature in float64, with a small ridge that keeps a bounded where bumps
-    overlap so much that they are nearly dependent.
+    Least squares by Gauss-Hermite quadrature in float64. A small ridge keeps `a` bounded if bumps overlap so much that they are
+    nearly dependent.
 
     Args:
-        function: elementwise. grid: [G]. h: width of a bump. mean, std: numbers, or [N] for N fits at once.
+        function: elementwise.
+        grid: [G].
+        h: width of a bump.
+        mean, std: numbers, or [N] for N fits at once.
         ridge: relative to the mean of E[B_k^2].
-    Returns: a [N, G] or [G], and the root mean square error relative to the function's own (N or one number).
+    Returns: a [N, G] or [G], and the root mean square error relative to that of the function, [N] or a scalar.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(200)
     u, w = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
@@ -78,8 +80,8 @@ def fit_basis(function: Callable[[Tensor], Tensor], grid: Tensor, h: float | Ten
 
 
 class StaticNorm(nn.Module):
-    """u = scale * x + shift for each feature, learned: in place of a LayerNorm, whose statistics mix the features
-    of a token. x [..., features]."""
+    """u = scale * x + shift with a learned scale and shift for each feature, x [..., features]. It replaces a LayerNorm, whose
+    statistics mix the features of a token."""
 
     def __init__(self, features: int, device=None, dtype=None):
         super().__init__()
@@ -112,7 +114,7 @@ class RSWAFGrid(nn.Module):
             self.grid = nn.Parameter(grid)
         else:
             self.register_buffer("grid", grid)
-        # Fixed, h is a plain number: in no released checkpoint, and exact in every precision.
+        # A fixed h is a Python number: released checkpoints don't contain it, and it is exact in every precision.
         self.h = nn.Parameter(torch.empty((), device=device, dtype=dtype)) if train_h else h
         self.single_exp = not (train_grid or train_h) and (grid_max - grid_min) / 2 / h <= MAX_HALF_RANGE
         self.reset_parameters()
@@ -128,11 +130,11 @@ class RSWAFGrid(nn.Module):
         return rswaf_basis(u, self.grid.to(u), self.h.to(u) if isinstance(self.h, Tensor) else self.h)
 
     @torch.no_grad()
-    def spread_like(self, old: "RSWAFGrid") -> None:
-        """Where points or width are learned: this grid's number of points, spread as the old one's are."""
+    def resample_from(self, old: "RSWAFGrid") -> None:
+        """Interpolate learned points of another grid to this grid's number of points, and scale a learned width."""
         if isinstance(self.grid, nn.Parameter):
-            places = np.linspace(0, len(old.grid) - 1, len(self.grid))
-            self.grid.copy_(torch.from_numpy(np.interp(places, np.arange(len(old.grid)), old.grid.double().cpu().numpy())))
+            positions = np.linspace(0, len(old.grid) - 1, len(self.grid))
+            self.grid.copy_(torch.from_numpy(np.interp(positions, np.arange(len(old.grid)), old.grid.double().cpu().numpy())))
         if isinstance(self.h, nn.Parameter) and isinstance(old.h, Tensor):
             self.h.copy_(old.h * (len(old.grid) - 1) / (len(self.grid) - 1))
 
@@ -148,9 +150,10 @@ class FasterKANLayer(FunctionLayer):
         h: width of a bump (original: 0.33); None: the spacing of the grid.
         train_grid, train_h: learn grid points, width.
         norm: "layer" (original), "static" (a learned scale and shift of each feature) or "none".
-        bias: add a bias. base_branch: add a linear map of silu(u), as the KAN paper does.
-        init_as: a key of `FITTED`: the layer begins as a random linear map of that function; None: Xavier's
-            uniform distribution over the spline's weights (original).
+        bias: add a bias.
+        base_branch: add a linear map of silu(u), as the KAN paper does.
+        init_as: a key of `INIT_FUNCTIONS`: the layer begins as a random linear map of that function; None: the spline's weights
+            are Xavier-uniform (original).
         eps: of the LayerNorm.
     """
 
@@ -179,7 +182,7 @@ class FasterKANLayer(FunctionLayer):
 
     def _init_spline(self) -> None:
         if self.init_as is not None and not self.rbf.grid.is_meta:
-            coefficients, _ = fit_basis(FITTED[self.init_as], self.rbf.grid, self.rbf.h)
+            coefficients, _ = fit_basis(INIT_FUNCTIONS[self.init_as], self.rbf.grid, self.rbf.h)
             self.spline_linear.init_as_mlp(coefficients)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,7 +200,7 @@ class FasterKANLayer(FunctionLayer):
         return rbf.num_grids, tuple(torch.linspace(rbf.grid_min, rbf.grid_max, rbf.num_grids, device="cpu").tolist()), rbf.h
 
     def reference_forward(self, x: Tensor) -> Tensor:
-        """The same function through plain PyTorch and its autograd."""
+        """The same function in PyTorch's own operations."""
         u = self.layernorm(x)
         return self._add_linear(rswaf_linear_reference(u, self.spline_linear.weight, self.rbf.grid, self.rbf.h), u)
 
@@ -219,7 +222,7 @@ class FasterKANLayer(FunctionLayer):
             matmul, elementwise = matmul + self.base_linear.weight.numel(), elementwise + SILU_FLOPS * self.in_features
         return Flops(2 * tokens * matmul, tokens * elementwise)
 
-    def arriving(self, x: Tensor) -> Tensor:
+    def normalised(self, x: Tensor) -> Tensor:
         return self.layernorm(x)
 
     @property
@@ -250,21 +253,21 @@ class FasterKANLayer(FunctionLayer):
     def function_parameters(self) -> list[nn.Parameter]:
         return [self.spline_linear.weight]
 
-    def take_grid(self, old: FunctionLayer) -> None:
+    def copy_grid(self, old: FunctionLayer) -> None:
         assert isinstance(old, FasterKANLayer)
         self.layernorm.load_state_dict(old.layernorm.state_dict())
-        self.rbf.spread_like(old.rbf)
+        self.rbf.resample_from(old.rbf)
 
     @torch.no_grad()
     def normalise_by(self, mean: Tensor, std: Tensor) -> None:
-        """u = (x - mean)/std, [I] each; a LayerNorm does that to what has mean 0 and deviation 1 already."""
+        """Set the normalisation to u = (x - mean)/std, [I] each. With a LayerNorm this holds for normalised inputs x only."""
         norm: Any = self.layernorm
         scale, shift = (norm.scale, norm.shift) if isinstance(norm, StaticNorm) else (norm.weight, norm.bias)
         scale.copy_(1 / std)
         shift.copy_(-mean / std)
 
 
-FITTED: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "gelu": F.gelu}
+INIT_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda u: u, "gelu": F.gelu}
 
 
 class FasterKAN(TwoLayerKAN):
@@ -272,12 +275,10 @@ class FasterKAN(TwoLayerKAN):
 
     Args:
         in_features, hidden_features, out_features: widths; hidden and out default to in_features.
-        hdim: the hidden width where it must differ from `hidden_features`, which timm always passes as
-            mlp_ratio * dim.
+        hdim: the hidden width, if it must differ from `hidden_features`, which timm always passes as mlp_ratio * dim.
         drop: dropout after each layer, one rate or a pair.
-        act_layer, norm_layer, bias: parts of an MLP that a FasterKAN has no place for (the edge functions are
-            the activation, each layer normalises its own input, `kan_bias` is its own); accepted because timm
-            passes them.
+        act_layer, norm_layer, bias: ignored; accepted because timm passes them. The edge functions are the activation, each layer
+            normalises its own input, and the biases are `kan_bias`.
         kan_bias: `bias` of both layers (released checkpoints have none).
         second_norm: `norm` of the second layer; the first one's is a LayerNorm.
         init_as_mlp: begin as a random MLP: the first layer linear, the second a linear map of GELUs.
@@ -299,7 +300,7 @@ class FasterKAN(TwoLayerKAN):
 
     @property
     def fc2(self) -> SplineLinear:
-        """The last linear map, under the name by which some of timm's models scale it down with the depth of the block."""
+        """The last linear map. Some of timm's models scale `mlp.fc2` by the depth of the block."""
         return self.layers[-1].spline_linear
 
     @classmethod
@@ -323,7 +324,7 @@ class FasterKAN(TwoLayerKAN):
             return None
         grid = first["layers.0.rbf.grid"]
         options: dict[str, Any] = {"hdim_kan": widths(blocks, "layers.0.spline_linear.weight"),
-                                   "kan_grid_points": grid.numel(), "kan_grid_range": ends(grid)}
+                                   "kan_grid_points": grid.numel(), "kan_grid_range": grid_range_of(grid)}
         if "layers.0.rbf.h" in first:
             options["kan_trainable_h"] = True
         if "layers.0.spline_linear.bias" in first:
@@ -339,7 +340,7 @@ class FasterKAN(TwoLayerKAN):
         return first, second
 
     def mlp_misfit(self, mlp: Mlp) -> str | None:
-        """Why it cannot take over the function of this MLP, as a clause; None if it can."""
+        """The reason why it cannot be fitted to this MLP, as a clause; None if it can."""
         first, second = self.layers
         if (mlp.fc1.in_features, mlp.fc1.out_features) != (first.in_features, first.out_features):
             return (f"its MLP is {mlp.fc1.in_features} x {mlp.fc1.out_features}, the KAN {first.in_features} x "

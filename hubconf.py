@@ -11,7 +11,7 @@ from torch import nn as _nn
 
 import models_kan as _models_kan
 
-# torch.hub asks for these before an entry point is called
+# torch.hub checks that these are installed before it calls an entry point
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "yaml", "safetensors"]
 
 
@@ -25,14 +25,15 @@ globals().update({name: _entry(name) for name in _models_kan.registered_models()
 
 
 def checkpoint(location: str, weights: str = "model", device: str = "cpu") -> _nn.Module:
-    """The trained model of a checkpoint of this project, of the original Vision-KAN or of DeiT: a file, a folder,
-    a URL or hf-hub:OWNER/NAME. None of its code is run.
+    """The trained model of a checkpoint of this project, of the original Vision-KAN or of DeiT. No code in it is run.
 
     Args:
-        weights: "model", the trained ones, or "model_ema", their moving average. device: as --device of main.py.
-    Returns: the model in evaluation mode. Its `pretrained_cfg` says how images are prepared
+        location: a file, a folder, a URL or hf-hub:OWNER/NAME.
+        weights: "model", the trained ones, or "model_ema", their moving average.
+        device: as --device of main.py.
+    Returns: the model in evaluation mode. Its `pretrained_cfg` says how to prepare images
         (`timm.data.resolve_model_data_config(model)`) and names the classes, "label_names".
-    Raises: vision_kan.common.errors.UserError, in a sentence, for anything that is no such checkpoint.
+    Raises: vision_kan.common.errors.UserError, with one sentence, if it is not such a checkpoint.
     """
     from vision_kan.run.trained import load_trained
     trained = load_trained(location, weights=weights, device=device)

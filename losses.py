@@ -1,7 +1,7 @@
-"""What a training step minimises: `build_criterion` chooses it from the flags.
+"""The losses of training: `build_criterion` chooses one by the flags.
 
-Every criterion is called as `criterion(images, outputs, targets)`. Targets are class indices int64 [B] or, after
-mixup, probabilities float [B, K].
+Every criterion is called as `criterion(images, outputs, targets)`. Targets are class indices int64 [B] or, after mixup,
+probabilities float [B, K].
 """
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from vision_kan.training.criterion import ClassWeights, Criterion
 
 
 class ClassLoss(Criterion):
-    """A loss of logits [B, K] and targets."""
+    """A loss of logits [B, K] and targets, with weights of classes if given."""
 
     def __init__(self, loss: nn.Module, weights: ClassWeights | None = None):
         super().__init__(weights)
@@ -34,8 +34,9 @@ class DistillationLoss(Criterion):
     logits B*K as in DeiT's code (K times less than the batch mean: choose alpha for that).
 
     Args:
-        base: loss of logits [B, K] and targets. teacher: gives logits [B, K], is never trained.
-        kind: "soft" or "hard" (cross-entropy with the teacher's first choice).
+        base: loss of logits [B, K] and targets.
+        teacher: maps images to logits [B, K]; it is never trained.
+        kind: "soft", or "hard" (cross-entropy with the teacher's first choice).
     """
 
     def __init__(self, base: nn.Module, teacher: Callable, kind: str, alpha: float, tau: float,
@@ -60,10 +61,10 @@ class DistillationLoss(Criterion):
 
 
 class CosubLoss(Criterion):
-    """Co-training of two submodels (arXiv:2212.04884): the model sees each image twice, its stochastic depth
-    picks two submodels, and each learns from the targets and from the other's probabilities.
+    """Co-training of two submodels (arXiv:2212.04884): the model gets each image twice, stochastic depth picks two submodels, and
+    each learns from the targets and from the other's probabilities.
 
-    outputs [2B, K]: the first half from one submodel, the second from the other."""
+    outputs: [2B, K], the first half from one submodel, the second from the other."""
     copies = 2
 
     def __init__(self, num_classes: int, smoothing: float, threshold: float | None = None,
@@ -85,17 +86,17 @@ class CosubLoss(Criterion):
 
 
 def positive_threshold(args: Namespace, num_classes: int) -> float:
-    """What a target must exceed to count as positive with --bce-loss: mixup spreads smoothing/K over all classes,
-    and only what lies above it was in the image (DeiT's `> 0` makes every class positive)."""
+    """The threshold above which a target is positive with --bce-loss: mixup adds smoothing/K to all classes, so only classes in
+    the image lie above it (with DeiT's `> 0` every class is positive)."""
     return args.smoothing / num_classes + 1e-4
 
 
 def build_base_loss(args: Namespace, num_classes: int, mixup_active: bool, reduction: str = "mean") -> nn.Module:
-    """The loss of logits and targets without teacher or second submodel. reduction: "none" gives it for each image."""
+    """The loss of logits and targets, without teacher or second submodel. reduction: "none" returns a loss per image."""
     if args.bce_loss:
         threshold = positive_threshold(args, num_classes) if mixup_active else None
         return BinaryCrossEntropy(smoothing=args.smoothing, target_threshold=threshold, reduction=reduction)
-    if reduction == "none":     # timm's have the mean only
+    if reduction == "none":     # timm's losses return the mean only
         return nn.CrossEntropyLoss(reduction="none", label_smoothing=0. if mixup_active else args.smoothing)
     if mixup_active:
         return SoftTargetCrossEntropy()
@@ -104,8 +105,9 @@ def build_base_loss(args: Namespace, num_classes: int, mixup_active: bool, reduc
 
 def build_criterion(args: Namespace, num_classes: int, mixup_active: bool, teacher: Callable | None = None,
                     class_weights: Tensor | None = None) -> Criterion:
-    """The criterion that the flags ask for; `teacher` where --distillation-type is soft or hard.
+    """The criterion that the flags ask for.
 
+    teacher: required if --distillation-type is soft or hard.
     class_weights: float32 [K], on the outputs' device (`ClassWeights`)."""
     weights = None if class_weights is None else ClassWeights(class_weights, args.smoothing)
     if args.cosub:

@@ -40,16 +40,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(argv: list[str]) -> int:
-    # 1. Flags, processes, and the checkpoint, which settles what the flags leave open
+    # 1. Flags, processes, and the checkpoint, which fills in the flags that are not given
     config = parse_args(argv)
     if config.args.list_models:
         say(build.model_table())
         return 0
-    if not config.args.resume:      # else the checkpoint still fills in what is missing
+    if not config.args.resume:      # a checkpoint may still fill in what is missing
         validate(config.args, world_size_of_launch())
     process = peers.init_process(config.args.device, config.args.dist_url, config.args.dist_timeout)
     with stop_together(process):
-        with main_process_first(process):       # one download, then the cached file
+        with main_process_first(process):       # it downloads, the others read the cached file
             start = read_start(config)
         config = effective_config(config, start)
         args = config.args
@@ -66,7 +66,7 @@ def run(argv: list[str]) -> int:
         seed_everything(args.seed)
         model, spec = build.model_of_run(config, start, loaders.nb_classes, process.device,
                                          lambda: calibration_batch(loaders, args.seed))
-    # 3. What was asked for
+    # 3. Evaluation or training
     if args.eval:
         return evaluate_checkpoint(config, start, model, loaders, process, amp_dtype)
     return train(config, argv, start, model, spec, loaders, process, amp_dtype)
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> int:
 
 def evaluate_checkpoint(config: Config, start: Start, model: torch.nn.Module, loaders: Loaders, process: Process,
                         amp_dtype: torch.dtype) -> int:
-    """Evaluate `model` and `model_ema` of a checkpoint, or a model just made from --finetune."""
+    """Evaluate a checkpoint's `model` and `model_ema`, or with --finetune the model made from it."""
     keys = [key for key in ("model", "model_ema") if start.purpose == "eval" and start.checkpoint.state.get(key)]
     lines: list[str] = []
     for key in keys or ["model"]:
@@ -93,10 +93,10 @@ def evaluate_checkpoint(config: Config, start: Start, model: torch.nn.Module, lo
 def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module, spec: ModelSpec, loaders: Loaders,
           process: Process, amp_dtype: torch.dtype) -> int:
     args = config.args
-    # 1. The output folder, before anything is computed for it
+    # 1. The output folder, before anything is computed
     with stop_together(process):
         folder = open_folder(args, start, process)
-    # 2. Loss, optimizer, schedule and moving average; where an earlier launch has left off
+    # 2. Loss, optimizer, schedule and moving average, as an earlier launch left them
     mixup, lr = build_mixup(args, loaders.nb_classes), scaled_lr(args, process.world_size)
     teacher = build.build_teacher(args, loaders.nb_classes, process.device)
     criterion = build_criterion(args, loaders.nb_classes, mixup is not None, teacher,
@@ -107,14 +107,14 @@ def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module,
     if has_ended(args, state, folder, process):
         return 0
     warn(state.fit_launch(args.batch_size, process), *schedule_warnings(args, lr))
-    # 3. The steps, alone or with other processes, as CUDA graphs or not
+    # 3. The training step, for one process or several, as CUDA graphs or not
     updater = build_updater(args, state, criterion, process, amp_dtype)
     training = build_training(args, spec, updater, mixup, loaders)
     this_run = TrainingRun(args, training, loaders, folder, build.description(config, spec, loaders))
     # 4. Epoch by epoch
     with this_run.running(argv):
         for epoch in train_epochs(training, loaders.train, loaders.val, this_run):
-            best = this_run.note_results(epoch)
+            best = this_run.record_results(epoch)
             this_run.log(epoch)
             if args.log_kan and process.is_main and state.epoch % args.log_kan == 0:
                 from vision_kan.analysis.training_log import log_functions  # matplotlib is slow to import

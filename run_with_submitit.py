@@ -1,15 +1,15 @@
-"""Train on a Slurm cluster through submitit: main.py's flags plus where to run, requeue included.
+"""Train on a Slurm cluster by submitit, with main.py's flags; a job that is cut off is requeued and resumes.
 
     python run_with_submitit.py --nodes 1 --ngpus 4 --partition gpu \\
         --config recipes/imagenet_tiny_kan192.yaml --data-path /shared/imagenet
 
-One task per GPU; each gets the environment that torchrun would give it. The first task takes a free port of
-its host and publishes it in the job's folder, which all nodes share anyway for submitit's own files: no
-port to choose, and a requeued job finds a new one. At Slurm's early warning before the time limit (SIGUSR2)
-main.py saves and stops, then the job is put back into the queue and goes on with `--resume auto`. After SIGTERM
-it saves and stops too, but only Slurm decides whether that was a preemption, which it requeues by itself, or the
-user's scancel.
-`--cluster local` runs the same thing on this machine, without Slurm and, if need be, without a GPU.
+One task runs per GPU, with the environment that torchrun would set. The first task takes a free port of its host and writes it to
+the job's folder, which all nodes share anyway for submitit's files: nobody has to choose a port, and a requeued job finds a new
+one. At Slurm's warning before the time limit (SIGUSR2) main.py saves and stops; then the job is requeued and continues with
+`--resume auto`. After SIGTERM it saves and stops too, but Slurm decides whether that was a preemption, which it requeues by
+itself, or the user's scancel.
+
+`--cluster local` runs the same on this machine, without Slurm and, if need be, without a GPU.
 """
 import json
 import os
@@ -45,7 +45,7 @@ WAIT_FOR_FIRST_TASK_S = 300
 
 
 def get_launch_parser() -> Parser:
-    """Where and how long to run, as a parent parser beside `config.get_args_parser`."""
+    """Where and how long to run; a parent parser next to `config.flags.get_args_parser`."""
     parser = Parser(add_help=False)
     add = parser.add_argument_group("cluster").add_argument
     add("--ngpus", default=1, type=int, metavar="N", help="processes per node, one for each GPU")
@@ -65,9 +65,11 @@ def get_launch_parser() -> Parser:
 
 @dataclass(frozen=True)
 class Trainer:
-    """What every task of the job calls. `checkpoint` is submitit's hook for a requeue.
+    """The callable of every task. `checkpoint` is submitit's hook for a requeue.
 
-    argv: main.py's flags. folder, output_dir: may hold %j. evaluates: nothing to resume.
+    argv: main.py's flags.
+    folder, output_dir: may contain %j, the job's number.
+    evaluates: an evaluation, so there is nothing to resume.
     """
     argv: list[str]
     folder: str
@@ -76,13 +78,13 @@ class Trainer:
     requeues: int = 0
 
     def __call__(self) -> int:
-        # here and not above: the login node needs no model code to submit a job
+        # imported here, because the login node needs no model code to submit a job
         import main
 
         env = submitit.JobEnvironment()
         folder = Path(self.folder.replace("%j", env.job_id))
         output_dir = Path(self.output_dir.replace("%j", env.job_id))
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # a requeue after a lost node, too
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # also counts requeues after a lost node
         os.environ.update(RANK=str(env.global_rank), LOCAL_RANK=str(env.local_rank),
                           WORLD_SIZE=str(env.num_tasks),
                           LOCAL_WORLD_SIZE=str(env.num_tasks // env.num_nodes))
@@ -94,22 +96,22 @@ class Trainer:
         if saved and (self.requeues or restarts) and not self.evaluates:
             argv += ["--resume", "auto"]
         warning = env._usr_sig()
-        requeue = signal.getsignal(warning)         # submitit's: main.py has its own in its place while it trains
+        requeue = signal.getsignal(warning)         # submitit's handler, which main.py replaces while it trains
         code = main.main(argv)
         if code not in (0, EXIT_PREEMPTED):
             raise RuntimeError(f"main.py stopped with exit code {code}: see the log above")
-        # the first task asks for the requeue, and it has written the status
+        # only the first task, which has written the status, asks for the requeue
         if code and env.global_rank == 0 and _stopped_by(output_dir) == warning and callable(requeue):
-            requeue(warning, None)                  # asks Slurm, then exits
+            requeue(warning, None)                  # requeues the job and exits
         return code
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
-        """The same once more; `__call__` adds --resume auto when there is something to resume."""
+        """The job to requeue: the same; `__call__` adds --resume auto if there is something to resume."""
         return submitit.helpers.DelayedSubmission(replace(self, requeues=self.requeues + 1))
 
 
 def _stopped_by(output_dir: Path) -> int:
-    """The signal that stopped the run, as its status.json has it; 0 if it doesn't say."""
+    """The signal that stopped the run, from its status.json; 0 if it names none."""
     try:
         status = json.loads((output_dir.expanduser() / STATUS).read_text(encoding="utf-8"))
         return getattr(signal, status["reason"].partition(":")[0]) if status["state"] == "preempted" else 0
@@ -118,9 +120,9 @@ def _stopped_by(output_dir: Path) -> int:
 
 
 def _meet(env, file: Path) -> tuple[str, str]:
-    """Address and port of the first task, which publishes them in `file`, in the folder that all share."""
+    """Address and port of the first task, which writes them to the shared `file`. Raises RuntimeError if it fails to."""
     if env.global_rank == 0:
-        # a machine's own name often doesn't resolve inside containers; one node doesn't need it
+        # containers often cannot resolve their machine's name, and one node does not need it
         address = "127.0.0.1" if env.num_nodes == 1 else env.hostnames[0]
         with socket.socket() as s:
             s.bind(("", 0))
@@ -155,14 +157,14 @@ def launch(argv: list[str]) -> int:
     validate(args, world_size=options.nodes * options.ngpus)
 
     job_dir = options.job_dir
-    if options.cluster != "slurm":              # submitit would leave a folder that is really called %j there
+    if options.cluster != "slurm":              # submitit replaces %j only on Slurm
         job_dir = job_dir.replace("%j", f"{options.cluster}-{os.getpid()}")
     try:
         executor = submitit.AutoExecutor(folder=job_dir, cluster=options.cluster, slurm_max_num_timeout=30)
     except RuntimeError:
         raise UserError("--cluster slurm: srun was not found on this machine, so run this on a login node, "
                         "or take --cluster local") from None
-    # the job imports main from here, wherever it was submitted
+    # so that the job can import main, wherever it was submitted
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
     cpu = args.device == "cpu" or options.cluster != "slurm" and not torch.cuda.is_available()

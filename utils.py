@@ -15,7 +15,7 @@ from vision_kan.common.process import Process
 
 @contextmanager
 def main_process_first(process: Process) -> Iterator[None]:
-    """The others of a machine wait until its first process has gone through."""
+    """On each machine the first process runs the block, then the others do."""
     if process.world_size > 1 and process.local_rank > 0:
         dist.barrier()
     try:
@@ -27,7 +27,7 @@ def main_process_first(process: Process) -> Iterator[None]:
 
 @contextmanager
 def stop_together(process: Process) -> Iterator[None]:
-    """A UserError of any process inside is raised on all of them: none waits for one that has left."""
+    """A UserError of any process inside is raised on all of them, so that none waits for one that has left."""
     error = None
     try:
         yield
@@ -42,20 +42,21 @@ def stop_together(process: Process) -> Iterator[None]:
 
 
 def use_deterministic_kernels() -> None:
-    """--deterministic: PyTorch takes deterministic kernels only, and an operation that has none raises an error.
+    """--deterministic: PyTorch uses deterministic kernels only, and an operation without one raises an error.
 
-    cuBLAS reads its variable when its first handle is made, so this comes before any work on a GPU."""
+    Call it before any work on a GPU, because cuBLAS reads its variable when it creates its first handle."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
 
 
 def progress(batches: Iterator, steps: int, title: str, process: Process) -> Iterator:
-    """`batches` behind a progress bar, which is drawn on a terminal only."""
+    """`batches` with a progress bar, which appears on a terminal only."""
     return tqdm(batches, title, steps, leave=False, disable=not (process.is_main and sys.stderr.isatty()))
 
 
 def tqdm_safe_print(text: str, process: Process) -> None:
+    """Print a line in rank 0, without breaking the progress bar."""
     if process.is_main:
         with readers_may_leave():
             tqdm.write(text)

@@ -1,4 +1,4 @@
-"""Which feed-forward learns better: KANs against their MLP twin, paired by seed, on CIFAR-10 images.
+"""Accuracy of feed-forwards: KANs against their MLP twin, paired by seed, on CIFAR-10 images.
 
     python benchmarks/accuracy.py scratch  --data cifar10 --variants mlp gkan relu2 kan --seeds 0 1 2 3 4
     python benchmarks/accuracy.py transfer --data cifar10 --variants mlp gkan --seeds 0 1 2 3 4
@@ -6,14 +6,14 @@
     python benchmarks/accuracy.py report
 
 `scratch` trains a small ViT (`vit_nano_patch8_32`: 32 px, patch 8, width 96, depth 4) from random weights.
-`transfer` trains the MLP ViT on classes 0-4, converts it, and fine-tunes every variant alike on classes 5-9.
+`transfer` trains the MLP ViT on classes 0-4, converts it, and fine-tunes every variant in the same way on classes 5-9.
 `convert` turns the MLPs of finished `scratch --variants mlp` runs into full-edge KANs, without training.
-A variant is a name of `VARIANTS` and changes to it: `gkan,kan_groups=16,lr=2e-3`. For one seed, everything that
-two variants share begins with the same numbers and sees the same images in the same order.
+A variant is a name of `VARIANTS` and changes to it: `gkan,kan_groups=16,lr=2e-3`. For a given seed, what two variants share has
+the same initial weights, and they get the same images in the same order.
 
-Finished runs are rows of `runs.csv` in --results and are not run again; an unfinished one goes on after its last
-epoch. The runs are the real thing: models, optimizer, schedule, loss, training loop and evaluation of main.py;
-only the images come from memory, and the models go through torch.compile where a C++ compiler is found.
+Finished runs are rows of `runs.csv` in --results and are not run again; an unfinished one continues after its last epoch. Models,
+optimizer, schedule, loss, training loop and evaluation are main.py's; only the images come from memory, and the models go through
+torch.compile if there is a C++ compiler.
 """
 import argparse
 import csv
@@ -65,9 +65,9 @@ from vision_kan.training.optim import build_state
 from vision_kan.training.training import Hooks, Training
 from vision_kan.training.updates import Updater
 
-# name -> (model suffix, what differs). `act`: another fixed activation in the MLP. `frozen`: learned functions
-# that are not trained here, see `_load_functions`. `phi_qkv`, `phi_out`: a learned function before the qkv map, or
-# after the second linear map. `gain`: of a full-edge layer's initial weights. `whiten`: see `_Whitened`.
+# name -> (model suffix, differences). `act`: another fixed activation in the MLP. `frozen`: learned functions that are not
+# trained here, see `_load_functions`. `phi_qkv`, `phi_out`: a learned function before the qkv map, or after the second map.
+# `gain`: of a full-edge layer's initial weights. `whiten`: see `_Whitened`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("ViT", {}),
     "relu": ("ViT", {"act": "relu"}),
@@ -90,7 +90,7 @@ FIELDS = ["setting", "variant", "seed", "epochs", "lr", "top1", "top1_ema", "top
           "matmul_mflops", "elementwise_mflops", "step_ms", "seconds", "step0_error", "torch", "timm"]
 
 
-# ---------------------------------------------------------------- what a run is
+# ---------------------------------------------------------------- variants
 def parse_variant(text: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
     """`gkan,kan_groups=16,lr=2e-3` -> (name, model suffix, model options, recipe). SystemExit if it is wrong."""
     name, *changes = text.split(",")
@@ -124,7 +124,7 @@ def _value(text: str) -> Any:
 
 
 def build(suffix: str, options: dict[str, Any], seed: int, num_classes: int, functions: Path | None) -> nn.Module:
-    """The model; what it shares with the MLP twin has the twin's random weights."""
+    """The model of a variant. What it shares with the MLP twin has the twin's random weights."""
     options = dict(options)
     act, frozen, phi_qkv, phi_out, gain, whiten = (
         options.pop(key, None) for key in ("act", "frozen", "phi_qkv", "phi_out", "gain", "whiten"))
@@ -202,7 +202,7 @@ class _PhiLinear(nn.Linear):
 
 
 def _load_functions(model: nn.Module, kind: str, folder: Path | None) -> None:
-    """Coefficients that finished `gkan` runs of --work-dir have learned, no longer trained.
+    """Load the coefficients that finished `gkan` runs of --work-dir have learned, and freeze them.
 
     mean: phi2's, averaged over blocks, groups and all those runs: one fixed activation for the network.
     own: every block's and group's function, averaged over the runs of seed 0 alone."""
@@ -303,7 +303,7 @@ def flags_of(recipe: dict[str, Any], updates: int) -> Namespace:
 
 
 def train(model: nn.Module, images: dict[str, Tensor], recipe: dict[str, Any], seed: int, folder: Path) -> dict:
-    """Train and evaluate; goes on from the checkpoint in `folder` if any. Returns columns of the results."""
+    """Train and evaluate, from the checkpoint in `folder` on if there is one. Returns columns of the results."""
     checkpoint = folder / CHECKPOINT
     folder.mkdir(parents=True, exist_ok=True)
     device = Process()
@@ -340,7 +340,7 @@ def run_name(variant: str, epochs: int, seed: int | str) -> str:
 
 
 def run(setting: str, variant: str, seed: int, data: Path, work: Path, results: Path) -> None:
-    """One run, appended to the results."""
+    """Do one run and append it to the results."""
     torch.set_num_threads(1)
     name, suffix, options, recipe = parse_variant(variant)
     images = load_images(data, work)
@@ -368,7 +368,7 @@ def pretrained(suffix: str, options: dict[str, Any], seed: int, images: dict[str
     folder.mkdir(parents=True, exist_ok=True)
     twin = build("ViT", {}, seed, len(CLASSES_A), None)
     first = subset(images, CLASSES_A)
-    with open(folder / "lock", "w") as lock:     # another variant may need it just now
+    with open(folder / "lock", "w") as lock:     # another variant may train it at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
         train(twin, first, dict(RECIPE), seed, folder)
     twin.load_state_dict(load_file(folder / CHECKPOINT)["model"])
@@ -390,7 +390,7 @@ GRIDS = [((-2.0, 2.0), 0.33), ((-2.0, 2.0), None), ((-3.0, 3.0), None), ((-4.0, 
 
 
 def convert(seeds: list[int], data: Path, work: Path, results: Path) -> None:
-    """Top-1 of trained MLP ViTs and of the full-edge KANs that they become, for several grids; a table and a CSV."""
+    """Top-1 of trained MLP ViTs and of the full-edge KANs converted from them, for several grids, as a table and a CSV."""
     images, device = load_images(data, work), Process()
     val = Batches(images["val"], images["val_y"], 500, 0, augment=False)
     batch = normalise(images["train"][:: max(1, len(images["train"]) // 256)][:256])
@@ -443,7 +443,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean of paired differences and half the width of its 95% interval (Student's t)."""
+    """The mean of paired differences, and half the width of its 95% interval (Student's t)."""
     n = len(differences)
     if n < 2:
         return differences[0], math.nan
@@ -483,13 +483,13 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
-# The rows of the picture in docs/results.md, and their names there.
+# The rows of the picture in docs/results.md -> their names there.
 PLAIN_NAMES = {"gkan": "group KAN", "relu2": "MLP, squared ReLU", "mlp": "MLP, GELU", "kan": "full-edge KAN, repaired",
                "ekan": "efficient-KAN", "kan-original": "full-edge KAN, original"}
 
 
 def plot(rows: list[dict[str, Any]], file: Path, title: str, plain: bool = False) -> None:
-    """A row for each variant; plain: for those of `PLAIN_NAMES` alone, by these names."""
+    """A row for each variant. plain: only those of `PLAIN_NAMES`, under these names."""
     if plain:
         rows = [{**row, "variant": PLAIN_NAMES[row["variant"]]} for row in rows if row["variant"] in PLAIN_NAMES]
     import matplotlib
@@ -539,7 +539,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--variants", nargs="+", metavar="V")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--baseline", default="mlp", metavar="V", help="whose runs the others are compared with")
+    parser.add_argument("--baseline", default="mlp", metavar="V", help="the variant to compare the others with")
     parser.add_argument("--jobs", type=int, default=max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                                                         else 1), help="runs at a time, a thread each")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "accuracy", help="checkpoints and logs")

@@ -1,22 +1,22 @@
-"""Compile every tile of every Triton kernel ahead of time, without a GPU, and read what became of it.
+"""Compile every tile of every Triton kernel ahead of time, without a GPU, and check the machine code.
 
     python benchmarks/aot.py                                    # all tiles, all targets; rewrites results/kernels_aot.*
     python benchmarks/aot.py --quick                            # one tile of each op and target
     python benchmarks/aot.py --kernels forward --targets sm_90  # names that contain "forward"
     python benchmarks/aot.py --triton 3.3.0 3.6.0               # by other versions than the installed one
 
-Printed and written (kernels_aot.csv, kernels_aot.md in --output; `--quick` and filtered runs write only where --output
-is given): registers, stack and spills, shared memory against the target's limit for one block, kind of matrix
-instruction, instruction classes of the main loop, and a lower bound on the time of each op. A tile with a spill, a
-stack, too much shared memory, a matrix product off the tensor cores, or warpgroup products that ptxas had to serialise
-is a failure: the exit status is 1. So is, in kernels that only stream memory, a loop with a barrier, shared memory or
-narrow accesses. Launchers choose among these same cases (`aot_cases` in each module).
+It prints and writes (kernels_aot.csv and kernels_aot.md in --output; `--quick` and filtered runs write only if --output is given)
+registers, stack and spills, shared memory against the target's limit per block, the kind of matrix instruction, instruction
+classes of the main loop, and a lower bound on the time of each op. The exit status is 1 if a tile has a spill, a stack, too much
+shared memory, a matrix product off the tensor cores, or warpgroup products that ptxas had to serialise; or if a kernel that only
+streams memory has a loop with a barrier, shared memory or narrow accesses. Launchers choose among the same cases (`aot_cases` in
+each module).
 
-Versions of Triton compile differently, and a GPU machine has the one that came with its PyTorch: --triton downloads each
-into $VISION_KAN_CACHE (else ~/.cache/vision-kan), about 600 MB, and compiles with it. AMD's targets are left out where a
-version has no linker for them.
+Versions of Triton compile differently, and a GPU machine has the one of its PyTorch. --triton downloads each version to
+$VISION_KAN_CACHE (else ~/.cache/vision-kan), about 600 MB, and compiles with it. AMD's targets are left out if a version has no
+linker for them.
 
-Compiled kernels are kept in Triton's cache, so a second run only reads them.
+Triton's cache keeps compiled kernels, so a second run only reads them.
 """
 import argparse
 import csv
@@ -74,7 +74,7 @@ AMD_CLASSES = {
 
 # ---------------------------------------------------------------- compile
 def links_amd() -> bool:
-    """Whether this Triton brings a linker for AMD's targets, or ROCm does; said where it is not so."""
+    """Whether this Triton or ROCm has a linker for AMD's targets; prints it if not."""
     from triton.backends.amd.compiler import HIPBackend
     try:
         HIPBackend.path_to_rocm_lld()
@@ -87,7 +87,7 @@ def links_amd() -> bool:
 
 
 def compile_case(case: AotCase, device: Device):
-    """The compiled kernel, as the launcher's call would make it."""
+    """The kernel compiled as the launcher's call would do."""
     names = case.fn.arg_names
     left_out = set(names) - set(case.signature) - set(case.constexprs)
     if left_out:
@@ -172,7 +172,7 @@ def _width(opcode: str) -> int:
 
 
 def _serialised(ptx: str, device: Device) -> bool:
-    """Whether ptxas makes each warpgroup product wait for the one before it: only its log tells."""
+    """Whether ptxas makes each warpgroup product wait for the one before it; only its log shows that."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -197,7 +197,7 @@ def check(case: AotCase, target: str) -> dict:
     try:
         kernel = compile_case(case, device)
         found = read_amd(kernel) if device.backend == "hip" else read_nvidia(kernel, device)
-    except Exception as error:      # a compiler's failure, of whatever kind, is the tile's
+    except Exception as error:      # any failure of the compiler is a failure of the tile
         while error.__cause__ is not None:      # Triton wraps the error once for each call on the way
             error = error.__cause__
         return row | {"problems": f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"}
@@ -281,7 +281,7 @@ def collect(targets: list[str], kernels: list[str] | None, quick: bool) -> list[
 
 
 def compile_with(version: str, arguments: list[str]) -> int:
-    """This program's exit status under another Triton, which is found before the installed one."""
+    """This program's exit status with another version of Triton, which precedes the installed one in sys.path."""
     cache = Path(os.environ.get("VISION_KAN_CACHE", Path.home() / ".cache" / "vision-kan"))
     folder = cache / f"triton-{version}"
     if not (folder / "triton").is_dir():

@@ -1,13 +1,13 @@
-"""Hostile checkpoint files through the whole program: each in a process of its own, by --resume FILE, --resume auto, --eval,
---finetune and --teacher-path in turn.
+"""Run the whole program on hostile checkpoint files, each in its own process, by --resume FILE, --resume auto, --eval, --finetune
+and --teacher-path in turn.
 
     python benchmarks/fuzz_checkpoints.py               # 1,000 files
     python benchmarks/fuzz_checkpoints.py --n 50 --seed 1 --verbose
 
-A file must be refused in one sentence (exit code 2), or be used only where that is right: a flipped bit is harmless when all
-values are those of the good file; a run that begins from it must end well. With --resume auto the run must go on from the earlier
-good file beside it, and say so. No code may run: the files that would run some make a folder or connect to a port. Exit code 1
-where anything crashed, hung, ran code, or took more than 4 GiB.
+A file must be refused in one sentence (exit code 2), or used only if that is right: a flipped bit is harmless if all values are
+those of the good file; a run that starts from it must end well. With --resume auto the run must continue from the earlier good
+file, and say so. No code may run: files with code make a folder or connect to a port. Exit code 1 if anything crashed, hung, ran
+code, or took more than 4 GiB.
 """
 import argparse
 import collections
@@ -40,7 +40,7 @@ COLUMNS = ("refused", "fell back", "loaded", "ran code", "crashed", "hung")
 
 
 class Ground:
-    """A data set, a finished run of one epoch whose next takes a second, and a port that should hear nothing."""
+    """A data set, a finished run of one epoch whose next epoch takes a second, and a port that nothing should connect to."""
 
     def __init__(self, folder: Path):
         self.folder, self.canary = folder, folder / "canary"
@@ -64,8 +64,8 @@ class Ground:
             self.heard += 1
 
     def words(self, way: str, hostile: Hostile, place: Path) -> tuple:
-        """The command line that uses the file, which is written."""
-        if way.startswith("auto"):      # only a .pth is looked for
+        """Write the file and return the command line that uses it."""
+        if way.startswith("auto"):      # --resume auto reads .pth files only
             hostile.write(place / "checkpoint.pth")
             (place / "checkpoint_previous.pth").write_bytes(self.whole)
             auto = ("--resume", "auto", "--output_dir", place)
@@ -78,7 +78,7 @@ class Ground:
                             "--distillation-type", "hard", "--teacher-model", NANO, "--teacher-path", file)}[way]
 
     def outcome(self, way: str, hostile: Hostile) -> tuple[str, str, int]:
-        """One of COLUMNS, what was said, and the peak memory in bytes."""
+        """One of COLUMNS, the output, and the peak memory in bytes."""
         place = self.folder / "work"
         shutil.rmtree(place)
         place.mkdir()
@@ -100,7 +100,7 @@ class Ground:
         return "crashed", f"exit code {code}: {text}", peak
 
     def not_right(self, way: str, hostile: Hostile, place: Path) -> str:
-        """Why the file should not have been taken, or ''."""
+        """The reason why the file should not have been used, or ''."""
         if hostile.loads == "never":
             return f"taken by {way}"
         if hostile.loads == "any":
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=1000, help="files (1000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="what was said of each file")
+    parser.add_argument("--verbose", action="store_true", help="print the output for each file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     start, bad, highest = time.monotonic(), [], 0

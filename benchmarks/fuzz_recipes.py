@@ -1,11 +1,11 @@
-"""Recipes and command lines that nobody would write, by the thousand: each must be taken or refused in a sentence.
+"""Try thousands of odd recipes and command lines: each must be accepted, or refused in one sentence.
 
     python benchmarks/fuzz_recipes.py [--n 1000] [--runs 100] [--seed 0]
 
-So many recipes and as many command lines go through `config.parse_args` and `validate`, and --runs odd combinations of good
-flags through the whole program, in this process, on a few dozen small images. Prints how many came to what. Exit code 1 if
-one ended in an exception, ran code out of a file, hung, or was refused without a sentence that names what is wrong; each kind
-of violation is printed once, with what to type to see it again. The strategies are in tests/hostile_recipes.py.
+--n recipes and --n command lines go through `parse_args` and `validate`, and --runs odd combinations of valid flags through the
+whole program, in this process, on a few dozen small images. It prints the number of each outcome. Exit code 1 if one ended in an
+exception, ran code from a file, hung, or was refused without a sentence that names the fault; each kind of violation is printed
+once, with the command that reproduces it. The strategies are in tests/hostile_recipes.py.
 """
 import argparse
 import contextlib
@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 def collect(strategy: st.SearchStrategy, check: Callable[[object], str], count: int, seed: int,
             violations: dict[str, str]) -> Counter:
-    """How many of `count` examples came to what `check` says; the first violation of each kind."""
+    """The number of each outcome of `check` over `count` examples, and the first violation of each kind."""
     counts = Counter()
 
     @hypothesis.seed(seed)

@@ -1,26 +1,26 @@
-"""One command for a machine with a GPU: how fast do models train there, how fast are the ops, and are they right.
+"""One command for a machine with a GPU: the speed of training, the speed of each op, and its accuracy.
 
     python benchmarks/gpu.py                            # within 5 minutes; a table, and benchmarks/results/gpu.csv and .md
-    python benchmarks/gpu.py --part models --seconds 90 # one part, or less of it: what matters most comes first
+    python benchmarks/gpu.py --part models --seconds 90 # one part, or less of it: the most important comes first
     python benchmarks/gpu.py --quick                    # small sizes, a minute
     python benchmarks/gpu.py --device cpu --quick       # the same code on a CPU
 
-models  A training step (bfloat16 autocast, fused AdamW, stochastic depth) as main.py makes it, of the KANs and their MLP twin:
-        eager; captured as CUDA graphs (--cuda-graph); through torch.compile, eager and captured. Beside the time of a step the
-        time of its kernels alone, from the profiler: what is above that is the host's doing. Not in it: the images' way to
-        the device, mixup, and the moving average without --ema.
+models  main.py's training step (bfloat16 autocast, fused AdamW, stochastic depth) of the KANs and their MLP twin: eager; captured
+        as CUDA graphs (--cuda-graph); through torch.compile, eager and captured. Beside the time of a step stands the time of
+        its kernels, from the profiler; the rest is host overhead. Not included: copying images to the device, mixup, and the
+        moving average without --ema.
 ops     Every op's time, forward and forward + backward, bfloat16, against its reference in eager mode and through
         torch.compile; the full-edge layer also against a compiled basis that is written to memory for cuBLAS, and against an
-        MLP of equal FLOPs; the activation also against GELU. Calls are captured in a CUDA graph where they can be, so that
-        Python's overhead is not in the time; what fits in the L2 cache may stay there, as it does behind a matrix product.
+        MLP of equal FLOPs; the activation also against GELU. Calls are captured in a CUDA graph if possible, which excludes
+        Python's overhead; data that fit into the L2 cache may stay there, as they do after a matrix product.
 checks  Every op, forward and every gradient, against float64 on the device, in float32, bfloat16 and float16. An error
         beyond the bound makes the exit status 1.
 
-Times are medians of n repetitions in which all variants take turns; spread is the interquartile range in percent of
-the median. TFLOP/s and GB/s count what the op must do, not what a variant does. The peak of
-products is the card's nominal one (`speed.PEAK_TFLOPS`), for another card a matrix product's as measured at the start; the
-peak of memory is that of a copy. Each row is written as soon as it is known; what fails is a row that says so. Timings are good
-only while nothing else uses the GPU.
+Times are medians of n repetitions in which all variants take turns; spread is the interquartile range in percent of the median.
+TFLOP/s and GB/s count the work that the op requires, not what a variant does. The peak of products is the card's nominal one
+(`speed.PEAK_TFLOPS`), for an unknown card that of a matrix product measured at the start; the peak of memory is that of a copy.
+Each row is written as soon as it is known; a failure becomes a row that says so. Timings are valid only while nothing else uses
+the GPU.
 """
 import argparse
 import csv
@@ -67,7 +67,7 @@ TOKENS = 25_216                     # 128 images of 197 tokens
 FLASHKAT = {("deit_tiny_patch16_224", "ViT"): 8955, ("deit_tiny_patch16_224", "GKAN"): 6318,
             ("deit_small_patch16_224", "ViT"): 5312, ("deit_small_patch16_224", "GKAN"): 3742,
             ("deit_base_patch16_224", "ViT"): 2457, ("deit_base_patch16_224", "GKAN"): 1802}
-# Largest error, relative to the largest value of the result.
+# Allowed error, relative to the largest value of the result.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
@@ -120,7 +120,7 @@ class Bench:
 
     # ---------------------------------------------------------------- time
     def times(self, variants: dict[str, Callable[[], object]], graphs: bool = True) -> dict[str, dict]:
-        """name -> {"ms", "spread_percent", "n", "how"}, or {"problem"} where it does not run."""
+        """name -> {"ms", "spread_percent", "n", "how"}, or {"problem"} if it does not run."""
         runs, found = {}, {}
         for name, run in variants.items():
             try:
@@ -144,7 +144,7 @@ class Bench:
             return run, 1, "calls"
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):                         # as CUDA graphs ask for; compiles what needs compiling
+        with torch.cuda.stream(stream):                         # CUDA graphs need another stream; also compiles kernels
             for _ in range(3):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
@@ -181,7 +181,7 @@ class Bench:
         return start.elapsed_time(end)
 
     def kernels_of(self, step: Callable[[], None], n: int = 3) -> dict[str, float]:
-        """Milliseconds a step of each of its kernels and copies, as the profiler sees them; the largest first."""
+        """Milliseconds per step of each of its kernels and copies, from the profiler; the largest first."""
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
             for _ in range(n):
@@ -194,14 +194,14 @@ class Bench:
         return dict(spent.most_common())
 
     def free(self) -> None:
-        """Memory, and compiled programs: another width is to be a program of its own, no dynamic shape."""
+        """Free memory and compiled programs, so that each width compiles anew instead of with dynamic shapes."""
         torch.compiler.reset()
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------- right?
+# ---------------------------------------------------------------- accuracy of the ops
 def check_ops(bench: Bench) -> None:
     rows = 67 if bench.quick else 1000
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -241,7 +241,7 @@ def _check_linear(bench: Bench, dtype: torch.dtype, rows: int, n_in: int, n_out:
 
 def _compare(bench: Bench, op: str, note: str, dtype: torch.dtype, inputs: tuple[Tensor | None, ...],
              names: tuple[str, ...], run: Callable[..., Tensor], reference: Callable[..., Tensor]) -> None:
-    """A row for the worst of the op's results: largest error / largest value."""
+    """A row for the op's result with the largest error, relative to its largest value."""
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
     exact = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
     want = reference(*exact)
@@ -254,7 +254,7 @@ def _compare(bench: Bench, op: str, note: str, dtype: torch.dtype, inputs: tuple
         got = [y, *torch.autograd.grad(y, [x for x in leaves if x is not None], dy.to(y.dtype))]
         errors = {name: ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-3)).item()
                   for name, a, b in zip(names, got, right)}
-    except Exception as error:      # a kernel that does not compile is a wrong one; the others still want checking
+    except Exception as error:      # a kernel that does not compile fails the check; go on with the others
         bench.add("check", op, **row, problem=_first_line(error))
         return
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
@@ -262,7 +262,7 @@ def _compare(bench: Bench, op: str, note: str, dtype: torch.dtype, inputs: tuple
     bench.add("check", op, **row, error=errors[worst], problem=problem)
 
 
-# ---------------------------------------------------------------- how fast are the ops
+# ---------------------------------------------------------------- speed of the ops
 def with_backward(run: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(run(), leaves, dy)
 
@@ -329,7 +329,7 @@ def _time_linear(bench: Bench, tokens: int, width: int) -> None:
 
 def _time(bench: Bench, name: str, variants: dict[str, tuple[Callable[[], Tensor], list[Tensor]]], twin: str, width: int,
           dy: Tensor, work: dict[str, tuple[float, float]]) -> None:
-    """Rows of an op's variants. work: phase -> FLOPs and bytes that the op cannot do without."""
+    """Rows of an op's variants. work: phase -> FLOPs and bytes that the op requires."""
     for phase, (flops, size) in work.items():
         if bench.late(20):
             bench.add("op", name, width=width, phase=phase, problem="left out: no time left")
@@ -343,9 +343,9 @@ def _time(bench: Bench, name: str, variants: dict[str, tuple[Callable[[], Tensor
                       ratio=ratio, **times)
 
 
-# ---------------------------------------------------------------- how fast do models train
+# ---------------------------------------------------------------- speed of training
 KINDS = ("GKAN", "ViT", "KAN")
-SIZES = ("deit_tiny_patch16_224", "deit_base_patch16_224", "deit_small_patch16_224")     # those that matter most come first
+SIZES = ("deit_tiny_patch16_224", "deit_base_patch16_224", "deit_small_patch16_224")     # the most important first
 COMPILED = ((SIZES[0], ("GKAN", "ViT")), (SIZES[1], ("GKAN", "ViT")), (SIZES[0], ("KAN",)), (SIZES[1], ("KAN",)),
             (SIZES[2], KINDS))
 
@@ -372,7 +372,7 @@ def time_models(bench: Bench) -> None:
 
 
 def _time_size(bench: Bench, size: str, kinds: tuple[str, ...], batch: int, compiled: bool) -> None:
-    """Rows of the models of a size, all of the same matrix-product FLOPs, timed in turn."""
+    """Rows of a size's models, all with the same matmul FLOPs, timed in turn."""
     width = models_kan.SIZES[size].embed_dim
     steps: dict[tuple[str, str], Callable[[], None]] = {}
     known: dict[tuple[str, str], dict] = {}
@@ -402,7 +402,7 @@ def _time_size(bench: Bench, size: str, kinds: tuple[str, ...], batch: int, comp
 
 
 def _steps(bench: Bench, size: str, kind: str, batch: int, compiled: bool) -> Iterator[tuple[str, Callable[[], None], dict]]:
-    """A model's training step, each way that there is: (phase, step, what is known of it before it is timed)."""
+    """Each way to run a model's training step: (phase, step, columns known before it is timed)."""
     device = torch.device("cuda", torch.cuda.current_device()) if bench.cuda else torch.device("cpu")
     spec = models_kan.SIZES[size]
     options = {"hdim_kan": spec.embed_dim // 2} if kind == "KAN" else {}        # of the twin's FLOPs
@@ -431,7 +431,7 @@ def _steps(bench: Bench, size: str, kind: str, batch: int, compiled: bool) -> It
 
     step = stepping(Updater(model, state, criterion, process, amp_dtype=torch.bfloat16))
     values: dict = {"flops": flops}
-    for _ in range(2):          # the second has the optimizer's state from the start
+    for _ in range(2):          # in the second, the optimizer's state exists from the start
         if bench.cuda:
             torch.cuda.reset_peak_memory_stats()
         step()
@@ -440,7 +440,7 @@ def _steps(bench: Bench, size: str, kind: str, batch: int, compiled: bool) -> It
     yield "compiled" if compiled else "eager", step, values
     if not bench.cuda:
         return
-    updater = CapturedUpdater(model, state, criterion, process, CudaGraphs(device), must=True, amp_dtype=torch.bfloat16)
+    updater = CapturedUpdater(model, state, criterion, process, CudaGraphs(device), required=True, amp_dtype=torch.bfloat16)
     step = stepping(updater)
     for _ in range(updater.WARM_UP + 1):
         step()
@@ -484,7 +484,7 @@ def _short(value: object) -> str:
 
 
 def table(bench: Bench) -> str:
-    """A Markdown table for each part, of the columns that anything is in."""
+    """A Markdown table for each part, without empty columns."""
     head = ", ".join(f"{key} {value}" for key, value in bench.versions.items() if value not in (None, ""))
     lines = [head]
     for part in dict.fromkeys(row["part"] for row in bench.rows):
@@ -497,7 +497,7 @@ def table(bench: Bench) -> str:
 
 
 def write(bench: Bench, path: Path) -> None:
-    """The rows so far as CSV, and as Markdown beside it."""
+    """Write the rows so far as CSV, and as Markdown beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
@@ -539,18 +539,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="small sizes, three repetitions")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.csv")
-    parser.add_argument("--seconds", type=float, default=300.0, help="what does not fit is left out, and said so")
+    parser.add_argument("--seconds", type=float, default=300.0, help="time limit; what does not fit is left out and reported")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--only", default="", metavar="REGEX", help="models whose name and way match: 'base.*compiled'")
-    parser.add_argument("--top", type=int, default=0, metavar="N", help="also the N kernels of a step that take longest")
-    parser.add_argument("--ema", action="store_true", help="steps with the moving average, as main.py's default is")
+    parser.add_argument("--top", type=int, default=0, metavar="N", help="also print the N slowest kernels of a step")
+    parser.add_argument("--ema", action="store_true", help="steps with the moving average, main.py's default")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch finds no GPU here: run this on a machine with one, or try the code with --device cpu --quick.",
               file=sys.stderr)
         return 2
     if args.device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False       # the checks in float32 are of float32
+        torch.backends.cuda.matmul.allow_tf32 = False       # the float32 checks must not compute in TF32
     bench = Bench(args.device, args.quick, args.seconds, args.output, args.ema, args.only, args.top)
     for part in PARTS:
         if part in args.part:

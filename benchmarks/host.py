@@ -1,11 +1,11 @@
-"""Time of the host for one learned activation, forward and backward, over GELU's: what a GPU waits for in eager mode.
+"""Host time of one learned activation, forward and backward, over GELU's: in eager mode a GPU waits for it.
 
     python benchmarks/host.py                  # any machine, no GPU; under a minute
 
-On the way from a call to its kernels lie PyTorch's dispatcher and autograd, our own checks, and Triton's launcher. Here
-every kernel of `kernels.triton_activation` is a stand-in that returns at once, on CPU tensors, so that all but the launch
-itself is timed: in bfloat16 under autocast, as in training. "custom op" is the way that torch.compile's graphs and other
-tracers take, "eager" the one of ordinary training steps. Prints the median microseconds of all rounds, and the quartiles.
+A call passes through PyTorch's dispatcher and autograd, our checks, and Triton's launcher. Here a stand-in that returns
+immediately, on CPU tensors, replaces every kernel of `kernels.triton_activation`, so that everything but the launch itself is
+timed: in bfloat16 under autocast, as in training. "custom op" is the path of torch.compile's graphs and other tracers, "eager"
+that of ordinary training steps. Prints the median microseconds of all rounds, and the quartiles.
 """
 import argparse
 import os
@@ -25,7 +25,7 @@ from vision_kan.layers.group_kan import GroupActivation
 
 
 class NoKernel:
-    """A compiled kernel, its launcher and its launch, which do nothing."""
+    """Replaces a compiled kernel, its launcher and its launch; does nothing."""
 
     def __init__(self, kernel):
         self.arg_names = kernel.arg_names
@@ -60,7 +60,7 @@ def main(argv=None) -> dict[str, float]:
     """Microseconds of each way, "gelu", "custom op" and "eager"."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--calls", type=int, default=200, help="of one round")
+    parser.add_argument("--calls", type=int, default=200, help="calls per round")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     without_kernels()

@@ -1,18 +1,18 @@
-"""What each op costs alone, against the ways it could be computed, on a CPU.
+"""The cost of each op on a CPU, against other ways to compute it.
 
     python benchmarks/kernels.py [--tokens 197 3152 25216] [--widths 192 384 768] [--dtypes float32 bfloat16] [--threads 1]
 
 rswaf_linear, d inputs to d outputs, 8 grid points:
-    ours       the op, by the backend that is chosen here
-    original   1 - tanh^2 in eager PyTorch, as Vision-KAN
-    compiled   the plain layer through torch.compile
-    products   its matrix products alone, with a basis that is there already
+    ours       the op, by the backend chosen here
+    original   1 - tanh^2 in eager PyTorch, as in Vision-KAN
+    compiled   the reference through torch.compile
+    products   its matrix products only, for a given basis
     mlp        d -> 4d -> d with GELU: the same parameters and FLOPs
 rswaf_activation with GELU, [T, 4d], 8 groups of 8 points: ours, original, compiled, gelu (the fixed function).
 
-Forward, and a training step (forward and the gradients of everything); all in turn, ratios are medians over turns beside
-ours; MB are what a step keeps for its backward pass. Where a way needs more than --max-gb it is left out. Prints a table;
-rows go to benchmarks/results/kernels.csv.
+It times the forward pass, and a training step (forward and all gradients), all ways in turn. Ratios to ours are medians over
+turns; MB are what a step keeps for its backward pass. A way that needs more than --max-gb is left out. Prints a table; rows go to
+benchmarks/results/kernels.csv.
 """
 import argparse
 import csv
@@ -56,7 +56,7 @@ def linear_ways(tokens: int, width: int, dtype: torch.dtype, compiled: bool) -> 
     if compiled:
         plain = torch.compile(lambda u, w: kernels.rswaf_linear_reference(u, w, grid, H), dynamic=False)
         ways["compiled"] = (plain, [u, weight])
-    # of an operand that is there: without what it costs to compute a basis
+    # the operand is given: without the cost of computing a basis
     ways["products"] = (F.linear, [torch.rand(tokens, 8 * width).requires_grad_(), weight])
     ways["mlp"] = (lambda u, *_: mlp(u), [u, *mlp.parameters()])
     return ways
@@ -98,7 +98,7 @@ def measure(op: str, tokens: int, width: int, dtype: torch.dtype, args: argparse
     make, inputs, outputs = {"rswaf_linear": (linear_ways, width, width),
                              "rswaf_activation": (activation_ways, 4 * width, 4 * width)}[op]
     torch.manual_seed(0)
-    torch.compiler.reset()          # else it gives up on a function that it has seen in too many shapes
+    torch.compiler.reset()          # else torch.compile gives up on a function after too many shapes
     ways = make(tokens, width, dtype, not args.no_compile and shutil.which("g++") is not None)
     if 4 * tokens * inputs * 8 * 5 > args.max_gb * 1e9:         # arrays of the basis that eager code holds at once
         ways.pop("original")
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--max-gb", type=float, default=4.0, help="memory for a single way")
+    parser.add_argument("--max-gb", type=float, default=4.0, help="memory limit of a single way")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/kernels.csv")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Images a second of main.py's own loaders against decoding alone, with the same worker processes.
+"""Images per second of main.py's loaders against decoding only, with the same worker processes.
 
     python benchmarks/loader.py --data-path DIR [--num_workers N] [--repeats R]
 
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).resolve().parent / "results/loader.csv"
 
 
 class Decoded(Dataset):
-    """The images of an `ImageSet` through `then`; without it a byte of each, so that nothing but decoding counts."""
+    """The images of an `ImageSet`, passed through `then`; without it a byte of each, so that only decoding counts."""
 
     def __init__(self, data, then=None):
         self.names, self.then = [data.images.name(i) for i in range(len(data))], then
@@ -107,12 +107,12 @@ def measure(args: argparse.Namespace, folder: str) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", default="", help="folder with train/ and val/ (default: photographs made here)")
+    parser.add_argument("--data-path", default="", help="folder with train/ and val/ (default: photographs written here)")
     parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0))
                         if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5, help="passes that count")
-    parser.add_argument("--images", type=int, default=512, help="training photographs that are made")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes")
+    parser.add_argument("--images", type=int, default=512, help="training photographs to write")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
-"""How time and memory of a training step grow with tokens, width, depth and batch, for `_ViT`, `_GKAN` and `_KAN`.
+"""Growth of a training step's time and memory with tokens, width, depth and batch, for `_ViT`, `_GKAN` and `_KAN`.
 
     python benchmarks/scaling.py [--quick] [--device cpu|cuda] [--repeats R]
 
-A step is forward, cross-entropy and backward of a small ViT on random images. Saved bytes are those of the tensors that
-autograd keeps for the backward pass, each storage counted once, parameters left out; on a GPU also the largest memory in
-use. The exponent is the slope of a straight line through log cost against log size: 1 is linear. In tokens and width the
-matrix products of attention and of the layers are quadratic in theory, everything else linear; saved bytes are linear in
-all four. Then images/s of one process and of two under DistributedDataParallel (gloo), one thread each. Prints tables and
-writes benchmarks/results/scaling.csv.
+A step is forward, cross-entropy and backward of a small ViT on random images. Saved bytes are those of the tensors that autograd
+keeps for the backward pass, each storage counted once, without parameters; on a GPU also the peak memory. The exponent is the
+slope of a straight line through log cost against log size: 1 is linear. In theory the matrix products of attention and of the
+layers are quadratic in tokens and width, everything else is linear; saved bytes are linear in all four. It also measures images/s
+of one process and of two under DistributedDataParallel (gloo), one thread each. Prints tables and writes
+benchmarks/results/scaling.csv.
 """
 import argparse
 import csv
@@ -114,7 +114,7 @@ def _process(rank: int, port: int, shape: dict, repeats: int, queue) -> None:
 
 
 def processes(shape: dict, repeats: int, start_method: str = "spawn") -> list[dict]:
-    """A row for each model and one or two processes: images/s of all together, `shape["batch"]` images in each."""
+    """A row for each model and one or two processes: images/s of all processes, with `shape["batch"]` images in each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None, start_method: str = "spawn") -> list[dic
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny models and two sizes an axis: a test of the program")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=9, help="steps that count")
+    parser.add_argument("--repeats", type=int, default=9, help="timed steps")
     parser.add_argument("--output", type=Path, default=RESULTS, help="CSV file")
     args = parser.parse_args(argv)
     device = torch.device(args.device)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None, start_method: str = "spawn") -> list[dic
     rows = []
 
     def add(new: list[dict], device_name: str) -> None:
-        """Write what is there after each axis: a run that is cut off leaves the axes before."""
+        """Write the rows after each axis, so that an interrupted run keeps the finished ones."""
         rows.extend({**row, "n": args.repeats, "device": device_name, "torch": torch.__version__} for row in new)
         print(table(new, device), flush=True)
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: steps timed in turn, bytes kept for the backward pass, the machine in words."""
+"""Shared by the speed benchmarks: steps timed in turn, bytes kept for the backward pass, a description of the machine."""
 import os
 import platform
 import statistics
@@ -12,9 +12,9 @@ from torch import nn
 
 def time_in_turn(steps: dict[str, Callable[[], None]], repeats: int, warmup: int = 1,
                  least_seconds: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of each step, all taken in turn so that a slow moment of the machine meets them all.
+    """Seconds of each step, timed in turn so that a slow moment of the machine affects all of them.
 
-    least_seconds: go on after `repeats` turns until every step has been timed for so long."""
+    least_seconds: continue after `repeats` turns until every step has been timed for this long."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     turn = 0
     while turn < repeats + warmup or min(map(sum, seconds.values())) < least_seconds:
@@ -38,9 +38,9 @@ def ratios(seconds: list[float], reference: list[float]) -> tuple[float, float, 
 
 
 def saved_bytes(model: nn.Module | None, step: Callable[[], None]) -> int:
-    """Of the distinct storages that a step keeps for its backward pass, without the model's parameters and buffers."""
+    """Bytes of the distinct storages that a step keeps for its backward pass, without the model's parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())} if model else set()
-    kept: dict[int, torch.Tensor] = {}      # holds the tensors, so that no address is given out twice
+    kept: dict[int, torch.Tensor] = {}      # holds the tensors, so that no address is used twice
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)

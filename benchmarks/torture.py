@@ -1,15 +1,15 @@
-"""Kill a run of two processes again and again, resume it, and compare it with one that was left in peace.
+"""Kill a run of two processes again and again, resume it, and compare it with an uninterrupted one.
 
     python benchmarks/torture.py                    # 100 kills
     python benchmarks/torture.py --kills 6          # a minute
 
-The real program, real gloo processes, real images (DIGITS) with every augmentation, mixup and dropout on. SIGKILL and SIGTERM
-alternate, at random moments from the start of the processes on, to one of them or to both; what is left must end by itself, and
-`--resume auto` must go on. When a run is through, its weights, average, optimizer, schedule, best figures, log lines and
-TensorBoard scalars are compared with the uninterrupted run's, bit by bit, and the next round begins. At the end a negative
-control: a resume with the position in the epoch's order spoiled must be found out.
+It runs the whole program with gloo processes on real images (DIGITS) with every augmentation, mixup and dropout. SIGKILL and
+SIGTERM alternate, at random moments from the start of the processes on, and hit one of them or both; the other must end by
+itself, and `--resume auto` must continue. When a run is finished, its weights, average, optimizer, schedule, best figures, log
+lines and TensorBoard scalars are compared with the uninterrupted run's, bit for bit, and the next round begins. At the end there
+is a negative control: a resume with a wrong position in the epoch's order must be detected.
 
-Prints each kill, then the sums; exit code 1 where a round differs, a process hangs, or the control goes unnoticed.
+Prints each kill, then the sums; exit code 1 if a round differs, a process hangs, or the control is not detected.
 """
 import argparse
 import os
@@ -36,7 +36,7 @@ FLAGS = ("--device", "cpu", "--num_workers", "1", "--data-set", "DIGITS", "--mod
          "64", "--warmup-epochs", "1", "--lr", "1e-3", "--unscale-lr", "--drop", "0.1", "--drop-path", "0.1",
          "--model-ema-decay", "0.95", "--dist-eval", "--print-freq", "1", "--save-interval-steps", "4", "--keep", "3",
          "--dist-timeout", "20")
-ENDS_WITHIN_S = 60      # what a kill leaves of a run: more is a hang
+ENDS_WITHIN_S = 60      # for the processes that a kill leaves; more is a hang
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Figures:
     kills: dict[str, int] = field(default_factory=lambda: {"SIGKILL": 0, "SIGTERM": 0})
     to: dict[str, int] = field(default_factory=dict)
     resumes: int = 0
-    fresh: int = 0              # launches that had nothing to resume yet
+    fresh: int = 0              # launches without a checkpoint to resume
     preempted: int = 0
-    lost: list[int] = field(default_factory=list)       # steps done again, of each kill
+    lost: list[int] = field(default_factory=list)       # steps repeated after each kill
     ends: list[float] = field(default_factory=list)     # seconds until the last process had ended
     hung: int = 0
     rounds: int = 0
@@ -59,7 +59,7 @@ def start(folder: Path, output: Path, flags: tuple[str, ...], processes: int) ->
 
 
 def wait(runs: list[Run], seconds: float) -> list[int] | None:
-    """Exit codes; None where a process is still there after so long."""
+    """Exit codes; None for a process that is still running after the time."""
     deadline = time.monotonic() + seconds
     for run in runs:
         run.process.join(max(0., deadline - time.monotonic()))
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and of whom it hits")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and targets of the kills")
     args = parser.parse_args(argv)
     chance, figures = random.Random(args.seed), Figures()
     flags = (*FLAGS, "--epochs", str(args.epochs))

@@ -1,11 +1,11 @@
-"""What a whole training step costs with each feed-forward, against its MLP twin, on a CPU.
+"""The cost of a whole training step with each feed-forward on a CPU, against its MLP twin.
 
     python benchmarks/train_step.py [--model deit_tiny_patch16_224] [--batch-size 8] [--threads 1] [--dtype float32]
 
-Forward, cross-entropy, backward and AdamW on random images; the models take a step in turn, and a ratio is the median over
-turns of the time beside the twin's of the same turn. "original" is the full-edge KAN as Vision-KAN computes it: 1 - tanh^2
-in eager PyTorch. Bytes kept for the backward pass are those of one image; the peak is how far one process with this model
-alone grows during three steps (--no-peak leaves it out). Prints a table; rows go to benchmarks/results/train_step.csv.
+A step is forward, cross-entropy, backward and AdamW on random images. The models take steps in turn, and a ratio is the median
+over turns of the time relative to the twin's in the same turn. "original" is the full-edge KAN as Vision-KAN computes it: 1 -
+tanh^2 in eager PyTorch. Bytes kept for the backward pass are those of one image; the peak is the growth of a process with only
+this model during three steps (--no-peak leaves it out). Prints a table; rows go to benchmarks/results/train_step.csv.
 """
 import argparse
 import csv
@@ -34,7 +34,7 @@ FIELDS = ("model", "variant", "dtype", "threads", "batch", "ms", "p25", "p75", "
 
 
 def variants(model: str) -> dict[str, tuple[str, dict]]:
-    """name -> timm model and options: the twin first; KANs of equal parameters and FLOPs, and twice as wide."""
+    """name -> timm model and options: the twin first, then KANs of equal parameters and FLOPs, and twice as wide."""
     width = timm.create_model(f"{model}_ViT", depth=1).embed_dim
     return {"mlp": (f"{model}_ViT", {}), "gkan": (f"{model}_GKAN", {}),
             f"kan-{width // 2}": (f"{model}_KAN", {"hdim_kan": width // 2}),
@@ -44,7 +44,7 @@ def variants(model: str) -> dict[str, tuple[str, dict]]:
 
 
 def original_forward(layer: FasterKANLayer, x: torch.Tensor) -> torch.Tensor:
-    """Vision-KAN's layer: every step an array [..., I, G] that autograd keeps."""
+    """Vision-KAN's layer: autograd keeps an array [..., I, G] for every operation."""
     u = layer.layernorm(x)
     basis = 1 - torch.tanh((u[..., None] - layer.rbf.grid) / layer.rbf.h).square()
     return F.linear(basis.flatten(-2), layer.spline_linear.weight)
@@ -76,7 +76,7 @@ def step_of(net: nn.Module, batch_size: int, dtype: torch.dtype) -> Callable[[],
 
 
 def peak(args: argparse.Namespace) -> None:
-    """In a process of its own: by how many bytes it grows."""
+    """The growth in bytes of a new process that runs the step."""
     step = step_of(build(args.model, args.worker), args.batch_size, getattr(torch, args.dtype))
     gc.collect()
     before = _memory("VmRSS")
@@ -131,7 +131,7 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="a size, without the feed-forward's suffix")
-    parser.add_argument("--variants", nargs="+", help="of those in the table; the first is what others are compared with")
+    parser.add_argument("--variants", nargs="+", help="rows of the table; the others are compared with the first")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

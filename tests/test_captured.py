@@ -233,7 +233,7 @@ def test_an_update_that_cannot_be_recorded(capsys, monkeypatch):
 
 def test_on_refuses():
     state, criterion = state_of(flags("--no-model-ema"), Reading()), ClassLoss(nn.CrossEntropyLoss())
-    updater = updater_of(state, criterion, True, must=True)
+    updater = updater_of(state, criterion, True, required=True)
     with pytest.raises(UserError, match="--cuda-graph on: a training step cannot be recorded .*; take --cuda-graph auto or off"):
         epochs_of(updater, batches(8))
 
@@ -275,5 +275,5 @@ def test_what_a_run_is_told(capsys, monkeypatch):
     monkeypatch.setattr(captured, "reason_against", lambda *args: "")
     monkeypatch.setattr(captured, "CudaGraphs", RecordedGraphs)
     updater = captured.build_updater(flags("--cuda-graph", "on"), *parts)
-    assert isinstance(updater, CapturedUpdater) and updater.must
+    assert isinstance(updater, CapturedUpdater) and updater.required
     assert capsys.readouterr().out == "CUDA graphs: on, after 3 batches of a shape\n"

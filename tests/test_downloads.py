@@ -183,17 +183,17 @@ def test_fetch_keeps_no_page_of_html(server, tmp_path, status, length):
     url = server.answer("/tiny.pth", (status, b"<html>Please log in</html>", length))
     text = sentence(fetch, url)
     assert url in text and cached(tmp_path) == []
-    assert ("no whole checkpoint" in text) == (status == 200)
+    assert ("not a complete checkpoint" in text) == (status == 200)
 
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("announced", [None, 0.5])
 def test_fetch_notices_a_cut_that_http_does_not_tell(server, tmp_path, body, named, announced):
-    """Without a length, or with one that is too small: by the hash, or since it is no whole checkpoint."""
+    """Without a length, or with one that is too small: by the hash, or since it is not a complete checkpoint."""
     name = f"/tiny-{hashlib.sha256(body).hexdigest()[:8]}.pth" if named else "/tiny.pth"
     half = len(body) // 2
     text = sentence(fetch, server.answer(name, (200, body[:half], announced and half)))
-    assert ("SHA-256" if named else "no whole checkpoint") in text and cached(tmp_path) == []
+    assert ("SHA-256" if named else "not a complete checkpoint") in text and cached(tmp_path) == []
     assert fetch(server.answer(name, (200, body, None))).read_bytes() == body       # a whole one without a length is taken
 
 

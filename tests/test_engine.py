@@ -746,22 +746,22 @@ def test_best_accuracies():
 
     def note(test, ema=None):
         results = {"test": {"acc1": test}} | ({} if ema is None else {"ema_test": {"acc1": ema}})
-        return state.note_best(results)
+        return state.update_best(results)
 
     assert note(50.0, 20.0) == (best, average) and (state.max_accuracy, state.max_accuracy_ema) == (50, 20)
     assert note(49.0, 21.0) == (average,) and note(50.0, 21.0) == () and note(51.0) == (best,)
     assert (state.max_accuracy, state.max_accuracy_ema) == (51, 21)
     resumed = state_of(nano(), "--model-ema")
     resumed.load_state_dict(through_a_file(state))
-    assert resumed.note_best({"test": {"acc1": 50.5}, "ema_test": {"acc1": 20.0}}) == ()
+    assert resumed.update_best({"test": {"acc1": 50.5}, "ema_test": {"acc1": 20.0}}) == ()
 
 
 def test_patience_counts_epochs_in_which_neither_model_nor_average_is_better():
     state = state_of(nano(), "--model-ema")
 
     def over(test, ema, patience=2):
-        state.note_best({"test": {"acc1": test}, "ema_test": {"acc1": ema}})
-        return state.patience_is_over(patience, Process())
+        state.update_best({"test": {"acc1": test}, "ema_test": {"acc1": ema}})
+        return state.patience_exhausted(patience, Process())
 
     assert not any([over(50, 20), over(49, 20), over(49, 21), over(50, 21)])     # equal is not better
     state.load_state_dict(through_a_file(state))

@@ -50,7 +50,7 @@ def test_safetensors(weights, trained_run, tmp_path, capsys):
     file, data = trained_run
     target = tmp_path / "deep" / "m.safetensors"
     assert export.main([str(file), str(target), "--weights", weights, "--check", str(data / "val")]) == 0
-    assert "equal bit by bit" in capsys.readouterr().out
+    assert "equal bit for bit" in capsys.readouterr().out
     source, content, images = load_file(file), load_file(target), digits(file, data)
     assert all(torch.equal(source[weights][key], value) for key, value in content["model"].items())
     expected = logits(load_trained(str(file), weights=weights, device="cpu").model, images)
@@ -143,7 +143,7 @@ def test_the_model_card(trained_run, tmp_path):
     trained.about.clear()
     trained.results = None
     text = export.model_card(trained)
-    assert "have not been evaluated" in text and "The checkpoint tells none." in text and "model-index" not in text
+    assert "have not been evaluated" in text and "The checkpoint has none." in text and "model-index" not in text
 
 
 def test_letters_stay_letters(trained_run, tmp_path):
@@ -329,7 +329,7 @@ def test_what_is_allowed():
 
 # ---------------------------------------------------------------- mistakes
 @pytest.mark.parametrize("words, sentence", [
-    (["CHECKPOINT", "m.tflite"], ".tflite is no format to export to: let it end in .safetensors, .pt2, .onnx"),
+    (["CHECKPOINT", "m.tflite"], ".tflite is not a format to export to: let it end in .safetensors, .pt2, .onnx"),
     (["CHECKPOINT", "full"], "a folder that is not empty is in the way"),
     (["CHECKPOINT", "full.onnx"], "a folder that is not empty is in the way"),
     (["nowhere.pth", "m.onnx"], "does not exist"),

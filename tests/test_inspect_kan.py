@@ -17,7 +17,7 @@ from PIL import Image
 
 from tools import inspect_kan
 from tools.images import loaders_of
-from vision_kan.analysis.arriving import ActivationStats, collect_inputs
+from vision_kan.analysis.inputs import ActivationStats, collect_inputs
 from vision_kan.analysis.measures import LayerStats, measure
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.run.trained import default_output, load_trained
@@ -145,7 +145,7 @@ def test_without_any_image(places, tmp_path, monkeypatch):
     assert inspected("c.pth", *ONE) == 0
     page = Page(tmp_path / "c_inspect/report.html")
     assert [picture["alt"] for picture in page.pictures] == ["functions.png"]
-    assert page.text.count("no images were given") == 2 and "no image was given to look at" in page.text
+    assert page.text.count("no images were given") == 2 and "no image was given: name some" in page.text
     assert default_output("https://a.b/c/deit.pth?x=1", "_inspect") == Path("deit_inspect")
 
 

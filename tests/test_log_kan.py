@@ -12,7 +12,7 @@ from models import learned
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tools.images import loaders_of
-from vision_kan.analysis.arriving import collect_inputs
+from vision_kan.analysis.inputs import collect_inputs
 from vision_kan.analysis.measures import measure
 from vision_kan.analysis.training_log import log_functions
 from vision_kan.common.process import Process

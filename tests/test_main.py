@@ -787,7 +787,7 @@ def test_finetune_refuses_what_shares_no_attention(data, whole, tmp_path, capsys
     for file, holds, remedy in (
             (tmp_path / "resnet.pth", "'conv1.weight', 'bn1.weight'", "choose weights of a vision transformer"),
             (whole / "checkpoint.pth", "attention fits this model (blocks.0.attn.qkv.weight: (288, 96) against (576, 192))",
-             "choose the --model of the same width")):
+             "choose a --model of the same width")):
         says = refusal(capsys, *FINE, "--data-path", data, "--input-size", 32, "--finetune", file)
         assert holds in says and remedy in says
     says = refusal(capsys, *FINE, "--data-path", data, "--finetune", "no_such_model")

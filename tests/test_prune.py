@@ -157,7 +157,7 @@ def test_edges_on_another_basis_are_numpys():
     x = normal(2000, 3).float()
     fit_edges(new, old, x, torch.ones(2000))
     with torch.no_grad():
-        u = old.layer.arriving(x)
+        u = old.layer.normalised(x)
         for output, i in ((0, 0), (1, 2)):
             edge = old.features(x)[:, i] @ old.weight[output, i]
             columns = np.c_[new.layer.basis(u)[:, i], np.ones(2000)].astype(np.float64)

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from tools import plot_run, quickstart
-from vision_kan.analysis.arriving import InputHistogram
+from vision_kan.analysis.inputs import InputHistogram
 from vision_kan.checkpoints.read import load_file
 from vision_kan.common.errors import UserError
 
@@ -119,7 +119,7 @@ def test_functions_over_what_arrives(tmp_path, monkeypatch):
     folder = write_log(tmp_path / "kan", 10.0)
     save(folder, "GKAN", depth=1)
     torch.save({**torch.load(folder / "checkpoint.pth"), "args": {"data_set": "DIGITS"}}, folder / "checkpoint.pth")
-    plot_run.plot_runs([folder], tmp_path / "p.png", arriving=True)
+    plot_run.plot_runs([folder], tmp_path / "p.png", with_inputs=True)
     assert [int(inputs.counts.sum()) for _, inputs in drawn] == [64 * 17 * 96, 64 * 17 * 384]      # images, tokens, channels
     assert all(isinstance(inputs, InputHistogram) for _, inputs in drawn)
     drawn.clear()
@@ -142,7 +142,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
     assert (tmp_path / "runs/quickstart/log.txt").read_text() == "quickstart"
     assert quickstart.prepare(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
     for taken in (folder, folder / "log.txt"):
-        assert f"--output-dir {taken} holds something already" in sentence(quickstart.prepare, taken)
+        assert f"--output-dir {taken} is not empty" in sentence(quickstart.prepare, taken)
     assert "cannot be made" in sentence(quickstart.prepare, folder / "log.txt" / "below")
 
 

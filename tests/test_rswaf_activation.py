@@ -302,7 +302,7 @@ def test_frozen_parameters_and_inputs():
 @pytest.mark.parametrize("change, words", [
     (dict(c=torch.zeros(5, 8)), "5 groups do not divide 24 channels"),
     (dict(base="tanh"), "base tanh is not one of none, identity, gelu"),
-    (dict(c=torch.zeros(8, 7)), "7 coefficients a group need as many grid points"),
+    (dict(c=torch.zeros(8, 7)), "7 coefficients per group need the same number of grid points"),
     (dict(h=0.2), "at most 10 h from their middle; got 8 and h = 0.2")])
 def test_what_is_refused(change, words):
     points, h = points_of("the models'")

@@ -102,7 +102,7 @@ def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys):
     assert " 2/2 " in lines["kan"] and " unknown " in lines["mlp"] and " unknown " in lines["new"]
     assert lines["mlp"].endswith(" -") and f"{log(copy / 'mlp')[0]['test_loss']:.4f}" in lines["mlp"]
     assert len(err.splitlines()) == 3 and all(line.startswith("warning: ") for line in err.splitlines())
-    assert "status.json" in err and "no_such_flag" in err and "line 1 is no epoch" in err
+    assert "status.json" in err and "no_such_flag" in err and "line 1 is not an epoch" in err
     assert (copy / "runs.png").exists()
 
 
@@ -129,7 +129,7 @@ def test_many_runs_have_colours_of_their_own(copy, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("words,sentence", [
-    (["NOWHERE"], "is no folder"), (["EMPTY"], "holds no run"), (["RUNS", "--csv", "A_FILE/t.csv"], "cannot be written"),
+    (["NOWHERE"], "is not a folder"), (["EMPTY"], "holds no run"), (["RUNS", "--csv", "A_FILE/t.csv"], "cannot be written"),
     (["RUNS", "--output", "A_FILE/p.png"], "cannot be written")])
 def test_mistakes(words, sentence, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()

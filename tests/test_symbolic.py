@@ -152,7 +152,7 @@ def test_a_group_kan_end_to_end(group_kan, data, tmp_path, capsys):
     words = [str(group_kan), "--data-path", str(data), "--device", "cpu", "--num_workers", "0"]
     assert symbolic.main([*words, "--output", str(out), "--replace", str(target)]) == 0
     said = capsys.readouterr().out
-    assert "weighted by the inputs that arrive" in said
+    assert "weighted by the inputs on these images" in said
     records = json.loads((out / "formulas.json").read_text())
     assert [(r["block"], r["activation"], r["group"]) for r in records] == [
         (str(block), f"phi{phi}", str(group)) for block in range(4) for phi in (1, 2) for group in range(2)]
@@ -245,7 +245,7 @@ def test_it_is_the_same_twice_and_weighted_by_images_of_a_folder(small, data, tm
     assert outputs[0] == outputs[1]
     capsys.readouterr()
     assert symbolic.main([str(small), "--device", "cpu", "--weights", "model_ema", "--output", str(tmp_path / "even")]) == 0
-    assert "no images: all of the grid counts alike" in capsys.readouterr().out
+    assert "no images: the grid is weighted evenly" in capsys.readouterr().out
     assert (tmp_path / "even" / "formulas.csv").read_text() != outputs[0]
 
 

@@ -104,7 +104,7 @@ def test_a_run_that_does_not_finish_is_told_so(error, state, tmp_path, monkeypat
     for key, value in offline(tmp_path).items():
         monkeypatch.setenv(key, value)
     folder = RunFolder(str(tmp_path / "run"), Process(), track=["mlflow", "mlflow"], track_project="p")
-    with pytest.raises(type(error)), folder.telling(SimpleNamespace(epoch=0, step=0)):
+    with pytest.raises(type(error)), folder.reporting_status(SimpleNamespace(epoch=0, step=0)):
         folder.start("lr: 1\n", [], 0)
         folder.log({"epoch": 0, "train_loss": 1.5})
         raise error

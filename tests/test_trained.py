@@ -13,7 +13,7 @@ from engine import evaluate
 from tools import export
 from tools.images import loaders_of
 from vision_kan.common.process import Process
-from vision_kan.run.trained import Pictures, as_seen, class_names, image_files, load_trained
+from vision_kan.run.trained import Pictures, class_names, denormalised, image_files, load_trained
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_another_model_of_timms_has_its_images_as_it_was_trained(tmp_path, capsy
     trained = load_trained(str(file), device="cpu")
     (seen, _), = Pictures([image], trained.args)
     assert trained.data_config == own and torch.equal(seen[0], expected)
-    assert torch.equal(as_seen(seen[0], trained.args), expected * 0.5 + 0.5)
+    assert torch.equal(denormalised(seen[0], trained.args), expected * 0.5 + 0.5)
     for target in ("m.safetensors", "folder"):
         assert export.main([str(file), str(tmp_path / target)]) == 0
     assert load_trained(str(tmp_path / "m.safetensors"), device="cpu").data_config == own

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import models_kan  # noqa: F401  (registers the models)
 from faster_kan import FasterKANLayer
-from vision_kan.analysis.arriving import InputHistogram, collect_inputs
 from vision_kan.analysis.attention import (
     attention_maps,
     attention_panels,
@@ -22,6 +21,7 @@ from vision_kan.analysis.attention import (
 )
 from vision_kan.analysis.drawing import draw_functions, draw_groups, functions_figure, png
 from vision_kan.analysis.functions import chosen_layers, group_functions
+from vision_kan.analysis.inputs import InputHistogram, collect_inputs
 from vision_kan.analysis.measures import drawn_range, edge_deviations, edge_functions, measure
 from vision_kan.analysis.training_log import (
     off_grid_warning,

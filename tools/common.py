@@ -1,4 +1,4 @@
-"""What all tools share: how a command begins and ends. Imports neither torch nor matplotlib."""
+"""What all tools share: parsers, exit codes, saving a picture. Imports neither torch nor matplotlib."""
 import argparse
 import sys
 import warnings
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def tool_parser(name: str, description: str | None) -> Parser:
-    """The parser of `tools/NAME`; its --help begins with the file's docstring as it is written."""
+    """The parser of `tools/NAME`. description: the tool's docstring, shown unchanged by --help."""
     return Parser(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -33,13 +33,14 @@ def model_parser(name: str, description: str | None) -> Parser:
 
 
 def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
+    """Raises UserError that names the first of these flags whose value is below 1."""
     for name in names:
         if getattr(own, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
 
 
 def save_picture(figure: "Figure", target: Path, **options: Any) -> None:
-    """Write a figure as a PNG, whole or not at all; names in a script that the font lacks are no reason for a warning.
+    """Write a figure as a PNG, completely or not at all, without warnings of characters that the font lacks.
 
     options: of `Figure.savefig`."""
     with atomic_write(target) as place, warnings.catch_warnings():
@@ -49,12 +50,13 @@ def save_picture(figure: "Figure", target: Path, **options: Any) -> None:
 
 def command(arguments: Callable[[], Parser], run: Callable[[argparse.Namespace, list[str]], int],
             with_main: bool = False) -> Callable[..., int]:
-    """The `main` of a tool: takes the words of the command line (None: the process's own) and returns the exit code
+    """The `main` of a tool. It takes the command line's words (None: sys.argv) and returns the exit code
     (`console.exit_code`): 2 for bad input, after one sentence.
 
     Args:
-        run: takes the tool's own arguments, and the words that are left for main.py's parser.
-        with_main: the flags of main.py are taken, too; else any other flag is refused."""
+        arguments: returns the tool's parser.
+        run: takes the tool's arguments and the remaining words, which are flags of main.py; returns the exit code.
+        with_main: accept the flags of main.py; else any flag of no tool is refused."""
     def main(argv: list[str] | None = None) -> int:
         def program() -> int:
             words = sys.argv[1:] if argv is None else argv

@@ -38,12 +38,13 @@ from vision_kan.run.build import build_model, model_spec
 from vision_kan.run.starting import Start, open_source, with_own_input_size
 from vision_kan.run.trained import Pictures, image_files
 
-EXACT = 1e-4        # largest difference of logits, relative to the largest logit, of a conversion that fits nothing
-AGREEMENT = 0.98    # share of images whose first choice stays, of one that does
+EXACT = 1e-4        # without a fit: allowed difference of logits, relative to the largest logit
+AGREEMENT = 0.98    # with a fit: required share of images whose first choice stays
 
 
 def images_in(folder: Path, args: Namespace, limit: int | None = None) -> Tensor:
-    """[B, 3, S, S]: images of a folder and its subfolders, spread evenly over them, as main.py evaluates them."""
+    """[B, 3, H, W]: images of a folder and its subfolders, prepared as main.py evaluates them. limit: take this number at most,
+    evenly spaced."""
     files = image_files([folder])
     pictures = Pictures(files[::max(1, len(files) // limit) if limit else 1], args, workers=0)
     images = list(islice(chain.from_iterable(batch for batch, _ in pictures), limit))
@@ -53,7 +54,7 @@ def images_in(folder: Path, args: Namespace, limit: int | None = None) -> Tensor
 
 
 def compare(source: nn.Module, model: nn.Module, images: Tensor, exact: bool) -> int:
-    """Print how far the logits of the two differ; 1 if further than they should."""
+    """Print how far the logits of the two differ. Returns the exit code: 1 if they differ too much."""
     with torch.inference_mode():
         ours, theirs = (torch.cat([net.eval()(batch) for batch in images.split(32)]) for net in (model, source))
     error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
@@ -72,9 +73,9 @@ def arguments() -> Parser:
     parser = tool_parser("convert.py", __doc__)
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("target", metavar="TARGET", type=Path)
-    parser.add_argument("--model", required=True, metavar="NAME", help="what to turn it into")
-    parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="images that a full-edge KAN is fitted on")
-    parser.add_argument("--check", type=Path, metavar="FOLDER", help="images whose logits are compared")
+    parser.add_argument("--model", required=True, metavar="NAME", help="the model to convert to")
+    parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="images on which a full-edge KAN is fitted")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="images on which to compare the logits of the two")
     return parser
 
 
@@ -84,8 +85,8 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     config = parse_args(["--model", own.model, "--drop-path", "0", *flags])
     checkpoint = open_source(own.source)
     state, stored = checkpoint.weights(), checkpoint.flags
-    told = {key: value for key, value in stored.items() if key in PREPARATION}
-    config = resolve(with_own_input_size(config), told, purpose="finetune")
+    preparation = {key: value for key, value in stored.items() if key in PREPARATION}
+    config = resolve(with_own_input_size(config), preparation, purpose="finetune")
     validate(config.args)
     found = infer_model(state, stored)
     spec = model_spec(config, Start(), found.kwargs["num_classes"])

@@ -1,4 +1,4 @@
-"""What a trained model gets right and wrong: accuracy, confusions, calibration, its worst mistakes.
+"""Evaluate a trained model in detail: accuracy by class, confusions, calibration, worst mistakes.
 
     python tools/evaluate.py CHECKPOINT --data-path DIR [--output FOLDER] [--weights model_ema]
 
@@ -38,32 +38,33 @@ from vision_kan.common.text import printable, to_json
 from vision_kan.config.parser import Parser
 from vision_kan.data.images import Images, ImageSet
 from vision_kan.run.folder import versions
-from vision_kan.run.trained import Trained, as_seen, default_output, load_trained
+from vision_kan.run.trained import Trained, default_output, denormalised, load_trained
 
-BINS = 15           # of the calibration error, as Guo et al. have it
+BINS = 15           # of the calibration error, as in Guo et al.
 MISTAKES = 24       # on the contact sheet
-CONFUSIONS = 20     # pairs of classes that are listed
-LABELLED = 40       # classes up to which the confusion matrix names each
-BLOCKS = 100        # rows of its picture, at most
+CONFUSIONS = 20     # pairs of classes to list
+LABELLED = 40       # up to this number of classes the confusion matrix names each
+BLOCKS = 100        # maximum number of rows of its picture
 
 
 @dataclass
 class Mistake:
-    """index: of the image in the data set. image: float32 [3, S, S] as the model saw it."""
-    index: int
+    index: int          # of the image in the data set
     target: int
     predicted: int
     confidence: float
-    image: Tensor
+    image: Tensor       # float32 [3, H, W], the model's input
 
 
 @dataclass
 class Tally:
-    """What the images of an evaluation add up to, in memory that does not grow with their number.
+    """Sums over the images of an evaluation, in memory that does not grow with their number.
 
-    confusion: int64 [C, C], images of class row taken for class column. top5: int64 [C], images of a class whose five first
-    choices have it. bins: float64 [3, BINS], number, correct ones and sum of confidences of the images whose confidence is in
-    (b / BINS, (b + 1) / BINS]. mistakes: a heap of the `MISTAKES` most confident ones."""
+    confusion: int64 [C, C], images of class row predicted as class column.
+    top5: int64 [C], images of a class that is among the five first choices.
+    bins: float64 [3, BINS], of the images with confidence in (b / BINS, (b + 1) / BINS]: number, number of correct ones, sum of
+        confidences.
+    mistakes: a heap of the `MISTAKES` most confident mistakes."""
     num_classes: int
     seen: int = 0
     mistakes: list[tuple[float, int, Mistake]] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Tally:
         self.bins = np.zeros((3, BINS))
 
     def add(self, images: Tensor, outputs: Tensor, targets: Tensor, readable: Tensor) -> None:
-        """`see` of `engine.evaluate`."""
+        """Add a batch; `on_batch` of `engine.evaluate`."""
         indices = self.seen + readable.nonzero().flatten().numpy()
         self.seen += len(readable)
         if not len(targets):
@@ -89,19 +90,19 @@ class Tally:
         for sums, values in zip(self.bins, (1.0, predicted == classes, confidence)):
             np.add.at(sums, bins, values)
         for row in np.flatnonzero(predicted != classes):
-            entry = (float(confidence[row]), -int(indices[row]))        # of two alike the one that came first
+            entry = (float(confidence[row]), -int(indices[row]))        # at equal confidence the first image wins
             if len(self.mistakes) < MISTAKES or entry > self.mistakes[0][:2]:
                 mistake = Mistake(int(indices[row]), int(classes[row]), int(predicted[row]), entry[0], images[row].float().cpu())
                 (heapq.heappush if len(self.mistakes) < MISTAKES else heapq.heapreplace)(self.mistakes, (*entry, mistake))
 
     @property
     def worst(self) -> list[Mistake]:
-        """The most confident first."""
+        """The mistakes, the most confident first."""
         return [mistake for *_, mistake in sorted(self.mistakes, key=lambda entry: entry[:2], reverse=True)]
 
     def calibration(self) -> dict[str, Any]:
-        """Expected and maximum calibration error: the mean (by images) and the largest over the bins of |accuracy -
-        confidence|, in shares of 1 (Guo et al. 2017, arXiv:1706.04599, equations 3 and 5), and the bins."""
+        """Expected and maximum calibration error, in shares of 1, and the bins. The errors are the mean (weighted by images) and
+        the maximum of |accuracy - confidence| over the bins (Guo et al. 2017, arXiv:1706.04599, equations 3 and 5)."""
         images, correct, confidence = self.bins
         filled = images > 0
         gap = np.abs(correct - confidence)[filled]
@@ -112,7 +113,7 @@ class Tally:
                           "confidence": float(confidence[b] / images[b]) if images[b] else None} for b in range(BINS)]}
 
     def per_class(self, names: list[str]) -> list[dict[str, Any]]:
-        """A row for each class: recall as `top1` and `top5`, precision, in percent, None without images."""
+        """A row for each class: recall as `top1` and `top5`, and precision, in percent; None without images."""
         images, predicted, correct = self.confusion.sum(1), self.confusion.sum(0), self.confusion.diagonal()
 
         def percent(part: np.ndarray, of: np.ndarray, c: int) -> float | None:
@@ -123,7 +124,7 @@ class Tally:
                  "precision": percent(correct, predicted, c)} for c in range(self.num_classes)]
 
     def confusions(self) -> list[tuple[int, int, int]]:
-        """(class, taken for, images) of all pairs that occur, the most frequent first."""
+        """(class, predicted class, images) of all confused pairs, the most frequent first."""
         wrong = self.confusion - np.diag(self.confusion.diagonal())
         rows, columns = np.nonzero(wrong)
         counts = wrong[rows, columns]
@@ -138,9 +139,9 @@ def _short(name: str, most: int = 22) -> str:
 
 
 def draw_confusion(tally: Tally, names: list[str]) -> Figure:
-    """Share of each class's images by what they are taken for, and the pairs that are confused most.
+    """The confusion matrix, in shares of each class's images, and the most frequent confusions.
 
-    Of more than LABELLED classes the mistakes alone, of more than BLOCKS in blocks of neighbouring classes."""
+    With more than LABELLED classes it shows the mistakes only, with more than BLOCKS in blocks of neighbouring classes."""
     count, labels, few = tally.num_classes, [_short(name) for name in names], tally.num_classes <= LABELLED
     size = -(-count // BLOCKS)
     starts = range(0, count, size)
@@ -149,7 +150,7 @@ def draw_confusion(tally: Tally, names: list[str]) -> Figure:
     shares = pooled / np.maximum(np.add.reduceat(tally.confusion.sum(1, keepdims=True), starts, 0), 1)
     side = min(11.0, max(5.0, 0.32 * count))
     figure, (axes, listed) = plt.subplots(1, 2, figsize=(side + 4.6, side), width_ratios=(side, 3.8), layout="constrained")
-    # the square root: one image in a hundred can be seen, too
+    # a square-root scale, so that one image in a hundred is visible
     picture = axes.imshow(shares, cmap="magma_r", norm=PowerNorm(0.5, 0, max(shares.max(), 1e-6)), interpolation="nearest")
     figure.colorbar(picture, ax=axes, shrink=0.7, format=PercentFormatter(1, decimals=None))
     what = "" if few else f", the mistakes{f' in blocks of {size} classes' if size > 1 else ''}"
@@ -169,8 +170,8 @@ def draw_confusion(tally: Tally, names: list[str]) -> Figure:
 
 
 def draw_reliability(calibration: dict[str, Any]) -> Figure:
-    """Accuracy over confidence, and how many images there are of each confidence."""
-    bins = [b for b in calibration["bins"] if b["images"]]     # a bar of no height would be a line
+    """Accuracy over confidence, and the share of images in each bin of confidence."""
+    bins = [b for b in calibration["bins"] if b["images"]]     # an empty bin would show as a line
     left, images = [b["from"] for b in bins], np.array([b["images"] for b in bins])
     accuracy, confidence = ([b[key] for b in bins] for key in ("accuracy", "confidence"))
     figure, (axes, below) = plt.subplots(2, 1, figsize=(5.5, 6.5), height_ratios=(3, 1), sharex=True, layout="constrained")
@@ -188,14 +189,14 @@ def draw_reliability(calibration: dict[str, Any]) -> Figure:
 
 
 def draw_mistakes(mistakes: list[Mistake], names: list[str], args: Namespace) -> Figure:
-    """The images as the model saw them, under what they are and what they were taken for. args: the flags."""
+    """The images as the model got them, with their class and the predicted one. args: the flags that prepared them."""
     columns = 6
     rows = max(1, -(-len(mistakes) // columns))
     figure, axes = plt.subplots(rows, columns, figsize=(2.1 * columns, 2.75 * rows), squeeze=False, layout="constrained")
     for cell in axes.flat:
         cell.axis("off")
     for cell, mistake in zip(axes.flat, mistakes):
-        cell.imshow(as_seen(mistake.image, args).permute(1, 2, 0).numpy())
+        cell.imshow(denormalised(mistake.image, args).permute(1, 2, 0).numpy())
         cell.set_title(f"taken for {_short(names[mistake.predicted])}, {mistake.confidence:.0%}\n"
                        f"is {_short(names[mistake.target])}", fontsize=8)
     figure.suptitle(f"the {len(mistakes)} most confident mistakes" if mistakes
@@ -210,7 +211,7 @@ def save(figure: Figure, path: Path) -> None:
 
 # ---------------------------------------------------------------- command
 def report_of(trained: Trained, weights: str, result: dict[str, float], tally: Tally, images: Images) -> dict[str, Any]:
-    """Everything that was found, in plain types. images: the data set's, for their names."""
+    """The content of report.json. images: the data set's, for their names."""
     names = trained.class_names
     return {"checkpoint": trained.path, "weights": weights, "model": trained.spec.name, "data_set": trained.args.data_set,
             "data_path": trained.args.data_path, **{key: result[key] for key in ("images", "unreadable", "loss", "acc1", "acc5")},
@@ -223,7 +224,7 @@ def report_of(trained: Trained, weights: str, result: dict[str, float], tally: T
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The report in a few lines."""
+    """The report's main figures in a few lines."""
     calibration, classes = report["calibration"], report["classes"]
     measured = sorted((row for row in classes if row["images"]), key=lambda row: (row["top1"], row["class"]))
     names = [printable(row["name"], 40) for row in classes]
@@ -246,7 +247,7 @@ def default_folder(checkpoint: str, weights: str) -> Path:
 
 def arguments() -> Parser:
     parser = model_parser("evaluate.py", __doc__)
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where the report goes")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the report (default: beside the checkpoint)")
     return parser
 
 

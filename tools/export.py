@@ -1,13 +1,13 @@
-"""Write a checkpoint's model for use elsewhere, and check that what was written computes the same.
+"""Write a checkpoint's model in another format, and check that it computes the same.
 
     python tools/export.py CHECKPOINT TARGET.safetensors    weights and description: main.py, timm.create_model
     python tools/export.py CHECKPOINT FOLDER                timm's layout with a model card: timm.create_model, the Hub
     python tools/export.py CHECKPOINT TARGET.pt2            a program for PyTorch (torch.export)
     python tools/export.py CHECKPOINT TARGET.onnx           a program for onnxruntime and others
 
-Programs take any number of normalised images, float32 [B, 3, S, S], and give logits [B, classes]; they are of PyTorch's own
-operations and ONNX's alone. TARGET is written whole, or not at all where the check fails (exit code 1). --check adds images
-to it. Further flags are main.py's: with --data-path DIR the model is evaluated, and description and card say so.
+Programs map any number of normalised images, float32 [B, 3, H, W], to logits [B, classes]; they contain PyTorch's or ONNX's own
+operations only. If the check fails, nothing is written (exit code 1). --check adds images to it. Further flags are main.py's:
+with --data-path DIR the model is evaluated, and description and model card give the result.
 """
 import argparse
 import importlib.util
@@ -48,38 +48,39 @@ from vision_kan.config.flags import FLAGS, PREPARATION
 from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.run.folder import versions
-from vision_kan.run.trained import Pictures, Trained, image_files, load_trained, told
+from vision_kan.run.trained import Pictures, Trained, describe_result, image_files, load_trained
 from vision_kan.training.state import result_of
 
 Logits = Callable[[Tensor], Tensor]
 
-# Of a program's logits, largest difference relative to the largest logit. Rounding in another order moves them about as far as
-# PyTorch's own float32 lies from its float64, which depends on the model: so many times that is allowed, within limits.
+# The allowed difference of a program's logits, relative to the largest logit. Another order of rounding moves them about as far
+# as PyTorch's float32 is from its float64, which depends on the model: OWN_ERRORS times that is allowed, at least CLOSE, at most
+# FAR.
 CLOSE, OWN_ERRORS, FAR = 1e-4, 10, 0.5
-NOISE_BATCHES = (1, 2, 5)       # sizes of the batches that are always compared
-ONNX_BYTES = 2 ** 31            # of one file (protobuf)
+NOISE_BATCHES = (1, 2, 5)       # sizes of the batches of noise to compare
+ONNX_BYTES = 2 ** 31            # protobuf's limit for one file
 
 
-# ---------------------------------------------------------------- what is said beside the weights
+# ---------------------------------------------------------------- metadata
 def about(trained: Trained) -> dict[str, Any]:
-    """Of a checkpoint what is worth telling elsewhere, as plain values: architecture, classes, results, the flags that make the
-    training, versions. No flag that names a place on this machine."""
+    """A checkpoint's metadata in built-in types: architecture, classes, results, versions, and the flags of its training without
+    those that name places on this machine."""
     flags = {key: value for key, value in trained.about.get("args", {}).items() if key in FLAGS and FLAGS[key].scope != "run"}
     flags |= {key: getattr(trained.args, key) for key in sorted(PREPARATION & trained.config.sources.keys())}
-    said = {key: trained.about[key] for key in ("class_names", "epoch", "versions") if trained.about.get(key) is not None}
+    kept = {key: trained.about[key] for key in ("class_names", "epoch", "versions") if trained.about.get(key) is not None}
     if trained.results:
-        said["results"] = {"model": trained.results}        # the key that the weights have where this goes
-    return to_builtin_types({"model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}, "args": flags, **said})
+        kept["results"] = {"model": trained.results}        # exported weights are always "model", averaged ones too
+    return to_builtin_types({"model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}, "args": flags, **kept})
 
 
 def bare_model(trained: Trained) -> nn.Module:
-    """The model from its description and weights alone, on the CPU: without the training's dropout, which timm would note."""
+    """The model from its description and weights only, on the CPU: without the training's dropout, which timm would save."""
     model = timm.create_model(trained.spec.name, **trained.spec.kwargs)
     model.load_state_dict(trained.model.state_dict())
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- formats: `export` lets them write beside the target
+# ---------------------------------------------------------------- formats; `export` gives them a temporary target
 def write_safetensors(trained: Trained, target: Path) -> None:
     save_safetensors(trained.model.state_dict(), about(trained), target)
 
@@ -95,9 +96,9 @@ def write_folder(trained: Trained, target: Path) -> None:
     names = trained.about.get("class_names")
     save_for_hf(model, str(target), safe_serialization=True, data_config=trained.data_config,
                 model_config={"label_names": names} if names else None)
-    config = target / "config.json"     # in which the Hub's client escapes letters
+    config = target / "config.json"     # written anew, because the Hub's client escapes letters
     config.write_text(to_json(json.loads(config.read_text(encoding="utf-8")), indent=2), encoding="utf-8")
-    save_safetensors(model.state_dict(), about(trained), target / "model.safetensors")        # now with its description
+    save_safetensors(model.state_dict(), about(trained), target / "model.safetensors")      # again, with the metadata
     (target / "README.md").write_text(model_card(trained), encoding="utf-8")
 
 
@@ -107,7 +108,7 @@ def read_folder(path: Path, trained: Trained) -> Logits:
 
 def write_pt2(trained: Trained, target: Path) -> None:
     with quiet():
-        torch.export.save(exported(trained), target, extra_files={f"{SAFETENSORS_KEY}.json": described(trained)})
+        torch.export.save(exported(trained), target, extra_files={f"{SAFETENSORS_KEY}.json": metadata_json(trained)})
 
 
 def read_pt2(path: Path, trained: Trained) -> Logits:
@@ -121,8 +122,8 @@ def write_onnx(trained: Trained, target: Path) -> None:
                         ".safetensors file")
     with quiet():
         program: Any = torch.onnx.export(exported(trained), input_names=["images"], output_names=["logits"], dynamo=True,
-                                         dynamic_shapes=({0: "batch"},), verbose=False)     # names the axis, no more
-        program.model.metadata_props[SAFETENSORS_KEY] = described(trained)
+                                         dynamic_shapes=({0: "batch"},), verbose=False)     # only names the axis
+        program.model.metadata_props[SAFETENSORS_KEY] = metadata_json(trained)
         program.save(str(target), external_data=False)
 
 
@@ -135,22 +136,21 @@ def read_onnx(path: Path, trained: Trained) -> Logits:
 
 
 def exported(trained: Trained) -> torch.export.ExportedProgram:
-    """The model's graph for any batch size, of PyTorch's own operations."""
+    """The model's graph for any batch size, in PyTorch's own operations."""
     images = torch.zeros(2, 3, *to_2tuple(trained.args.input_size), device=trained.device)
     return torch.export.export(trained.model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
-def described(trained: Trained) -> str:
-    """JSON for a program's metadata: `about`, and how an image is prepared."""
+def metadata_json(trained: Trained) -> str:
+    """JSON for a program's metadata: `about`, and the preparation of images."""
     return to_json({**about(trained), "data_config": trained.data_config})
 
 
 class Format(NamedTuple):
-    """write: (trained, target). read: (path, trained) -> images to logits. exact: to the last bit. packages: it needs these."""
     write: Callable[[Trained, Path], None]
     read: Callable[[Path, Trained], Logits]
-    exact: bool
-    packages: tuple[str, ...] = ()
+    exact: bool                                 # the logits stay bit for bit the same
+    packages: tuple[str, ...] = ()              # needed to write and to check
 
 
 FORMATS = {".safetensors": Format(write_safetensors, read_safetensors, exact=True),
@@ -160,11 +160,11 @@ FORMATS = {".safetensors": Format(write_safetensors, read_safetensors, exact=Tru
 
 
 def format_of(target: Path) -> Format:
-    """By the ending of TARGET. Raises UserError for an unknown one, and where packages are missing."""
+    """The format of TARGET's ending. Raises UserError for an unknown one, and if packages are missing."""
     chosen = FORMATS.get(target.suffix)
     if chosen is None:
-        raise UserError(f"TARGET {target}: {target.suffix} is no format to export to: let it end in "
-                        f"{', '.join(filter(None, FORMATS))}, or in none for a folder of timm's layout")
+        raise UserError(f"TARGET {target}: {target.suffix} is not a format to export to: let it end in "
+                        f"{', '.join(filter(None, FORMATS))}, or give a folder, which gets timm's layout")
     missing = [name for name in chosen.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"{target.suffix} files are written and checked with packages that are not installed: "
@@ -174,7 +174,7 @@ def format_of(target: Path) -> Format:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters and loaders tell on the way."""
+    """Silence the log lines, warnings and prints of exporters and loaders."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -187,10 +187,9 @@ def quiet() -> Iterator[None]:
 
 # ---------------------------------------------------------------- the check
 class Difference(NamedTuple):
-    """Of logits, the largest, relative to the largest logit. own: of PyTorch's float32 from its float64."""
-    images: int
-    error: float
-    own: float
+    images: int     # compared
+    error: float    # largest difference of logits, relative to the largest logit
+    own: float      # the same between PyTorch's float32 and float64
 
     def fits(self, exact: bool) -> bool:
         return self.error == 0 if exact else self.error <= min(FAR, max(CLOSE, OWN_ERRORS * self.own))
@@ -198,7 +197,7 @@ class Difference(NamedTuple):
 
 @torch.inference_mode()
 def compare(model: nn.Module, other: Logits, batches: Iterable[Tensor], exact: bool = False) -> Difference:
-    """What `model` and `other` say of the same images, batch by batch. exact: `own` is not asked for."""
+    """Compare the logits of `model` and `other` batch by batch. exact: don't compute `own`."""
     device = next(model.parameters()).device
     double = None if exact or device.type == "mps" else deepcopy(model).double()
     images, error, own = 0, 0.0, 0.0
@@ -216,7 +215,7 @@ def compare(model: nn.Module, other: Logits, batches: Iterable[Tensor], exact: b
 
 
 def check_batches(trained: Trained, files: list[Path]) -> Iterator[Tensor]:
-    """Noise in batches of several sizes, then the images of `files`."""
+    """Batches of noise of several sizes, then the images of `files`."""
     size, generator = to_2tuple(trained.args.input_size), torch.Generator().manual_seed(0)
     for count in NOISE_BATCHES:
         yield torch.randn(count, 3, *size, generator=generator)
@@ -228,38 +227,38 @@ def check_batches(trained: Trained, files: list[Path]) -> Iterator[Tensor]:
 
 
 def export(trained: Trained, target: Path, check: list[Path] | None = None) -> Difference:
-    """Write the model to `target` in the format of its ending, once what was written has passed the check.
+    """Write the model to `target` in the format of its ending, if the result passes the check.
 
-    check: image files, besides noise.
-    Raises: UserError where that is not possible, TrainingFailed where the check fails: then nothing is left."""
+    check: image files to compare on, besides noise.
+    Raises: UserError if the format cannot hold it, TrainingFailed if the check fails; nothing is written then."""
     chosen = format_of(target)
     with atomic_write(target) as temporary:
         chosen.write(trained, temporary)
         found = compare(trained.model, chosen.read(temporary, trained), check_batches(trained, check or []), chosen.exact)
         if not found.fits(chosen.exact):
-            raise TrainingFailed(f"{target} was not written: its logits of {found.images} images are off the checkpoint's by "
-                                 f"{found.error:.1e} of the largest logit, PyTorch's float32 is off float64 by {found.own:.1e}")
+            raise TrainingFailed(f"{target} was not written: its logits of {found.images} images differ from the checkpoint's by "
+                                 f"{found.error:.1e} of the largest logit, PyTorch's float32 from float64 by {found.own:.1e}")
     return found
 
 
 # ---------------------------------------------------------------- the model card
-PLACE = "USER/NAME"         # of the model on the Hub, until it is pushed
+PLACE = "USER/NAME"         # the model's name on the Hub, which push_to_hub.py fills in
 
 
 def model_card(trained: Trained) -> str:
-    """The `README.md` of a model on the Hub: results, model, recipe, data, versions, licence, use."""
-    said = about(trained)
-    flags, names = said["args"], said.get("class_names") or []
+    """The `README.md` of a model on the Hub: results, model, data, recipe, versions, licence, use."""
+    metadata = about(trained)
+    flags, names = metadata["args"], metadata.get("class_names") or []
     name, suffix = trained.spec.name, models_kan.split_name(trained.spec.name)[1]
     data = _one_word(str(flags.get("data_set") or "unknown"))
     recipe = {key: value for key, value in flags.items()
               if FLAGS[key].scope != "model" and value != to_builtin_types(FLAGS[key].default)}
-    started = trained.about.get("args", {}).get("finetune")
+    finetuned_from = trained.about.get("args", {}).get("finetune")
 
-    held = {"model": "trained weights", "model_ema": "moving average"}
+    title = {"model": "trained weights", "model_ema": "moving average"}[trained.weights]
     evaluated, results = None, _NOT_EVALUATED
     if measured := trained.results:
-        results = f"The {held[trained.weights]}: {_one_word(told(measured))}."
+        results = f"The {title}: {_one_word(describe_result(measured))}."
         on = _one_word(measured["data_set"])
         evaluated = [EvalResult(task_type="image-classification", dataset_type=on.lower(), dataset_name=on,
                                 dataset_split=measured["split"] or None, metric_type="accuracy", metric_name=f"top-{k}",
@@ -274,11 +273,11 @@ def model_card(trained: Trained) -> str:
                      f"{count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
                      f"FLOPs an image of {shown_size(trained.args.input_size, ' x ')} px.")
     parts += ["## Results", results,
-              "## Model", f"It holds the {held[trained.weights]}.",
-              _block("yaml", _yaml({"name": name, **said["model_args"]["kwargs"]})),
+              "## Model", f"It holds the {title}.",
+              _block("yaml", _yaml({"name": name, **metadata["model_args"]["kwargs"]})),
               "## Data", f"`{data}`, {trained.model.num_classes} classes{_few(names)}.",
-              "## Recipe", _recipe(recipe, said, started),
-              "## Versions", _block("yaml", _yaml({**said.get("versions", {}), "exported with": versions()})),
+              "## Recipe", _recipe(recipe, metadata, finetuned_from),
+              "## Versions", _block("yaml", _yaml({**metadata.get("versions", {}), "exported with": versions()})),
               "## Licence", "Apache-2.0.",
               "## Use", _USE.format(place=PLACE)]
     return "\n\n".join(parts) + "\n"
@@ -301,12 +300,12 @@ _NOT_EVALUATED = """These weights have not been evaluated. `python tools/export.
 and writes the result here."""
 
 
-def _recipe(recipe: dict[str, Any], said: dict[str, Any], started: Any) -> str:
-    if not recipe and "epoch" not in said:
-        return "The checkpoint tells none."
-    lines = [f"{said['epoch'] + 1} epochs done. Flags of `main.py` that are not the defaults:" if "epoch" in said else
-             "Flags of `main.py` that are not the defaults:", _block("yaml", _yaml(recipe))]
-    return "\n\n".join(lines + ([f"Fine-tuned from `{_one_word(Path(str(started)).name)}`."] if started else []))
+def _recipe(recipe: dict[str, Any], metadata: dict[str, Any], finetuned_from: Any) -> str:
+    if not recipe and "epoch" not in metadata:
+        return "The checkpoint has none."
+    title = "Flags of `main.py` that are not the defaults:"
+    lines = [f"{metadata['epoch'] + 1} epochs done. {title}" if "epoch" in metadata else title, _block("yaml", _yaml(recipe))]
+    return "\n\n".join(lines + ([f"Fine-tuned from `{_one_word(Path(str(finetuned_from)).name)}`."] if finetuned_from else []))
 
 
 def _few(names: list[str], most: int = 20) -> str:
@@ -329,14 +328,14 @@ def _block(language: str, text: str) -> str:
 # ---------------------------------------------------------------- the command
 def arguments() -> Parser:
     parser = model_parser("export.py", __doc__)
-    parser.set_defaults(device="cpu")       # a program keeps the device that it was exported on
-    parser.add_argument("target", type=Path, metavar="TARGET", help="the ending is the format")
-    parser.add_argument("--check", nargs="+", metavar="IMAGE|FOLDER", help="images whose logits are compared, besides noise")
+    parser.set_defaults(device="cpu")       # a program keeps the device on which it was exported
+    parser.add_argument("target", type=Path, metavar="TARGET", help="its ending chooses the format")
+    parser.add_argument("--check", nargs="+", metavar="IMAGE|FOLDER", help="images on which to compare logits, besides noise")
     return parser
 
 
 def run(own: argparse.Namespace, flags: list[str]) -> int:
-    chosen = format_of(own.target)          # before anything takes time
+    chosen = format_of(own.target)          # first, because the rest takes time
     files = image_files(own.check) if own.check else []
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
     if trained.args.data_path:
@@ -344,9 +343,9 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         measured = evaluate(trained.model, loaders.val, Process(device=trained.device))
         loaders.check_unreadable(gather=True)
         trained.results = result_of(measured, trained.args)
-        say(f"{own.weights}: {told(trained.results)}")
+        say(f"{own.weights}: {describe_result(trained.results)}")
     found = export(trained, own.target, files)
-    same = "equal bit by bit" if chosen.exact else \
+    same = "equal bit for bit" if chosen.exact else \
         f"equal up to {found.error:.1e} of the largest logit (PyTorch's float32 from its float64: {found.own:.1e})"
     say(f"{own.target}: {trained.spec.name}, {count_parameters(trained.model):,} parameters; logits of {found.images} "
         f"images in batches of several sizes are {same}")

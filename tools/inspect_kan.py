@@ -1,10 +1,10 @@
-"""What a checkpoint has learned and looks at: a report (HTML, complete in one file) and pictures.
+"""Report what a checkpoint has learned and attends to: an HTML report in one file, and pictures.
 
     python tools/inspect_kan.py CHECKPOINT [IMAGE|FOLDER ...] [--data-path DIR] [--compare OTHER] [--output FOLDER]
 
-Learned functions over the histogram of what really arrives at them, the share of inputs off the grid, the distance of each
-function from its base; attention maps and rollout; a table of the blocks. What arrives is measured on validation images of
---data-path, or else on the images given; attention is shown on the images given, or else on some of the validation images.
+It shows the learned functions over the histogram of their inputs, the share of inputs off the grid, the distance of each function
+from its base; attention maps and rollout; a table of the blocks. Inputs are measured on validation images of --data-path, or else
+on the images given; attention is shown on the images given, or else on some of the validation images.
 """
 import argparse
 import base64
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from tools.common import check_at_least_1, command, model_parser
 from tools.images import loaders_of
-from vision_kan.analysis.arriving import ActivationStats, collect_inputs
 from vision_kan.analysis.attention import attention_panels, draw_attention
 from vision_kan.analysis.drawing import functions_figure, png
 from vision_kan.analysis.functions import chosen_layers
+from vision_kan.analysis.inputs import ActivationStats, collect_inputs
 from vision_kan.analysis.measures import DEAD_GAIN, LayerStats, measure
 from vision_kan.analysis.training_log import off_grid_warning, wide_grid_note
 from vision_kan.common.errors import UserError
@@ -41,31 +41,32 @@ from vision_kan.models.cost import count_parameters
 from vision_kan.run.trained import (
     Pictures,
     Trained,
-    as_seen,
     default_output,
+    denormalised,
+    describe_result,
     image_files,
     load_trained,
-    told,
 )
 
-SAMPLES = 256       # images that what arrives is measured on
+SAMPLES = 256       # images on which inputs are measured
 SHOWN = 6           # images whose attention is shown
 
 
 @dataclass
 class Findings:
-    """What the report tells of one checkpoint. attention: a picture of each image, or a sentence why there is none."""
+    """The report's content for one checkpoint."""
     trained: Trained
     collected: ActivationStats
     measured: dict[str, LayerStats]
     functions: Figure | None
-    attention: list[Figure] = field(default_factory=list)
-    without_attention: str = ""
+    attention: list[Figure] = field(default_factory=list)       # one per image
+    without_attention: str = ""                                 # a sentence why there is none
 
 
-# ---------------------------------------------------------------- what there is to see
+# ---------------------------------------------------------------- measuring
 def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequence[str]) -> Findings:
-    """Measure one checkpoint on images that are prepared as it takes them."""
+    """Measure one checkpoint. files: images to look at. samples: images to measure inputs on. names: of the layers to show, all
+    without."""
     layers = chosen_layers(trained.model, names)
     loaders = loaders_of(trained) if trained.has_data else None
     images, indices = _read(trained, files := _spread(files, SHOWN if loaders else samples))
@@ -83,7 +84,7 @@ def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequen
         shown = [(image, f"{Path(data.images.name(index)).name}: {trained.class_names[target]}")
                  for index, image, target in items if target >= 0]
     if not shown:
-        found.without_attention = "no image was given to look at: name some, or give --data-path"
+        found.without_attention = "no image was given: name some, or give --data-path"
     try:
         found.attention = [_attention(trained, image, title) for image, title in shown]
     except UserError as error:
@@ -92,7 +93,7 @@ def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequen
 
 
 def _spread(items: Sequence, count: int) -> Sequence:
-    """So many of them at most, evenly over their order."""
+    """`count` items at most, evenly spaced."""
     return items[::max(1, len(items) // count)][:count]
 
 
@@ -111,12 +112,12 @@ def _attention(trained: Trained, image: Tensor, title: str) -> Figure:
         with torch.inference_mode():
             share, number = trained.model(image[None].to(trained.device)).softmax(-1)[0].max(-1)
         title += f"\n→ {trained.class_names[number].partition(',')[0]} ({share:.0%})"
-    title = "".join(c if c.isprintable() or c == "\n" else "?" for c in title)       # a file's name may be anything
-    return draw_attention(as_seen(image, trained.args), attention_panels(trained.model, image), title)
+    title = "".join(c if c.isprintable() or c == "\n" else "?" for c in title)       # file names may contain any character
+    return draw_attention(denormalised(image, trained.args), attention_panels(trained.model, image), title)
 
 
 def share_limits(a: Figure, b: Figure) -> None:
-    """The same axes for the panels of the same layer, so that two pictures can be compared by eye."""
+    """Give panels of the same layer the same axis limits, so that two pictures can be compared by eye."""
     ours, theirs = ({axes.get_label(): axes for axes in figure.axes if axes.get_label()} for figure in (a, b))
     for name in ours.keys() & theirs.keys():
         for which in ("x", "y"):
@@ -135,9 +136,9 @@ def about(found: Findings) -> list[list[str]]:
     if type(epoch) is int:
         rows.append(["epochs done", str(epoch + 1)])
     if trained.results:
-        rows.append(["evaluated", told(trained.results)])
+        rows.append(["evaluated", describe_result(trained.results)])
     images = f"{found.collected.images} images" if found.collected.images else \
-        "no images: functions are drawn without what arrives (name images, or give --data-path)"
+        "no images: functions are drawn without their inputs (name images, or give --data-path)"
     return [*rows, ["measured on", images]]
 
 
@@ -164,22 +165,22 @@ def layers_table(found: Findings) -> list[list[str]]:
 # ---------------------------------------------------------------- the page
 NOTES = {
     "Blocks":
-        "Root mean square of what the attention and the feed-forward of each block add (before any layer scale), and of what "
-        "leaves the block.",
+        "Root mean square of what the attention and the feed-forward of each block add (before any layer scale), and of the "
+        "block's output.",
     "Layers of learned functions":
-        "Inputs: mean and deviation; 5%, 95%: percentiles. Off the grid: the share of them beyond the first or last grid point, "
-        "where what is learned fades out. Distance: root mean square, under the inputs, of function minus base (of a "
-        "full-edge KAN: of the spline beside its base branch, where it has one), the mean over the functions, and the furthest. "
-        "Gain: deviation of what a group (in a full-edge KAN: an input, over all its edges) passes on, relative to that of what "
-        f"arrives; dead: below {DEAD_GAIN:g}.",
+        "Inputs: mean and deviation; 5%, 95%: percentiles. Off the grid: the share of inputs beyond the first or last grid "
+        "point, where learned functions fade out. Distance: root mean square, over the inputs, of function minus base (in a "
+        "full-edge KAN with a base branch: of the spline), the mean and the maximum over the functions. Gain: deviation of the "
+        "outputs of a group (in a full-edge KAN: of an input, over all its edges), relative to that of its inputs; dead: below "
+        f"{DEAD_GAIN:g}.",
     "Learned functions":
-        "Group KAN: each group's function over its base (dashed). Full-edge KAN: the edges whose functions vary most under what "
-        "arrives, exact from the weights. Drawn is where all but a thousandth of the inputs on either side lie. Grey lines: grid "
-        "points; blue: how what arrives is spread; dotted: its 5th and 95th percentile.",
+        "Group KAN: each group's function over its base (dashed). Full-edge KAN: the edges whose functions vary most over the "
+        "inputs, exact from the weights. The range leaves out a thousandth of the inputs on either side. Grey lines: grid "
+        "points; blue: histogram of the inputs; dotted: their 5th and 95th percentile.",
     "Attention":
         "Rollout (arXiv:2005.00928): the product over the blocks of (attention + identity)/2, averaged over heads. Then the "
-        "class token's attention in each block, averaged over heads, and in each head of the last block. Each panel goes "
-        "from its smallest share of a patch (dark) to its largest (bright); both are above it."}
+        "class token's attention in each block, averaged over heads, and in each head of the last block. Each panel ranges "
+        "from a patch's smallest share (dark) to the largest (bright); its title gives both."}
 
 
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
@@ -187,7 +188,7 @@ TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).par
 
 
 def page(columns: Sequence[Findings], pictures: Sequence[dict[str, bytes]]) -> str:
-    """The report on one checkpoint, or on two side by side. pictures: of each, by file name."""
+    """The report on one checkpoint, or on two side by side, as HTML. pictures: file name -> PNG, for each."""
     no_images = "not measured: no images were given"
     return TEMPLATES.get_template("report.html.jinja").render(notes=NOTES, columns=[{
         "path": found.trained.path, "model": found.trained.spec.name, "about": about(found),
@@ -200,7 +201,7 @@ def page(columns: Sequence[Findings], pictures: Sequence[dict[str, bytes]]) -> s
 
 
 def write(columns: Sequence[Findings], folder: Path) -> Path:
-    """The pictures and report.html into the folder, in place of files of these names."""
+    """Write the pictures and report.html to the folder, replacing files of these names. Returns the report's path."""
     pictures = []
     for prefix, found in zip(("", "other_"), columns):
         figures = ({f"{prefix}functions.png": found.functions} if found.functions else {}) | {
@@ -218,10 +219,11 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
 # ---------------------------------------------------------------- the command
 def arguments() -> Parser:
     parser = model_parser("inspect_kan.py", __doc__)
-    parser.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="images or folders of them, to look at")
-    parser.add_argument("--data-path", metavar="DIR", help="data set whose validation images are let through")
-    parser.add_argument("--data-set", metavar="NAME", help="as main.py's, where the folder can't tell")
-    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help="images to let through at most")
+    parser.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="images or folders of images to show attention on")
+    parser.add_argument("--data-path", metavar="DIR", help="data set on whose validation images inputs are measured")
+    parser.add_argument("--data-set", metavar="NAME", help="as main.py's, if the folder does not show it")
+    parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N",
+                        help="images to measure inputs on, at most (default: %(default)s)")
     parser.add_argument("--layer", action="append", metavar="NAME",
                         help="show only this layer or block, such as blocks.3 or blocks.3.mlp.phi2; may be repeated")
     parser.add_argument("--compare", metavar="OTHER", help="a second checkpoint, shown beside the first")

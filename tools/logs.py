@@ -1,4 +1,4 @@
-"""Runs' logs, read and drawn. Imports no torch."""
+"""Reading and drawing the logs of runs. Does not import torch."""
 import json
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from vision_kan.common.errors import UserError
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The records of a run's log.txt, one an epoch; a last line that a kill cut off is left out.
+    """The records of a run's log.txt, one per epoch. A last line that was cut off is left out.
 
-    UserError where there is no log, no finished epoch, or something else."""
+    Raises UserError if there is no log, no finished epoch, or a line of something else."""
     log = folder / "log.txt"
     if not log.is_file():
         raise UserError(f"{folder} holds no log.txt: name the --output_dir of a run")
@@ -20,7 +20,7 @@ def read_log(folder: Path) -> list[dict]:
             records.append({**json.loads(line), "epoch": int(json.loads(line)["epoch"])})
         except (ValueError, TypeError, KeyError) as error:
             if number < len(lines) or not records:
-                raise UserError(f"{log} line {number} is no epoch of a training: name the --output_dir of a "
+                raise UserError(f"{log} line {number} is not an epoch of a training: name the --output_dir of a "
                                 "run") from error
     if not records:
         raise UserError(f"{log} holds no finished epoch yet: wait for the first one")
@@ -28,7 +28,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """Names of folders in a legend: as short as keeps them apart."""
+    """The shortest names that tell the folders apart, for a legend."""
     paths = [folder.resolve() for folder in folders]
     for depth in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-depth:]) for path in paths]
@@ -38,7 +38,7 @@ def names_of(folders: list[Path]) -> list[str]:
 
 
 def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str, dashed: str | None = None) -> None:
-    """`key` of every run over its epochs; `dashed`: a second key, in the same colour."""
+    """Draw `key` of every run over its epochs. dashed: a second key, in the same colour."""
     for name, records in logs.items():
         line, = axes.plot([r["epoch"] + 1 for r in records], [r[key] for r in records], label=name, marker=".",
                           markersize=3)

@@ -1,4 +1,4 @@
-"""Training curves of one or several runs, and the functions that their KANs have learned, as a PNG.
+"""Draw the training curves of runs, and the functions that the first KAN among them has learned, as a PNG.
 
     python tools/plot_run.py FOLDER [FOLDER ...] [--output picture.png]
 """
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from tools.common import command, save_picture, tool_parser
 from tools.images import loaders_of
 from tools.logs import draw_curve, names_of, read_log
-from vision_kan.analysis.arriving import collect_inputs
 from vision_kan.analysis.drawing import draw_functions
+from vision_kan.analysis.inputs import collect_inputs
 from vision_kan.checkpoints.read import CHECKPOINT
 from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
@@ -25,15 +25,16 @@ from vision_kan.layers.function_layer import function_layers
 from vision_kan.run.trained import load_trained
 
 
-def plot_runs(folders: list[Path], picture: Path, arriving: bool = False) -> Path:
-    """Draw loss and top-1 of all runs over the epochs, below them functions of the first KAN among them.
+def plot_runs(folders: list[Path], picture: Path, with_inputs: bool = False) -> Path:
+    """Draw loss and top-1 of all runs over the epochs, and below them functions of the first KAN among them.
 
-    arriving: over what arrives at them from validation images of the checkpoint's data set, which is at hand."""
+    with_inputs: also draw histograms of the functions' inputs, for validation images of the checkpoint's data set, which must be
+        available."""
     logs = {name: read_log(folder) for name, folder in zip(names_of(folders), folders)}
     models = (load_trained(str(folder / CHECKPOINT), device="cpu") for folder in folders if (folder / CHECKPOINT).is_file())
     kan = next((trained for trained in models if function_layers(trained.model)), None)
     layers = list(function_layers(kan.model).items()) if kan else []
-    inputs = collect_inputs(kan.model, [validation_images(loaders_of(kan))]).inputs if kan and arriving else {}
+    inputs = collect_inputs(kan.model, [validation_images(loaders_of(kan))]).inputs if kan and with_inputs else {}
     shown = layers if len(layers) <= 4 else [*layers[:2], *layers[-2:]]
     rows = 1 + -(-len(shown) // 2)
     figure = Figure((11, 3.6 * rows), layout="constrained")

@@ -1,10 +1,10 @@
-"""What a trained model sees in images: its first choices, with names and probabilities.
+"""Classify images with a trained model: its first choices, with names and probabilities.
 
     python tools/predict.py CHECKPOINT IMAGE|FOLDER [IMAGE|FOLDER ...] [--top 5] [--format table|json|csv] [--output FILE]
 
 CHECKPOINT is one of ours, of the original Vision-KAN or DeiT: a file, a folder, a URL or hf-hub:OWNER/NAME. Further
-flags are main.py's (--eval-crop-ratio, --num_workers, ...) and come last. Images that cannot be read are named and left out;
-where none can, the exit code is 2.
+flags are main.py's (--eval-crop-ratio, --num_workers, ...) and come last. Images that cannot be read are named and left out; if
+none can be read, the exit code is 2.
 """
 import argparse
 import codecs
@@ -33,15 +33,14 @@ FORMATS = ("table", "json", "csv")
 
 
 class Prediction(NamedTuple):
-    """file: the image. classes: indices, the most probable first. probabilities: theirs, by softmax."""
     file: Path
-    classes: list[int]
-    probabilities: list[float]
+    classes: list[int]              # indices, the most probable first
+    probabilities: list[float]      # of these classes, by softmax
 
 
 @torch.inference_mode()
 def predict(trained: Trained, pictures: Pictures, top: int = 5) -> Iterator[Prediction]:
-    """The `top` first choices (all where there are fewer classes) for each image that can be read, in their order."""
+    """The `top` first choices (all, if there are fewer classes) for each image that can be read, in their order."""
     for images, indices in pictures:
         probabilities = trained.model(images.to(trained.device)).float().softmax(1)
         best = probabilities.topk(min(top, probabilities.shape[1]))
@@ -51,7 +50,7 @@ def predict(trained: Trained, pictures: Pictures, top: int = 5) -> Iterator[Pred
 
 # ---------------------------------------------------------------- formats
 def _shown(file: Path) -> str:
-    """Its name in characters that any file can hold."""
+    """The file's name, with bytes that are not UTF-8 escaped."""
     return str(file).encode(errors="backslashreplace").decode()
 
 
@@ -73,7 +72,7 @@ def write_json(predictions: Iterator[Prediction], names: list[str], pictures: Pi
                                                      for number, probability in zip(classes, probabilities)]}
               for file, classes, probabilities in predictions]
     found = {"images": images, "unreadable": [_shown(file) for file in pictures.unreadable]}
-    unicode = not out.encoding or codecs.lookup(out.encoding).name == "utf-8"       # another terminal gets ASCII, any reads that
+    unicode = not out.encoding or codecs.lookup(out.encoding).name == "utf-8"       # ASCII for any other terminal
     out.write((to_json(found, indent=1) if unicode else json.dumps(found, indent=1)) + "\n")
 
 
@@ -92,9 +91,9 @@ WRITERS: dict[str, Callable[[Iterator[Prediction], list[str], Pictures, TextIO],
 # ---------------------------------------------------------------- command
 def arguments() -> Parser:
     parser = model_parser("predict.py", __doc__)
-    parser.add_argument("places", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="folders with all that is below them")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="choices of each image (default: 5)")
-    parser.add_argument("--format", choices=FORMATS, help="default: what the name of --output ends in, else table")
+    parser.add_argument("places", nargs="+", type=Path, metavar="IMAGE|FOLDER", help="folders include their subfolders")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="choices per image (default: 5)")
+    parser.add_argument("--format", choices=FORMATS, help="default: the ending of --output, else table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     return parser
@@ -106,8 +105,8 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     kind = own.format or (ending if ending in FORMATS else "table")
     files = image_files(own.places)
     with ExitStack() as stack:
-        temporary = stack.enter_context(atomic_write(own.output)) if own.output else None     # before the work, which may be long
-        with redirect_stdout(sys.stderr):       # on stdout are the predictions alone
+        temporary = stack.enter_context(atomic_write(own.output)) if own.output else None     # fails before the long work
+        with redirect_stdout(sys.stderr):       # stdout is for the predictions only
             trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
         pictures = Pictures(files, trained.args, own.batch_size)
         out = stack.enter_context(open(temporary, "w", encoding="utf-8", newline="")) if temporary else sys.stdout

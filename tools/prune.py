@@ -1,12 +1,12 @@
-"""Make a trained KAN smaller: remove the hidden units, groups or grid points that matter least, and measure what it costs.
+"""Prune a trained KAN: remove the least important hidden units, groups or grid points, and measure the loss of accuracy.
 
     python tools/prune.py CHECKPOINT TARGET --what hidden --keep-parameters 0.5 --data-path DIR
     python tools/prune.py CHECKPOINT TARGET --what hidden --max-loss 0.5 --data-path DIR
     python tools/prune.py CHECKPOINT TARGET.csv --what hidden --curve [SHARE ...] --data-path DIR
 
-What matters is measured on some training images, top-1 before and after on all validation images. TARGET (.pth or
-.safetensors) is a checkpoint that `main.py --eval --resume` and `main.py --finetune` take; --curve writes a table and, beside
-it, a picture. Further flags are main.py's (--data-path, --data-set, --seed, --kan-backend ...). See docs/prune.md.
+Importance is measured on some training images, top-1 before and after on all validation images. TARGET (.pth or .safetensors) is
+a checkpoint for `main.py --eval --resume` and `main.py --finetune`; --curve writes a table and a picture beside it. Further flags
+are main.py's (--data-path, --data-set, --seed, --kan-backend ...). See docs/prune.md.
 """
 import argparse
 import csv
@@ -55,8 +55,8 @@ COUNTED = {"hidden": "parameters of the feed-forwards", "edges": "parameters of 
 
 class Measured(NamedTuple):
     """A model's cost and its results on the validation images."""
-    share: float            # of what can be pruned
-    pruned: int             # what is left of that
+    share: float            # kept, of the prunable parameters
+    pruned: int             # prunable parameters kept
     parameters: int         # of the whole model
     matmul_flops: int
     acc1: float
@@ -66,18 +66,18 @@ class Measured(NamedTuple):
 
 
 def calibration_loaders(trained: Trained, count: int) -> tuple[DataLoader, DataLoader]:
-    """Two loaders of `count` training images each, or half of what there is; none is in both. Chosen by --seed."""
+    """Two loaders of `count` training images each (at most half of all), without an image in both, drawn by --seed."""
     data, args = training_images(trained), trained.args
     count = min(count, len(data) // 2)
     if not count:
         raise UserError(f"there are {len(data)} training images, too few to calibrate with: check --data-path")
     order = np.random.default_rng(args.seed).permutation(len(data)).tolist()
-    first, second = (DataLoader(Subset(data, some), args.batch_size) for some in (order[:count], order[count:2 * count]))
+    first, second = (DataLoader(Subset(data, part), args.batch_size) for part in (order[:count], order[count:2 * count]))
     return first, second
 
 
 def make_plan(trained: Trained, what: str, loader: DataLoader, random: bool) -> Plan:
-    """The levels of pruning, in the order of what the images of `loader` say, or (random) by chance."""
+    """The levels of pruning. Units are removed by their importance for the images of `loader`, or (random) in random order."""
     readable = (images[targets >= 0].to(trained.device) for images, targets in batches(loader))
     calibration = calibrate(trained.model, (images for images in readable if len(images)), trained.args.seed)
     if not calibration.inputs:
@@ -100,12 +100,12 @@ def measure(trained: Trained, plan: Plan, model: nn.Module, loader: DataLoader) 
 
 
 def level_within(plan: Plan, share: float) -> int:
-    """The first level with at most that share of what can be pruned; len(plan) where there is none."""
+    """The first level that keeps at most `share` of the prunable parameters; len(plan) if there is none."""
     return first_level(plan, lambda level: plan.size(level) <= share * plan.size(0))
 
 
 def level_losing(trained: Trained, plan: Plan, points: float, loader: DataLoader) -> int:
-    """By bisection the last level whose top-1 on these images is at most so many points below the model's."""
+    """The last level whose top-1 on these images is at most `points` below the model's, by bisection."""
     before = accuracy(trained, trained.model, loader, "held out")["acc1"]
 
     def loses_more(level: int) -> bool:
@@ -128,13 +128,13 @@ def line(name: str, row: Measured, changed: str = "") -> str:
 
 
 def what_changed(before: ModelSpec, after: ModelSpec) -> str:
-    """The arguments of the smaller model that differ: `hdim_kan 104 120 104 160`."""
+    """The arguments in which the smaller model differs: `hdim_kan 104 120 104 160`."""
     changed = {key: value for key, value in after.kwargs.items() if before.kwargs.get(key) != value}
     return ", ".join(f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}" for key, value in changed.items())
 
 
 def save(model: nn.Module, spec: ModelSpec, trained: Trained, loaders: Loaders, target: Path) -> None:
-    """The checkpoint, .pth or .safetensors, whole or not at all."""
+    """Write the checkpoint, .pth or .safetensors, completely or not at all."""
     options = {key: spec.kwargs[key] for key in KAN_OPTIONS if key in spec.kwargs}
     about: dict[str, Any] = {
         "model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}), "class_names": loaders.class_names,
@@ -149,7 +149,7 @@ def save(model: nn.Module, spec: ModelSpec, trained: Trained, loaders: Loaders, 
 
 # ---------------------------------------------------------------- the curve
 def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Path:
-    """TARGET.csv with a line for each row, and the picture beside it, whose path is returned."""
+    """Write TARGET.csv with a line for each row, and a picture beside it. Returns the picture's path."""
     picture = target.with_suffix(".png")
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot([row.pruned for row in rows], [row.acc1 for row in rows], marker="o", markersize=4)
@@ -180,7 +180,7 @@ def draw_curve(own: argparse.Namespace, trained: Trained, plan: Plan, validation
         rows.append(measure(trained, plan, model, validation))
         say(line("", rows[-1], what_changed(trained.spec, spec)))
     what = {"hidden": "hidden units", "edges": "hidden units, by their edges", "points": "grid points"}.get(own.what, own.what)
-    how = "by chance" if own.random else "what matters least first"
+    how = "in random order" if own.random else "the least important first"
     picture = write_curve(rows, own.what, own.target, f"{trained.spec.name} with fewer {what}: {how}")
     say(f"{own.target}, {picture}")
 
@@ -188,19 +188,19 @@ def draw_curve(own: argparse.Namespace, trained: Trained, plan: Plan, validation
 # ---------------------------------------------------------------- the command
 def arguments() -> Parser:
     parser = model_parser("prune.py", __doc__)
-    parser.add_argument("target", metavar="TARGET", type=Path, help="what to write: .pth or .safetensors; .csv with --curve")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="file to write: .pth or .safetensors; .csv with --curve")
     parser.add_argument("--what", required=True, choices=KINDS,
-                        help="hidden units; groups or grid points of the learned functions; the units of a full-edge KAN "
-                        "whose edges are all weak")
+                        help="hidden: hidden units; edges: the units of a full-edge KAN whose edges are all weak; groups or "
+                        "points: groups or grid points of the learned functions")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--keep-parameters", type=float, metavar="SHARE", help="what is left at most: of the feed-forwards' "
-                        "parameters (hidden, edges), of the functions' coefficients (groups, points)")
-    budget.add_argument("--max-loss", type=float, metavar="POINTS", help="top-1 that may be lost on held-out training images; "
-                        "the smallest model is found by bisection")
+    budget.add_argument("--keep-parameters", type=float, metavar="SHARE", help="share to keep, at most, of the feed-forwards' "
+                        "parameters (hidden, edges) or of the functions' coefficients (groups, points)")
+    budget.add_argument("--max-loss", type=float, metavar="POINTS", help="largest loss of top-1 on held-out training images; "
+                        "bisection finds the smallest model")
     budget.add_argument("--curve", type=float, nargs="*", metavar="SHARE", help="top-1 at several shares (0.9 to 0.1)")
-    parser.add_argument("--images", type=int, default=512, metavar="N", help="training images to calibrate on, and as many "
-                        "others for --max-loss (default: %(default)s)")
-    parser.add_argument("--random", action="store_true", help="remove units by chance: what an order has to beat")
+    parser.add_argument("--images", type=int, default=512, metavar="N", help="training images to calibrate on, and the same "
+                        "number of others for --max-loss (default: %(default)s)")
+    parser.add_argument("--random", action="store_true", help="remove units in random order, as a baseline")
     return parser
 
 
@@ -213,7 +213,7 @@ def check(own: argparse.Namespace) -> None:
     for flag, shares in (("--keep-parameters", [own.keep_parameters]), ("--curve", own.curve or [])):
         for share in shares:
             if share is not None and not 0 < share <= 1:
-                raise UserError(f"{flag} {share:g} must be greater than 0 and at most 1: it is a share of what can be pruned")
+                raise UserError(f"{flag} {share:g} must be greater than 0 and at most 1: it is the share to keep")
     if own.max_loss is not None and not 0 <= own.max_loss < 100:
         raise UserError(f"--max-loss {own.max_loss:g} must be at least 0 and below 100: it is in points of top-1")
     check_at_least_1(own, "images")
@@ -236,7 +236,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         if level == len(plan):
             least = math.ceil(1000 * plan.size(level - 1) / plan.size(0)) / 1000
             raise UserError(f"--keep-parameters {own.keep_parameters:g} is out of reach with --what {own.what}, which keeps "
-                            f"{least:g} at least: give no less")
+                            f"{least:g} at least: give {least:g} or more")
     else:
         level = level_losing(trained, plan, own.max_loss, held_out)
     if not level:
@@ -250,7 +250,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     lost = before.acc1 - after.acc1
     if own.max_loss is not None and lost > own.max_loss:
         say(f"note: on the validation images it is {lost:.2f} points, more than --max-loss {own.max_loss:g}: the held-out "
-            "images are training images, which the model knows", file=sys.stderr)
+            "images are training images, which the model has learned", file=sys.stderr)
     save(model, spec, trained, loaders, own.target)
     say(f"{own.target}: {spec.name}, {what_changed(trained.spec, spec)}")
     return 0

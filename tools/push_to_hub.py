@@ -1,9 +1,9 @@
-"""Put a folder that `tools/export.py CHECKPOINT FOLDER` has written on the Hugging Face Hub, in one commit.
+"""Upload a folder written by `tools/export.py CHECKPOINT FOLDER` to the Hugging Face Hub, in one commit.
 
     python tools/push_to_hub.py FOLDER USER/NAME [--private]
 
-Read its README.md, the model card, before: results, data and licence are what others will see. It needs `hf auth login`, or
-HF_TOKEN. Afterwards `timm.create_model("hf-hub:USER/NAME", pretrained=True)` loads the model where `models_kan` is imported.
+Read its README.md, the model card, first: others will see its results, data and licence. The upload needs `hf auth login` or
+HF_TOKEN. Afterwards `timm.create_model("hf-hub:USER/NAME", pretrained=True)` loads the model once `models_kan` is imported.
 """
 import argparse
 import sys
@@ -22,13 +22,14 @@ from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
 
 FILES = ("config.json", "model.safetensors", "README.md")
-PLACE = "USER/NAME"     # what a model card calls the model until it has a place
+PLACE = "USER/NAME"     # stands in the model card for the model's name on the Hub
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload the folder's files to the model `repo` ("USER/NAME"), made where there is none; returns the address of the commit.
+    """Upload the folder's files to the model `repo` ("USER/NAME"), which is created if it does not exist.
 
-    Raises: UserError for another folder, without a login, for a name that is none or another's, and without a connection."""
+    Returns: the URL of the commit.
+    Raises: UserError for any other folder, without a login, for an invalid name or another user's, and without a connection."""
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} has no {' and no '.join(missing)}: write it with tools/export.py CHECKPOINT FOLDER")
@@ -37,13 +38,13 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     api = HfApi()
     card = (folder / "README.md").read_text(encoding="utf-8")
     try:
-        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id       # with the owner, where it was left out
+        repo = api.create_repo(repo, private=private, exist_ok=True).repo_id       # adds the owner if it is missing
         files: list[tuple[str, str | bytes]] = [(name, str(folder / name)) for name in FILES if name != "README.md"]
         files.append(("README.md", card.replace(PLACE, repo).encode()))
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files]
         return api.create_commit(repo, operations, commit_message=f"Add {folder.resolve().name}").commit_url
     except HFValidationError as error:
-        raise UserError(f"{repo} is no name of a model on the Hub ({one_line(error)}): give {PLACE}") from error
+        raise UserError(f"{repo} is not a name of a model on the Hub ({one_line(error)}): give {PLACE}") from error
     except HfHubHTTPError as error:
         raise UserError(f"the Hub refuses {repo} ({one_line(error)}): check the name, and that the token of `hf auth login` or "
                         "HF_TOKEN may write there") from error
@@ -56,7 +57,7 @@ def arguments() -> Parser:
     parser = tool_parser("push_to_hub.py", __doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("repo", metavar=PLACE)
-    parser.add_argument("--private", action="store_true", help="where the model is made anew: seen by its owners only")
+    parser.add_argument("--private", action="store_true", help="make a new model private")
     return parser
 
 

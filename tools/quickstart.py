@@ -31,18 +31,18 @@ from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters, twin_mismatch
 
 TWINS = {"GKAN": "vit_nano_patch8_32_GKAN", "MLP": "vit_nano_patch8_32_ViT"}
-STEP = re.compile(r"epoch \d+/(\d+) ")      # of what main.py prints
+STEP = re.compile(r"epoch \d+/(\d+) ")      # main.py's log line
 TOP1 = re.compile(r"model: top-1 (\d+\.\d+)")
 OUTPUT = ROOT / "runs" / "quickstart"
 
 
 def prepare(folder: Path | None) -> Path:
-    """An empty folder: the one that was asked for, else `OUTPUT` or the next of its name that is free. UserError where something
-    is in the one asked for."""
+    """Make and return an empty folder: `folder`, or else `OUTPUT` with the first free number. Raises UserError if `folder` is not
+    empty."""
     numbered = (OUTPUT.with_name(f"{OUTPUT.name}_{number}") for number in count(2))
     chosen = folder or next(path for path in chain([OUTPUT], numbered) if not _taken(path))
     if _taken(chosen):
-        raise UserError(f"--output-dir {folder} holds something already, which is not overwritten: choose a new folder")
+        raise UserError(f"--output-dir {folder} is not empty, and nothing is overwritten: choose a new folder")
     try:
         chosen.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,11 +55,11 @@ def _taken(path: Path) -> bool:
 
 
 def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, float]]:
-    """Both twins by `recipes/quickstart_*.yaml`: name -> {"top1", "images", "seconds", "img_per_s"}, seconds of everything.
+    """Train both twins by `recipes/quickstart_*.yaml`. Returns name -> {"top1", "images", "seconds", "img_per_s"}, with the total
+    seconds.
 
-    They train side by side, each on half of the cores: equal conditions for both, and on a machine that is busy
-    otherwise too, one thread that waits for no other is faster than two that do. A line is printed for each epoch that
-    both have finished; all that they print themselves is in NAME_seedN.txt."""
+    They train side by side, each on half of the cores: conditions are equal, and on a busy machine one thread is faster than two
+    that wait for each other. It prints a line for each epoch that both have finished; their own output goes to NAME_seedN.txt."""
     threads = max(1, torch.get_num_threads() // 2)
     seconds: dict[str, float] = {}
     failures: dict[int, str] = {}
@@ -67,14 +67,14 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
     stopped, unread = threading.Event(), threading.Event()
     epochs = "?"
     finished: dict[str, list[str]] = {name: [] for name in TWINS}
-    both, begin = threading.Lock(), time.perf_counter()
+    lock, begin = threading.Lock(), time.perf_counter()
 
-    def told(name: str, line: str) -> None:
+    def follow(name: str, line: str) -> None:
         nonlocal epochs
         if step := STEP.match(line):
             epochs = step[1]
         if found := TOP1.match(line):
-            with both:
+            with lock:
                 finished[name].append(found[1])
                 number = len(finished[name])
                 if number == min(map(len, finished.values())) and not stopped.is_set():
@@ -103,12 +103,12 @@ def train(seed: int, output_dir: Path, extra: list[str]) -> dict[str, dict[str, 
                 print(line, end="", file=file, flush=True)
                 lines.append(line)
                 try:
-                    told(name, line)
+                    follow(name, line)
                 except BrokenPipeError:
                     unread.set()
                     stop()
         if code := process.wait():
-            failures[code] = f"{name}:\n{''.join(lines[-5:])}all of it is in {file.name}"
+            failures[code] = f"{name}:\n{''.join(lines[-5:])}the full output is in {file.name}"
         seconds[name] = time.perf_counter() - start
 
     runs = [threading.Thread(target=run, args=(name,)) for name in TWINS]
@@ -149,7 +149,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
 
 
 def conclusion(results: dict[str, list[dict[str, float]]]) -> str:
-    """What the table says about the two, and what it does not."""
+    """What may be concluded from the table, and what may not."""
     kan, mlp = ([run["top1"] for run in runs] for runs in results.values())
     images, n = results["GKAN"][0]["images"], len(kan)
     differences = [a - b for a, b in zip(kan, mlp)]
@@ -166,9 +166,9 @@ def conclusion(results: dict[str, list[dict[str, float]]]) -> str:
         verdict = "no difference is shown" if abs(mean) <= half else f"{better} is better on these digits"
         text = (f"GKAN - MLP: {mean:+.2f} points of top-1, 95% interval [{mean - half:+.2f}, {mean + half:+.2f}] (Student's t, "
                 f"{n} seeds, paired, {images} test images): {verdict}.")
-    about = ("Both have as many parameters and matrix products; the learned functions cost elementwise operations. Digits are "
-             "easy, nearly any model learns them: that both do shows that the training works, not which feed-forward is better "
-             "on photographs. For that see docs/results.md (CIFAR-10).")
+    about = ("Both have about the same parameters and matrix products; the learned functions cost elementwise operations. Digits "
+             "are easy: nearly any model learns them. So this shows that the training works, not which feed-forward is better on "
+             "photographs; for that see docs/results.md (CIFAR-10).")
     return "\n".join(textwrap.fill(part, 110) for part in (text, about))
 
 
@@ -176,7 +176,7 @@ def arguments() -> Parser:
     parser = tool_parser("quickstart.py", __doc__)
     parser.add_argument("--output-dir", type=Path, metavar="DIR",
                         help="a new folder for both runs (default: runs/quickstart, or runs/quickstart_2 and so on)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="train both with each of them")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="train both with each seed")
     parser.add_argument("--epochs", type=int, metavar="N", help="instead of the recipe's")
     return parser
 
@@ -188,12 +188,12 @@ def run(args: argparse.Namespace, _: list[str]) -> int:
     by_seed = [train(seed, args.output_dir, extra) for seed in args.seeds]
     results = {name: [runs[name] for runs in by_seed] for name in TWINS}
     picture = plot_runs([args.output_dir / f"{name}_seed{args.seeds[0]}" for name in TWINS],
-                        args.output_dir / "quickstart.png", arriving=True)
+                        args.output_dir / "quickstart.png", with_inputs=True)
     print(f"\n{len(args.seeds)} seed(s), side by side with {max(1, torch.get_num_threads() // 2)} thread(s) each, "
           f"PyTorch {torch.__version__}, last epoch\n")
     print(f"{table(results)}\n\n{conclusion(results)}")
-    print(f"\n{time.perf_counter() - start:.0f} s together. In {args.output_dir}: a folder for each run with log.txt, "
-          f"checkpoint.pth, args.yaml and TensorBoard events, what each printed (.txt), and the picture {picture.name}")
+    print(f"\n{time.perf_counter() - start:.0f} s in total. In {args.output_dir}: a folder for each run with log.txt, "
+          f"checkpoint.pth, args.yaml and TensorBoard events, the output of each (.txt), and the picture {picture.name}")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Several runs side by side: a table of their results and of the flags in which they differ, and their curves as a PNG.
+"""Compare runs: a table of their results and of the flags in which they differ, and their curves as a PNG.
 
     python tools/runs.py FOLDER [FOLDER ...] [--sort KEY] [--csv FILE] [--output PICTURE]
 
-A FOLDER is the --output_dir of a run, or one that has such folders in it, at any depth. Runs that are not finished, or have
-failed, are shown too.
+A FOLDER is the --output_dir of a run, or a folder that contains such folders at any depth. Unfinished and failed runs are shown
+too.
 """
 import argparse
 import csv
@@ -42,11 +42,11 @@ SAME_COLOURS = 10       # of matplotlib's cycle
 
 @dataclass(frozen=True)
 class Run:
-    """folder, and what is in it: records of log.txt, status.json, flags (dest -> value); each empty where there is none."""
+    """A run's folder and its content; empty for what is missing."""
     folder: Path
-    records: list[dict[str, Any]]
-    status: dict[str, Any]
-    flags: dict[str, Any]
+    records: list[dict[str, Any]]       # of log.txt
+    status: dict[str, Any]              # status.json
+    flags: dict[str, Any]               # dest -> value, of args.yaml
 
     def best(self, key: str) -> float | None:
         return max((record[key] for record in self.records if isinstance(record.get(key), (int, float))), default=None)
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """status.json's state. A run of this machine that says "running" and whose process is gone was killed."""
+        """The state in status.json; "killed" for one that says "running" while its process on this machine is gone."""
         state = str(self.status.get("state", "unknown"))
         if state == "running" and self.status.get("host") == socket.gethostname() and not _alive(self.status.get("pid")):
             return "killed"
@@ -68,14 +68,14 @@ class Run:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of the training, over all epochs."""
+        """The training's mean over all epochs."""
         known = [record for record in self.records if record.get("img_per_s") and record.get("epoch_seconds")]
         seconds = sum(record["epoch_seconds"] for record in known)
         return sum(record["img_per_s"] * record["epoch_seconds"] for record in known) / seconds if seconds else None
 
     @property
     def hours(self) -> float | None:
-        """Of the training, evaluations left out."""
+        """Duration of the training, without evaluations."""
         known = [record["epoch_seconds"] for record in self.records if "epoch_seconds" in record]
         return sum(known) / 3600 if known else None
 
@@ -85,18 +85,17 @@ def _alive(pid: Any) -> bool:
         os.kill(int(pid), 0)
     except (ProcessLookupError, OverflowError, ValueError, TypeError):
         return False
-    except PermissionError:     # of another user
+    except PermissionError:     # it is another user's
         pass
     return True
 
 
 @dataclass(frozen=True)
 class Column:
-    """text: of the value. falling: whether --sort begins with the largest."""
     title: str
     value: Callable[[Run], Any]
-    text: Callable[[Any], str] = str
-    falling: bool = False
+    text: Callable[[Any], str] = str        # formats the value
+    falling: bool = False                   # --sort begins with the largest
 
 
 COLUMNS = {
@@ -115,11 +114,11 @@ COLUMNS = {
 
 # ---------------------------------------------------------------- reading
 def find_runs(folders: Sequence[Path]) -> list[Path]:
-    """The folders that hold a log or a status of a run, at and below the given ones, by name. UserError where one has none."""
+    """The folders with a run's log or status, at and below the given ones, by name. Raises UserError for one without any."""
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: name the --output_dir of runs, or a folder of such")
+            raise UserError(f"{folder} is not a folder: name the --output_dir of runs, or a folder of such")
         inside = sorted({path.parent for name in (LOG, STATUS) for path in folder.rglob(name)})
         if not inside:
             raise UserError(f"{folder} holds no run (no {LOG} and no {STATUS}, at any depth): check the path")
@@ -128,7 +127,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    """What a run's folder says; a part that cannot be read is told on stderr and left out."""
+    """Read a run's folder. A part that cannot be read is reported on stderr and left empty."""
     records: list[dict[str, Any]] = []
     status: Any = {}
     flags: dict[str, Any] = {}
@@ -146,19 +145,19 @@ def read_run(folder: Path) -> Run:
         try:
             flags = load_recipe(str(folder / ARGS))
         except UserError as error:
-            say(f"warning: the flags of {folder} cannot be told: {str(error).removeprefix('--config ')}", file=sys.stderr)
+            say(f"warning: the flags of {folder} cannot be read: {str(error).removeprefix('--config ')}", file=sys.stderr)
     return Run(folder, records, status if isinstance(status, dict) else {}, flags)
 
 
 def differing_flags(runs: Sequence[Run]) -> list[str]:
-    """Flags about model, data and training whose values are not the same in all runs that tell theirs; `COLUMNS` aside."""
+    """Flags of model, data and training, without `COLUMNS`, whose values differ among the runs with known flags."""
     known = [run.flags for run in runs if run.flags]
     return [dest for dest in FLAGS if dest in DIFFERENT and dest not in COLUMNS
             and len({json.dumps(flags.get(dest)) for flags in known}) > 1]
 
 
 def sort_runs(runs: Sequence[Run], names: dict[Path, str], key: str) -> list[Run]:
-    """By a column, the best or the first name first; runs without a value last."""
+    """Sorted by a column, the best first, or by name; runs without a value last."""
     if key == "name":
         return sorted(runs, key=lambda run: names[run.folder])
     column = COLUMNS[key]
@@ -174,7 +173,7 @@ def _words(value: Any) -> str:
 
 
 def table(runs: Sequence[Run], names: dict[Path, str]) -> str:
-    """A line for each run; below, why those that failed did."""
+    """A line for each run, and below them why some failed or stopped."""
     different = differing_flags(runs)
     lines = [["run", *(column.title for column in COLUMNS.values()), "flags that differ"]]
     for run in runs:
@@ -193,7 +192,7 @@ def table(runs: Sequence[Run], names: dict[Path, str]) -> str:
 
 
 def sheet(runs: Sequence[Run], names: dict[Path, str]) -> str:
-    """The table as CSV, whole numbers, with a column for each flag that differs."""
+    """The table as CSV, in full precision, with a column for each flag that differs."""
     different, out = differing_flags(runs), io.StringIO()
     writer = csv.writer(out)
     writer.writerow(["run", *COLUMNS, "reason", *different])
@@ -204,7 +203,7 @@ def sheet(runs: Sequence[Run], names: dict[Path, str]) -> str:
 
 
 def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
-    """Loss and top-1 over the epochs of all runs that have finished one."""
+    """Draw loss and top-1 over the epochs of all runs with a finished epoch."""
     keys = ("train_loss", "test_loss", "test_acc1")
     logs = {names[run.folder]: complete for run in runs
             if (complete := [record for record in run.records if all(isinstance(record.get(key), (int, float)) for key in keys)])}

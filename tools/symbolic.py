@@ -1,12 +1,12 @@
-"""Formulas of the functions that a KAN has learned.
+"""Fit formulas to the functions that a KAN has learned.
 
     python tools/symbolic.py CHECKPOINT [--data-path DIR | --images FOLDER] [--output FOLDER]
     python tools/symbolic.py CHECKPOINT --data-path DIR --replace TARGET.safetensors
 
-Each function of a group KAN, or the strongest edges of each layer of a full-edge KAN, is fitted by a*f(b*u + c) + d*u + e
-with f one of `FORMS`, or by a polynomial up to degree 5, weighted by the inputs that really arrive. --replace puts the
-formulas of a group KAN in the place of its functions, evaluates the model before and after, and saves the nearest model
-that main.py can read. Further flags are main.py's (--data-set, --batch-size, ...).
+Each function of a group KAN, or of the strongest edges of each layer of a full-edge KAN, is fitted by a*f(b*u + c) + d*u + e with
+f one of `FORMS`, or by a polynomial up to degree 5, weighted by the inputs on real images. --replace replaces the functions of a
+group KAN by their formulas, evaluates the model before and after, and saves the nearest model that main.py can read. Further
+flags are main.py's (--data-set, --batch-size, ...).
 """
 import argparse
 import csv
@@ -49,8 +49,8 @@ from vision_kan.run.trained import Pictures, Trained, image_files, load_trained
 
 
 def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) -> str:
-    """Evaluate a group KAN as it is, with formulas for its functions, and as it is then saved to `target`, which
-    `main.py --eval` reads; returns the table of the three."""
+    """Evaluate a group KAN with its functions, with their formulas, and with the nearest functions in its basis, which are saved
+    to `target` for `main.py --eval`. Returns the table of the three."""
     loaders, process = loaders_of(trained), Process(device=trained.device)
     fitted, fits = with_fitted_basis(trained.model, found)
     about = {"model_args": to_builtin_types({"name": trained.spec.name, "kwargs": trained.spec.kwargs}),
@@ -62,8 +62,8 @@ def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) 
         ("learned functions", trained.model), ("their formulas", with_formulas(trained.model, found)), ("saved", fitted))]
     loaders.check_unreadable(gather=True)
     save_safetensors(fitted.state_dict(), about, target)
-    return "\n".join([*lines, f"{target}: {trained.spec.name}, its functions are those of the grid's basis nearest to the "
-                      f"formulas (R^2 {min(fits):.4f} or more, half of them {float(np.median(fits)):.6f} or more)"])
+    return "\n".join([*lines, f"{target}: {trained.spec.name}, its functions are the formulas fitted by the grid's basis (R^2 "
+                      f"{min(fits):.4f} or more, half of them {float(np.median(fits)):.6f} or more)"])
 
 
 # ---------------------------------------------------------------- reports
@@ -72,7 +72,7 @@ def _is_edge(found: Sequence[Learned]) -> bool:
 
 
 def rows(found: Sequence[Learned]) -> list[dict]:
-    """What the CSV and JSON files have of each function."""
+    """A record of each function for the CSV and JSON files."""
     name = "edge" if _is_edge(found) else "group"
     return [{"block": each.block, "activation": each.layer, name: each.function, "formula": each.formula.text,
              "r2": each.formula.r2, "residual": each.formula.residual, "complexity": each.formula.complexity,
@@ -89,7 +89,7 @@ def table(found: Sequence[Learned]) -> str:
 
 
 def latex_table(found: Sequence[Learned]) -> str:
-    """A longtable to be included in a document."""
+    """A longtable to include in a LaTeX document."""
     edge = _is_edge(found)
     lines = [r"% \usepackage{amsmath, longtable}", r"\begin{longtable}{lllrl}",
              rf"block & activation & {'edge' if edge else 'group'} & $R^2$ & $\varphi(u)$ \\ \hline"]
@@ -102,7 +102,7 @@ def latex_table(found: Sequence[Learned]) -> str:
 
 
 def draw(found: Sequence[Learned], picture: Path) -> None:
-    """The functions of each module, their formulas dashed above them, and the range in which nine of ten inputs lie."""
+    """Draw the functions of each module, their formulas dashed, and the range of nine of ten inputs."""
     parts = list(dict.fromkeys(each.part for each in found))
     columns = min(4, len(parts))
     lines = -(-len(parts) // columns)
@@ -120,9 +120,9 @@ def draw(found: Sequence[Learned], picture: Path) -> None:
         axis.set_ylabel("φ(u), dashed: its formula", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.25)
-        if (count := len(axis.get_legend_handles_labels()[1])) <= 48:     # of more the colours say nothing
+        if (count := len(axis.get_legend_handles_labels()[1])) <= 48:     # more colours cannot be told apart
             axis.legend(fontsize=6, title="edge" if _is_edge(found) else "group", title_fontsize=6, ncols=-(-count // 16),
-                        loc="center left", bbox_to_anchor=(1, 0.5), borderaxespad=0.3)      # the curves may be anywhere
+                        loc="center left", bbox_to_anchor=(1, 0.5), borderaxespad=0.3)      # outside, so that it hides no curve
     for axis in list(axes.flat)[len(parts):]:
         axis.remove()
     figure.savefig(picture, dpi=110)
@@ -130,7 +130,7 @@ def draw(found: Sequence[Learned], picture: Path) -> None:
 
 
 def report(found: Sequence[Learned], folder: Path) -> None:
-    """formulas.txt, .csv, .json, .tex and .png in a folder."""
+    """Write formulas.txt, .csv, .json, .tex and .png to a folder."""
     sheet = io.StringIO()
     records = rows(found)
     writer = csv.DictWriter(sheet, records[0])
@@ -147,7 +147,7 @@ def report(found: Sequence[Learned], folder: Path) -> None:
 
 # ---------------------------------------------------------------- the command
 def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable[Tensor] | None, int]:
-    """Up to `limit` images, spread evenly over what there is, in batches, and how many batches; (None, 0) without any."""
+    """Batches of up to `limit` images, evenly spaced, and the number of batches; (None, 0) without images."""
     if folder:
         files = image_files([folder])
         pictures = Pictures(files[::-(-len(files) // limit)], trained.args)
@@ -163,15 +163,18 @@ def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable
 def arguments() -> Parser:
     parser = model_parser("symbolic.py", __doc__)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="images whose inputs to the functions weight the fits "
-                        "(default: the validation images of --data-path; without any, all of the grid counts alike)")
-    parser.add_argument("--limit", type=int, default=512, metavar="N", help="of these images, spread evenly (default: 512)")
-    parser.add_argument("--edges", type=int, default=6, metavar="N", help="of each layer of a full-edge KAN, the strongest "
-                        "(default: 6)")
-    parser.add_argument("--parsimony", type=float, default=2.0, metavar="FACTOR", help="a further number in a formula must make "
-                        "what is left unexplained so many times smaller: near 1 for the closest fits (default: 2)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="the table as text, CSV, JSON and LaTeX, and a picture")
-    parser.add_argument("--replace", type=Path, metavar="TARGET", help="put the formulas in the functions' place, evaluate, "
-                        "and save the nearest model that main.py reads (.safetensors; group KAN)")
+                        "(default: the validation images of --data-path; without images the grid is weighted evenly)")
+    parser.add_argument("--limit", type=int, default=512, metavar="N",
+                        help="number of these images, evenly spaced (default: 512)")
+    parser.add_argument("--edges", type=int, default=6, metavar="N",
+                        help="number of edges in each layer of a full-edge KAN, the strongest (default: 6)")
+    parser.add_argument("--parsimony", type=float, default=2.0, metavar="FACTOR", help="each further number in a formula must "
+                        "divide the unexplained rest by this factor; near 1 gives the closest fits (default: 2)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER",
+                        help="write the table as text, CSV, JSON and LaTeX, and a picture")
+    parser.add_argument("--replace", type=Path, metavar="TARGET",
+                        help="replace the functions by the formulas, evaluate, and save the nearest model that main.py reads "
+                        "(.safetensors; group KAN)")
     return parser
 
 
@@ -183,12 +186,12 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         raise UserError(f"--replace {own.replace} must end in .safetensors")
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
     if own.replace and all(layer.per_edge for layer in function_layers(trained.model).values()):
-        raise UserError(f"--replace puts formulas in the place of a group KAN's functions, and {trained.path} holds "
+        raise UserError(f"--replace puts formulas in place of a group KAN's functions, and {trained.path} holds "
                         f"{trained.spec.name}: leave it out")
     if own.replace and not trained.has_data:
         raise UserError("--replace evaluates the model before and after: name its data with --data-path DIR")
     images, rounds = _images(trained, own.images, own.limit)
-    say("weighted by the inputs that arrive" if images else "no images: all of the grid counts alike (see --images)")
+    say("weighted by the inputs on these images" if images else "no images: the grid is weighted evenly (see --images)")
     found = find_formulas(trained, images, rounds, own.edges, own.parsimony)
     say(table(found))
     if own.output:

@@ -17,7 +17,7 @@ GRIDS = {"original: [-2, 2], h 0.33": (-2.0, 2.0, 0.33), "covering: [-3, 3], h t
 
 
 def basis(picture: Path) -> None:
-    """The bumps of both grids, their sum, and where a LayerNorm's outputs are."""
+    """The bumps of both grids, their sum, and the distribution of a LayerNorm's outputs."""
     u = torch.linspace(-5, 5, 1001)
     density = torch.exp(-u ** 2 / 2)
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, layout="constrained")
@@ -38,7 +38,7 @@ def basis(picture: Path) -> None:
 
 
 def fits(picture: Path) -> None:
-    """How well eight bumps make GELU on each grid, by least squares under a standard normal input."""
+    """Least-squares fits of GELU by eight bumps on each grid, for a standard normal input."""
     u = torch.linspace(-5, 5, 1001, dtype=torch.float64)
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.4), sharey=True, layout="constrained")
     for axis, (title, (low, high, h)) in zip(axes, GRIDS.items()):

@@ -1,4 +1,4 @@
-"""Where a vision transformer looks: attention maps and their rollout."""
+"""Attention maps of a vision transformer, and their rollout."""
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -12,10 +12,10 @@ from vision_kan.common.errors import UserError
 
 @torch.inference_mode()
 def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
-    """[L, B, H, T, T], on the CPU: how much each token (row) takes from each other (column), by block and head.
+    """[L, B, H, T, T], on the CPU: the attention of each token (row) to each other (column), by block and head.
 
-    For vision transformers of timm's whose blocks all see one sequence of prefix tokens and patches.
-    Raises UserError for a model without such an attention."""
+    It works for timm's vision transformers whose blocks all get one sequence of prefix tokens and patches. Raises UserError for a
+    model without such attention."""
     tokens = _tokens(model)
     seen: list[Tensor] = []
     modules: list[Any] = [m for m in model.modules() if hasattr(m, "fused_attn") and hasattr(m, "attn_drop")]
@@ -23,7 +23,7 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
         model.eval()
-        for module in modules:      # the fused kernel never has the map in memory
+        for module in modules:      # the fused kernel never materialises the map
             stack.callback(setattr, module, "fused_attn", module.fused_attn)
             module.fused_attn = False
             stack.callback(module.attn_drop.register_forward_hook(lambda _, x, y: seen.append(y.float().cpu())).remove)
@@ -40,9 +40,9 @@ def _tokens(model: nn.Module) -> int:
 
 
 def attention_rollout(maps: Tensor) -> Tensor:
-    """[B, T, T]: what each token of the last block takes from each of the input, of maps [L, B, H, T, T].
+    """[B, T, T]: the share of each input token (column) in each token of the last block (row). maps: [L, B, H, T, T].
 
-    The product of (A + 1)/2 over the blocks, A the mean over heads and 1 the residual connection (arXiv:2005.00928,
+    It is the product of (A + 1)/2 over the blocks, with A the mean over heads and 1 the residual connection (arXiv:2005.00928,
     equation 1)."""
     identity = torch.eye(maps.shape[-1], dtype=maps.dtype, device=maps.device)
     rollout = identity.expand(maps.shape[1], -1, -1)
@@ -52,8 +52,8 @@ def attention_rollout(maps: Tensor) -> Tensor:
 
 
 def token_maps(model: nn.Module, attention: Tensor) -> dict[str, Tensor]:
-    """Rows of attention [..., T, T] as pictures [..., h, w] over the patches: the class token's, the distillation token's
-    where there is one, and in a model without a class token the mean over the patches'."""
+    """Rows of attention [..., T, T] as pictures [..., h, w] over the patches, by token: the class token's, the distillation
+    token's if there is one; in a model without a class token the mean over the patches."""
     vit: Any = model
     prefix, grid = vit.num_prefix_tokens, vit.patch_embed.grid_size
     names = [name for name, key in (("class token", "cls_token"), ("distillation token", "dist_token"))
@@ -64,7 +64,7 @@ def token_maps(model: nn.Module, attention: Tensor) -> dict[str, Tensor]:
 
 
 def attention_panels(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
-    """{title: [h, w]} for one image [3, S, S]: the rollout for each token, the first token's attention in each block (mean over
+    """title -> [h, w] for one image [3, H, W]: the rollout for each token, the first token's attention in each block (mean over
     heads), and in each head of the last block. Raises UserError as `attention_maps`."""
     maps = attention_maps(model, image[None])
     panels = {f"rollout\n{name}": picture[0] for name, picture in token_maps(model, attention_rollout(maps)).items()}
@@ -75,8 +75,8 @@ def attention_panels(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 
 
 def draw_attention(image: Tensor, panels: Mapping[str, Tensor], title: str = "", columns: int = 9) -> Figure:
-    """The image [3, S, S] (0 to 1), then each panel over it, from its smallest share (dark) to its largest (bright), which its
-    title has."""
+    """The image [3, H, W] (0 to 1), then each panel over it, from its smallest share (dark) to its largest (bright); the title
+    of the panel gives both."""
     rows = -(-(len(panels) + 1) // columns)
     figure = Figure((1.45 * columns, 2.15 * rows), layout="constrained")
     picture = image.permute(1, 2, 0).clamp(0, 1).cpu().numpy()
@@ -84,7 +84,7 @@ def draw_attention(image: Tensor, panels: Mapping[str, Tensor], title: str = "",
     for place, (name, values) in enumerate([(title, None), *panels.items()], 1):
         axes = figure.add_subplot(rows, columns, place)
         axes.set_axis_off()
-        axes.set(xticks=[], yticks=[])      # which would be laid out even so
+        axes.set(xticks=[], yticks=[])      # the layout reserves room for ticks even if they are off
         span = "" if values is None else f"\n{values.min():.1%} – {values.max():.1%}"
         axes.set_title(name + span, fontsize=7.5, parse_math=False)
         if values is None:

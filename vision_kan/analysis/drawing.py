@@ -5,21 +5,21 @@ from collections.abc import Mapping
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vision_kan.analysis.arriving import FAR_WIDER, InputHistogram, used_width
 from vision_kan.analysis.functions import group_functions
+from vision_kan.analysis.inputs import FAR_WIDER, InputHistogram, used_width
 from vision_kan.analysis.measures import base_distances, drawn_range, edge_functions
 from vision_kan.layers.function_layer import FunctionLayer
 
-GROUPS = 8              # of a layer that are drawn
+GROUPS = 8              # drawn of each layer
 
 
 def draw_functions(axes: Axes, name: str, layer: FunctionLayer, inputs: InputHistogram | None = None) -> None:
-    """A layer's functions, over the histogram of what arrives where that was collected."""
+    """Draw a layer's functions, over the histogram of their inputs if given."""
     (draw_edges if layer.per_edge else draw_groups)(axes, name, layer, inputs)
 
 
 def draw_groups(axes: Axes, name: str, phi: FunctionLayer, inputs: InputHistogram | None = None) -> None:
-    """The base dashed, above it up to `GROUPS` groups' functions, those that differ most from it."""
+    """Draw the base (dashed) and up to `GROUPS` groups' functions, those that differ most from it."""
     u = drawn_range(phi, inputs)
     base, values = group_functions(phi, u)
     distance = None if inputs is None else base_distances(phi, inputs)
@@ -32,7 +32,7 @@ def draw_groups(axes: Axes, name: str, phi: FunctionLayer, inputs: InputHistogra
 
 
 def draw_edges(axes: Axes, name: str, layer: FunctionLayer, inputs: InputHistogram | None = None) -> None:
-    """The functions on a full-edge KAN's strongest edges."""
+    """Draw the functions on the strongest edges of a layer."""
     u = drawn_range(layer, inputs)
     for label, values in edge_functions(layer, u, inputs).items():
         axes.plot(u.numpy(), values.numpy(), label=label, linewidth=1.2)
@@ -49,7 +49,7 @@ def _finish(axes: Axes, layer: FunctionLayer, inputs: InputHistogram | None, tit
         title += f"\n{inputs.off_grid:.1%} of the inputs off the grid"
         if (used := used_width(inputs.low, inputs.high, p5, p95)) < 1 / FAR_WIDER:
             title += f", nine in ten within {used:.0%} of its width"
-        xlabel = "input u\nlines: grid points; blue: what arrives, dotted: its 5th and 95th percentile"
+        xlabel = "input u\nlines: grid points; blue: histogram of the inputs, dotted: their 5th and 95th percentile"
         for percentile in (p5, p95):
             axes.axvline(percentile, color="tab:blue", linestyle=":", linewidth=1.4)
         below = axes.twinx()
@@ -65,7 +65,7 @@ def _finish(axes: Axes, layer: FunctionLayer, inputs: InputHistogram | None, tit
 
 
 def functions_figure(layers: Mapping[str, FunctionLayer], inputs: Mapping[str, InputHistogram] | None = None) -> Figure:
-    """A panel for each layer, two in a row."""
+    """A figure with a panel for each layer, two in a row."""
     rows = -(-len(layers) // 2)
     figure = Figure((11, 3.4 * rows), layout="constrained")
     for place, (name, layer) in enumerate(layers.items(), 1):
@@ -75,6 +75,7 @@ def functions_figure(layers: Mapping[str, FunctionLayer], inputs: Mapping[str, I
 
 
 def png(figure: Figure, dpi: int = 80) -> bytes:
+    """The figure as a PNG."""
     memory = io.BytesIO()
     figure.savefig(memory, format="png", dpi=dpi)
     return memory.getvalue()

@@ -1,4 +1,4 @@
-"""Formulas of functions of one number, found by least squares."""
+"""Symbolic regression of functions of one variable, by least squares."""
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,19 +11,18 @@ from scipy.optimize import least_squares
 from torch import Tensor
 from torch.nn import functional as F
 
-UNEXPLAINED = 1e-6      # of the variance: to explain more than all but this is worth nothing
-DEGREE = 5              # highest of a polynomial
+UNEXPLAINED = 1e-6      # share of the variance below which a better fit does not improve the score
+MAX_DEGREE = 5          # of a polynomial
 
 
 @dataclass(frozen=True)
 class Form:
-    """f of a*f(b*u + c) + d*u + e. signs: of b to try, both unless f is even or odd. scaled: whether b is free; it is not
-    where f(b*x) is a multiple of f(x). shifted: whether c is free; it is not for exp(x + c)."""
+    """f in a*f(b*u + c) + d*u + e."""
     function: Callable[[Tensor], Tensor]
     symbol: Callable[[sympy.Expr], sympy.Expr]
-    signs: tuple[float, ...] = (1.0,)
-    scaled: bool = True
-    shifted: bool = True
+    signs: tuple[float, ...] = (1.0,)       # of b to try: both unless f is even or odd
+    scaled: bool = True                     # b is free; it is not if f(b*x) is a multiple of f(x)
+    shifted: bool = True                    # c is free; it is not for exp, since exp(x + c) is a multiple of exp(x)
 
 
 FORMS = {
@@ -39,7 +38,7 @@ FORMS = {
     "sqrt": Form(lambda x: (1 + x.square()).sqrt(), lambda x: sympy.sqrt(1 + x ** 2)),
 }
 _X = sympy.Symbol("x", real=True)
-# The names in a formula that are not sympy's own.
+# Functions in formulas that sympy lacks.
 DEFINITIONS = {
     "gelu": _X * (1 + sympy.erf(_X / sympy.sqrt(2))) / 2,
     "silu": _X / (1 + sympy.exp(-_X)),
@@ -50,10 +49,10 @@ U = sympy.Symbol("u", real=True)
 
 @dataclass(frozen=True)
 class Formula:
-    """a*f(b*u + c) + sum_n polynomial[n] * u^n, f = FORMS[form]; form "polynomial": the sum alone.
+    """a*f(b*u + c) + sum_n polynomial[n] * u^n, f = FORMS[form]; form "polynomial": the sum only.
 
-    r2: 1 - the weighted mean square error relative to the weighted variance of the function that was fitted; 1 for a
-    constant that is met. residual: the root of the weighted mean square error, in units of the function."""
+    r2: 1 - weighted mean square error / weighted variance of the fitted function; 1 for an exactly fitted constant.
+    residual: root of the weighted mean square error, in units of the function."""
     form: str
     polynomial: tuple[float, ...] = ()
     a: float = 0.0
@@ -63,7 +62,7 @@ class Formula:
     residual: float = math.nan
 
     def __call__(self, u: Tensor) -> Tensor:
-        """Its values at u, in u's shape, dtype and device."""
+        """The values at u, in u's shape and dtype on its device."""
         y = torch.zeros_like(u)
         for coefficient in reversed(self.polynomial):
             y = y * u + coefficient
@@ -71,12 +70,12 @@ class Formula:
 
     @property
     def complexity(self) -> int:
-        """The number of its coefficients that are not 0 (b: not 1), plus one for f."""
+        """The number of coefficients that are not 0 (for b: not 1), plus one for f."""
         terms = sum(coefficient != 0 for coefficient in self.polynomial)
         return terms if self.form == "polynomial" else terms + 2 + (abs(self.b) != 1) + (self.c != 0)
 
     def expression(self, digits: int = 17) -> sympy.Expr:
-        """In the symbol `U`, with numbers rounded to this many digits; gelu, silu and relu by name (see `exact`)."""
+        """The formula in the symbol `U`, with numbers rounded to `digits` digits; gelu, silu and relu by name (see `exact`)."""
         def number(value: float) -> sympy.Expr:
             text = f"{value:.{digits}g}"
             return sympy.Integer(int(float(text))) if float(text).is_integer() else sympy.Float(text)
@@ -84,7 +83,7 @@ class Formula:
         y = sum((number(value) * U ** n for n, value in enumerate(self.polynomial) if value), sympy.Integer(0))
         if self.form != "polynomial":
             y += number(self.a) * FORMS[self.form].symbol(number(self.b) * U + number(self.c))
-        return y.xreplace({value: number(value) for value in y.atoms(sympy.Float)})     # sympy has squared some
+        return y.xreplace({value: number(value) for value in y.atoms(sympy.Float)})     # sympy may have squared numbers
 
     def exact(self) -> sympy.Expr:
         """`expression` in sympy's own functions, which it can differentiate, integrate and evaluate."""
@@ -104,12 +103,11 @@ class Formula:
 
 @dataclass(frozen=True)
 class _Curve:
-    """A function to be fitted: u, y, and the roots of the weights, whose squares sum to 1; float64 [N]. parsimony: of
-    `fit_symbolic`."""
+    """A function to be fitted, float64 [N] each."""
     u: np.ndarray
     y: np.ndarray
-    root: np.ndarray
-    parsimony: float
+    root: np.ndarray        # square roots of the weights, which sum to 1
+    parsimony: float        # of `fit_symbolic`
 
     @cached_property
     def mean(self) -> float:
@@ -124,7 +122,7 @@ class _Curve:
         return float(self.root ** 2 @ (self.y - self.root ** 2 @ self.y) ** 2)
 
     def solve(self, columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Coefficients of the columns, and the weighted residuals: linear least squares."""
+        """Linear least squares: the columns' coefficients, and the weighted residuals."""
         target = self.root * self.y
         if not columns:
             return np.zeros(0), target
@@ -135,7 +133,7 @@ class _Curve:
         return coefficients / norms, matrix @ (coefficients / norms) - target
 
     def score(self, formula: Formula) -> float:
-        """The lower the better (the rule of pykan's `suggest_symbolic`, arXiv:2408.10205, with 1 - R^2 down to `UNEXPLAINED`)."""
+        """Lower is better: the rule of pykan's `suggest_symbolic` (arXiv:2408.10205), with 1 - R^2 bounded by `UNEXPLAINED`."""
         return math.log(max(0.0, 1 - formula.r2) + UNEXPLAINED, self.parsimony) + formula.complexity
 
     def rated(self, formula: Formula, residuals: np.ndarray) -> Formula:
@@ -149,8 +147,8 @@ class _Curve:
         return self.rated(Formula("polynomial", tuple(every.tolist())), residuals)
 
     def fit(self, name: str, b: float, middle: float, free: str, powers: Sequence[int]) -> Formula:
-        """b and c = -b * middle, those named in `free`, are searched from the given values on; a and the powers of u are at
-        each step the best ones for them (variable projection, Golub and Pereyra 1973)."""
+        """Fit a form. b and c = -b * middle, if named in `free`, are searched from the given values on; in each step a and the
+        coefficients of the powers are the best for them (variable projection, Golub and Pereyra 1973)."""
         form, sign = FORMS[name], math.copysign(1, b)
 
         def numbers(x: np.ndarray) -> tuple[float, float]:
@@ -166,7 +164,7 @@ class _Curve:
         start = {"b": math.log(abs(b) * self.deviation), "c": (middle - self.mean) / self.deviation}
         limits = {"b": (math.log(0.05), math.log(30)), "c": (-6.0, 6.0)}
         x = np.array([start[key] for key in free])
-        if free:        # MINPACK is the fastest and knows no limits: beyond them nothing changes
+        if free:        # MINPACK is the fastest method and has no bounds, so `numbers` clips
             x = least_squares(lambda x: solved(x)[1] / self.variance ** 0.5, x, method="lm", max_nfev=120).x
         (a, *coefficients), residuals = solved(x)
         every = [0.0] * (max(powers, default=-1) + 1)
@@ -174,12 +172,12 @@ class _Curve:
             every[n] = float(value)
         b, middle = numbers(x)
         c = -b * middle + 0.0       # no -0.0
-        if name == "sin":       # c within half a period: sin(x + pi) = -sin(x)
+        if name == "sin":       # reduce c to half a period: sin(x + pi) = -sin(x)
             a, c = -a if round(c / math.pi) % 2 else a, math.remainder(c, math.pi)
         return self.rated(Formula(name, tuple(every), float(a), b, c), residuals)
 
     def starts(self, name: str, sign: float, count: int = 3) -> list[tuple[float, float]]:
-        """Pairs (b, middle) of a grid from which a*f(b*(u - middle)) + d*u + e comes nearest, where that is a local best."""
+        """Starting points (b, middle): the best local optima on a grid, for the best a, d, e of a*f(b*(u - middle)) + d*u + e."""
         form = FORMS[name]
         slopes = np.geomspace(0.2, 8, 24) / self.deviation if form.scaled else np.ones(1)
         middles = self.mean + self.deviation * np.linspace(-3, 3, 13) if form.shifted else np.zeros(1)
@@ -196,7 +194,7 @@ class _Curve:
 
 
 def _simplified(curve: _Curve, formula: Formula, simpler: Callable[[Formula], Iterable[Formula]]) -> Formula:
-    """The formula without the numbers that it does not need, taken away one at a time."""
+    """The formula without the numbers that it does not need, removed one at a time."""
     while (best := min(simpler(formula), key=curve.score, default=formula)) and curve.score(best) < curve.score(formula):
         formula = best
     return formula
@@ -208,12 +206,12 @@ def _polynomials(curve: _Curve) -> Iterator[Formula]:
         if len(powers) > 1:
             yield from (curve.polynomial([p for p in powers if p != n]) for n in powers)
 
-    for degree in range(DEGREE + 1):
+    for degree in range(MAX_DEGREE + 1):
         yield _simplified(curve, curve.polynomial(range(degree + 1)), simpler)
 
 
 def _of_form(curve: _Curve, name: str, best: float) -> Iterator[Formula]:
-    """Formulas of a form, without those that cannot be better than the score `best`."""
+    """Formulas of a form, except those that cannot beat the score `best`."""
     form = FORMS[name]
 
     def simpler(formula: Formula) -> Iterator[Formula]:
@@ -228,19 +226,20 @@ def _of_form(curve: _Curve, name: str, best: float) -> Iterator[Formula]:
 
     free = "b" * form.scaled + "c" * form.shifted
     for sign in form.signs:
-        whole = min((curve.fit(name, b, middle, free, (0, 1)) for b, middle in curve.starts(name, sign)),
-                    key=lambda formula: formula.residual)
-        if curve.score(replace(whole, polynomial=(), b=1.0, c=0.0)) < best:      # as if it could do with a alone
-            yield _simplified(curve, whole, simpler)
+        full = min((curve.fit(name, b, middle, free, (0, 1)) for b, middle in curve.starts(name, sign)),
+                   key=lambda formula: formula.residual)
+        if curve.score(replace(full, polynomial=(), b=1.0, c=0.0)) < best:      # a bound: as if it needed a only
+            yield _simplified(curve, full, simpler)
 
 
 def fit_symbolic(u, y, weight=None, forms: Sequence[str] = tuple(FORMS), parsimony: float = 2.0) -> Formula:
-    """The best formula of y in terms of u, for its length.
+    """The formula of y in terms of u with the best balance of accuracy and length.
 
     Args:
-        u, y: [N] numbers, arrays or tensors. weight: [N], at least 0, how much each point counts; None: all the same.
-        forms: keys of `FORMS` besides the polynomials. parsimony: the factor by which a further number in the
-            formula must make the unexplained part smaller, more than 1.
+        u, y: [N] numbers, arrays or tensors.
+        weight: [N], at least 0; None: all points count the same.
+        forms: keys of `FORMS` to try besides polynomials.
+        parsimony: above 1; each further number in the formula must divide the unexplained part by this factor.
     Raises: ValueError for values that are not finite, of different lengths, or all in one point.
     """
     weight = np.ones(len(u)) if weight is None else weight

@@ -1,29 +1,32 @@
-"""Numbers about learned functions, from their weights and the inputs that arrive."""
+"""Measures of learned functions, from their weights and the histograms of their inputs."""
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vision_kan.analysis.arriving import FAR_WIDER, InputHistogram, used_width
 from vision_kan.analysis.functions import deviations
+from vision_kan.analysis.inputs import FAR_WIDER, InputHistogram, used_width
 from vision_kan.layers.function_layer import FunctionLayer
 
-EDGES = 6               # of a layer that are drawn
-DEAD_GAIN = 0.01        # below it a group or an input is dead, see `LayerStats`
+EDGES = 6               # drawn of each layer
+DEAD_GAIN = 0.01        # a group or an input with a smaller gain is dead, see `LayerStats`
 
 
 # ---------------------------------------------------------------- measured
 @dataclass(frozen=True)
 class LayerStats:
-    """What a layer's functions do with what arrives.
+    """Measures of a layer's functions over their inputs.
 
-    functions: their number. low, high, points: the grid. mean, std, smallest, largest: of the inputs; p5, p95: percentiles.
-    off_grid: share of them beyond the grid.
-    distance: root mean square, under the inputs of each, of function minus base (a full-edge KAN's: of the spline beside its
-    base branch), the mean over the functions; furthest: the largest; None where there is no base.
-    gain: of each unit, the standard deviation of what it passes on (an input of a full-edge KAN: over all its edges) relative
-    to that of what arrives; units: "groups" or "inputs". dead: how many with a gain below `DEAD_GAIN`."""
+    functions: number of functions.
+    low, high, points: the grid.
+    mean, std, smallest, largest, p5, p95: of the inputs; p5 and p95 are percentiles.
+    off_grid: share of the inputs beyond the grid.
+    distance: root mean square, over its inputs, of a function minus its base (in a full-edge KAN: of the spline without the base
+        branch), the mean over the functions; furthest: the maximum. None without a base.
+    units: "groups", or in a full-edge KAN "inputs".
+    gain: for each unit, the standard deviation of its outputs (of an input: over all its edges) relative to that of its inputs.
+    dead: number of units with a gain below `DEAD_GAIN`."""
     functions: int
     low: float
     high: float
@@ -42,7 +45,7 @@ class LayerStats:
 
     @property
     def used_width(self) -> float:
-        """`used_width` of the grid."""
+        """The share of the grid's width that holds nine in ten inputs."""
         return used_width(self.low, self.high, self.p5, self.p95)
 
     @property
@@ -55,7 +58,7 @@ class LayerStats:
 
 
 def measure(layer: FunctionLayer, inputs: InputHistogram) -> LayerStats:
-    """A layer with learned functions under what arrived at it."""
+    """Measure a layer with learned functions over its inputs."""
     u, grid, weights = inputs.centres, layer.grid_points(), layer.exact_weights()
     shares = inputs.shares(weights.shape[1])                                        # [I, BINS]
     gain = edge_deviations(layer, shares, u).square().sum(0).sqrt() / _deviation(shares, u)
@@ -69,7 +72,7 @@ def measure(layer: FunctionLayer, inputs: InputHistogram) -> LayerStats:
 
 
 def _moments(shares: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and mean square of values [N] under shares [P, N]."""
+    """Mean and mean square of values [N] with shares [P, N], [P] each."""
     return (shares * values).sum(1), (shares * values.square()).sum(1)
 
 
@@ -79,20 +82,20 @@ def _deviation(shares: Tensor, values: Tensor) -> Tensor:
 
 
 def _basis_moments(layer: FunctionLayer, shares: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """E[B_k] [I, K] and E[B_k B_l] [I, K, K] where input i is u [N] with the shares [I, N]."""
+    """E[B_k] [I, K] and E[B_k B_l] [I, K, K], for inputs i that take the values u [N] with shares [I, N]."""
     basis = layer.basis(u.double())                                                     # [N, K]
     products = (basis.unsqueeze(2) * basis.unsqueeze(1)).flatten(1)                     # [N, K*K]
     return shares @ basis, (shares @ products).unflatten(1, (basis.shape[1], -1))
 
 
 def edge_deviations(layer: FunctionLayer, shares: Tensor, u: Tensor) -> Tensor:
-    """[O, I]: the standard deviation of each function where input i is u [N] with the shares [I, N]."""
+    """[O, I]: the standard deviation of each function, for inputs i that take the values u [N] with shares [I, N]."""
     mean, second = _basis_moments(layer, shares, u)
     return deviations(layer.exact_weights(), second - mean.unsqueeze(2) * mean.unsqueeze(1))
 
 
 def base_distances(layer: FunctionLayer, inputs: InputHistogram) -> Tensor | None:
-    """[O, I]: the root mean square, under what arrives, of each function minus its base; None without a base."""
+    """[O, I]: the root mean square, over the inputs, of each function minus its base; None without a base."""
     base = layer.base_weights()
     if base is None:
         return None
@@ -103,20 +106,20 @@ def base_distances(layer: FunctionLayer, inputs: InputHistogram) -> Tensor | Non
 
 # ---------------------------------------------------------------- drawn
 def drawn_range(layer: FunctionLayer, inputs: InputHistogram | None = None) -> Tensor:
-    """[401]: where all but a thousandth of what arrives lies on either side; without `inputs` the grid and one unit beyond."""
+    """[401]: the range of the inputs without a thousandth on either side; without `inputs` the grid and one unit beyond it."""
     if inputs is None:
         grid = layer.grid_points()
         return torch.linspace(float(grid[0]) - 1, float(grid[-1]) + 1, 401)
     low, high = inputs.quantile(0.001), inputs.quantile(0.999)
-    middle, half = (low + high) / 2, max((high - low) / 2, inputs.width)        # of a constant, something
+    middle, half = (low + high) / 2, max((high - low) / 2, inputs.width)        # not empty for a constant input
     return torch.linspace(middle - half, middle + half, 401)
 
 
 def edge_functions(layer: FunctionLayer, u: Tensor, inputs: InputHistogram | None = None,
                    count: int = EDGES) -> dict[str, Tensor]:
-    """The strongest edges of a layer, {"input → output": phi(u) [N]}.
+    """The `count` strongest edges of a layer, "input → output" -> phi(u) [N].
 
-    Strength is the deviation under what arrives at each input, without `inputs` as if that were spread like `u`."""
+    An edge's strength is the standard deviation of its function over its inputs; without `inputs` over `u`."""
     weight, basis = layer.exact_weights(), layer.basis(u.double())
     if inputs is None:
         strength = edge_deviations(layer, torch.full((weight.shape[1], len(u)), 1 / len(u), dtype=torch.float64), u)

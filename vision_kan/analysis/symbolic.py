@@ -1,4 +1,4 @@
-"""Formulas of the functions that a KAN has learned, and formulas in the functions' place."""
+"""Formulas of a KAN's learned functions, and models whose functions are such formulas."""
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,30 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_kan.analysis.arriving import hook_inputs
 from vision_kan.analysis.formulas import Formula, fit_symbolic
 from vision_kan.analysis.functions import deviations
+from vision_kan.analysis.inputs import hook_inputs
 from vision_kan.common.errors import UserError
 from vision_kan.layers.function_layer import FunctionLayer, function_layers
 from vision_kan.layers.least_squares import ridge_solve
 from vision_kan.run.trained import Trained
 
 POINTS = 400            # at which a function is fitted
-EVEN_SHARE = 0.05       # of the weight is spread evenly from the smallest to the largest input, so that rare ones count too
-SAMPLES = 4096          # inputs kept of each function
-RIDGE = 1e-6            # of the fit back onto the basis, relative to the mean of E[B_k^2]
+EVEN_SHARE = 0.05       # share of the weight spread evenly from the smallest to the largest input, so that rare inputs count too
+SAMPLES = 4096          # inputs kept for each function
+RIDGE = 1e-6            # of the fit by the grid's basis, relative to the mean of E[B_k^2]
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A function of a model. part: name of its module. function: "3", a group, or "12 -> 40", an edge. u: [N], quantiles of
-    what arrives and even steps from the least to the most; weight [N]; y [N]. formula: of y."""
-    part: str
-    function: str
-    u: Tensor
-    weight: Tensor
-    y: Tensor
-    formula: Formula
+    """A learned function of a model, and its formula."""
+    part: str           # name of the module
+    function: str       # "3", a group, or "12 -> 40", an edge
+    u: Tensor           # [N]: quantiles of the inputs, and even steps from the smallest to the largest
+    weight: Tensor      # [N], of the points in the fit
+    y: Tensor           # [N]: the function at u
+    formula: Formula    # of y
 
     @property
     def block(self) -> str:
@@ -45,39 +44,41 @@ class Learned:
 
 
 class InputSamples:
-    """What arrives at a layer's functions: `SAMPLES` values of each, drawn from all, and the least and the most."""
+    """Inputs of a layer's functions: about `SAMPLES` values of each, drawn at random, and the smallest and largest."""
 
     def __init__(self, functions: int, rounds: int, generator: torch.Generator):
         self.functions, self.each, self.generator = functions, -(-SAMPLES // rounds), generator
         self.samples: list[Tensor] = []
-        self.least, self.most = torch.full((functions,), math.inf), torch.full((functions,), -math.inf)
+        self.smallest, self.largest = torch.full((functions,), math.inf), torch.full((functions,), -math.inf)
 
     def add(self, u: Tensor) -> None:
-        """u [..., channels]: neighbouring channels are of one function."""
+        """Add a batch's inputs u [..., channels], of which equal runs of neighbouring channels belong to one function."""
         u = u.detach().float().cpu().unflatten(-1, (self.functions, -1)).movedim(-2, 0).flatten(1)      # [functions, n]
-        self.least, self.most = torch.minimum(self.least, u.amin(1)), torch.maximum(self.most, u.amax(1))
+        self.smallest = torch.minimum(self.smallest, u.amin(1))
+        self.largest = torch.maximum(self.largest, u.amax(1))
         self.samples.append(u[:, torch.randint(u.shape[1], (min(self.each, u.shape[1]),), generator=self.generator)])
 
     def points(self, which: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """u [len(which), N] and weight [N] of `Learned`."""
+        """`Learned.u` [len(which), N] and `Learned.weight` [N] of the functions `which`."""
         even = POINTS // 4
         shares = (torch.arange(POINTS - even) + 0.5) / (POINTS - even)
         quantiles = torch.cat([values[which] for values in self.samples], 1).quantile(shares, dim=1).T
-        least, most = self.least[which, None], self.most[which, None]
+        smallest, largest = self.smallest[which, None], self.largest[which, None]
         weight = torch.cat([torch.full((POINTS - even,), (1 - EVEN_SHARE) / (POINTS - even)),
                             torch.full((even,), EVEN_SHARE / even)])
-        return torch.cat([quantiles, least + torch.linspace(0, 1, even) * (most - least)], 1).double(), weight.double()
+        steps = smallest + torch.linspace(0, 1, even) * (largest - smallest)
+        return torch.cat([quantiles, steps], 1).double(), weight.double()
 
 
 def _evenly(layer: FunctionLayer, functions: int) -> tuple[Tensor, Tensor]:
-    """The same without inputs: all of the grid counts alike."""
+    """As `InputSamples.points` without inputs: points spread evenly over the grid."""
     grid = layer.grid_points()
     u = torch.linspace(float(grid[0]), float(grid[-1]), POINTS, dtype=torch.float64)
     return u.expand(functions, -1), torch.full((POINTS,), 1 / POINTS, dtype=torch.float64)
 
 
 def _strongest(layer: FunctionLayer, inputs: InputSamples | None, count: int) -> list[tuple[int, int]]:
-    """(input, output) of the edges that deviate most under what arrives, the strongest first."""
+    """(input, output) of the `count` edges whose functions deviate most over their inputs, the strongest first."""
     weights = layer.exact_weights()
     if inputs is None:
         parts: Iterable[Tensor] = [layer.basis(_evenly(layer, 1)[0]).expand(weights.shape[1], -1, -1)]
@@ -92,7 +93,7 @@ def _strongest(layer: FunctionLayer, inputs: InputSamples | None, count: int) ->
 
 def _samples(trained: Trained, images: Iterable[Tensor], rounds: int,
              layers: Mapping[str, FunctionLayer]) -> dict[str, InputSamples]:
-    """What arrives at the layers' functions while the model looks at the images."""
+    """Samples of the inputs of the layers' functions, for these batches of images. rounds: number of batches."""
     generator = torch.Generator().manual_seed(0)
     found = {name: InputSamples(layer.function_weights().shape[1], rounds, generator) for name, layer in layers.items()}
     with hook_inputs(layers, lambda name, _, u: found[name].add(u)), torch.inference_mode():
@@ -106,16 +107,18 @@ def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, roun
     """Formulas of the functions of a group KAN, or of the strongest edges of each layer of a full-edge KAN.
 
     Args:
-        images: batches [B, 3, S, S] whose inputs to the functions weight the fits; None: the grid, evenly. rounds: how many
-            batches. edges: of each layer. parsimony: of `fit_symbolic`.
-    Raises: UserError for a model without learned functions, and without any image.
+        images: batches [B, 3, H, W]; the inputs that they give the functions weight the fits. None: the grid, evenly.
+        rounds: number of batches.
+        edges: number of edges in each layer.
+        parsimony: of `fit_symbolic`.
+    Raises: UserError for a model without learned functions, and if no image can be read.
     """
     layers = function_layers(trained.model)
     if not layers:
         raise UserError(f"{trained.path} holds no KAN ({trained.spec.name}): there are no learned functions to find formulas of")
     inputs = _samples(trained, images, rounds, layers) if images is not None else {}
     if any(not found.samples for found in inputs.values()):
-        raise UserError("no image could be read, so nothing arrives at the functions: check the folder")
+        raise UserError("no image could be read, so the functions have no inputs: check the folder")
     found = []
     for name, layer in layers.items():
         weights = layer.exact_weights()                                             # [O, I, K]
@@ -129,7 +132,7 @@ def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, roun
     return found
 
 
-# ---------------------------------------------------------------- formulas in the functions' place
+# ---------------------------------------------------------------- models of formulas
 class SymbolicActivation(nn.Module):
     """A formula for each group of neighbouring channels, elementwise: [..., channels] -> the same shape."""
 
@@ -152,8 +155,7 @@ def with_formulas(model: nn.Module, found: Sequence[Learned]) -> nn.Module:
 
 @torch.no_grad()
 def with_fitted_basis(model: nn.Module, found: Sequence[Learned]) -> tuple[nn.Module, list[float]]:
-    """A copy of a group KAN of the same kind, its coefficients such that each function is the nearest one to its formula by
-    weighted least squares; and how near each is: R^2."""
+    """A copy of a group KAN whose coefficients are fitted to the formulas by weighted least squares, and the R^2 of each fit."""
     model, fits = deepcopy(model), []
     for each in found:
         phi: Any = model.get_submodule(each.part)

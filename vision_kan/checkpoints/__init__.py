@@ -1,2 +1,2 @@
-"""Checkpoints: read, written, downloaded. The package itself imports nothing."""
+"""Reading, writing and downloading checkpoints. This file imports nothing."""
 WEIGHTS = ("model", "model_ema")        # keys of a checkpoint: the trained weights and their moving average

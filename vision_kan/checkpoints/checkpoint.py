@@ -1,4 +1,4 @@
-"""A checkpoint, opened once: ours, or another program's in our layout."""
+"""A checkpoint of this or another program, opened and checked once."""
 import math
 import sys
 from argparse import Namespace
@@ -17,7 +17,7 @@ from vision_kan.checkpoints.read import are_names, load_file
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import say
 
-# What a run goes on from, and nothing else: all other entries describe the checkpoint.
+# The entries that a run resumes from. All others describe the checkpoint.
 _STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
 # Flags that size an image: dest -> the largest value that is accepted.
 _LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
@@ -25,11 +25,10 @@ _LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
 
 @dataclass
 class Checkpoint:
-    """What a file holds, asked by name. Without arguments: an empty one, where nothing was named to start from.
+    """A checkpoint's content. Without arguments it is empty, for a run that starts from nothing.
 
-    path: the file, folder or location as the user gave it, for messages.
-    state: everything in it, under this program's keys (docs/checkpoints.md): the state of a run. The constructor takes another
-        program's content, too."""
+    path: the file, folder or location that the user gave, for messages.
+    state: all entries, under this program's keys. The constructor accepts another program's content, too."""
     path: str = ""
     state: dict[str, Any] = field(default_factory=dict, repr=False)
     _checked: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -41,10 +40,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, location: str | Path) -> "Checkpoint":
-        """The checkpoint at a location as `fetch` takes it; a Path is a local file or folder. Never runs code of the file.
+        """Open the checkpoint at a location that `fetch` accepts; a Path is a local file or folder. Never runs code of the file.
 
-        Raises: UserError if it cannot be read, holds no weights, or has flags that would make a model or an image larger than
-            the weights explain."""
+        Raises: UserError if it cannot be read, holds no weights, or has flags that are out of range for its weights."""
         path = location if isinstance(location, Path) else fetch(location)
         checkpoint = cls(str(location), load_file(path))
         checkpoint._check_flags()
@@ -53,26 +51,26 @@ class Checkpoint:
     # ---------------------------------------------------------------- what it says
     @property
     def flags(self) -> dict[str, Any]:
-        """The flags that it was written with; empty where it has none."""
+        """The flags that it was written with; empty without any."""
         return args_of(self.state)
 
     @property
     def epoch(self) -> int:
-        """The last finished epoch, counted from 0; -1 where there is none."""
+        """The last finished epoch, counted from 0; -1 without any."""
         return self.state.get("epoch", -1)
 
     @property
     def about(self) -> dict[str, Any]:
-        """The entries beside weights and training state, the flags as a dict."""
+        """The entries other than weights and training state; the flags as a dict."""
         about = {key: value for key, value in self.state.items() if key not in _STATE and not isinstance(value, Tensor)}
         return {**about, "args": self.flags} if "args" in about else about
 
     # ---------------------------------------------------------------- what it holds
     def weights(self, key: str = "model") -> dict[str, Tensor]:
-        """The state dict under one of `WEIGHTS`, not to be changed. Its values are looked at once, at the first call.
+        """The state dict under one of `WEIGHTS`; don't change it. Its values are checked once, at the first call.
 
-        Raises: UserError if there is none, or a model cannot use it: a key that is not text, numbers that are not floating
-            point, values that are not finite."""
+        Raises: UserError if there is none, or a model cannot use it: a key is not text, numbers are not floating point, values
+            are not finite."""
         if key not in self._checked:
             state = self._tensors(key)
             for name, tensor in state.items():
@@ -81,7 +79,7 @@ class Checkpoint:
         return self._checked[key]
 
     def free(self) -> None:
-        """Let go of the weights and the training state; what `about` gives stays."""
+        """Free the memory of the weights and the training state; `about` stays."""
         self.state = self.about
         self._checked.clear()
 
@@ -95,7 +93,7 @@ class Checkpoint:
 
     # ---------------------------------------------------------------- checks
     def check_entries(self, complete: bool = False) -> None:
-        """Raises UserError for an entry of another kind than a run writes; with `complete` for one that is missing, too."""
+        """Raises UserError for an entry of another kind than a run writes; with `complete` also for a missing one."""
         for key, (test, kind, needed) in _ENTRIES.items():
             if key not in self.state:
                 if complete and needed:
@@ -108,10 +106,10 @@ class Checkpoint:
         flags, widest = self.flags, max(size for value in self._tensors("model").values() for size in (0, *value.shape))
         for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
             value = flags.get(dest)
-            for one in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may be one for each block
-                if isinstance(one, (int, float)) and not (dest == "hdim_kan") <= one <= largest:
-                    raise UserError(f"checkpoint {self.path}: its args have {dest} {one}, which is out of range: get it from its "
-                                    "source again")
+            for number in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may have one for each block
+                if isinstance(number, (int, float)) and not (dest == "hdim_kan") <= number <= largest:
+                    raise UserError(f"checkpoint {self.path}: its args have {dest} {number}, which is out of range: get it from "
+                                    "its source again")
 
     def _check_tensor(self, name: Any, tensor: Tensor) -> None:
         if not isinstance(name, str):
@@ -119,20 +117,20 @@ class Checkpoint:
                             "source again")
         if tensor.is_complex() or not tensor.is_floating_point() and _is_parameter(name, tensor):
             raise UserError(f"checkpoint {self.path}: the weights {name} are of type {str(tensor.dtype).removeprefix('torch.')}, "
-                            "and no model here computes with such: take a checkpoint in floating point")
-        # as float32, which a float64 may exceed
+                            "and no model here computes in that: take a checkpoint in floating point")
+        # in float32, because models compute in it and a finite float64 may exceed it
         if not tensor.to(torch.float32).isfinite().all() and not _is_open_limit(name, tensor):
             raise UserError(f"checkpoint {self.path}: the weights {name} are not finite (infinite or nan), so it cannot be used: "
                             "take an earlier checkpoint of that run")
 
 
 def _is_parameter(name: str, tensor: Tensor) -> bool:
-    """A model has integers in counters and index tables only, as int64 or bool."""
+    """Whether a tensor is a parameter: models have integers only in counters and index tables, as int64 or bool."""
     return tensor.dtype not in (torch.int64, torch.bool) or name.rpartition(".")[2] in ("weight", "bias")
 
 
 def _is_open_limit(name: str, tensor: Tensor) -> bool:
-    """Whether it is a limit that is not set yet, minus or plus infinity, such as `input_min` of timm's Gemma."""
+    """Whether a tensor is a limit that is not set yet, minus or plus infinity, such as `input_min` of timm's Gemma."""
     return tensor.ndim == 0 and float(tensor) == {"_min": -math.inf, "_max": math.inf}.get(name[-4:])
 
 
@@ -154,7 +152,7 @@ def _is_result(value: Any) -> bool:
         all(_is_number(value.get(key)) and 0 <= value[key] <= 100 for key in ("acc1", "acc5"))
 
 
-# The entries of a run's checkpoint beside the weights: key -> (test, what it must be, whether --resume auto requires it).
+# The entries of a run's checkpoint besides the weights: key -> (test, what it must be, whether --resume auto requires it).
 _ENTRIES = {
     "optimizer": (_is_mapping, "a mapping", True),
     "lr_scheduler": (_is_mapping, "a mapping", True),

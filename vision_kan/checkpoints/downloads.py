@@ -1,4 +1,4 @@
-"""Files from URLs: kept complete and checked, or not at all. A server may be slow, lie, break off or redirect."""
+"""Downloads from URLs, kept only if complete and checked. A server may be slow, lie, break off or redirect."""
 import hashlib
 import logging
 import os
@@ -20,10 +20,10 @@ from vision_kan.common.text import say, warn
 
 try:
     import fcntl
-except ImportError:         # Windows: there a partial file of a killed process stays
+except ImportError:         # Windows, where the partial file of a killed process stays
     fcntl = None        # type: ignore[assignment]
-HUB, LOCAL = "hf-hub:", "local-dir:"        # as timm.create_model names models that it has not registered
-STALL_S, STALL_BYTES = 60.0, 2 ** 16        # a download that brings less in that time is given up
+HUB, LOCAL = "hf-hub:", "local-dir:"        # timm's prefixes for models from elsewhere
+STALL_S, STALL_BYTES = 60.0, 2 ** 16        # a download that receives fewer bytes in this time is given up
 
 
 def is_url(location: str) -> bool:
@@ -36,11 +36,11 @@ def quiet_hub() -> None:
 
 
 def fetch(location: str) -> Path:
-    """A local path for `location`: a file or folder; a URL, which is downloaded once; or, as timm writes them,
-    `hf-hub:OWNER/NAME[@REVISION]`, a model's folder in the Hub's cache, and `local-dir:FOLDER`.
+    """A local path for `location`: a file or folder; a URL, which is downloaded once; or timm's `hf-hub:OWNER/NAME[@REVISION]`, a
+    model's folder in the Hub's cache, and `local-dir:FOLDER`.
 
     DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked at every use. A file without
-    them is kept only if it can be read as a checkpoint, since a server may not announce its length. Raises UserError."""
+    them is kept only if it can be read as a checkpoint, because a server need not announce its length. Raises UserError."""
     if location.startswith(HUB):
         return _from_hub(location)
     if location.startswith(LOCAL):
@@ -54,7 +54,7 @@ def fetch(location: str) -> Path:
     name = Path(url.path).name[-150:]
     found = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", name)
     digest = found.group(1) if found else ""
-    # without a hash two servers may offer different files under one name
+    # without a hash, two servers may offer different files under one name
     target = folder / (name if digest else f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}")
     if target.is_file():
         if _sha256(target).startswith(digest):
@@ -91,7 +91,8 @@ def _from_hub(location: str) -> Path:
 
 
 def _download(location: str, target: Path, digest: str) -> None:
-    """Not by `torch.hub.download_url_to_file`, which keeps half a file when the connection breaks off."""
+    """Download to `target`, completely or not at all (`torch.hub.download_url_to_file` keeps half a file if the connection breaks
+    off)."""
     with _local_write(location, target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, handle = _partial(target)
@@ -109,14 +110,14 @@ def _download(location: str, target: Path, digest: str) -> None:
 
 
 def _partial(target: Path) -> tuple[Path, int]:
-    """A new file beside the target, locked while this process lives. Removes those that killed processes have left."""
+    """A new file beside the target, locked while this process lives. Removes the leftovers of killed processes."""
     for leftover in target.parent.glob(f"{re.sub(r'[][*?]', '?', target.name)}.*.partial{target.suffix}"):
         if fcntl:
             try:
                 with open(leftover, "rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     leftover.unlink()
-            except OSError:     # another process downloads it now, or has removed it
+            except OSError:     # another process is downloading it, or has removed it
                 pass
     while True:
         handle, name = tempfile.mkstemp(prefix=f"{target.name}.", suffix=f".partial{target.suffix}", dir=target.parent)
@@ -140,8 +141,8 @@ def _check(location: str, file: Path, digest: str) -> None:
     try:
         load_file(file)
     except UserError as error:
-        raise UserError(f"{location} is no whole checkpoint ({one_line(error.__cause__ or error)}): nothing was kept, check "
-                        "the address and the connection") from error
+        raise UserError(f"{location} is not a complete checkpoint ({one_line(error.__cause__ or error)}): nothing was kept, "
+                        "check the address and the connection") from error
 
 
 def _sha256(path: Path) -> str:
@@ -150,7 +151,7 @@ def _sha256(path: Path) -> str:
 
 
 class _local_write:
-    """An OSError inside is the disk's fault, not the connection's: raised as a UserError."""
+    """Raises an OSError inside as a UserError: it concerns the disk, not the connection."""
 
     def __init__(self, location: str, folder: Path):
         self.location, self.folder = location, folder
@@ -165,8 +166,8 @@ class _local_write:
 
 
 class _Transfer(Thread):
-    """The download in a thread of its own, so that the main thread notices a stall wherever it occurs: in name lookup,
-    connection, headers or a trickle of bytes."""
+    """A download in its own thread, so that the main thread notices a stall wherever it occurs: name lookup, connection, headers
+    or a trickle of bytes."""
 
     def __init__(self, location: str, file: BinaryIO, folder: Path):
         super().__init__(daemon=True)
@@ -183,12 +184,12 @@ class _Transfer(Thread):
                     with _local_write(self.location, self.folder):
                         self.file.write(chunk)
                     self.received += len(chunk)
-                self.missing = response.length      # counts down from Content-Length, None without one
+                self.missing = response.length      # counts down from Content-Length; None without it
         except Exception as error:
             self.failure = error
 
     def finish(self) -> None:
-        """Returns when everything is written. Raises UserError, OSError, HTTPException or ValueError."""
+        """Wait until everything is written. Raises UserError, OSError, HTTPException or ValueError."""
         self.start()
         before = 0
         while True:
@@ -206,7 +207,7 @@ class _Transfer(Thread):
 
 
 class _Redirects(HTTPRedirectHandler):
-    """urllib follows to ftp: too, and from https: to http:."""
+    """Refuses redirects to ftp:, and from https: to http:, which urllib follows."""
 
     def redirect_request(self, request, response, code, message, headers, location):
         scheme = urlparse(location).scheme

@@ -1,4 +1,4 @@
-"""Under which keys other programs keep weights, and ours."""
+"""Keys of checkpoints: those of other programs, renamed to ours."""
 import re
 from argparse import Namespace
 from collections.abc import Collection, Mapping
@@ -14,11 +14,10 @@ from vision_kan.common.text import one_or_two
 def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
     """Rename the keys of released Vision-KAN, DeiT and DeiT-III files, or of a wrapped model, to ours.
 
-    The original kept an unused MLP beside each KAN, which is dropped.
+    Drops the unused MLP that the original kept beside each KAN.
 
-    Args:
-        own: the keys of the model that takes the weights, if known; these are never renamed. CaiT and BEiT, for instance, have a
-            `gamma_1` of their own, which in DeiT-III's files is timm's `ls1.gamma`."""
+    own: the keys of the model that takes the weights, if known; these are never renamed. CaiT and BEiT, for instance, have a
+        `gamma_1`, which in DeiT-III's files means timm's `ls1.gamma`."""
     inside, outside = unwrapped(state)
     state = outside | inside
     released = any(".kan.layers." in key for key in state)
@@ -33,7 +32,7 @@ def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str
 
 
 def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook for loading weights into a model of this project; an MLP's weights fit a group KAN, too."""
+    """timm's hook for loading weights into a model of this project. A group KAN accepts an MLP's weights, too."""
     own = model.state_dict()
     state = rename_keys(state, own)
     if not any(".mlp.phi" in key for key in state):
@@ -42,17 +41,16 @@ def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     return checkpoint_filter_fn(state, model)       # type: ignore[arg-type]  # VisionTransformer's kin
 
 
-# The keys of other programs for the weights and for their average; of DINO's two models the teacher is the one to use.
+# The keys of other programs for the weights and for their average. Of DINO's two models the teacher is used.
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "teacher", "student", "module", "net")
 _AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")
-# Prefixes of DataParallel, torch.compile, Lightning, DINO and lightly. The order matters: of a model and the teacher that it
-# learned from, the model is taken.
+# Prefixes of DataParallel, torch.compile, Lightning, DINO and lightly. The order matters: of a model and its teacher, the model
+# is taken.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "teacher.", "student.", "backbone.", "net.", "timm_model.")
 
 
 def unwrapped(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A model's tensors with those prefixes removed from their names, and the tensors outside the model (of a loss, a projection
-    head)."""
+    """A model's tensors without the prefixes of `_WRAPPERS`, and the tensors outside the model (of a loss, a projection head)."""
     inside, outside = dict(state), dict[str, torch.Tensor]()
     while True:
         wrapper = next((w for w in _WRAPPERS if 3 * sum(str(key).startswith(w) for key in inside) >= len(inside) > 0), None)
@@ -63,18 +61,18 @@ def unwrapped(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
 
 
 def args_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags under `args` as a dict; empty where there are none."""
+    """The flags under `args` as a dict; empty without any."""
     args = content.get("args") or {}
     args = vars(args) if isinstance(args, Namespace) else args
     return dict(args) if isinstance(args, Mapping) else {}
 
 
 def in_our_layout(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A file of another program under this program's keys: `model`, `model_ema`, and `args` that name the model. A file of this
-    program stays as it is.
+    """A file's content under this program's keys: `model`, `model_ema`, and `args` that name the model. A file of this program
+    stays unchanged.
 
-    Returns: the content, and a clause on what was chosen where there was a choice, else ''."""
-    if "results" in content and "model_args" not in content:        # another program's results, of whatever kind
+    Returns: the content, and a clause that says which weights were chosen, or '' if there was no choice."""
+    if "results" in content and "model_args" not in content:        # another program's results, of any kind
         content = {name: value for name, value in content.items() if name != "results"}
 
     def holds_tensors(value: Any) -> bool:
@@ -97,7 +95,7 @@ def in_our_layout(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if average:
         ours["model_ema"] = unwrapped(content[average])[0]
     args = args_of(content)
-    if isinstance(content.get("arch"), str):        # of timm's train.py
+    if isinstance(content.get("arch"), str):        # from timm's train.py
         args.setdefault("model", content["arch"])
     sizes = [one_or_two(size[-2:]) if isinstance(size, (list, tuple)) and size else size
              for size in map(args.get, ("input_size", "img_size"))]

@@ -1,4 +1,4 @@
-"""Files of checkpoints and folders of timm's layout as they are read."""
+"""Reading files of checkpoints and folders of timm's layout."""
 import json
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,24 @@ from vision_kan.checkpoints import untrusted
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import one_or_two
 
-# A folder of timm's layout, and the names that its weights may have; the first that exists counts.
+# In a folder of timm's layout: its description, and the names that its weights may have. The first that exists is read.
 FOLDER_CONFIG, FOLDER_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 CHECKPOINT, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 BEST = ("best_checkpoint.pth", "best_ema_checkpoint.pth")
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint (.pth and the like), .safetensors file or folder of timm's layout, on the CPU. Never runs code
-    of the file.
+    """The content of a checkpoint (.pth and the like), a .safetensors file or a folder of timm's layout, on the CPU. Never runs
+    code of the file.
 
-    Besides tensors and built-in types it accepts `argparse.Namespace`, which DeiT and the original Vision-KAN put under `args`,
+    Besides tensors and built-in types it accepts `argparse.Namespace`, which DeiT and the original Vision-KAN store under `args`,
     and paths and numpy scalars, which become built-in types. Raises UserError for anything else."""
     path = Path(path)
     if (path / FOLDER_CONFIG).is_file():
         return _load_folder(path)
     if not path.is_file():
-        what = f"is a folder without {FOLDER_CONFIG}, so no model" if path.is_dir() else \
-            "is no ordinary file" if path.exists() else "does not exist"
+        what = f"is a folder without {FOLDER_CONFIG}, so not a model" if path.is_dir() else \
+            "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: check the path")
     try:
         content = untrusted.read(path)
@@ -34,9 +34,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     except untrusted.Foreign as error:
         raise UserError(f"checkpoint {path} holds more than tensors and plain values ({one_line(error)}): refused, "
-                        "since reading it could run its code; get it from its source again") from error
+                        "because reading it could run its code; get it from its source again") from error
     except Exception as error:      # a damaged file makes its reader raise nearly anything
-        raise UserError(f"checkpoint {path} cannot be read, it is damaged or no checkpoint ({one_line(error)}): "
+        raise UserError(f"checkpoint {path} cannot be read, it is damaged or not a checkpoint ({one_line(error)}): "
                         "copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}, not a dictionary of weights")
@@ -44,16 +44,16 @@ def load_file(path: str | Path) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path) -> dict[str, Any]:
-    """A model as timm keeps it on the Hub, and as tools/export.py writes it: weights beside a config.json that describes them."""
+    """A model in timm's layout, as on the Hub and from tools/export.py: weights and a config.json that describes them."""
     found = [folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder} has a {FOLDER_CONFIG} but no weights ({' or '.join(FOLDER_WEIGHTS)}): copy or download it "
                         "again")
     content = load_file(found[0])
-    if "model_args" in content:     # the weights' file of our own export says more than config.json
+    if "model_args" in content:     # in our own exports the weights' file says more than config.json
         return content
     try:
-        text = (folder / FOLDER_CONFIG).read_bytes()[:untrusted.MOST_PICKLED]
+        text = (folder / FOLDER_CONFIG).read_bytes()[:untrusted.MAX_PICKLED]
         config = json.loads(text)
         name, own = config["architecture"], config.get("pretrained_cfg") or {}
         kwargs = {"num_classes": config.get("num_classes", own.get("num_classes")), **(config.get("model_args") or {})}
@@ -74,5 +74,5 @@ def _load_folder(folder: Path) -> dict[str, Any]:
 
 
 def are_names(value: Any) -> bool:
-    """Whether it is a list of texts that can be printed."""
+    """Whether a value is a list of printable strings."""
     return isinstance(value, list) and all(isinstance(name, str) and name.isprintable() for name in value)

@@ -1,9 +1,9 @@
-"""Reads untrusted files: PyTorch's .pth (zip and legacy) and .safetensors. None of their code runs, and memory is bounded by
-the length of the file.
+"""Reading untrusted files: PyTorch's .pth (zip and legacy) and .safetensors. No code of theirs runs, and memory is bounded by the
+length of the file.
 
-`torch.load(weights_only=True)` and safetensors do the reading. torch.load runs no code, but a file can make it use any amount of
-memory and time: by `bytearray(10**11)`, a compressed record, four bytes that a stride of 0 repeats a trillion times, a tensor
-whose shape makes its storage grow, a tuple of tuples as a key. So `check_pickle` goes through the instructions of a .pth first,
+`torch.load(weights_only=True)` and safetensors read the files. torch.load runs no code, but a file can make it use any amount of
+memory and time: with `bytearray(10**11)`, a compressed record, four bytes that a stride of 0 repeats a trillion times, a tensor
+whose shape makes its storage grow, or a tuple of tuples as a key. So `check_pickle` first goes through the instructions of a .pth
 with names in place of objects.
 """
 import json
@@ -23,24 +23,23 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-MOST_PICKLED = 16 * 2 ** 20     # bytes of a checkpoint without its tensors; those of a base model with Adam take 0.1 MiB
-MOST_NODES = 2 * 10 ** 6        # values in it, counted as often as they are referred to
-MOST_IN_A_TUPLE = 10 ** 4       # likewise; what is made from them, like a hash, takes as many steps
-MOST_NESTED = 50
-MAGIC = 0x1950a86a20f9469cfc6c       # that a file of torch.save before 1.6 begins with
-SAFETENSORS_KEY = "vision_kan"      # of a .safetensors file's metadata: JSON of what a checkpoint says beside weights
+MAX_PICKLED = 16 * 2 ** 20      # bytes of a checkpoint without its tensors; a base model with Adam has 0.1 MiB
+MAX_NODES = 2 * 10 ** 6         # values, counted once for each reference
+MAX_IN_A_TUPLE = 10 ** 4        # the same for a tuple, whose hash takes this number of steps
+MAX_DEPTH = 50
+MAGIC = 0x1950a86a20f9469cfc6c  # at the start of a file of torch.save before 1.6
+SAFETENSORS_KEY = "vision_kan"  # in a .safetensors file's metadata: JSON of a checkpoint's entries besides the weights
 
 
 class Foreign(Exception):
-    """The file holds an object whose creation would run code; the text is its name."""
+    """The file holds an object whose creation would run code; the message is the object's name."""
 
 
 def read(path: Path) -> Any:
-    """What a .pth or .safetensors file holds: nests of dict, list, tuple, Namespace, text, numbers, and dense tensors on
-    the CPU, none of which shares memory with a larger whole that the file does not hold. Paths come back as text, numpy's
-    scalars as Python's.
+    """The content of a .pth or .safetensors file: nests of dict, list, tuple, Namespace, text, numbers, and dense tensors on the
+    CPU. Paths become text, numpy's scalars Python's.
 
-    Raises Foreign, and any other Exception, with a reason in its first line, for a file that is damaged or something else."""
+    Raises Foreign, or for a file that is damaged or not a checkpoint any other Exception, with the reason in its first line."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if path.suffix == ".safetensors":
@@ -52,18 +51,18 @@ def read(path: Path) -> Any:
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError("its instructions make no sense") from error
         file.seek(0)
-        with torch.serialization.safe_globals([Namespace, *_STAND_INS]):    # DeiT and Vision-KAN keep their flags in one
+        with torch.serialization.safe_globals([Namespace, *_STAND_INS]):    # DeiT and Vision-KAN store flags in a Namespace
             return _Tree(size).checked(torch.load(file, map_location="cpu", weights_only=True), "", 0)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:         # checks lengths, shapes and offsets against the file by itself
+    with safe_open(path, "pt") as file:         # it checks lengths, shapes and offsets itself
         text = (file.metadata() or {}).get(SAFETENSORS_KEY, "{}")
-        if len(text) > MOST_PICKLED:
-            raise ValueError(f"its metadata of {len(text)} characters describe no checkpoint")
+        if len(text) > MAX_PICKLED:
+            raise ValueError(f"its metadata of {len(text)} characters do not describe a checkpoint")
         about = json.loads(text)
         if not isinstance(about, dict):
-            raise ValueError(f"its metadata under {SAFETENSORS_KEY} are no JSON object")
+            raise ValueError(f"its metadata under {SAFETENSORS_KEY} are not a JSON object")
         return {**about, "model": {key: file.get_tensor(key) for key in file.keys()}}
 
 
@@ -72,10 +71,10 @@ def _vet_zip(file: BinaryIO, size: int) -> None:
     with zipfile.ZipFile(file) as archive:
         records = {info.filename: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in records.values()):
-            raise ValueError("its records are compressed, as torch.save never leaves them")
+            raise ValueError("its records are compressed, which torch.save never does")
         if sum(info.file_size for info in records.values()) > size:
             raise ValueError("its records overlap")
-        # What another reader could take for other records: torch's looks names up without regard to case.
+        # Other readers could find other records: torch's reader ignores the case of names.
         if archive.comment or len({name.lower() for name in records}) != len(archive.infolist()) or \
                 min((info.header_offset for info in records.values()), default=0):
             raise ValueError("it is an archive that can be read in two ways")
@@ -85,22 +84,23 @@ def _vet_zip(file: BinaryIO, size: int) -> None:
         root = roots[0]
         if f"{root}/constants.pkl" in records:
             raise ValueError("it is a TorchScript program, not weights")
-        if records[f"{root}/data.pkl"].file_size > MOST_PICKLED:
-            raise ValueError("it holds too much beside tensors")
+        if records[f"{root}/data.pkl"].file_size > MAX_PICKLED:
+            raise ValueError("it holds too much besides tensors")
 
-        def whole(key: str, nbytes: int) -> None:
+        def check_storage(key: str, nbytes: int) -> None:
             found = records[f"{root}/data/{key}"].file_size
             if found != nbytes:
                 raise ValueError(f"storage {key} has {found} bytes where {nbytes} are declared")
 
-        check_pickle(BytesIO(archive.read(f"{root}/data.pkl")), whole)
-        damaged = archive.testzip()         # torch.load leaves the checksums that torch.save wrote unread
+        check_pickle(BytesIO(archive.read(f"{root}/data.pkl")), check_storage)
+        damaged = archive.testzip()         # torch.load ignores the checksums that torch.save writes
         if damaged:
             raise ValueError(f"its record {damaged} is damaged")
 
 
 def _vet_legacy(file: BinaryIO, size: int) -> None:
-    """Three pickles that say what it is, the pickle, and a list of storages, whose lengths and values torch.load checks."""
+    """Check the five pickles: three of a header, the content, and a list of storages, whose lengths and values torch.load
+    checks."""
     def none(key: str, nbytes: int) -> None:
         raise ValueError("a tensor stands where none belongs")
 
@@ -122,7 +122,7 @@ class _Global(NamedTuple):
 
 class _Tuple(NamedTuple):
     items: list[Any]
-    size: int       # values in it, counted as often as they are referred to
+    size: int       # values in it, counted once for each reference
 
 
 class _Storage(NamedTuple):
@@ -130,7 +130,7 @@ class _Storage(NamedTuple):
     dtype: torch.dtype
 
 
-_OTHER = object()       # any other value: only its place matters
+_OTHER = object()       # stands for any other value
 _LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING")
 _OTHERS = ("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST")
 _FIXED = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -147,7 +147,7 @@ _TENSORS = tuple(f"torch._utils _rebuild_tensor{version}" for version in ("", "_
 
 
 class _NumpyType:
-    """What a file's numpy.dtype becomes while it is read: of numbers and texts only."""
+    """Replaces a file's numpy.dtype while it is read; for numbers and texts only."""
 
     def __init__(self, code: str, *_: Any):
         if not re.fullmatch(r"f[248]|[iu][1248]|b1|U\d{1,4}", code):
@@ -172,13 +172,13 @@ def _windows_path(*parts: str) -> str:
     return str(PureWindowsPath(*parts))
 
 
-# Types that launchers and training loops leave in a file's flags. A stand-in creates each value, on any operating system.
+# Types that launchers and training loops leave in a file's flags. A stand-in creates each value on any operating system.
 _STAND_INS: list[tuple[Callable, str]] = [
     (_NumpyType, "numpy.dtype"),
     *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((_windows_path if "Windows" in name else _posix_path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
       for name in ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"))]
-# What a pickle may call. Each creates a value no larger than its arguments.
+# The functions that a pickle may call. Each creates a value no larger than its arguments.
 _CALLED = (*_TENSORS, "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state", "argparse Namespace",
            "collections OrderedDict", "collections Counter", "torch Size", "torch device", "_codecs encode",
            "__builtin__ set", "builtins set", *(" ".join(name.rsplit(".", 1)) for _, name in _STAND_INS))
@@ -186,15 +186,16 @@ _CALLED = (*_TENSORS, "torch._utils _rebuild_parameter", "torch._utils _rebuild_
 
 def check_pickle(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
     """Go through a pickle's instructions without creating any object. Raises an exception for an instruction that torch.save
-    never writes, and for one that would create more than the file holds. storage: called with the name and bytes of each storage
-    that is referred to."""
+    never writes, and for one that would create more than the file holds.
+
+    storage: called with the name and the bytes of each referenced storage."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
     start = file.tell()
 
-    def taken(count: int | None = None) -> list[Any]:
-        """The last `count` values, or those since the mark."""
+    def pop(count: int | None = None) -> list[Any]:
+        """Remove and return the last `count` values, or those since the mark."""
         first = marks.pop() if count is None else len(stack) - count
         items = stack[first:]
         del stack[first:]
@@ -203,9 +204,9 @@ def check_pickle(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
     value: Any
     for opcode, value, place in pickletools.genops(file):
         name = opcode.name
-        assert place is not None        # a file tells where it is
-        if place - start > MOST_PICKLED:
-            raise ValueError("it holds too much beside tensors")
+        assert place is not None        # genops knows the position in a file
+        if place - start > MAX_PICKLED:
+            raise ValueError("it holds too much besides tensors")
         if name in _LITERALS:
             if type(value) is int and value.bit_length() > 64 and value != MAGIC:      # many could collide as keys
                 raise ValueError(f"it has a number of {value.bit_length()} bits")
@@ -221,24 +222,24 @@ def check_pickle(file: BinaryIO, storage: Callable[[str, int], None]) -> None:
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "TUPLE" or name in _FIXED:
-            stack.append(_tuple(taken(_FIXED.get(name))))
+            stack.append(_tuple(pop(_FIXED.get(name))))
         elif name in ("APPEND", "APPENDS"):
-            taken(1 if name == "APPEND" else None)
+            pop(1 if name == "APPEND" else None)
         elif name in ("SETITEM", "SETITEMS"):
-            for key in taken(2 if name == "SETITEM" else None)[::2]:
+            for key in pop(2 if name == "SETITEM" else None)[::2]:
                 if type(key) not in (str, int):
                     raise ValueError("a dictionary has a key that is neither text nor a number")
         elif name in ("REDUCE", "NEWOBJ"):
-            function, arguments = taken(2)
+            function, arguments = pop(2)
             if type(function) is not _Global or type(arguments) is not _Tuple or function.name not in _CALLED:
                 raise ValueError("it calls something that is not a function")
             if function.name in _TENSORS:
                 _check_tensor(*arguments.items)
             stack.append(_OTHER)
         elif name == "BUILD":
-            taken(1)
+            pop(1)
         elif name == "BINPERSID":
-            stack.append(_storage(taken(1)[0], storage))
+            stack.append(_storage(pop(1)[0], storage))
         elif name in _IMPORTING:
             raise Foreign(value if type(value) is str else name)
         elif name not in ("PROTO", "STOP"):
@@ -255,20 +256,20 @@ def _global(text: str) -> _Global:
 
 def _tuple(items: list[Any]) -> _Tuple:
     size = 1 + sum(item.size if type(item) is _Tuple else 1 for item in items)
-    if size > MOST_IN_A_TUPLE:
+    if size > MAX_IN_A_TUPLE:
         raise ValueError("it has tuples of tuples without end")
     return _Tuple(items, size)
 
 
-def _storage(described: _Tuple, storage: Callable[[str, int], None]) -> _Storage:
-    """('storage', kind, key, device, n[, view]): where a tensor's values are."""
-    what, kind, key, _, count, *view = described.items
+def _storage(persistent_id: _Tuple, storage: Callable[[str, int], None]) -> _Storage:
+    """The storage of a tensor's values. persistent_id: ('storage', kind, key, device, n[, view])."""
+    what, kind, key, _, count, *view = persistent_id.items
     if what != "storage" or type(kind) is not _Global or kind.name not in _STORAGES or type(key) is not str or \
             type(count) is not int or count < 0:
         raise ValueError("it refers to something other than a tensor's storage")
     dtype = _STORAGES[kind.name]
     storage(key, count * dtype.itemsize)
-    if view and type(view[0]) is _Tuple:        # the legacy layout: a name, the first value, how many
+    if view and type(view[0]) is _Tuple:        # the legacy layout: a name, the index of the first value, the count
         _, start, length = view[0].items
         if not 0 <= start <= start + length <= count:
             raise ValueError(f"a part of storage {key} lies outside it")
@@ -278,7 +279,7 @@ def _storage(described: _Tuple, storage: Callable[[str, int], None]) -> _Storage
 
 def _check_tensor(storage: _Storage, offset: int, shape: _Tuple, stride: _Tuple, requires_grad: Any = None, hooks: Any = None,
                   dtype: _Global | None = None, attributes: Any = None) -> None:
-    """Whether it lies within its storage, and has no more values than that."""
+    """Raises ValueError unless a tensor lies within its storage and has no more values than it."""
     numbers = [offset, *shape.items, *stride.items]
     if any(type(number) is not int or not 0 <= number < 2 ** 48 for number in numbers) or len(shape.items) != len(stride.items):
         raise ValueError("a tensor has an impossible shape")
@@ -291,17 +292,17 @@ def _check_tensor(storage: _Storage, offset: int, shape: _Tuple, stride: _Tuple,
 
 # ---------------------------------------------------------------- the values
 class _Tree:
-    """Copies a file's content, in which one list may occur in many places or in itself, into a tree of bounded size.
+    """Copies a file's content, in which a list may occur in many places or in itself, to a tree of bounded size.
 
     size: bytes of the file."""
 
     def __init__(self, size: int):
-        self.nodes = MOST_NODES
-        self.bytes = 8 * size + 2 ** 20     # of tensors: some may share a storage, a thousand may not
+        self.nodes = MAX_NODES
+        self.bytes = 8 * size + 2 ** 20     # allowed for tensors: a few may share a storage, but not a thousand
 
     def checked(self, value: Any, path: str, depth: int) -> Any:
         self.nodes -= 1
-        if depth > MOST_NESTED or self.nodes < 0:
+        if depth > MAX_DEPTH or self.nodes < 0:
             raise ValueError(f"{path or 'it'} is nested without end")
         if isinstance(value, Namespace):
             return Namespace(**self.checked(vars(value), path, depth))
@@ -329,6 +330,6 @@ class _Tree:
     def _key(key: Any, path: str) -> str | int:
         if type(key) is str and not (key.isprintable() and len(key) < 1000):
             raise ValueError(f"{path or 'it'} has an entry with an unreadable name")
-        if type(key) not in (str, int):     # out of a sequence of pairs
+        if type(key) not in (str, int):     # possible for an OrderedDict, made from pairs
             raise ValueError(f"{path or 'it'} has a {type(key).__name__} for a key")
         return key

@@ -1,4 +1,4 @@
-"""Checkpoints are written and rotated here."""
+"""Writing and rotating checkpoints."""
 import errno
 import os
 import re
@@ -20,8 +20,8 @@ from vision_kan.common.text import to_json
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, newest first: checkpoint.pth, checkpoint_previous.pth,
-    checkpoint_previous_2.pth and so on, then the best ones, which may be of any epoch. Some may be missing."""
+    """The existing checkpoints of a run's folder, newest first: checkpoint.pth, checkpoint_previous.pth,
+    checkpoint_previous_2.pth and so on, then the best ones, which may be of any epoch."""
     stem = Path(PREVIOUS).stem
     numbered = {int(match.group(1)): path for path in folder.glob(f"{stem}_*.pth")
                 if (match := re.fullmatch(rf"{stem}_([1-9]\d{{0,8}})\.pth", path.name))}
@@ -32,8 +32,8 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 # ---------------------------------------------------------------- writing checkpoints
 def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = (), keep: int = 2) -> None:
-    """Write `checkpoint.pth`, keep the `keep` - 1 before it under the names of `saved_checkpoints`, and link the new file to the
-    names in `also`. The earlier files stay intact if the process is killed or the disk fills up. Raises OSError."""
+    """Write `checkpoint.pth`, keep the `keep` - 1 before it under the names of `saved_checkpoints`, and link the names in `also`
+    to the new file. The earlier files stay intact if the process is killed or the disk fills up. Raises OSError."""
     path = folder / CHECKPOINT
     handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
     try:
@@ -59,14 +59,14 @@ def _dump(checkpoint: dict[str, Any], file: BinaryIO) -> None:
 
 
 def save_pth(checkpoint: dict[str, Any], target: Path) -> None:
-    """One checkpoint under any name, complete or not at all. Raises UserError if it cannot be written."""
+    """Write a checkpoint under any name, completely or not at all. Raises UserError if it cannot be written."""
     with atomic_write(target) as place, open(place, "wb") as file:
         _dump(checkpoint, file)
 
 
 def save_safetensors(state: Mapping[str, torch.Tensor], about: Mapping[str, Any], target: Path) -> None:
-    """Weights as .safetensors, with the checkpoint's other entries `about` (built-in types) in the metadata, complete or not at
-    all. `load_file` reads both back. Raises UserError if it cannot be written."""
+    """Write weights as .safetensors, with the checkpoint's other entries `about` (built-in types) in the metadata, completely or
+    not at all. `load_file` reads both back. Raises UserError if it cannot be written."""
     with atomic_write(target) as temporary:
         try:
             save_file({key: value.contiguous() for key, value in state.items()}, temporary,
@@ -90,7 +90,7 @@ def _age(folder: Path, keep: int) -> None:
 
 
 def _link(source: str | Path, target: Path) -> None:
-    """A second name for a file, in one step; a copy where the file system has no links."""
+    """Give a file a second name, atomically; copy it if the file system has no links."""
     with replacing(target) as place:
         try:
             os.link(source, place)

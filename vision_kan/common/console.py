@@ -1,5 +1,5 @@
-"""What a process and its terminal have to do with each other: Ctrl-C during the imports, characters that the output's encoding
-lacks, and a reader that has left (`| head`). Imports nothing that takes time."""
+"""A process and its terminal: Ctrl-C during imports, exit codes, characters that the output's encoding lacks, and a reader that
+has left (`| head`). Imports nothing that takes time."""
 import codecs
 import io
 import json
@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
 
 EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141        # 128 + SIGINT and SIGPIPE, as shells count
-# Of a training: called when nobody reads the output any more, in place of an error. It has something to save first.
+# Set by a training: called when nobody reads the output any more, in place of an error, so that it can save first.
 on_unread: Callable[[], None] | None = None
 
 
 def starting(name: str) -> None:
-    """For the first lines of a program, with its `__name__`: until `guarded` takes over, Ctrl-C ends it in one line. To import
-    PyTorch takes seconds."""
-    # another handler: it is ignored, as in a script's background jobs
+    """Call it in the first lines of a program with its `__name__`: until `guarded` takes over, Ctrl-C ends it with one line in
+    place of a traceback. Importing PyTorch takes seconds."""
+    # a script's background jobs ignore SIGINT, and keep doing so
     if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
@@ -31,17 +31,17 @@ def _end(number: int, frame) -> None:
 
 
 def tell(line: str) -> None:
-    """A line on stderr from a signal handler or another thread, where `print` may not be entered again."""
+    """Write a line to stderr from a signal handler or another thread, where `print` is not reentrant."""
     try:
-        start = os.linesep if os.isatty(2) else ""      # a terminal shows ^C there
+        start = os.linesep if os.isatty(2) else ""      # after the ^C that a terminal shows
         os.write(2, f"{start}{line}{os.linesep}".encode(errors="backslashreplace"))
     except OSError:
         pass
 
 
 def guarded(program: Callable[[], int]) -> int:
-    """program(), with Ctrl-C as KeyboardInterrupt and streams that take every character; `EXIT_UNREAD` where nobody reads what it
-    prints, without a word."""
+    """Run program() with Ctrl-C as KeyboardInterrupt and streams that accept every character. Returns its exit code, or silently
+    `EXIT_UNREAD` if nobody reads its output."""
     starts = signal.getsignal(signal.SIGINT) is _end
     if starts:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,19 +52,20 @@ def guarded(program: Callable[[], int]) -> int:
         try:
             return program()
         finally:
-            for stream in filter(None, (sys.stdout, sys.stderr)):       # what cannot be written fails here, not at the very end
+            for stream in filter(None, (sys.stdout, sys.stderr)):       # a failed write shows here, not when Python exits
                 stream.flush()
     except BrokenPipeError:
         if not silence():
             raise
         return EXIT_UNREAD
     finally:
-        if starts:      # all is said and kept: Ctrl-C would only change the exit code while Python takes itself down
+        if starts:      # everything is done: Ctrl-C would only change the exit code while Python exits
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def exit_code(program: Callable[[], int]) -> int:
-    """program(), `guarded`; after an error that is for the user its sentence on stderr and its exit code (`ending`)."""
+    """Run program(), `guarded`. For an error that is for the user (`ending`), print its sentence on stderr and return its exit
+    code."""
     def ended() -> int:
         try:
             return program()
@@ -78,14 +79,14 @@ def exit_code(program: Callable[[], int]) -> int:
 
 
 def ending(error: BaseException) -> tuple[int, str] | None:
-    """Exit code and sentence of an error that is for the user; None for any other, whose traceback is wanted."""
+    """Exit code and sentence of an error that is for the user; None for any other, which should show its traceback."""
     if isinstance(error, UserError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, (TrainingFailed, Preempted)):
         return error.exit_code, f"stopped: {error}"
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, f"stopped: {str(error) or 'interrupted'}"
-    if type(error).__name__ == "OutOfMemoryError":      # torch's, which may not be loaded
+    if type(error).__name__ == "OutOfMemoryError":      # torch's; torch may not be imported
         return EXIT_FAILED, "stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add --grad-checkpointing"
     return None
 
@@ -95,7 +96,7 @@ ESCAPE = "vision_kan.escape"
 
 
 def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """A character that the encoding lacks as JSON writes it, so that printed JSON stays JSON."""
+    """Error handler of codecs: escape characters that the encoding lacks as JSON does, so that printed JSON stays valid."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return json.dumps(error.object[error.start:error.end])[1:-1], error.end
@@ -107,7 +108,7 @@ codecs.register_error(ESCAPE, _escaped)
 # ---------------------------------------------------------------- readers
 @contextmanager
 def readers_may_leave() -> Iterator[None]:
-    """Around printing: during a training a reader that has left is told to `on_unread`, else it is a BrokenPipeError."""
+    """For printing: if the reader has left, calls `on_unread` during a training, else raises BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
@@ -117,12 +118,12 @@ def readers_may_leave() -> Iterator[None]:
 
 
 def silence() -> bool:
-    """Let nothing more come of the standard streams whose reader has left; returns whether there are such."""
+    """Redirect the standard streams whose reader has left to the null device. Returns whether there are any."""
     found = False
     for stream in (sys.stdout, sys.stderr):
         try:
             number = stream.fileno()
-        except (OSError, ValueError, AttributeError):      # a stream of this process's memory
+        except (OSError, ValueError, AttributeError):      # a stream in memory
             continue
         if _unread(stream, number):
             found = True
@@ -139,6 +140,6 @@ def _unread(stream, number: int) -> bool:
         return True
     if not hasattr(select, "poll"):
         return False
-    poll = select.poll()        # a stream without a buffer has nothing left to flush
+    poll = select.poll()        # flushing shows nothing if the buffer is empty
     poll.register(number, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,4 +1,4 @@
-"""Names of devices, as --device takes them; known without torch."""
+"""Names of devices for --device, checked without torch."""
 import re
 
 DEVICE_NAME = re.compile(r"auto|cpu|mps|cuda(:[0-9]{1,3})?")

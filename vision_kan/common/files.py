@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Atomic writes: files appear complete or not at all."""
 import errno
 import os
 import shutil
@@ -14,8 +14,9 @@ STATUS = "status.json"      # in a run's folder
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """A path for the block to write a file or a folder to; it becomes `target` if the block succeeds, else nothing is left of it.
-    It has the same name, in a temporary folder beside `target`. Raises UserError for any OSError inside, and if `target` is a
+    """Yields a temporary path for a file or folder. It becomes `target` if the block succeeds; otherwise nothing is left.
+
+    The path has the target's name, in a temporary folder beside it. Raises UserError for any OSError inside, and if `target` is a
     folder that is not empty."""
     temporary = None
     try:
@@ -35,8 +36,8 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """The same for one file of a run: the temporary name is always the same, so that a kill leaves at most one such file, which
-    the next write removes. Raises OSError."""
+    """As `atomic_write` for a file of a run. The temporary name is always the same, so that a kill leaves at most one such file,
+    which the next write removes. Raises OSError."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -47,7 +48,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """`replacing` with a text in UTF-8, on the disk before it has its name. Raises OSError."""
+    """Write a text in UTF-8 by `replacing`; it is on the disk before it gets its name. Raises OSError."""
     with replacing(target) as place, open(place, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -55,6 +56,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, so that renamed files keep their names after a crash."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

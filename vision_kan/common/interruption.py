@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: noted at once, acted on at the next step boundary."""
+"""Signals that ask a training to stop; it does so at the next step boundary."""
 import os
 import signal
 import socket
@@ -8,23 +8,23 @@ from typing import Any
 
 from vision_kan.common import console
 
-# Slurm's early warning is SIGUSR2 here as in submitit: SIGUSR1 is NCCL's.
+# Slurm's warning before the time limit is SIGUSR2 here, as in submitit, because NCCL uses SIGUSR1.
 STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR2") if hasattr(signal, name))
 UNREAD = int(getattr(signal, "SIGPIPE", 13))
 
 
 class Interruption:
-    """While it is entered, SIGTERM, SIGINT and SIGUSR2 set `signal` (their number, 0 before) and do nothing else, and so does a
-    reader of the output that leaves (`UNREAD`). The first SIGINT is answered on stderr if `speaks`; a second one raises
-    KeyboardInterrupt, or where that doesn't come through, calls `at_once` and ends the process. Does nothing outside the main
-    thread, where Python allows no handler.
+    """While it is entered, SIGTERM, SIGINT and SIGUSR2 only set `signal` to their number (0 before), and so does a reader of the
+    output that leaves (`UNREAD`). The first SIGINT is answered on stderr if `speaks`. A second one raises KeyboardInterrupt; if
+    the main thread does not respond, `on_repeat` is called and the process ends. Outside the main thread, where Python allows no
+    handler, it does nothing.
 
-    Python runs a handler between two of its own instructions, and a backward pass on a CPU may be one of many seconds: so the
-    answers come from a thread, which the signal wakes."""
-    GRACE_S = 2     # for the KeyboardInterrupt to come through
+    Python runs a handler only between two of its instructions, and a backward pass on a CPU may be an instruction of many
+    seconds. So a thread, which the signal wakes, gives the answers."""
+    GRACE_S = 2     # for the main thread to respond to the KeyboardInterrupt
 
-    def __init__(self, at_once: Callable[[], None] = lambda: None, speaks: bool = True):
-        self.at_once, self.speaks = at_once, speaks
+    def __init__(self, on_repeat: Callable[[], None] = lambda: None, speaks: bool = True):
+        self.on_repeat, self.speaks = on_repeat, speaks
         self.signal = 0
         self.interrupts = 0
         self.before: dict[int, Any] = {}
@@ -48,7 +48,7 @@ class Interruption:
             self.left.set()
             console.on_unread = None
             signal.set_wakeup_fd(self.woken_before)
-            self.sender.shutdown(socket.SHUT_RDWR)      # ends the thread, though loader processes hold a copy
+            self.sender.shutdown(socket.SHUT_RDWR)      # ends the thread even if loader processes hold a copy
             self.thread.join()
             self.sender.close()
             self.receiver.close()
@@ -57,7 +57,7 @@ class Interruption:
     def _note(self, number: int, frame) -> None:
         self.interrupts += number == signal.SIGINT
         if number == signal.SIGINT and self.interrupts > 1:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)        # a third one ends even what is slow to end
+            signal.signal(signal.SIGINT, signal.SIG_DFL)        # a third one kills a process that is slow to end
             raise KeyboardInterrupt
         self.signal = self.signal or number
 
@@ -70,10 +70,10 @@ class Interruption:
             if interrupts == 1 and self.speaks:
                 console.tell("stopping after this step; again: at once")
             elif interrupts == 2 and not self.left.wait(self.GRACE_S):
-                self.at_once()
+                self.on_repeat()
                 os._exit(console.EXIT_INTERRUPTED)
 
 
 def name_of(number: int) -> str:
-    """"SIGTERM" of 15."""
+    """The name of a signal: "SIGTERM" for 15."""
     return "SIGPIPE" if number == UNREAD else signal.Signals(number).name

@@ -1,7 +1,7 @@
-"""What a launcher has started, known without torch."""
+"""The launch of several processes, known without torch."""
 import os
 
 
 def world_size_of_launch() -> int:
-    """Processes that torchrun (or a launcher that sets the same variables) has started."""
+    """The number of processes that torchrun, or a launcher that sets the same variables, has started."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1

@@ -1,4 +1,4 @@
-"""This process's place in the group, and the device that it computes on."""
+"""This process's place in the group, and its device."""
 import os
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from vision_kan.common.errors import UserError
 
 @dataclass(frozen=True)
 class Process:
-    """This process's place in the group and the device that it computes on."""
+    """This process's place in the group, and its device."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -24,13 +24,13 @@ class Process:
 
 
 def cores() -> int:
-    """That this process may use: its part of the machine's, where a launcher has started several here."""
+    """The number of cores that this process may use: its share of the machine's if a launcher has started several here."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`--device`: auto is CUDA where there is a GPU, else MPS, else the CPU. UserError if it isn't there."""
+    """`--device`: auto is CUDA if there is a GPU, else MPS, else the CPU. Raises UserError if the device does not exist."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     if not DEVICE_NAME.fullmatch(name):
@@ -50,7 +50,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def gather_number(number: Tensor, process: Process) -> list[float]:
-    """A scalar of each process, on all of them."""
+    """The scalar of each process, on all of them. A collective."""
     numbers = [number]
     if process.world_size > 1:
         numbers = [torch.empty_like(number) for _ in range(process.world_size)]
@@ -59,7 +59,7 @@ def gather_number(number: Tensor, process: Process) -> list[float]:
 
 
 def mean_over_processes(mean: Tensor, process: Process) -> float:
-    """The mean over processes."""
+    """The mean of a scalar over the processes. A collective."""
     if process.world_size > 1:
         dist.all_reduce(mean)
         mean = mean / process.world_size

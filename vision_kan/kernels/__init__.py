@@ -1,6 +1,6 @@
-"""The ops of the KAN layers, one a file: a plain reference, C++ kernels for CPUs, Triton kernels for GPUs.
+"""The ops of the KAN layers, one per file: a reference in PyTorch, C++ kernels for CPUs, Triton kernels for GPUs.
 
-Nothing here knows of models. `use` chooses what computes them, see `kernels.backend`.
+Nothing here depends on models. `use` chooses the backend, see `kernels.backend`.
 """
 from vision_kan.kernels.backend import BACKENDS, chosen, describe, exporting, use
 from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis

@@ -1,7 +1,7 @@
-"""Which code computes the ops of this package: one choice for the process, `use`.
+"""The backend that computes the ops of this package, chosen for the process by `use`.
 
-auto       C++ kernels on a CPU (`native`), Triton kernels on a GPU, chunked PyTorch where those are missing
-reference  plain PyTorch and its autograd, which keeps the basis in memory: for comparisons
+auto       C++ kernels on a CPU (`native`), Triton kernels on a GPU, chunked PyTorch if those are missing
+reference  PyTorch's operations and autograd, which keeps the basis in memory: for comparisons
 cpu        as auto on a CPU
 triton     Triton kernels
 compile    the reference through torch.compile
@@ -21,7 +21,7 @@ from vision_kan.kernels.basis import MAX_POINTS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "compile")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-# Values of the basis that exist at once: 1 MiB on a CPU, which stays near its L2 cache; on a GPU only a bound on memory.
+# Values of the basis in memory at a time: on a CPU 1 MiB, about its L2 cache; on a GPU only a bound on memory.
 CHUNK_VALUES = {"cpu": 2 ** 18}
 CHUNK_VALUES_OTHER = 2 ** 27
 _chosen = "auto"
@@ -32,12 +32,12 @@ def chunk_values(device: str) -> int:
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which a basis is computed: at least float32."""
+    """The dtype in which a basis is computed: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def use(name: str) -> None:
-    """Choose the backend of every op from now on. Raises: ValueError for an unknown one, or one that cannot work here."""
+    """Choose the backend of every op from now on. Raises ValueError for an unknown one, or one that cannot work here."""
     global _chosen
     if name not in BACKENDS:
         raise ValueError(f"{name} is not one of {', '.join(BACKENDS)}")
@@ -49,7 +49,7 @@ def use(name: str) -> None:
 
 
 def chosen() -> str:
-    """What `use` was last given; auto at first."""
+    """The backend last chosen by `use`; auto at first."""
     return _chosen
 
 
@@ -69,9 +69,11 @@ def _is_for_triton(name: str, device: str) -> bool:
 
 def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[float, ...] | None = None,
             h: float | None = None, base: str | None = None) -> str:
-    """native, triton or chunked: what computes an op on `tensor`, for backend auto, cpu or triton.
+    """The code that computes an op on `tensor` with backend auto, cpu or triton: "native", "triton" or "chunked".
 
-    num_points: of the grid; points, h: the grid where it is fixed, else None. base: of an activation."""
+    num_points: of the grid.
+    points, h: the grid if it is fixed, else None.
+    base: the base function of an activation."""
     device, dtype = tensor.device.type, tensor.dtype
     if dtype == torch.float64:                  # the kernels compute in float32
         return "chunked"
@@ -84,18 +86,18 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
 
 
 def _constant_in_graphs(function: Callable) -> Callable:
-    """Dynamo calls the function while it traces, in place of tracing into it (`torch.compiler.assume_constant_result`, which
-    would import Dynamo for every run)."""
+    """Makes Dynamo call the function while it traces, instead of tracing into it. `torch.compiler.assume_constant_result` does
+    the same, but would import Dynamo in every run."""
     function._dynamo_marked_constant = True     # type: ignore[attr-defined]
     return function
 
 
 @_constant_in_graphs
 def exporting() -> bool:
-    """Whether torch.export is at work, strict or not: its graph is to be of PyTorch's own operations, for any batch size.
+    """Whether torch.export is running, strict or not: its graph must consist of PyTorch's own operations, for any batch size.
 
-    Not `torch.compiler.is_exporting()`: torch 2.7 to 2.11 take it for True under torch.compile too. The flag behind it tells
-    them apart, but for a strict export by torch 2.7, which Dynamo's own state knows."""
+    `torch.compiler.is_exporting()` is also true under torch.compile in torch 2.7 to 2.11. The flag behind it is not, but misses a
+    strict export by torch 2.7, which Dynamo's state shows."""
     if torch.compiler._is_exporting_flag:
         return True
     tracer = sys.modules.get("torch._dynamo.symbolic_convert")
@@ -103,9 +105,9 @@ def exporting() -> bool:
 
 
 def traced(*tensors: torch.Tensor | None) -> bool:
-    """Whether an op on `tensors` must go through PyTorch's dispatcher, because something looks on there: torch.compile,
-    torch.jit.trace, a mode (FakeTensor, FLOP counter, make_fx), a tensor that is more than its memory. An autograd.Function
-    right around the kernels costs a fraction of a custom op's time on the host, and computes the same."""
+    """Whether an op on `tensors` must go through PyTorch's dispatcher, because something intercepts it there: torch.compile,
+    torch.jit.trace, a mode (FakeTensor, FLOP counter, make_fx), or a tensor subclass. Otherwise an autograd.Function around the
+    kernels computes the same at a fraction of a custom op's host time."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() \
             or torch._C._is_tracing():
         return True
@@ -115,7 +117,7 @@ def traced(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
-# Each of these asks before it calls: a call that changes nothing costs the host as much as one that does.
+# These check before they call, because a call that changes nothing costs the host as much as one that does.
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
@@ -128,24 +130,23 @@ def as_matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 @_constant_in_graphs
 def transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work, which plain PyTorch knows and the
-    kernels don't."""
+    """Whether a transform of torch.func or forward-mode differentiation is active, which the kernels don't support."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiable_backward(dy: torch.Tensor) -> bool:
-    """Whether a backward pass is itself to be differentiated, transformed or done for many dy at once (`is_grads_batched`),
-    so that the kernels cannot compute it."""
+    """Whether a backward pass is itself differentiated, transformed or batched (`is_grads_batched`), so that the kernels cannot
+    compute it."""
     return not torch.compiler.is_compiling() and (torch.is_grad_enabled() or transformed()
                                                   or torch._C._functorch.is_legacy_batchedtensor(dy))
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tensor | None], needs: Sequence[bool],
               dy: torch.Tensor) -> list[torch.Tensor | None]:
-    """Gradients of function(*inputs), a composition of PyTorch's operations, that can be differentiated again."""
+    """Gradients of function(*inputs), a composition of PyTorch's operations; they can be differentiated again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # own aliases: one input may be computed from another, and that way's share is not ours to add
+        # aliases: if one input is computed from another, the gradient through that path must not be added here
         own = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
         wanted = [tensor for tensor, need in zip(own, needs) if need and tensor is not None]
         found = iter(torch.autograd.grad(function(*own), wanted, dy, create_graph=again, allow_unused=True))
@@ -153,9 +154,9 @@ def gradients(function: Callable[..., torch.Tensor], inputs: Sequence[torch.Tens
 
 
 def describe(device: str, grids: Sequence[tuple] = ()) -> str:
-    """For the start of a run: what will compute the ops on `device` ("cpu", "cuda", ...), in eager mode and compiled.
+    """A phrase that says what computes the ops on `device` ("cpu", "cuda", ...), in eager mode and compiled.
 
-    grids: of each layer, what `resolve` must know of it (the arguments after the tensor); none: one that the kernels take."""
+    grids: for each layer, the arguments of `resolve` after the tensor; without any: a grid that the kernels support."""
     if _chosen in ("reference", "compile"):
         return {"reference": "plain PyTorch, the basis kept in memory", "compile": "plain PyTorch through torch.compile"}[_chosen]
     if device == "cpu" and native.compiler() is None and not _is_for_triton(_chosen, device):

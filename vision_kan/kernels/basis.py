@@ -1,4 +1,4 @@
-"""FasterKAN's basis: the reference, and the constants of the form that the CPU kernels compute.
+"""FasterKAN's basis: the reference, and the constants of the form that the CPU kernels use.
 
     B_k(u) = 1 - tanh((u - g_k)/h)^2,    k = 1..G
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# The forms with a single exponential hold where no grid point lies further than this from the grid's middle, in h.
+# The forms with a single exponential hold if no grid point is further than this from the grid's middle, in units of h.
 MAX_HALF_RANGE = 10.0
-MAX_POINTS = 16         # of a grid that the C++ and Triton kernels take
+MAX_POINTS = 16         # largest grid that the C++ and Triton kernels support
 BASES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda u: u, "gelu": F.gelu, "silu": F.silu, "relu": F.relu, "relu2": lambda u: F.relu(u).square()}
 
@@ -23,8 +23,8 @@ BASES: dict[str, Callable[[Tensor], Tensor]] = {
 def rswaf_basis(u: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
     """Basis values B_k(u) = 1 - tanh((u - g_k)/h)^2, shape [..., I] -> [..., I, G].
 
-    Written as 4e/(1+e)^2 with e = exp(-2|u - g|/h): 1 - tanh^2 loses its tails to cancellation and
-    exp(+2|u - g|/h) overflows at |u| = 1e4."""
+    Computed as 4e/(1+e)^2 with e = exp(-2|u - g|/h), because 1 - tanh^2 loses its tails to cancellation and exp(+2|u - g|/h)
+    overflows at |u| = 1e4."""
     z = (u.unsqueeze(-1) - grid) / h                    # [..., I, G]
     e = torch.exp(-2 * z.abs())                         # in (0, 1]
     return 4 * e / (1 + e) ** 2
@@ -32,7 +32,7 @@ def rswaf_basis(u: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def pair_constants(points: tuple[float, ...], h: float) -> tuple[float, ...] | None:
-    """Constants a, b, g, x, y, c of each pair of grid points, the outermost pair first; None for another grid.
+    """Constants a, b, g, x, y, c of each pair of grid points, the outermost pair first; None for a grid without this form.
 
     Points at m + d and m - d are a pair; with z = 2(u - m)/h, s = exp(-|z|), w = s/(1 + s^2), T = tanh(z),
     p = exp(-2d/h)/4 and q = exp(2d/h)/4 the product of 1/B+ = p e^z + q e^-z + 1/2 and 1/B- = q e^z + p e^-z + 1/2
@@ -41,9 +41,9 @@ def pair_constants(points: tuple[float, ...], h: float) -> tuple[float, ...] | N
         B+ + B- = w (x + y w)/Q,    B+ - B- = w c T/Q,    Q = a + b w + g w^2,
         a = 1/16,  b = (p + q)/2,  g = p^2 + q^2 + 1/8,  x = p + q,  y = 1,  c = q - p,
 
-    all divided by sqrt(g/16) here, which keeps a product of four Q within float32. The middle point of an odd
-    number has B = w/(1/4 + w/2). Needs a grid that is symmetric about its middle, as every uniform one is, with
-    max |g_k - m|/h <= MAX_HALF_RANGE.
+    all divided by sqrt(g/16), which keeps a product of four Q within float32. With an odd number of points the middle one has
+    B = w/(1/4 + w/2). The grid must be symmetric about its middle, as every uniform one is, with max |g_k - m|/h <=
+    MAX_HALF_RANGE.
     """
     middle = (points[0] + points[-1]) / 2
     constants: list[float] = []

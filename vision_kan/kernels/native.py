@@ -1,7 +1,6 @@
-"""The CPU kernels of cpu.cpp: compiled with the machine's C++ compiler at their first use, kept in a cache.
+"""The CPU kernels of cpu.cpp, compiled by the machine's C++ compiler at their first use and cached.
 
-Nothing here is needed: where there is no compiler, or it fails, `library` returns None and warns once, and the
-ops take their plain PyTorch path.
+They are optional: without a compiler, or if it fails, `library` returns None and warns once, and the ops use PyTorch.
 """
 import contextlib
 import ctypes
@@ -26,36 +25,37 @@ from vision_kan.kernels.basis import MAX_POINTS, pair_constants
 SOURCE = Path(__file__).with_name("cpu.cpp")
 DTYPES = (torch.float32, torch.bfloat16)
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
-# The machine's own instructions and OpenMP where the compiler knows them.
+# The machine's own instructions and OpenMP, if the compiler supports them; the first that works.
 OPTIONS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 _warned = False
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX, g++, clang++ or c++; None where there is none."""
-    if sys.platform == "win32":         # whose compiler knows no vector extensions
+    """The C++ compiler: $CXX, g++, clang++ or c++; None without any."""
+    if sys.platform == "win32":         # its compiler lacks vector extensions
         return None
     return next((found for name in (os.environ.get("CXX"), "g++", "clang++", "c++")
                  if name and (found := shutil.which(name))), None)
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $VISION_KAN_CACHE, else vision-kan in the user's cache folder."""
+    """The folder of compiled kernels: $VISION_KAN_CACHE, else vision-kan in the user's cache folder."""
     own = os.environ.get("VISION_KAN_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-kan"
 
 
 @functools.lru_cache
 def library(points: int, base: str | None = None) -> ctypes.CDLL | None:
-    """The kernels for grids of so many points: the activation's with a base function, without one the basis's."""
+    """The kernels for grids of this number of points: the activation's for a base function, else the basis's. None if they cannot
+    be built."""
     command = compiler()
     if command is None:
-        _without("no C++ compiler (g++ or clang++) was found")
+        _warn_fallback("no C++ compiler (g++ or clang++) was found")
         return None
     try:
         found = _load(command, points, base)
     except (OSError, subprocess.SubprocessError) as error:
-        _without(f"{command} could not build them ({one_line(error, 200, line=-1)})")
+        _warn_fallback(f"{command} could not build them ({one_line(error, 200, line=-1)})")
         return None
     pointer: Any = ctypes.c_void_p      # lists of these hold several types
     integer, long, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -71,8 +71,8 @@ def library(points: int, base: str | None = None) -> ctypes.CDLL | None:
     return found
 
 
-def _without(reason: str) -> None:
-    """Say once why the slower path is taken."""
+def _warn_fallback(reason: str) -> None:
+    """Warn once that the slower path is used, and why."""
     global _warned
     if not _warned:
         warnings.warn(f"KAN layers compute in plain PyTorch, slower than their C++ kernels: {reason}", stacklevel=2)
@@ -84,7 +84,7 @@ def _load(command: str, points: int, base: str | None) -> ctypes.CDLL:
     file = _compiled(command, points, base)
     try:
         found = ctypes.CDLL(str(file))
-    except OSError:                     # what an earlier process left is no library: build it anew
+    except OSError:                     # the cached file is not a library: build it again
         file.unlink()
         found = ctypes.CDLL(str(_compiled(command, points, base)))
     if file.parent != cache_folder():
@@ -93,7 +93,7 @@ def _load(command: str, points: int, base: str | None) -> ctypes.CDLL:
 
 
 def _compiled(command: str, points: int, base: str | None) -> Path:
-    """The shared library, from the cache or built; its name tells source, compiler and processor apart."""
+    """The shared library, from the cache or newly built. Its name depends on source, compiler and processor."""
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), version, _processor(), repr((FLAGS, OPTIONS))]).encode())
     file = cache_folder() / f"{base or 'basis'}-{points}points-{key.hexdigest()[:16]}.so"
@@ -103,7 +103,7 @@ def _compiled(command: str, points: int, base: str | None) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=file.parent)
-    except OSError:                                 # a home that cannot be written to
+    except OSError:                                 # the cache cannot be written to
         folder = tempfile.mkdtemp()
         file = Path(folder) / file.name
     objects, shared = Path(folder) / "cpu.o", Path(folder) / "cpu.so"
@@ -111,7 +111,7 @@ def _compiled(command: str, points: int, base: str | None) -> Path:
     for options in OPTIONS:
         try:
             for arguments in ([*FLAGS, *options, *macros, "-c", str(SOURCE), "-o", str(objects)],
-                            # without -fopenmp: OpenMP is to be the one that PyTorch has loaded, not a second one
+                            # without -fopenmp, so that it uses PyTorch's OpenMP instead of loading a second one
                             ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
                              str(objects), "-o", str(shared)]):
                 subprocess.run([command, *arguments], capture_output=True, text=True, check=True, timeout=300)
@@ -121,7 +121,7 @@ def _compiled(command: str, points: int, base: str | None) -> Path:
     else:
         assert error is not None
         raise OSError(error.stderr.strip() or str(error))
-    os.replace(shared, file)                        # whole or not at all, whoever else builds it now
+    os.replace(shared, file)                        # atomic, since other processes may build it now
     objects.unlink()
     with contextlib.suppress(OSError):
         os.rmdir(folder)
@@ -129,7 +129,7 @@ def _compiled(command: str, points: int, base: str | None) -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache in a shared home must not serve another kind of machine."""
+    """The processor, which -march=native depends on: a cache in a shared home may serve several kinds of machines."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
@@ -137,28 +137,28 @@ def _processor() -> str:
 
 
 def _share_openmp() -> None:
-    """Make the functions of PyTorch's own OpenMP library visible to ours."""
+    """Make the functions of PyTorch's OpenMP library visible to ours."""
     for file in (*Path(torch.__file__).parent.glob("lib/lib*omp*.so*"),
                  *Path(torch.__file__).parent.parent.glob("torch.libs/lib*omp*.so*")):
         with contextlib.suppress(OSError):
             ctypes.CDLL(str(file), ctypes.RTLD_GLOBAL)
 
 
-# ---------------------------------------------------------------- what the ops call
+# ---------------------------------------------------------------- called by the ops
 def supports(points: tuple[float, ...], h: float) -> bool:
-    """Whether the kernels know the grid."""
+    """Whether the kernels support the grid."""
     return 2 <= len(points) <= MAX_POINTS and pair_constants(points, h) is not None
 
 
 @functools.lru_cache(maxsize=256)
 def _grid(points: tuple[float, ...], h: float) -> tuple[ctypes.Array, float, float]:
     constants = pair_constants(points, h)
-    assert constants is not None        # `supports` has said so
+    assert constants is not None        # `supports` has checked
     return (ctypes.c_float * len(constants))(*constants), (points[0] + points[-1]) / 2, 2 / h
 
 
 def _found(points: int, base: str | None = None) -> ctypes.CDLL:
-    """`library`, where it is there: `backend.resolve` has seen to that."""
+    """`library`, which exists: `backend.resolve` has checked."""
     found = library(points, base)
     assert found is not None
     return found

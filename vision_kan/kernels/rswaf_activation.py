@@ -1,8 +1,8 @@
-"""`rswaf_activation`: an elementwise function that is learned, one for each group of channels.
+"""`rswaf_activation`: a learned elementwise function for each group of channels.
 
     v = s_g * base(u) + sum_k C[g, k] * B_k(u),    B_k(u) = 1 - tanh((u - g_k)/h)^2
 
-Saved for the backward pass: u and the parameters. It computes the basis again and gives all gradients in one pass.
+It saves u and the parameters for the backward pass, which computes the basis again and all gradients in one pass.
 """
 import functools
 import math
@@ -18,7 +18,7 @@ from vision_kan.kernels import backend, native
 from vision_kan.kernels.backend import as_matrix, cast
 from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
 
-# Values of u that the PyTorch path works on at once on a CPU: the few arrays of this size stay in its L2 cache.
+# Values of u that the PyTorch path works on at a time on a CPU: a few arrays of this size fit into its L2 cache.
 CHUNK_VALUES = 2 ** 17
 
 
@@ -27,10 +27,12 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
     """s * base(u) + sum_k C[g, k] B_k(u), by the backend that `kernels.use` chose.
 
     Args:
-        u: [..., I], any floating dtype; under autocast rounded to its dtype first. Computed in at least float32.
+        u: [..., I], any floating dtype; autocast rounds it to its dtype first. The op computes in at least float32.
         coefficients: [groups, G]; group g has the channels g * I/groups to (g + 1) * I/groups - 1.
-        points: the G grid points, with max |g_k - middle|/h <= MAX_HALF_RANGE. h: width of a bump.
-        base: none or a key of `BASES`. scale: s [groups]; None: 1.
+        points: the G grid points, with max |g_k - middle|/h <= MAX_HALF_RANGE.
+        h: width of a bump.
+        base: "none" or a key of `BASES`.
+        scale: s [groups]; None: 1.
     Returns: [..., I] in u's dtype.
     Raises: ValueError if the groups do not divide the channels, or for another base or an impossible grid.
     """
@@ -39,7 +41,7 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
     if base != "none" and base not in BASES:
         raise ValueError(f"base {base} is not one of none, {', '.join(BASES)}")
     if len(points) != coefficients.shape[1] or (points[-1] - points[0]) / 2 > MAX_HALF_RANGE * h * (1 + 1e-9):
-        raise ValueError(f"{coefficients.shape[1]} coefficients a group need as many grid points, at most "
+        raise ValueError(f"{coefficients.shape[1]} coefficients per group need the same number of grid points, at most "
                          f"{MAX_HALF_RANGE:g} h from their middle; got {len(points)} and h = {h:g}")
     device = u.device.type
     if torch.is_autocast_enabled(device):
@@ -56,7 +58,7 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
 
 def rswaf_activation_reference(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
                                scale: Tensor | None = None) -> Tensor:
-    """The same in plain PyTorch with its autograd, which keeps several arrays [..., I, G]."""
+    """The same in PyTorch's operations, whose autograd keeps several arrays [..., I, G]."""
     x = u.to(torch.promote_types(u.dtype, torch.float32))
     each = u.shape[-1] // len(coefficients)
     grid = torch.tensor(points, dtype=x.dtype, device=u.device)
@@ -81,12 +83,12 @@ def _value(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequen
         return _triton().forward(u.contiguous(), coefficients, scale, points, h, base)
     flat, c, s = _prepare(u, coefficients, scale, how)
     v = (native.activation if how == "native" else _chunked)(flat, c, s, points, h, base)
-    return cast(v, u.dtype).resize_(u.shape)            # a view might not be changed in place outside
+    return cast(v, u.dtype).resize_(u.shape)            # not a view: autograd restricts changing views in place
 
 
 def _gradients(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float,
                base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of u, coefficients and scale (None without one)."""
+    """The gradients of u, coefficients and scale (None without one)."""
     points = tuple(points)
     how = backend.resolve(backend_name, u, len(points), points, h, base)
     du: Any
@@ -103,7 +105,7 @@ def _gradients(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None
 
 
 def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, how: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """u [T, I] as the path takes it, and parameters in the dtype of the maths."""
+    """u [T, I] in a dtype that the path supports, and parameters in the dtype of the computation."""
     flat = as_matrix(u)
     if how == "native" and u.dtype not in native.DTYPES:
         flat = flat.float()
@@ -132,7 +134,7 @@ def _backward(ctx, dv: Tensor):
 
 
 class _Activation(torch.autograd.Function):
-    """The op in eager mode, where nothing traces: see `backend.traced`."""
+    """The op in eager mode, when nothing is tracing: see `backend.traced`."""
     backward = staticmethod(_backward)
 
     @staticmethod
@@ -176,7 +178,7 @@ def _save(ctx, inputs, output) -> None:
 _activation.register_autograd(_backward, setup_context=_save)
 
 
-# ---------------------------------------------------------------- PyTorch, one grid point after the other
+# ---------------------------------------------------------------- PyTorch, one grid point at a time
 # With E = exp(2(u - m)/h), m the middle of the grid, p_k = exp(-2(g_k - m)/h)/4, q_k = exp(2(g_k - m)/h)/4:
 #     B_k = 1/D_k,    D_k = p_k E + q_k/E + 1/2,    dB_k/du = (2/h) (q_k/E - p_k E) / D_k^2
 def _chunked(u: Tensor, c: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float, base: str) -> Tensor:
@@ -244,7 +246,7 @@ def _weights(points: tuple[float, ...], h: float) -> list[tuple[float, float]]:
 def _exponentials(u: Tensor, points: tuple[float, ...], h: float) -> tuple[Tensor, Tensor, Tensor]:
     """u, E and 1/E [t, I] in at least float32."""
     u = u.to(torch.promote_types(u.dtype, torch.float32))
-    # beyond e^40 every B_k is below 1e-8 and E * p_k must not overflow
+    # beyond e^40 every B_k is below 1e-8, and E * p_k could overflow
     e = torch.exp(((u - (points[0] + points[-1]) / 2) * (2 / h)).clamp_(-40, 40))
     return u, e, e.reciprocal()
 
@@ -254,6 +256,6 @@ def _denominator(e: Tensor, inv_e: Tensor, p: float, q: float) -> Tensor:
 
 
 def _chunks(u: Tensor) -> list[slice]:
-    """Rows of u [T, I] to work on at once; all of them on a GPU."""
+    """Slices of the rows of u [T, I] to work on at a time; one of all rows on a GPU."""
     step = max(1, CHUNK_VALUES // max(1, u.shape[1])) if u.device.type == "cpu" else max(1, len(u))
     return [slice(start, start + step) for start in range(0, len(u), step)]

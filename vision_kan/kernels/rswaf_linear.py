@@ -1,8 +1,8 @@
-"""`rswaf_linear`: the full-edge FasterKAN layer after its normalisation, a linear map of every input's basis.
+"""`rswaf_linear`: the full-edge FasterKAN layer after its normalisation, a linear map of every input's basis values.
 
     y_o = sum_{i,k} W[o, i*G + k] * B_k(u_i),    B_k(u) = 1 - tanh((u - g_k)/h)^2
 
-Saved for the backward pass: u and the parameters. Nothing of size [T, I, G] outlives a chunk of tokens.
+It saves u and the parameters for the backward pass. Nothing of size [T, I, G] outlives a chunk of tokens.
 
 Legend for shapes: T tokens (all leading dimensions flattened), I inputs, O outputs, G grid points.
 """
@@ -20,7 +20,7 @@ from vision_kan.kernels import backend, native
 from vision_kan.kernels.backend import as_matrix, cast, chunk_values, math_dtype
 from vision_kan.kernels.basis import rswaf_basis
 
-LEAST_TOKENS = 256      # of a chunk: with fewer the matrix product waits for its weight
+LEAST_TOKENS = 256      # of a chunk: with fewer, loading the weight dominates the matrix product
 
 
 def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool = False) -> Tensor:
@@ -29,10 +29,11 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
     Args:
         u: normalised input [..., I], any floating dtype; the basis is computed in at least float32.
         weight: [O, I*G], column i*G + k.
-        grid: [G] grid points. h: width, a number or a scalar tensor. Both may require a gradient.
-        single_exp: one exponential for all grid points; right only while max |g - middle|/h <= MAX_HALF_RANGE, and
-            only for a grid that is not trained.
-    Returns: [..., O] in autocast's dtype where autocast is on, else in u's.
+        grid: [G] grid points; may require a gradient.
+        h: width of a bump, a number or a scalar tensor; may require a gradient.
+        single_exp: compute one exponential for all grid points; valid only for a fixed grid with max |g - middle|/h <=
+            MAX_HALF_RANGE.
+    Returns: [..., O] in autocast's dtype if it is on, else in u's.
     Raises: ValueError if the weight does not have I*G columns.
     """
     if weight.shape[1] != u.shape[-1] * grid.numel():
@@ -52,7 +53,7 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
 
 
 def rswaf_linear_reference(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
-    """The same in plain PyTorch with its autograd, which keeps several arrays [..., I, G]."""
+    """The same in PyTorch's operations, whose autograd keeps several arrays [..., I, G]."""
     return _product_of(u, weight, grid, h, u.dtype)
 
 
@@ -78,18 +79,18 @@ def _value(u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_n
             y = triton_linear.forward(flat, cast(weight, dtype).contiguous(), cast(grid, torch.float32), h, single_exp)
         else:
             y = _chunked(flat, weight, grid, h, single_exp, dtype, points if how == "native" else None)
-    return y.resize_(*u.shape[:-1], len(weight))    # a view might not be changed in place outside
+    return y.resize_(*u.shape[:-1], len(weight))    # not a view: autograd restricts changing views in place
 
 
 def _gradients(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float,
                single_exp: bool, dtype: torch.dtype, backend_name: str, need_u: bool, need_weight: bool, need_grid: bool,
                need_h: bool) -> list[Tensor | None]:
-    """Of u, weight, grid and h; None where they are not needed."""
+    """The gradients of u, weight, grid and h; None for those that are not needed."""
     h = h_number if h_tensor is None else h_tensor
     flat = as_matrix(u)
     dy = cast(as_matrix(dy), dtype)
     how, points = _path(u, grid, h, single_exp, dtype, backend_name)
-    with torch.autocast(u.device.type, enabled=False):          # around a backward it would round to 16 bits
+    with torch.autocast(u.device.type, enabled=False):          # else an autocast around backward() would round to 16 bits
         if how == "triton":
             from vision_kan.kernels import triton_linear
             w, g = cast(weight, dtype).contiguous(), cast(grid, torch.float32)
@@ -105,7 +106,7 @@ def _gradients(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Te
 
 def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: torch.dtype,
           backend_name: str) -> tuple[str, tuple[float, ...] | None]:
-    """native, triton or chunked, and for native the grid points as numbers."""
+    """"native", "triton" or "chunked" (`backend.resolve`), and for native the grid points as numbers."""
     points = None
     if single_exp and u.device.type == "cpu" and not isinstance(h, Tensor) and grid.numel() <= native.MAX_POINTS \
             and u.dtype in native.DTYPES and dtype in native.DTYPES:
@@ -130,7 +131,7 @@ def _backward(ctx, dy: Tensor):
 
 
 class _Linear(torch.autograd.Function):
-    """The op in eager mode, where nothing traces: see `backend.traced`."""
+    """The op in eager mode, when nothing is tracing: see `backend.traced`."""
     backward = staticmethod(_backward)
 
     @staticmethod
@@ -150,7 +151,7 @@ def _linear(u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_
 def _linear_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_number: float,
                  single_exp: bool, dtype: torch.dtype, backend_name: str, need_u: bool, need_weight: bool,
                  need_grid: bool, need_h: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, weight, grid and h; empty where they are not needed."""
+    """Gradients of u, weight, grid and h; empty tensors for those that are not needed."""
     du, dw, dgrid, dh = (u.new_empty(0) if gradient is None else gradient for gradient in _gradients(
         dy, u, weight, grid, h_tensor, h_number, single_exp, dtype, backend_name, need_u, need_weight, need_grid, need_h))
     return du, dw, dgrid, dh
@@ -178,7 +179,7 @@ _linear.register_autograd(_backward, setup_context=_save)
 
 @register_flop_formula(torch.ops.vision_kan.rswaf_linear)
 def _flops(u_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
-    """Of the matrix product, for PyTorch's counter."""
+    """FLOPs of the matrix product, for PyTorch's counter."""
     return 2 * math.prod(u_shape[:-1]) * math.prod(weight_shape)
 
 
@@ -188,9 +189,9 @@ def _grad_flops(dy_shape, u_shape, weight_shape, grid_shape, h_shape, h_number, 
     return ((need_u or need_grid or need_h) + need_weight) * _flops(u_shape, weight_shape)
 
 
-# ---------------------------------------------------------------- a chunk of tokens after the other
-# The C++ kernels (`points` given) write the basis in the order of the weight's columns, (i, k). In PyTorch it is ordered
-# (k, i), so that every elementwise pass runs over contiguous inputs, and a copy of the weight is too.
+# ---------------------------------------------------------------- one chunk of tokens at a time
+# The C++ kernels (`points` given) write the basis in the order of the weight's columns, (i, k). PyTorch's path orders it (k, i),
+# so that every elementwise pass runs over contiguous inputs, and copies the weight in that order.
 def _chunked(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: torch.dtype,
              points: tuple[float, ...] | None) -> Tensor:
     n_in, n_grid = u.shape[1], grid.numel()
@@ -212,7 +213,7 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
     need_u, need_w, need_grid, need_h = needs
     du: Any
     dgrid: Any
-    dh: Any         # each None where it is not needed
+    dh: Any         # each is None if it is not needed
     n_out, n_in, n_grid = len(weight), u.shape[1], grid.numel()
     w = weight.to(dtype) if points is not None else _columns_by_point(weight, n_grid, dtype)            # [O, G*I]
     du = torch.empty_like(u) if need_u else None
@@ -255,21 +256,21 @@ def _chunked_grad(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float 
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """total + a @ b in the dtype of the weight's maths; None: nothing yet."""
+    """total + a @ b, accumulated in at least float32. total: None at the start."""
     if total is None:
         return (a @ b).to(math_dtype(weight.dtype))
     return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 
 class _Basis:
-    """Basis values of a chunk of tokens in PyTorch, laid out [t, G, I], and what follows from them.
+    """Basis values of a chunk of tokens in PyTorch, [t, G, I], and their derivatives.
 
     With E = exp(2(u - c)/h), c the middle of the grid, p_k = exp(-2(g_k - c)/h)/4 and q_k = exp(2(g_k - c)/h)/4,
 
         D_k = p_k E + q_k/E + 1/2,    B_k = 1/D_k,    dB_k/du = (2/h) (q_k/E - p_k E) / D_k^2:
 
-    one exponential for all grid points, every term positive, nothing cancels (`single_exp`). A trainable
-    or very wide grid takes one exponential a grid point instead, which holds for every grid and h.
+    with one exponential for all grid points; every term is positive, so nothing cancels (`single_exp`). A trainable or very wide
+    grid uses one exponential per grid point instead, which is valid for every grid and h.
     """
 
     def __init__(self, u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool):
@@ -280,7 +281,7 @@ class _Basis:
             middle = (self.grid[0] + self.grid[-1]) / 2
             offset = 2 * (self.grid - middle) / self.h
             self.p, self.q = torch.exp(-offset) / 4, torch.exp(offset) / 4          # [G]
-            # 2^+-60: beyond it every B_k is below 1e-9 and E * p_k must not overflow
+            # beyond 2^+-60 every B_k is below 1e-9, and E * p_k could overflow
             self.e = torch.exp2(((self.u - middle) * (2 * math.log2(math.e) / self.h)).clamp_(-60, 60))
             self.inv_e = self.e.reciprocal()                                        # [t, I]
             values = self.p[:, None] * self.e[:, None]                              # [t, G, I]

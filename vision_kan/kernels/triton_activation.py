@@ -1,10 +1,10 @@
-"""The group KAN's activation on a GPU: one pass over u forward, one pass for every gradient.
+"""The group KAN's activation on a GPU: one pass over u forward, and one for all gradients.
 
     v[t, c] = s[g] * base(u[t, c]) + sum_k C[g, k] * B_k(u[t, c]),    g = c // (channels / groups)
 
-GELU's memory traffic, if the arithmetic keeps out of its way. On a grid that is symmetric about its middle m (every
-uniform one is) the points m + d and m - d share their denominator: with z = 2(u - m)/h, A = e^z + e^-z,
-S = e^z - e^-z, kappa = cosh(2d/h), sigma = sinh(2d/h) and R = 1/(A + 2 kappa), from the product of two cosh,
+The memory traffic is GELU's, so the arithmetic must not take longer than it. On a grid that is symmetric about its middle m, as
+every uniform one is, the points m + d and m - d share their denominator: with z = 2(u - m)/h, A = e^z + e^-z, S = e^z - e^-z,
+kappa = cosh(2d/h), sigma = sinh(2d/h) and R = 1/(A + 2 kappa), from the product of two cosh,
 
     B+ = R^2 (8 + 4 kappa A + 4 sigma S)        B- = R^2 (8 + 4 kappa A - 4 sigma S)
 
@@ -12,17 +12,16 @@ and the middle point of an odd number is B+ with kappa = 1, sigma = 0. With P = 
 
     R^2 (8 P + y A + w S) = y R + x R^2 + w S R^2,      y = 4 kappa P,  x = -8 sigma^2 P,  w = 4 sigma M
 
-to v, because R A = 1 - 2 kappa R and 1 - kappa^2 = -sigma^2. Its derivative to z, from dA/dz = S, dS/dz = A and
-dR/dz = -S R^2, is S * (-2 R^2 (y/2 + R (x + w S))) + A * (w R^2). Two exponentials an element and, as two pairs share
-a reciprocal, one reciprocal for four points. Any other grid, or h far below its spacing, takes an exponential and a
-reciprocal a point (`PAIRS` off).
+to v, because R A = 1 - 2 kappa R and 1 - kappa^2 = -sigma^2. Its derivative with respect to z, from dA/dz = S, dS/dz = A and
+dR/dz = -S R^2, is S * (-2 R^2 (y/2 + R (x + w S))) + A * (w R^2). That is two exponentials per element and, as two pairs share a
+reciprocal, one reciprocal per four points. Any other grid, or h far below its spacing, needs an exponential and a reciprocal per
+point (`PAIRS` off).
 
-A tile is [N, VEC]: N vectors of VEC neighbouring columns, of 16 bytes where the groups allow it. Only axis 1 is
-contiguous, so every version of Triton gives a thread one whole vector. Where VEC divides the columns of a group
-(`SHARED`) a thread keeps one set of coefficients and of sums for all its columns, else one for each. Grid and width are
-compile-time constants, which become immediates. A program owns some columns and goes down some rows; the sums for dC
-stay in the thread until the program's last step. They go to an array of partial sums, which a second kernel adds in a
-fixed order: no atomics, the same bits on every run.
+A tile is [N, VEC]: N vectors of VEC neighbouring columns, of 16 bytes if the groups allow it. Only axis 1 is contiguous, so every
+version of Triton gives a thread one whole vector. If VEC divides the columns of a group (`SHARED`), a thread keeps one set of
+coefficients and sums for all its columns, else one for each. Grid and width are compile-time constants, which become immediates.
+A program owns some columns and walks down some rows; the sums for dC stay in the thread until the program's last step. They go to
+an array of partial sums, which a second kernel adds in a fixed order: without atomics, with the same bits on every run.
 """
 import functools
 import math
@@ -38,8 +37,8 @@ from vision_kan.kernels.basis import BASES, MAX_POINTS, pair_constants
 from vision_kan.kernels.triton_common import AotCase, Device, Launch, Work, device_at, fast_exp2, fast_reciprocal
 
 WARPS = 4
-# Programs for each multiprocessor. 8 and 7 fit at once; more are faster, since they do not end together. Measured on an H100,
-# 25,216 x 768, bf16, forward + backward: 127 us with 8 and 7, 117 with 16, 118 with 24 and with 32.
+# Programs per multiprocessor. 8 (forward) and 7 (backward) fit at a time; more are faster, because they do not end at the same
+# time. Measured on an H100, 25,216 x 768, bf16, forward + backward: 127 us with 8 and 7, 117 with 16, 118 with 24 and with 32.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24.0, 16.0
 FINISH_BLOCK = 1024
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -388,12 +387,12 @@ def finish_kernel(partial, dc, dscale, splits, columns, per_group, G: tl.constex
         tl.store(dscale + group, tl.sum(total, 0))
 
 
-# ---------------------------------------------------------------- what the launchers choose
+# ---------------------------------------------------------------- choices of the launchers
 def _grid_constants(points: tuple[float, ...], h: float) -> dict[str, object]:
-    """Constexprs of the points, and whether they are taken in pairs."""
+    """Constexprs of the grid, which include whether its points are computed in pairs."""
     middle = (points[0] + points[-1]) / 2
     rate = 2 / (h * math.log(2))
-    pairs = pair_constants(points, h) is not None       # the same grids as on a CPU
+    pairs = pair_constants(points, h) is not None       # for the same grids as on a CPU
     if pairs:
         halves = [2 * (g - middle) / h for g in points[len(points) // 2:]]
         grid = [value for z in halves for value in (2 * math.cosh(z), math.sinh(z))]
@@ -406,7 +405,7 @@ def _tile(device: Device, itemsize: int, channels: int, groups: int, points: int
     """Constexprs of a tile."""
     per_group, warp = channels // groups, 64 if device.backend == "hip" else 32
     wide = 16 // itemsize
-    if points > 8 and not pairs:        # else too few registers
+    if points > 8 and not pairs:        # a wider vector would not fit into the registers
         wide = 2 if device.family == "tcgen05" else min(wide, 4)
     while wide > 4 and per_group % wide:
         wide //= 2
@@ -414,13 +413,13 @@ def _tile(device: Device, itemsize: int, channels: int, groups: int, points: int
     if not shared:
         wide = 2 if channels % 2 == 0 else 1
     vectors = channels // wide
-    # at best 128 bytes of a row: narrow programs leave few partial sums; more where fewer lanes then lie idle
+    # best are 128 bytes of a row, because narrow programs leave few partial sums; more if fewer lanes are idle then
     lanes = min((8, 16, 32, 4), key=lambda lanes: -(-vectors // lanes) * lanes)
     return {"N": warp * WARPS, "LANES": lanes, "VEC": wide, "UNROLL": 1 if shared else 8 // wide, "SHARED": shared}
 
 
 class Plan(NamedTuple):
-    """What does not depend on the data: made once for a size, device and grid."""
+    """The launches, which do not depend on the data: made once for a size, device and grid."""
     launch: Launch | None           # None: nothing to compute
     finish: Launch | None
     partial: tuple[int, ...]        # shape of the partial sums
@@ -430,7 +429,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def _plan(dtype: torch.dtype, shape: torch.Size, groups: int, points: tuple[float, ...], h: float, base: str, scaled: bool,
           where: torch.device, needs: tuple[bool, bool] | None) -> Plan:
-    """needs: None forward; else of u and of the coefficients."""
+    """needs: None for the forward pass; else whether the gradients of u and of the coefficients are needed."""
     rows, channels = math.prod(shape[:-1]), shape[-1]
     g = len(points)
     device = device_at(where)
@@ -467,7 +466,7 @@ def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _checked(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float, base: str,
              needs: tuple[bool, bool] | None) -> tuple[Plan, Tensor, Tensor]:
-    """The plan, and coefficients and scale as the kernels read them."""
+    """The plan, and coefficients and scale in float32; raises ValueError for arguments that the kernels don't support."""
     groups, g = coefficients.shape
     if not u.is_contiguous() or u.dtype not in TYPES:
         raise ValueError(f"u must be contiguous, of float32, float16 or bfloat16, got {list(u.shape)} {u.dtype}")
@@ -487,8 +486,11 @@ def forward(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple
 
     Args:
         u: [..., C], contiguous, float32, float16 or bfloat16; computed in float32.
-        coefficients: [groups, G], 2 <= G <= 16. scale: [groups], or None for 1.
-        points: the G grid points, ascending. h: width of a bump. base: of `BASES`.
+        coefficients: [groups, G], 2 <= G <= 16.
+        scale: [groups], or None for 1.
+        points: the G grid points, ascending.
+        h: width of a bump.
+        base: "none" or a key of `BASES`.
     """
     plan, c, s = _checked(u, coefficients, scale, points, h, base, None)
     v = _empty(*u.shape, dtype=u.dtype, device=u.device)
@@ -512,7 +514,7 @@ def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, 
         dc = make(*coefficients.shape, dtype=torch.float32, device=device)
         ds = make(len(coefficients), dtype=torch.float32, device=device) if scale is not None else None
         partial = _empty(*plan.partial, dtype=torch.float32, device=device)
-    if plan.launch is not None:     # an address that is not used may be any
+    if plan.launch is not None:     # unused addresses may be any
         plan.launch(plan.index, dv.contiguous(), u, c, s, u if du is None else du, c if partial is None else partial)
     if plan.finish is not None:
         assert partial is not None and dc is not None
@@ -522,9 +524,9 @@ def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, 
 
 # ---------------------------------------------------------------- ahead of time
 def aot_cases(device: Device) -> list[AotCase]:
-    """Each size of element with the costliest base and a scale, 8 and 16 points; 8 points also without a base's cost,
-    with a function for each channel, and the form for any grid. fp16 compiles as bf16 does, and fewer points or another
-    base need less of everything."""
+    """The cases to compile: each size of element with the costliest base and a scale, for 8 and 16 points; 8 points also with a
+    cheap base, and with a function for each channel; and the form for any grid. fp16 compiles as bf16 does, and fewer points or
+    another base need fewer resources."""
     variants = [(dtype, g, "gelu", True, True, 96) for dtype in ("bf16", "fp32") for g in (8, 16)]
     variants += [("bf16", 8, base, True, False, 96) for base in ("gelu", "identity")]
     variants += [("bf16", 8, "gelu", True, True, per_group) for per_group in (4, 1)]
@@ -537,7 +539,7 @@ def aot_cases(device: Device) -> list[AotCase]:
 
 def _cases(device: Device, dtype: str, g: int, base: str, pairs: bool, scaled: bool, per_group: int) -> list[AotCase]:
     item = 4 if dtype == "fp32" else 2
-    spread = 0.0 if pairs else 0.1          # moves a point, and the grid is no longer symmetric
+    spread = 0.0 if pairs else 0.1          # moves a point, so that the grid is not symmetric
     constants = _grid_constants((*(float(k) for k in range(g - 1)), g - 1 + spread, ), 1.0)
     tile = _tile(device, item, 8 * per_group, 8, g, pairs)
     words = (f"{dtype} G{g} {base}{' scale' if scaled else ''} {'pairs' if pairs else 'any grid'} "
@@ -566,7 +568,7 @@ def _cases(device: Device, dtype: str, g: int, base: str, pairs: bool, scaled: b
 
 
 def _specials(g: int, base: str, pairs: bool, gradients: bool) -> float:
-    """Special functions an element."""
+    """Special functions per element."""
     of_base = {"gelu": 2, "silu": 2}.get(base, 0)
     return of_base + (2 + ((g + 1) // 2 + 1) // 2 if pairs else 2 * g)
 

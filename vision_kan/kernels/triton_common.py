@@ -1,14 +1,14 @@
-"""What the Triton kernels share: the two approximate instructions, the basis, devices, and cases to compile.
+"""Shared by the Triton kernels: two approximate instructions, devices, launches, and cases to compile.
 
-The basis B_k(u) = 1 - tanh((u - g_k)/h)^2 from one exponential for all grid points. With c the grid's middle,
+The kernels compute the basis B_k(u) = 1 - tanh((u - g_k)/h)^2 from one exponential for all grid points. With c the grid's middle,
 s = 2 log2(e)/h and E = 2^z, z = clamp(s (u - c), +-60),
 
     D_k = p_k E + q_k/E + 1/2,    p_k = 2^(-s (g_k - c))/4,    q_k = 2^(s (g_k - c))/4,
     B_k = 1/D_k,                  dB_k/du = (2/h) (q_k/E - p_k E) / D_k^2.
 
-Every term is positive: nothing cancels, and nothing overflows while max |g_k - c| / h <= 10. Any other grid takes
-one exponential a point instead, e = 2^-|s (u - g_k)|, B_k = 4e/(1 + e)^2, dB_k/du = -sign(u - g_k) (2/h) B_k
-(1 - e)/(1 + e) (`SINGLE_EXP` off).
+Every term is positive, so nothing cancels, and nothing overflows while max |g_k - c| / h <= 10. Any other grid uses one
+exponential per point, e = 2^-|s (u - g_k)|, B_k = 4e/(1 + e)^2, dB_k/du = -sign(u - g_k) (2/h) B_k (1 - e)/(1 + e) (`SINGLE_EXP`
+off).
 """
 import functools
 import math
@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Kernels take the numbers of a grid as one tuple; Triton 3.3 takes it too, but does not read its elements.
+# Kernels take the numbers of a grid as one tuple. Triton 3.3 accepts it, but cannot index it.
 if not hasattr(tl.constexpr, "__getitem__"):
     tl.constexpr.__getitem__ = lambda self, index: tl.constexpr(self.value[getattr(index, "value", index)])
 
 SCALE = tl.constexpr(2 * math.log2(math.e))
-# In the interpreter kernels are Python on CPU tensors. Read where Triton's decorators read it: at import.
+# In the interpreter, kernels are Python on CPU tensors. Read at import, as Triton's decorators do.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -70,7 +70,7 @@ def grid_middle(grid, G: tl.constexpr):
 # ---------------------------------------------------------------- devices
 @dataclass(frozen=True)
 class Device:
-    """What a launcher must know of a device, and what stands in for it ahead of time.
+    """A device's facts for the launchers, and its stand-in for compiling ahead of time.
 
     capability: 10 * major + minor on NVIDIA, 0 elsewhere. shared: bytes of shared memory that one block may take.
     processors: multiprocessors (compute units). memory: bytes of its memory."""
@@ -79,11 +79,11 @@ class Device:
     shared: int
     processors: int
     arch: str = ""              # AMD's name of the architecture
-    memory: int = 2 ** 33       # ahead of time it is not known, and nothing compiled depends on it
+    memory: int = 2 ** 33       # unknown ahead of time; nothing compiled depends on it
 
     @property
     def family(self) -> str:
-        """Its matrix instructions as Triton uses them: "mma", "wgmma", "tcgen05" or "mfma"."""
+        """The matrix instructions that Triton uses on it: "mma", "wgmma", "tcgen05" or "mfma"."""
         if self.backend == "hip":
             return "mfma"
         return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(self.capability // 10, "mma")
@@ -116,7 +116,7 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """The device that a tensor's kernels run on; for CPU tensors in the interpreter, one of the smallest."""
+    """The device on which a tensor's kernels run; for CPU tensors in the interpreter, one of the smallest."""
     return device_at(tensor.device)
 
 
@@ -128,9 +128,9 @@ def device_at(where: torch.device) -> Device:
     return _cuda_device(where.index)
 
 
-# ---------------------------------------------------------------- launched often
+# ---------------------------------------------------------------- launches
 class Launch:
-    """A kernel with its grid and every argument but the tensors, which come first.
+    """A kernel with its grid and every argument except the tensors, which come first.
 
     Triton's own launch examines all arguments each time, which costs the host more than a small kernel costs the GPU. The
     kernel it compiled is called directly here, as long as what it was compiled for holds: one device and one type for
@@ -168,7 +168,7 @@ class Launch:
 # ---------------------------------------------------------------- compiled ahead of time
 @dataclass(frozen=True)
 class Work:
-    """What a kernel cannot do without: flops in matrix products, special functions, bytes from and to memory."""
+    """The minimal work of a kernel: FLOPs in matrix products, special functions, bytes from and to memory."""
     flops: float = 0.0
     specials: float = 0.0
     bytes: float = 0.0

@@ -1,4 +1,4 @@
-"""The full-edge FasterKAN layer in Triton: y = W vec(B(u)), the basis computed where its product needs it.
+"""The full-edge FasterKAN layer in Triton: y = W vec(B(u)), with the basis computed inside its matrix product.
 
     y[t, o]  = sum_{i,k} W[o, i*G + k] B_k(u[t, i])             forward
     du[t, i] = sum_k (dy W)[t, (i, k)] dB_k/du(u[t, i])         backward_u
@@ -49,9 +49,9 @@ MAX_GRID = 32                   # points; more leave a tile less than four input
 
 
 # ---------------------------------------------------------------- the basis inside a kernel
-# A table of what kernels must know of grid and width, float32: 2 log2(e)/h, the middle, 2/h, 1/h, then g, p, q [GP]
-# each. Loaded as blocks in the layout of their use: a layout change of anything computed from a scalar stays in the
-# loop, through shared memory with barriers.
+# A table of grid and width for the kernels, float32: 2 log2(e)/h, the middle, 2/h, 1/h, then g, p, q, [GP] each. It is loaded as
+# blocks in the layout of their use, because a layout change of anything computed from a scalar would stay in the loop, through
+# shared memory with barriers.
 HEAD = tl.constexpr(4)
 
 
@@ -267,9 +267,9 @@ def backward_weight_kernel(dy_p, u_p, table, part_p, T, STEPS, I, O, G: tl.const
     tl.store(part, acc, mask=(o < O)[:, None] & ((k < G) & (i < I))[None, :])
 
 
-# The basis written to memory: columns in the weight's order i*G + k, so nothing is packed. A tile [N, GP] has an input for
-# each thread, with all its points: 16 bytes at once for 8 points in 16 bits. More inputs in a tile would make Triton load
-# them in another layout than it stores the basis in, and change layouts through shared memory.
+# The basis written to memory, with columns in the weight's order i*G + k, so that nothing has to be packed. A tile [N, GP] has an
+# input with all its points for each thread: 16 bytes at a time for 8 points in 16 bits. With more inputs in a tile, Triton would
+# load them in another layout than it stores the basis, and change layouts through shared memory.
 @triton.jit
 def _terms(u, table, p, q, APPROX: tl.constexpr):
     """p_k E and q_k/E [N, GP] of inputs u [N, 1]."""
@@ -334,8 +334,8 @@ class Tile:
         return (self.stages - (family == "mma")) * self.k * (self.m + self.n) * itemsize
 
 
-# By op, kind of product and family of matrix instructions; the small tile at the end serves few tokens and few outputs.
-# All compile without spills and unserialised: `python benchmarks/aot.py`.
+# Tiles by op, kind of product and family of matrix instructions; the small tile at the end is for few tokens or few outputs.
+# All compile without spills and without serialised products: `python benchmarks/aot.py`.
 TILES: dict[tuple[str, str], list[Tile]] = {
     ("forward", "wgmma"): [Tile(128, 256, 64, 8, 3, pure=True), Tile(128, 128, 64, 8, 3, pure=True),
                            Tile(64, 128, 64, 4, 3, pure=True)],
@@ -357,12 +357,12 @@ TILES: dict[tuple[str, str], list[Tile]] = {
     ("backward_weight", "mfma"): [Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2)],
     ("backward_weight", "float"): [Tile(64, 64, 32, 8, 2)],
 }
-# Before 3.6 Triton keeps too much of the widest two of `mma` in registers (compiled with 3.3).
+# Before 3.6 Triton keeps too much of the widest two `mma` tiles in registers (compiled with 3.3).
 SPILLS_WIDE = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
-# Columns at which the matrix unit takes as long as the special functions for the basis: narrower tiles are no faster.
+# Columns at which the matrix unit takes as long as the special functions for the basis: narrower tiles are not faster.
 BALANCE = {"wgmma": 160, "tcgen05": 160}
 BALANCE_OTHER = 128
-# What `benchmarks` measure with: op -> the one tile to take, whatever its cost.
+# For benchmarks: op -> the tile to use, whatever its cost.
 forced: dict[str, Tile] = {}
 
 
@@ -388,8 +388,8 @@ def _padded_points(points: int) -> int:
 
 @functools.lru_cache(4096)
 def choose(op: str, device: Device, kind: str, tokens: int, inputs: int, outputs: int, points: int) -> tuple[Tile, int]:
-    """The candidate with the least work on the busiest processor, the first of equals; and in how many parts to split
-    the tokens of `backward_weight` (1 elsewhere)."""
+    """The candidate with the least work on the busiest processor, the first of equals; and the number of parts into which the
+    tokens of `backward_weight` are split (1 for other ops)."""
     padded = _padded_points(points)
     best: Any = None
     best_cost = None
@@ -417,9 +417,9 @@ def choose(op: str, device: Device, kind: str, tokens: int, inputs: int, outputs
 # ---------------------------------------------------------------- fused, or the basis written
 # Measured on one H200, 25,216 tokens, bf16, d inputs and outputs, microseconds fused / written: forward 65 / 67 at d = 192,
 # 153 / 154 at 384, 520 / 452 at 768; with backward 226 / 208, 725 / 481, 2188 / 1343. A chunk of tokens is as large as
-# memory lets it be, for smaller ones cost more: 310 MB hold all tokens of the last. Fused stay: few outputs, where the
-# product is too small to pay for writing the basis; float32, which would write twice as much; grids that are trained.
-# (Triton 3.6 computes the basis for a fused dW twice over: 96 special functions a step where 3.8 takes 40.)
+# memory allows, because smaller ones cost more: 310 MB hold all tokens of the last. These stay fused: few outputs, for which
+# writing the basis costs more than the product; float32, which would write twice as much; trained grids. (Triton 3.6 computes the
+# basis for a fused dW twice: 96 special functions per step where 3.8 takes 40.)
 WRITTEN_FORWARD_OUTPUTS, WRITTEN_BACKWARD_OUTPUTS = 385, 192
 WRITTEN_BYTES = 2 ** 29         # of one chunk's basis, and no more than this share of a device's memory
 WRITTEN_SHARE = 32
@@ -428,7 +428,7 @@ LEAST_TOKENS = 256
 
 
 def is_written(device: Device, dtype: torch.dtype, outputs: int, h: float | Tensor, single_exp: bool, backward: bool) -> bool:
-    """Whether the basis is written to memory, for sizes that are faster so."""
+    """Whether the basis is written to memory, which is faster for some sizes."""
     least = WRITTEN_BACKWARD_OUTPUTS if backward else WRITTEN_FORWARD_OUTPUTS
     return _kind(dtype, device) == "half" and outputs >= least and single_exp and not isinstance(h, Tensor)
 
@@ -484,7 +484,7 @@ def _has_out_dtype() -> bool:
 
 
 def _product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 16-bit matrices, summed in float32, and kept in it where PyTorch can."""
+    """a @ b of 16-bit matrices, summed in float32, and returned in it if PyTorch can."""
     if not a.is_cuda:
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32) if _has_out_dtype() else (a @ b).float()
@@ -492,7 +492,7 @@ def _product_float32(a: Tensor, b: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- launchers
 def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Every buffer that a kernel fills; tests put NaN in."""
+    """A buffer for a kernel to fill. All come from here, so that tests can fill them with NaN."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -519,7 +519,7 @@ def _width(h: float | Tensor) -> dict:
 
 
 def _table(grid: Tensor, h: float | Tensor, points: int) -> Tensor:
-    """The table by a launch of its own."""
+    """The table of grid and width, by a launch of its own."""
     padded = _padded_points(points)
     table = _empty(HEAD.value + 3 * padded, dtype=torch.float32, device=grid.device)
     table_kernel[(1,)](grid, table=table, G=points, GP=padded, **_width(h), num_warps=1)
@@ -576,8 +576,8 @@ def forward(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_e
 
 def backward(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, need_u: bool,
              need_weight: bool) -> tuple[Tensor | None, Tensor | None]:
-    """dy [T, O], the rest as in `forward` -> du [T, I] in u's dtype and dW [O, I*G] float32, None where not needed. The
-    same bits on every run."""
+    """dy [T, O], the rest as in `forward` -> du [T, I] in u's dtype and dW [O, I*G] float32, None if not needed. The bits are the
+    same on every run."""
     if need_u and need_weight and u.numel() and is_written(device_of(u), weight.dtype, len(weight), h, single_exp, backward=True):
         _check_grid(grid)
         return _written_backward(dy.to(weight.dtype), u, weight, grid, h)
@@ -643,9 +643,9 @@ def backward_weight(dy: Tensor, u: Tensor, weight: Tensor | Sequence[int], grid:
 
 def backward_grid(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, need_grid: bool,
                   need_h: bool) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dgrid [G] and dL/dh (0-d), float32, or None where not needed; arguments as in `backward_u`.
+    """dL/dgrid [G] and dL/dh (0-d), float32, or None if not needed; arguments as in `backward_u`.
 
-    dB/dg = -dB/du, dB/dh = -dB/du (u - g)/h; one exponential a point, which holds for every grid."""
+    dB/dg = -dB/du, dB/dh = -dB/du (u - g)/h. It uses one exponential per point, which is valid for every grid."""
     sums = _backward_u("backward_grid", dy, u, weight, grid, h, False).sum(0, dtype=torch.float64)
     return (-sums[0, :grid.numel()].float() if need_grid else None,
             -sums[1, :grid.numel()].sum().float() if need_h else None)

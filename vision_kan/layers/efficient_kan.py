@@ -1,10 +1,10 @@
-"""The efficient-KAN feed-forward: on every edge SiLU and a B-spline, each with weights of its own.
+"""The efficient-KAN feed-forward: a weighted SiLU and a B-spline on every edge.
 
     y_o = sum_i base[o, i] silu(x_i) + scaler[o, i] sum_k spline[o, i, k] B_k(x_i)
 
 B_k are the G = intervals + order B-splines on a uniform grid that is extended by `order` intervals on both sides.
-The network is that of Liu et al. (arXiv:2404.19756) in the formulation of efficient-KAN (Blealtan, 2024), the
-first feed-forward of Vision-KAN; parameter names are efficient-KAN's. The grid stays where it is.
+The network is that of Liu et al. (arXiv:2404.19756) in the formulation of efficient-KAN (Blealtan, 2024), the first feed-forward
+of Vision-KAN. Parameter names are efficient-KAN's. The grid is fixed.
 
 Legend for shapes: T tokens (all leading dimensions flattened), I inputs, O outputs, G basis functions, K = G +
 order + 1 knots.
@@ -43,15 +43,15 @@ def bspline_basis(u: Tensor, knots: Tensor, order: int) -> Tensor:
 
 
 def uniform_knots(grid_min: float, grid_max: float, num_grids: int, order: int) -> Tensor:
-    """K knots, of which [order] is grid_min and [G] is grid_max, in float64 on the CPU whatever the default device."""
+    """K knots, of which [order] is grid_min and [G] is grid_max, in float64 on the CPU, whatever the default device."""
     margin = order * (grid_max - grid_min) / (num_grids - order)
     return torch.linspace(grid_min - margin, grid_max + margin, num_grids + order + 1, dtype=torch.float64, device="cpu")
 
 
 # ---------------------------------------------------------------- the op with a backward of its own
 class _EdgeLinear(torch.autograd.Function):
-    """y = W vec(silu(x), B_1(x) .. B_G(x)) that keeps only x and W for its backward and computes the basis again
-    there: nothing of size [T, I, G] outlives a chunk of tokens.
+    """y = W vec(silu(x), B_1(x) .. B_G(x)). Only x and W are kept for the backward pass, which computes the basis again: nothing
+    of size [T, I, G] outlives a chunk of tokens.
 
     The columns of W are ordered (function, i), so that every elementwise pass runs over contiguous inputs.
     """
@@ -86,7 +86,7 @@ class _EdgeLinear(torch.autograd.Function):
 
 
 def _edge_linear_reference(x: Tensor, weight: Tensor, knots: Tensor, order: int, dtype: torch.dtype) -> Tensor:
-    """The same in PyTorch's differentiable operations."""
+    """The same in PyTorch's differentiable operations, for second derivatives."""
     u = x.to(math_dtype(x.dtype))
     functions = torch.cat([F.silu(u).unsqueeze(1), bspline_basis(u, knots, order).transpose(1, 2)], 1)
     return F.linear(functions.flatten(1).to(dtype), weight.to(dtype))
@@ -95,8 +95,8 @@ def _edge_linear_reference(x: Tensor, weight: Tensor, knots: Tensor, order: int,
 @torch.fx.wrap
 def edge_linear(x: Tensor, base_weight: Tensor, spline_weight: Tensor, spline_scaler: Tensor, knots: Tensor,
                 order: int) -> Tensor:
-    """sum_i base[o, i] silu(x_i) + scaler[o, i] sum_k spline[o, i, k] B_k(x_i), x [..., I] -> [..., O] in autocast's dtype
-    where autocast is on, else in x's. One call in a graph of torch.fx."""
+    """sum_i base[o, i] silu(x_i) + scaler[o, i] sum_k spline[o, i, k] B_k(x_i), x [..., I] -> [..., O], in autocast's dtype if it
+    is on, else in x's. One call in a graph of torch.fx."""
     spline = spline_weight * spline_scaler.unsqueeze(-1)                                    # [O, I, G]
     weight = torch.cat([base_weight.unsqueeze(1), spline.transpose(1, 2)], 1).flatten(1)    # [O, (1 + G)*I]
     device = x.device.type
@@ -147,7 +147,7 @@ def _sum_of_powers(distance: Tensor, order: int, power: int) -> Tensor:
 
 
 def _chunks(x: Tensor, knots: Tensor) -> list[slice]:
-    """Rows of x [T, I] to work on at once: all where a compiler fuses the passes anyway."""
+    """Slices of the rows of x [T, I] to work on at once: all of them if a compiler fuses the passes anyway."""
     step = max(1, len(x))
     if not torch.compiler.is_compiling():
         step = max(1, chunk_values(x.device.type) // max(1, x.shape[1] * len(knots)))
@@ -159,13 +159,13 @@ class EfficientKANLayer(FunctionLayer):
     """SiLU and B-splines, one linear map of all: x [..., in_features] -> [..., out_features].
 
     Args:
-        grid_min, grid_max: where the splines are complete; they fade out over `spline_order` intervals beyond.
+        grid_min, grid_max: the range on which the splines are complete; beyond it they fade out over `spline_order` intervals.
         num_grids: basis functions per input, intervals + order (efficient-KAN: 5 + 3).
-        scale_base, scale_noise: of the initial base weights, and of the noise that the initial splines follow.
+        scale_base, scale_noise: of the initial base weights, and of the noise to which the initial splines are fitted.
     Raises: ValueError for an impossible grid.
 
-    The basis is computed in at least float32, the matrix product in autocast's dtype where autocast is on. Only
-    the ends of the buffer `grid` count: its knots are uniform.
+    The basis is computed in at least float32, the matrix product in autocast's dtype if it is on. Of the buffer `grid` only the
+    ends count, because the knots are uniform.
     """
     grid: Tensor
 
@@ -188,13 +188,13 @@ class EfficientKANLayer(FunctionLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """efficient-KAN's: the splines are the least-squares fit of noise at the grid points."""
+        """efficient-KAN's initialisation: the splines are a least-squares fit to noise at the grid points."""
         nn.init.kaiming_uniform_(self.base_weight, a=math.sqrt(5) * self.scale_base)
         nn.init.kaiming_uniform_(self.spline_scaler, a=math.sqrt(5))
         intervals = self.num_grids - self.spline_order
         knots = uniform_knots(self.grid_min, self.grid_max, self.num_grids, self.spline_order)
         self.grid.copy_(knots)
-        # Of all exact fits this is the smallest: there are fewer points than functions.
+        # There are fewer points than functions: of all exact fits this is the one with the smallest norm.
         fit = torch.linalg.pinv(bspline_basis(knots[self.spline_order:self.num_grids + 1], knots, self.spline_order))
         weight = self.spline_weight
         dtype = math_dtype(weight.dtype)
@@ -207,7 +207,7 @@ class EfficientKANLayer(FunctionLayer):
         return edge_linear(x, self.base_weight, self.spline_weight, self.spline_scaler, self.grid, self.spline_order)
 
     def reference_forward(self, x: Tensor) -> Tensor:
-        """The same function through plain PyTorch and its autograd."""
+        """The same function in PyTorch's own operations."""
         basis = bspline_basis(x.to(math_dtype(x.dtype)), self.grid, self.spline_order)             # [..., I, G]
         spline = self.spline_weight * self.spline_scaler.unsqueeze(-1)
         return F.linear(F.silu(x), self.base_weight) + F.linear(basis.flatten(-2).to(x.dtype), spline.flatten(1))
@@ -250,11 +250,9 @@ class EfficientKAN(TwoLayerKAN):
 
     Args:
         in_features, hidden_features, out_features: widths; hidden and out default to in_features.
-        hdim: the hidden width where it must differ from `hidden_features`, which timm always passes as
-            mlp_ratio * dim.
+        hdim: the hidden width, if it must differ from `hidden_features`, which timm always passes as mlp_ratio * dim.
         drop: dropout after each layer, one rate or a pair.
-        act_layer, norm_layer, bias: parts of an MLP that an efficient-KAN has no place for; accepted because timm
-            passes them.
+        act_layer, norm_layer, bias: ignored; accepted because timm passes them.
         kan: keywords of `EfficientKANLayer`.
     """
     TITLE = "efficient-KAN (SiLU and a B-spline on every edge)"

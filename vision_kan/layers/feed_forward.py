@@ -1,8 +1,8 @@
-"""What every feed-forward answers about itself, the body that two-layer KANs share, and the MLP.
+"""The interface of feed-forwards, the base of two-layer KANs, and the MLP.
 
 A new feed-forward is a module with a subclass of `FeedForward` (often of `TwoLayerKAN`) and a line in
-`models_kan.FEED_FORWARDS`. With that it trains, is read back from a checkpoint, inspected, exported and counted; where it
-has `PRUNES`, it is pruned.
+`models_kan.FEED_FORWARDS`. Then it can be trained, read back from a checkpoint, inspected, exported and counted; if it has
+`PRUNES`, it can be pruned.
 """
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from vision_kan.layers.function_layer import GELU_FLOPS, Flops, FunctionLayer, s
 class Half:
     """A linear map and the functions before it: x [T, I] -> [T, O], as sum_ip W[o, i, p] f[t, i, p] + b[o].
 
-    functions: the layer of learned functions, None where there is none (the features are then the inputs)."""
+    functions: the layer of learned functions; None: the features are the inputs."""
     functions: FunctionLayer | None
     bias: Tensor | None
 
@@ -26,20 +26,20 @@ class Half:
         raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
-        """[T, I, P]"""
+        """f [T, I, P] of the inputs x [T, I]."""
         raise NotImplementedError
 
     @property
     def weight(self) -> Tensor:
-        """[O, I, P]"""
+        """W [O, I, P]."""
         raise NotImplementedError
 
     def set(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Write weight [O, I, P] and, where there is one, bias [O]."""
+        """Write weight [O, I, P] and, if the half has one, bias [O]."""
         raise NotImplementedError
 
-    def take_over(self, old: "Half") -> None:
-        """All of a half of the same widths but its functions."""
+    def copy_from(self, old: "Half") -> None:
+        """Copy everything but the functions from a half of the same widths."""
         raise NotImplementedError
 
 
@@ -54,7 +54,7 @@ class EdgeHalf(Half):
         return self.layer(x)
 
     def features(self, x: Tensor) -> Tensor:
-        return self.layer.basis(self.layer.arriving(x))
+        return self.layer.basis(self.layer.normalised(x))
 
     @property
     def weight(self) -> Tensor:
@@ -64,13 +64,13 @@ class EdgeHalf(Half):
     def set(self, weight: Tensor, bias: Tensor | None) -> None:
         self.layer.set_function_weights(weight, bias)
 
-    def take_over(self, old: Half) -> None:
+    def copy_from(self, old: Half) -> None:
         assert old.functions is not None
-        self.layer.take_grid(old.functions)
+        self.layer.copy_grid(old.functions)
 
 
 class ChannelHalf(Half):
-    """An elementwise layer, or none (`nn.Identity`), and an `nn.Linear`; its features are the layer's outputs."""
+    """An elementwise layer (`nn.Identity` for none) and an `nn.Linear`; its features are the layer's outputs."""
 
     def __init__(self, phi: nn.Module, linear: nn.Linear):
         self.functions = phi if isinstance(phi, FunctionLayer) else None
@@ -92,16 +92,18 @@ class ChannelHalf(Half):
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
-    def take_over(self, old: Half) -> None:
+    def copy_from(self, old: Half) -> None:
         self.set(old.weight, old.bias)
 
 
 # ---------------------------------------------------------------- feed-forwards
 class FeedForward(nn.Module):
-    """Base class of what stands in `models_kan.FEED_FORWARDS`.
+    """Base class of the entries of `models_kan.FEED_FORWARDS`.
 
-    TITLE: in words, for a model card. FUNCTIONS: a clause on what shares a function, for messages. PRUNES: what can go, of
-    `analysis.pruning.plans.KINDS`. HOLDS_MLP: an MLP's parameters are its own under the same names, and it begins as that MLP.
+    TITLE: its name for a model card.
+    FUNCTIONS: a clause on what shares a function, for messages.
+    PRUNES: what can be pruned, of `analysis.pruning.plans.KINDS`.
+    HOLDS_MLP: it has an MLP's parameters under the same names, and with an MLP's weights begins as that MLP.
     FITS_MLP: `models.conversion` can fit it to an MLP."""
     TITLE: ClassVar[str]
     FUNCTIONS: ClassVar[str] = "every edge has a function of its own"
@@ -111,21 +113,22 @@ class FeedForward(nn.Module):
 
     @classmethod
     def with_options(cls, size: Any, *args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
-        """What timm calls as `mlp_layer`. size: of `models_kan.SIZES`.
+        """The constructor that timm calls as `mlp_layer`. size: an entry of `models_kan.SIZES`.
 
-        A subclass takes the model's options as keyword arguments, each a flag of the same name. If it returns a partial, the
-        partial's keywords are read by `models_kan.own_options`."""
+        A subclass takes the model's options as keyword arguments, each a flag of the same name. If it returns a partial,
+        `models_kan.own_options` reads the partial's keywords."""
         raise NotImplementedError
 
     @classmethod
     def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
-        """Options and other arguments of the model that these weights are of; None if they are of another feed-forward.
+        """Options and other arguments of the model with these weights, or None if they are of another feed-forward.
 
-        blocks: of each block the feed-forward's tensors, under its own names. dim: the width of the blocks."""
+        blocks: the feed-forward's tensors in each block, by their names in it.
+        dim: the width of the blocks."""
         raise NotImplementedError
 
     def flops(self, tokens: int) -> Flops:
-        """Operations for this many tokens."""
+        """FLOPs of the forward pass of this number of tokens."""
         raise NotImplementedError
 
     def halves(self) -> tuple[Half, Half]:
@@ -144,7 +147,7 @@ class TwoLayerKAN(FeedForward):
         self.drops = nn.ModuleList([nn.Dropout(p) for p in to_2tuple(drop)])
 
     def init_weights(self) -> None:
-        """Fill every parameter and the grids anew; timm calls it last, also after `to_empty` from meta."""
+        """Initialise every parameter and the grids. timm calls it last, also after `to_empty` from meta."""
         for layer in self.layers:
             layer.reset_parameters()
 
@@ -161,13 +164,13 @@ class TwoLayerKAN(FeedForward):
 
 
 class MLP(FeedForward):
-    """The twin: DeiT's own MLP, hidden width 4 x dim."""
+    """DeiT's own MLP, the twin of every KAN, hidden width 4 x dim."""
     TITLE = "MLP"
     HOLDS_MLP = True
 
     @classmethod
     def with_options(cls, size: Any) -> Callable[..., nn.Module]:
-        return Mlp      # timm's own: this class stands in the table for it, and is never built
+        return Mlp      # timm's; this class only represents it in the table
 
     @classmethod
     def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
@@ -176,7 +179,7 @@ class MLP(FeedForward):
 
 
 def mlp_flops(mlp: Mlp, tokens: int) -> Flops:
-    """Of timm's MLP, whose activation counts as GELU."""
+    """FLOPs of timm's MLP. Its activation counts as GELU."""
     fc1: Any = mlp.fc1
     fc2: Any = mlp.fc2
     return Flops(2 * tokens * (fc1.weight.numel() + fc2.weight.numel()), GELU_FLOPS * tokens * fc1.out_features)
@@ -184,15 +187,15 @@ def mlp_flops(mlp: Mlp, tokens: int) -> Flops:
 
 # ---------------------------------------------------------------- reading weights back
 def widths(blocks: Sequence[Mapping[str, Tensor]], first_map: str) -> int | list[int]:
-    """The hidden width of the feed-forwards, whose first linear map has it as its outputs; a list where blocks differ."""
+    """The hidden width of the feed-forwards, the outputs of their first linear map; a list if blocks differ."""
     return one_or_each([block[first_map].shape[0] for block in blocks if first_map in block])
 
 
 def one_or_each(values: list[int]) -> int | list[int]:
-    """Widths of the blocks as `hdim_kan`: one number where they are all the same."""
+    """The widths of the blocks as `hdim_kan`: one number if they are all the same, else a list."""
     return values[0] if len(set(values)) == 1 else values
 
 
-def ends(points: Tensor) -> tuple[float, float]:
-    """The first and last of a stored grid's points, as --kan-grid-range."""
+def grid_range_of(points: Tensor) -> tuple[float, float]:
+    """The first and last point of a stored grid, for --kan-grid-range."""
     return round(float(points[0]), 6), round(float(points[-1]), 6)

@@ -1,12 +1,12 @@
-"""What every layer of learned functions answers about itself.
+"""The interface of layers of learned functions.
 
     phi[o, i](u) = sum_k W[o, i, k] B_k(u)
 
-B_k are the layer's basis functions, K of them. Where `has_base`, the last one is the base function (silu, gelu, ...), which
-stands beside what is learned. A layer either has a function on every edge (`per_edge`: i is an input, o an output), or
-applies one function to each of several groups of neighbouring channels (i is a group, O = 1).
+B_k are the layer's K basis functions. With `has_base` the last one is the base function (silu, gelu, ...). A layer either has a
+function on every edge (`per_edge`: i is an input, o an output), or applies one function to each group of neighbouring channels (i
+is a group, O = 1).
 
-Count, inspect, prune, export and optimise need nothing else of a layer: a new one works with all of them.
+Counting, inspecting, pruning, exporting and optimising need nothing else of a layer, so a new one works with all of them.
 """
 from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
@@ -26,15 +26,16 @@ def sum_flops(parts: Iterable[Flops]) -> Flops:
     return Flops(sum(part.matmul for part in parts), sum(part.elementwise for part in parts))
 
 
-BASIS_FLOPS = 5         # a basis value: subtract, divide, tanh, square, subtract from 1
-BSPLINE_FLOPS = 13      # a cubic one: |s - k| 2, max(c - |s - k|, 0)^3 4 for both c, their weighted sum 3
+# FLOPs of one value
+BASIS_FLOPS = 5         # subtract, divide, tanh, square, subtract from 1
+BSPLINE_FLOPS = 13      # cubic: |s - k| 2, max(c - |s - k|, 0)^3 4 for both c, their weighted sum 3
 GELU_FLOPS = 5          # x * 1/sqrt(2), erf, + 1, * x, * 1/2
 SILU_FLOPS = 4          # x / (1 + exp(-x))
 BASE_FLOPS = {"identity": 0, "gelu": GELU_FLOPS, "silu": SILU_FLOPS, "relu": 1, "relu2": 2}
 
 
 class FunctionLayer(nn.Module):
-    """Base class of the layers with learned functions; the legend is in the module's docstring."""
+    """Base class of layers with learned functions; for the symbols see the module's docstring."""
     per_edge: ClassVar[bool] = True
 
     @property
@@ -43,16 +44,16 @@ class FunctionLayer(nn.Module):
         return False
 
     def flops(self, tokens: int) -> Flops:
-        """Operations for this many tokens."""
+        """FLOPs of the forward pass of this number of tokens."""
         raise NotImplementedError
 
-    def arriving(self, x: Tensor) -> Tensor:
-        """u [..., I], what the functions see of the layer's input x [..., I]: after its normalisation, if it has one."""
+    def normalised(self, x: Tensor) -> Tensor:
+        """u [..., I], the arguments of the functions, for the layer's input x [..., I]: normalised, if the layer does that."""
         return x
 
     @property
     def norm(self) -> nn.LayerNorm | None:
-        """The LayerNorm before the functions, whose statistics change when inputs go."""
+        """The LayerNorm before the functions, if any. Its statistics change when inputs are pruned."""
         return None
 
     def grid_points(self) -> Tensor:
@@ -68,25 +69,25 @@ class FunctionLayer(nn.Module):
         raise NotImplementedError
 
     def set_function_weights(self, weights: Tensor, bias: Tensor | None = None) -> None:
-        """Write W [O, I, K] and, where the layer has one, the bias [O] into the parameters."""
+        """Write W [O, I, K] and, if the layer has one, the bias [O] into the parameters."""
         raise NotImplementedError
 
     def function_parameters(self) -> list[nn.Parameter]:
-        """The parameters that say what the functions are, as --what groups and points of tools/prune.py count them."""
+        """The parameters of the functions, as tools/prune.py counts them for --what groups and points."""
         raise NotImplementedError
 
     def scaled_parameters(self) -> list[nn.Parameter]:
-        """Those that learn at --kan-lr-mult times the rate, with --kan-weight-decay."""
+        """The parameters with --kan-lr-mult times the learning rate and --kan-weight-decay."""
         return []
 
     @property
     def for_kernels(self) -> tuple | None:
-        """What `kernels.describe` must know of the layer; None: --kan-backend has no effect on it."""
+        """The layer's facts that `kernels.describe` needs; None: --kan-backend has no effect on it."""
         return None
 
-    def take_grid(self, old: "FunctionLayer") -> None:
-        """Take over the normalisation of a layer with as many inputs, and its grid, spread over this layer's own number of
-        points, where it was learned."""
+    def copy_grid(self, old: "FunctionLayer") -> None:
+        """Copy the normalisation of a layer with the same number of inputs and, if learned, its grid, resampled to this layer's
+        number of points."""
 
     @torch.no_grad()
     def exact_weights(self) -> Tensor:
@@ -94,8 +95,8 @@ class FunctionLayer(nn.Module):
         return self.function_weights().double().cpu()
 
     def base_weights(self) -> Tensor | None:
-        """Weights [O, I, K] of what a function is compared with, float64 on the CPU: on an edge its own base branch, of a group
-        the base as it is; None without a base."""
+        """Weights [O, I, K] of the base that each function is compared with, float64 on the CPU: an edge's own base branch, a
+        group's base function times 1. None without a base."""
         if not self.has_base:
             return None
         weights = self.exact_weights()
@@ -105,5 +106,5 @@ class FunctionLayer(nn.Module):
 
 
 def function_layers(model: nn.Module) -> dict[str, FunctionLayer]:
-    """The layers with learned functions by name, in the order of the blocks; empty for an MLP."""
+    """name -> layer with learned functions, in the order of the blocks; empty for MLPs."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FunctionLayer)}

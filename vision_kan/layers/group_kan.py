@@ -2,11 +2,11 @@
 
     y = W2 phi2(W1 phi1(n) + b1) + b2,    phi(u) = s * base(u) + sum_k C[g, k] * B_k(u)
 
-n is the block's LayerNorm output, g the group of the channel that u is of, B_k FasterKAN's basis on a fixed
-grid, base of phi1 the identity and of phi2 GELU. Every edge function is w_oi * phi_g(u_i): a Kolmogorov-Arnold
-network (arXiv:2404.19756, with its residual base function) whose edges share their shape within a group, as
-the rationals of the Kolmogorov-Arnold transformer do (arXiv:2409.10594). C begins at 0, so it begins as the
-MLP, and an MLP's weights are its weights: `fc1` and `fc2` are named as in `timm.layers.Mlp`.
+n is the block's LayerNorm output, g the group of u's channel, B_k FasterKAN's basis on a fixed grid; the base of phi1 is the
+identity, that of phi2 GELU. Every edge function is w_oi * phi_g(u_i): a Kolmogorov-Arnold network (arXiv:2404.19756, with its
+residual base function) whose edges share their shape within a group, as the rationals of the Kolmogorov-Arnold transformer do
+(arXiv:2409.10594). C begins at 0, so the network begins as the MLP and can use an MLP's weights: `fc1` and `fc2` are named as in
+`timm.layers.Mlp`.
 
 Legend for shapes: T tokens (all leading dimensions flattened), I channels, G grid points.
 """
@@ -26,7 +26,7 @@ from vision_kan.kernels import (
     rswaf_activation_reference,
     rswaf_basis,
 )
-from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, ends, widths
+from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, grid_range_of, widths
 from vision_kan.layers.function_layer import (
     BASE_FLOPS,
     BASIS_FLOPS,
@@ -43,9 +43,10 @@ class GroupActivation(FunctionLayer):
     """phi(u) = s * base(u) + sum_k C[g, k] B_k(u), elementwise: [..., channels] -> the same shape.
 
     Args:
-        groups: how many functions, each shared by channels / groups neighbouring channels; 0: one per channel.
+        groups: number of functions, each shared by channels / groups neighbouring channels; 0: one per channel.
         base: a key of `BASES`.
-        grid_min, grid_max, num_grids: the uniform grid. h: width of a bump; None: the grid's spacing.
+        grid_min, grid_max, num_grids: the uniform grid.
+        h: width of a bump; None: the grid's spacing.
         trainable_base: learn s (one per group, 1 at the start), else it is 1.
     Raises: ValueError if the groups do not divide the channels, or for an impossible grid or base.
     """
@@ -70,7 +71,7 @@ class GroupActivation(FunctionLayer):
             raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least "
                              f"{(grid_max - grid_min) / 2 / MAX_HALF_RANGE:g}")
         self.channels, self.base = channels, base
-        # The points as numbers are what counts; the buffer tells a checkpoint's reader what they were.
+        # The layer computes with these numbers; the buffer only records them in checkpoints.
         self.points = tuple(torch.linspace(grid_min, grid_max, num_grids, dtype=torch.float64, device="cpu").tolist())
         self.register_buffer("grid", torch.empty(num_grids, **dd))
         self.coefficients = nn.Parameter(torch.empty(groups, num_grids, **dd))
@@ -79,7 +80,7 @@ class GroupActivation(FunctionLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """The base alone; timm calls it, also after `to_empty` from meta."""
+        """Begin as the base function. timm calls it, also after `to_empty` from meta."""
         self.grid.copy_(torch.tensor(self.points))
         nn.init.zeros_(self.coefficients)
         if self.scale is not None:
@@ -95,7 +96,7 @@ class GroupActivation(FunctionLayer):
         return len(self.points), self.points, self.h, self.base
 
     def reference_forward(self, u: Tensor) -> Tensor:
-        """The same function through plain PyTorch and its autograd."""
+        """The same function in PyTorch's own operations."""
         return rswaf_activation_reference(u, self.coefficients, self.points, self.h, self.base, self.scale)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
@@ -117,11 +118,11 @@ class GroupActivation(FunctionLayer):
         return True
 
     def flops(self, tokens: int) -> Flops:
-        a_channel = (BASIS_FLOPS + 2) * len(self.points) + BASE_FLOPS[self.base]    # a value, times its coefficient, added
-        return Flops(0, a_channel * tokens * self.channels)
+        per_channel = (BASIS_FLOPS + 2) * len(self.points) + BASE_FLOPS[self.base]  # basis value, times coefficient, added
+        return Flops(0, per_channel * tokens * self.channels)
 
     def grid_points(self) -> Tensor:
-        return torch.tensor(self.points, dtype=torch.float32, device="cpu").double()      # as they are computed with
+        return torch.tensor(self.points, dtype=torch.float32, device="cpu").double()      # the layer computes in float32
 
     @torch.no_grad()
     def basis(self, u: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ class GroupActivation(FunctionLayer):
 
     @torch.no_grad()
     def set_function_weights(self, weights: Tensor, bias: Tensor | None = None) -> None:
-        """Without a learned scale the base's weight is 1, whatever is given."""
+        """Without a learned scale the base's weight stays 1."""
         self.coefficients.copy_(weights[0, :, :len(self.points)])
         if self.scale is not None:
             self.scale.copy_(weights[0, :, -1])
@@ -147,7 +148,7 @@ class GroupActivation(FunctionLayer):
 
 
 def _base_of(act_layer: Callable[[], nn.Module]) -> str:
-    """The key of `BASES` whose function the activation is; ValueError where it is none of them."""
+    """The key of `BASES` for an activation. Raises ValueError if it is none of them."""
     activation, u = act_layer(), torch.linspace(-4, 4, 65, device="cpu")
     for base, function in BASES.items():
         if torch.allclose(activation(u.clone()), function(u), rtol=0, atol=1e-6):       # it may work in place
@@ -160,14 +161,15 @@ class GroupKAN(FeedForward):
 
     Args:
         in_features, hidden_features, out_features: widths; hidden and out default to in_features.
-        hdim: the hidden width where it must differ from `hidden_features`, which timm always passes as
-            mlp_ratio * dim.
-        base: base function of phi2, a key of `BASES`; None: the one that `act_layer` is, GELU without any.
+        hdim: the hidden width, if it must differ from `hidden_features`, which timm always passes as mlp_ratio * dim.
+        act_layer: the activation whose function is phi2's base, if `base` is None; None: GELU.
+        base: base function of phi2, a key of `BASES`.
         input_phi: False leaves out phi1.
-        bias: of W1 and W2, one choice or a pair. drop: dropout after phi2 and after W2, one rate or a pair.
-        norm_layer: accepted because timm passes it; an MLP's has no place here.
+        bias: of W1 and W2, one choice or a pair.
+        drop: dropout after phi2 and after W2, one rate or a pair.
+        norm_layer: ignored; accepted because timm passes it.
         phi: keywords of `GroupActivation`.
-    Raises: ValueError as `GroupActivation`, and for an `act_layer` that is none of `BASES`.
+    Raises: ValueError as `GroupActivation`, and for an `act_layer` whose function is not one of `BASES`.
     """
     TITLE = "group KAN (an MLP whose activations are learned functions, shared by groups of channels)"
     FUNCTIONS = "groups of channels share their functions"
@@ -206,7 +208,7 @@ class GroupKAN(FeedForward):
     def with_options(cls, size: Any, *, hdim_kan: int | None = None, kan_groups: int = 8, kan_base: str = "gelu",
                      kan_input_phi: bool = True, kan_trainable_base: bool = False, kan_grid_range=(-3.0, 3.0),
                      kan_grid_points: int = 8, kan_h: float | None = None) -> Callable[..., nn.Module]:
-        """Equal to the MLP at first, hidden width 4 x dim."""
+        """Begins as the MLP, hidden width 4 x dim."""
         return partial(cls, hdim=hdim_kan, groups=kan_groups, base=kan_base, input_phi=kan_input_phi,
                        trainable_base=kan_trainable_base, grid_min=kan_grid_range[0], grid_max=kan_grid_range[1],
                        num_grids=kan_grid_points, h=kan_h)
@@ -218,8 +220,8 @@ class GroupKAN(FeedForward):
             return None
         groups, points = first["phi2.coefficients"].shape
         hidden = widths(blocks, "fc1.weight")
-        one_each = widths(blocks, "phi2.coefficients") == hidden        # a function for each channel
-        options = {"kan_groups": 0 if one_each else groups, "kan_grid_points": points,
-                   "kan_grid_range": ends(first["phi2.grid"]), "kan_input_phi": "phi1.coefficients" in first,
+        per_channel = widths(blocks, "phi2.coefficients") == hidden     # each channel has its own function
+        options = {"kan_groups": 0 if per_channel else groups, "kan_grid_points": points,
+                   "kan_grid_range": grid_range_of(first["phi2.grid"]), "kan_input_phi": "phi1.coefficients" in first,
                    "kan_trainable_base": "phi2.scale" in first}
         return options if hidden == 4 * dim else options | {"hdim_kan": hidden}

@@ -3,9 +3,9 @@ import torch
 from torch import Tensor
 
 
-def ridged(gram: Tensor, ridge: float, free: int = 0) -> Tensor:
-    """Gram matrices [..., P, P] with ridge times the mean of their diagonal added to it, which keeps coefficients bounded where
-    columns are nearly dependent or nothing arrives. free: this many columns at the end, such as a constant, get none."""
+def add_ridge(gram: Tensor, ridge: float, free: int = 0) -> Tensor:
+    """Gram matrices [..., P, P] with ridge times the mean of their diagonal added to it. This keeps coefficients bounded if
+    columns are nearly dependent or zero. free: number of columns at the end, such as a constant, that get no ridge."""
     size = gram.shape[-1] - free
     mean = gram.diagonal(dim1=-2, dim2=-1)[..., :size].mean(-1, keepdim=True).clamp_min(1e-12)
     penalty = torch.zeros_like(gram)
@@ -14,5 +14,5 @@ def ridged(gram: Tensor, ridge: float, free: int = 0) -> Tensor:
 
 
 def ridge_solve(gram: Tensor, moments: Tensor, ridge: float, free: int = 0, left: bool = True) -> Tensor:
-    """Coefficients x with `ridged(gram) x = moments` [..., P, N], or x ridged(gram) = moments [..., N, P] with left=False."""
-    return torch.linalg.solve(ridged(gram, ridge, free), moments, left=left)
+    """Coefficients x with R x = moments [..., P, N], R = `add_ridge(gram)`; with left=False x R = moments [..., N, P]."""
+    return torch.linalg.solve(add_ridge(gram, ridge, free), moments, left=left)

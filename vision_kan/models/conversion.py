@@ -1,14 +1,14 @@
-"""From a trained MLP to a KAN that computes the same.
+"""From a trained MLP to a KAN that computes the same function.
 
-A group KAN holds the MLP's weights under the same names and begins as the MLP: nothing is left to convert
-(`models_kan.load_finetune`). A full-edge KAN of the MLP's hidden width can hold it up to a least-squares fit:
+A group KAN holds the MLP's weights under the same names and begins as the MLP: there is nothing to convert
+(`finetune.load_finetune`). A full-edge KAN of the MLP's hidden width represents it up to a least-squares fit:
 
     MLP                         y = W2 gelu(W1 n + b1) + b2,    n = LayerNorm(x)
     first layer                 n_i = m_i + s_i u_i  ~  sum_k a_ik B_k(u_i) + a_i,      weight W1[o, i] a_ik
     second layer                gelu(z_j)  ~  sum_k c_jk B_k(u_j) + c_j,  u_j = (z_j - m_j)/s_j,  weight W2[o, j] c_jk
 
-where mean m and deviation s of every input and every hidden unit, and what the fits are weighted by, come from a
-calibration batch. Constants and biases go into the layers' biases, the block norm's affine into W1 and b1.
+Mean m and deviation s of every input and hidden unit, and the weights of the fits, come from a calibration batch. Constants and
+biases go into the layers' biases, the block norm's affine into W1 and b1.
 """
 import re
 import warnings
@@ -30,29 +30,28 @@ from vision_kan.layers.least_squares import ridge_solve
 from vision_kan.models.finetune import LoadReport, load_finetune
 from vision_kan.models.hooks import caught_inputs
 
-# Of a fit's weight this share is a standard normal's, so that the function is right too where no sample of the
-# calibration batch fell.
+# A standard normal has this share of a fit's weight, so that the function is right too where the calibration batch has no sample.
 GAUSSIAN_SHARE = 0.05
-RIDGE = 1e-7        # of the mean of E[B_k^2]
-TOKENS = 4096       # of the calibration batch, at most
+RIDGE = 1e-7            # relative to the mean of E[B_k^2]
+MAX_TOKENS = 4096       # of the calibration batch
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """What a converted block's feed-forward deviates on the calibration batch: root mean square, relative to the
-    root mean square of the MLP's output; and the share of its inputs that fall off the grid."""
+    """The error of a converted block's feed-forward on the calibration batch."""
     block: int
-    error: float
-    outside: float
+    error: float        # root mean square of the deviation, relative to that of the MLP's output
+    outside: float      # share of the inputs of both layers that lie off the grid
 
 
 def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
-    """Put a KAN in the place of every `timm.layers.Mlp` of linear maps, in a model of any architecture; returns how many.
+    """Replace every `timm.layers.Mlp` of linear maps by a KAN, in a model of any architecture.
 
     Args:
-        layer: `GroupKAN`, `functools.partial(FasterKAN, hdim=96)` and the like, called as timm calls an `mlp_layer`. A group
-            KAN takes over the MLP's weights, so that the model computes what it did; others begin anew.
-    Raises: ValueError that names the module where the layer does not fit, before any is replaced. Warns where there is none.
+        layer: the KAN's constructor, such as `GroupKAN` or `functools.partial(FasterKAN, hdim=96)`, called as timm calls an
+            `mlp_layer`. A group KAN takes over the MLP's weights, so that the model's outputs stay; others begin untrained.
+    Returns: the number of MLPs replaced; warns if there are none.
+    Raises: ValueError that names the module if the layer does not fit it; nothing is replaced then.
     """
     found: dict[nn.Module, nn.Module] = {}
     for where, mlp in model.named_modules():
@@ -74,7 +73,7 @@ def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
         warnings.warn(f"nothing was replaced: {type(model).__name__} has no timm.layers.Mlp of linear maps"
                       + (f" ({', '.join(others)} are left as they are)" if others else ""), stacklevel=2)
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():     # an MLP may stand in several places
+        for name, child in parent._modules.items():     # one MLP may be used in several places
             if child in found:
                 setattr(parent, name, found[child])
     return len(found)
@@ -82,14 +81,15 @@ def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
 
 def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], images: Callable[[], Tensor],
                    grid: tuple[int, int] | None = None) -> tuple[LoadReport, list[BlockError]]:
-    """Weights of another model for `model`, MLPs turned into KANs where that is possible.
+    """Load another model's weights into `model`, converting MLPs to KANs where possible.
 
     Args:
-        spec: how `model` was built. state: the other model's parameters.
-        images: gives a calibration batch [B, 3, H, W], and is called only if one is needed. grid: of the other model's patches
-        (`models_kan.patch_grid`).
-    Returns: what became of each tensor, and the error of each block whose KAN was fitted to an MLP.
-    Raises: UserError as `models_kan.load_finetune`.
+        spec: how `model` was built.
+        state: the other model's parameters.
+        images: returns a calibration batch [B, 3, H, W]; called only if one is needed.
+        grid: (rows, columns) of the other model's patches (`infer.patch_grid`); None: a square.
+    Returns: a report on each tensor, and the error of each block whose KAN was fitted to an MLP.
+    Raises: UserError as `finetune.load_finetune`.
     """
     report = load_finetune(model, state, grid)
     blocks = getattr(model, "blocks", [])
@@ -115,7 +115,7 @@ def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], 
 
 
 def why_not(model: Any, source: Any) -> str | None:
-    """Why `mlp_to_full_edge` cannot convert `source` into `model`, as a clause; None if it can."""
+    """The reason why `mlp_to_full_edge` cannot convert `source` into `model`, as a clause; None if it can."""
     pairs = list(zip(getattr(model, "blocks", []), getattr(source, "blocks", [])))
     if not pairs or len(model.blocks) != len(source.blocks):
         return f"it has {len(getattr(source, 'blocks', []))} blocks, the model {len(getattr(model, 'blocks', []))}"
@@ -129,14 +129,15 @@ def why_not(model: Any, source: Any) -> str | None:
 
 @torch.no_grad()
 def mlp_to_full_edge(model: Any, source: Any, images: Tensor) -> list[BlockError]:
-    """Give every KAN of `model` the function of the MLP in the same block of `source`.
+    """Fit every KAN of `model` to the MLP in the same block of `source`.
 
     Args:
-        model: a timm ViT whose feed-forwards are `FasterKAN`s with biases, a static second normalisation and the
-            hidden width of the MLPs. Only its block norms (norm2) and feed-forwards are changed.
-        source: the trained timm ViT, GELU MLPs. images: [B, 3, H, W], normalised; a few dozen are enough.
-    Returns: the error of each block, measured on the inputs that the source's block gets.
-    Raises: UserError where `why_not` finds a reason.
+        model: a timm ViT whose feed-forwards are `FasterKAN`s with biases, a static second normalisation and the hidden width
+            of the MLPs. Changes only its block norms (norm2) and feed-forwards.
+        source: the trained timm ViT with GELU MLPs.
+        images: [B, 3, H, W], normalised; a few dozen are enough.
+    Returns: the error of each block on the inputs of the source's block.
+    Raises: UserError if `why_not` has a reason.
     """
     reason = why_not(model, source)
     if reason:
@@ -146,7 +147,7 @@ def mlp_to_full_edge(model: Any, source: Any, images: Tensor) -> list[BlockError
     for number, (kan_block, mlp_block) in enumerate(zip(model.blocks, source.blocks)):
         norm, mlp, kan = mlp_block.norm2, mlp_block.mlp, kan_block.mlp
         n = F.layer_norm(inputs[number], norm.normalized_shape, eps=norm.eps)
-        # The KAN's own LayerNorm normalises: leave nothing for the block's, whose affine goes into the map.
+        # The KAN has a LayerNorm of its own. The block's keeps no affine: it goes into the first map.
         nn.init.ones_(kan_block.norm2.weight), nn.init.zeros_(kan_block.norm2.bias)
         kan_block.norm2.eps = norm.eps
         w1 = mlp.fc1.weight.double() * norm.weight.double()
@@ -155,14 +156,14 @@ def mlp_to_full_edge(model: Any, source: Any, images: Tensor) -> list[BlockError
         hidden = n.double() @ w1.T + b1
         _fit_layer(kan.layers[1], hidden.float(), mlp.fc2.weight.double(), mlp.fc2.bias.double(), F.gelu)
         target = mlp.fc2(F.gelu(mlp.fc1(norm(inputs[number]))))
-        got = kan(kan_block.norm2(n))           # n has mean 0 and deviation 1: normalising again changes nothing
+        got = kan(kan_block.norm2(n))           # n is normalised already: norm2 changes nothing
         errors.append(BlockError(number, ((got - target).square().mean() / target.square().mean()).sqrt().item(),
                                  _share_outside(kan, n)))
     return errors
 
 
 def _feed_forward_inputs(source: Any, images: Tensor) -> list[Tensor]:
-    """What enters the norm before the feed-forward of each block, [tokens, dim], at most `TOKENS` of them."""
+    """The inputs of each block's norm2, [tokens, dim], at most `MAX_TOKENS` of them."""
     training = source.training
     with caught_inputs([block.norm2 for block in source.blocks]) as caught:
         try:
@@ -170,7 +171,7 @@ def _feed_forward_inputs(source: Any, images: Tensor) -> list[Tensor]:
         finally:
             source.train(training)
     inputs = [tokens.flatten(0, -2) for tokens, in caught]
-    step = max(1, -(-len(inputs[0]) // TOKENS))
+    step = max(1, -(-len(inputs[0]) // MAX_TOKENS))
     return [tokens[::step] for tokens in inputs]
 
 
@@ -180,7 +181,9 @@ def _identity(x: Tensor) -> Tensor:
 
 def _fit_layer(layer: FasterKANLayer, x: Tensor, weight: Tensor, bias: Tensor,
                function: Callable[[Tensor], Tensor]) -> None:
-    """layer(x) ~ weight function(x) + bias for inputs like x [T, I]; weight [O, I], bias [O], float64."""
+    """Set the layer's parameters so that layer(x) ~ weight function(x) + bias for inputs like x [T, I].
+
+    weight: [O, I], bias: [O], both float64."""
     mean, std = x.double().mean(0), x.double().std(0).clamp_min(1e-6)
     layer.normalise_by(mean, std)
     coefficients, constant = _fit(layer, x, mean, std, function)                    # [I, G], [I]
@@ -193,36 +196,38 @@ def _fit_layer(layer: FasterKANLayer, x: Tensor, weight: Tensor, bias: Tensor,
 
 def _fit(layer: FasterKANLayer, x: Tensor, mean: Tensor, std: Tensor,
          function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """For each input i: sum_k c_ik B_k(u) + c_i ~ function(m_i + s_i u) over the samples u = (x_i - m_i)/s_i and,
-    with `GAUSSIAN_SHARE` of the weight, a standard normal. Least squares with a small ridge, in float64."""
+    """Coefficients c [I, G] and constants c [I] with sum_k c_ik B_k(u) + c_i ~ function(m_i + s_i u) for each input i.
+
+    Least squares with a small ridge, in float64, over the samples u = (x_i - m_i)/s_i and, with `GAUSSIAN_SHARE` of the weight, a
+    standard normal."""
     normal = torch.linspace(-5, 5, 201, dtype=torch.float64, device=x.device)
     density = torch.exp(-normal ** 2 / 2)
     weights = torch.cat([torch.full((len(x),), (1 - GAUSSIAN_SHARE) / len(x), dtype=torch.float64, device=x.device),
                          density * (GAUSSIAN_SHARE / density.sum())])[:, None]      # [T, 1]
     coefficients = []
-    for some in torch.arange(x.shape[1], device=x.device).split(32):               # bounds the memory
-        m, s = mean[some], std[some]
-        u = torch.cat([(x[:, some].double() - m) / s, normal[:, None].expand(-1, len(some))]).T.contiguous()    # [i, T]
-        columns = F.pad(layer.rbf.basis(u), (0, 1), value=1.0)                # [i, T, G + 1]
+    for chunk in torch.arange(x.shape[1], device=x.device).split(32):               # bounds the memory
+        m, s = mean[chunk], std[chunk]
+        u = torch.cat([(x[:, chunk].double() - m) / s, normal[:, None].expand(-1, len(chunk))]).T.contiguous()  # [i, T]
+        columns = F.pad(layer.rbf.basis(u), (0, 1), value=1.0)                      # [i, T, G + 1]
         weighted = (columns * weights).mT                                           # [i, G + 1, T]
         target = function(m[:, None] + s[:, None] * u)
         coefficients.append(ridge_solve(weighted @ columns, weighted @ target[..., None], RIDGE, free=1).squeeze(-1))
-    both = torch.cat(coefficients)
-    return both[:, :-1], both[:, -1]
+    solved = torch.cat(coefficients)
+    return solved[:, :-1], solved[:, -1]
 
 
 def _share_outside(kan: FasterKAN, n: Tensor) -> float:
-    """Share of what arrives at both layers' bases that lies off their grids."""
+    """The share of the inputs of both layers' bases that lie off their grids."""
     outside = []
     x = n
     for layer in kan.layers:
-        u = layer.arriving(x)
+        u = layer.normalised(x)
         outside.append((u < layer.rbf.grid.min()) | (u > layer.rbf.grid.max()))
         x = layer(x)
-    return (sum(o.sum() for o in outside) / sum(o.numel() for o in outside)).item()
+    return (sum(mask.sum() for mask in outside) / sum(mask.numel() for mask in outside)).item()
 
 
 def table(errors: list[BlockError]) -> str:
-    """A line for each block."""
+    """The errors as text, a line for each block."""
     return "\n".join(["  block  error of the feed-forward  inputs off the grid"]
                      + [f"  {e.block:5}  {e.error:24.2%}  {e.outside:19.2%}" for e in errors])

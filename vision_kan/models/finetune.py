@@ -1,4 +1,4 @@
-"""Weights of another model as a start: what fits, what is resampled, what begins anew."""
+"""Another model's weights as the start of a training: tensors are loaded, resampled, converted or dropped."""
 import math
 import re
 from collections import Counter
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError
-from vision_kan.models.infer import load_into, sample_key
+from vision_kan.models.infer import load_into, sample_keys
 
 
 @dataclass
 class LoadReport:
-    """What became of each tensor when a model took over another's weights: {key: note}."""
+    """What became of each tensor when a model took over another's weights, each a dict of key -> note."""
     loaded: dict[str, str] = field(default_factory=dict)
     converted: dict[str, str] = field(default_factory=dict)
     resampled: dict[str, str] = field(default_factory=dict)
@@ -25,7 +25,7 @@ class LoadReport:
     initial: dict[str, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """One line per kind of tensor; the numbers of blocks are folded into `*`."""
+        """One line per kind of tensor, with `*` for the number of the block."""
         lines = []
         for title, entries in (("loaded", self.loaded), ("converted", self.converted), ("resampled", self.resampled),
                                ("dropped", self.dropped), ("left as initialised", self.initial)):
@@ -37,10 +37,10 @@ class LoadReport:
 
 
 def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] | None) -> None:
-    """Bring `pos_embed` to the model's grid and prefix tokens, in place. old: the grid that it is for; None: a square.
+    """Adapt `pos_embed` to the model's grid and prefix tokens, in place. old: the grid of the embedding; None: a square.
 
-    Positions of the class and distillation tokens are kept. A DeiT-III model has none: there the class token's
-    is added to the token itself, which is the same function; from DeiT-III they become zero, the same again."""
+    The positions of the class and distillation tokens are kept. A DeiT-III model has none, so there they are added to the tokens
+    themselves, which gives the same function; coming from DeiT-III they become zero, which also does."""
     pos = state["pos_embed"]
     if not hasattr(model, "patch_embed") or getattr(model, "pos_embed", None) is None:
         return
@@ -51,7 +51,7 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] 
 
     n_prefix = next((n for n in (len(tokens), 0) if fits(pos.shape[1] - n)), None)
     if n_prefix is None:
-        del state["pos_embed"]          # of oblong images, or of further tokens: which position is whose is unknown
+        del state["pos_embed"]          # oblong images or further tokens: the meaning of the positions is unknown
         return
     prefix, grid = pos[:, :n_prefix], pos[:, n_prefix:]
     grid = resample_abs_pos_embed(grid, new_size=list(model.patch_embed.grid_size), old_size=list(old) if old else None,
@@ -69,12 +69,15 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] 
 
 
 def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, int] | None = None) -> LoadReport:
-    """Take over all of another model's weights that fit, and tell what became of each tensor.
+    """Load all of another model's weights that fit, and report what became of each tensor.
 
-    Position and patch embeddings are resampled to the model's image and patch size. The head is dropped when
-    the class count differs. An MLP becomes a group KAN as it is; in a block of another KAN it has no place and is
-    dropped (`conversion.load_converted` fits one to it). grid: of the source's patches (`patch_grid`); None: a square.
-    Raises: UserError if nothing fits, or nothing of the attention."""
+    Position and patch embeddings are resampled to the model's image and patch size. The head is dropped if the number of classes
+    differs. A group KAN takes over an MLP's weights; for other KANs they are dropped (`conversion.load_converted` fits them).
+
+    Args:
+        source: the other model's parameters.
+        grid: (rows, columns) of its patches (`infer.patch_grid`); None: a square.
+    Raises: UserError if no tensor fits, or none of the attention."""
     own, report = model.state_dict(), LoadReport()
     if any(".kan.layers." in key for key in source):
         report.dropped = {key: "never used by the original" for key in source if ".mlp." in key}
@@ -106,13 +109,13 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
                                    else "no such part in this model")
     attention = [key for key in own if ".attn." in key]
     if source and not own.keys() & source.keys():
-        raise UserError(f"the checkpoint's weights ({sample_key(source)}) have no name in common with those of the model "
-                        f"({sample_key(own)}): it is of another program or architecture: choose weights of a "
+        raise UserError(f"the checkpoint's weights ({sample_keys(source)}) have no name in common with those of the model "
+                        f"({sample_keys(own)}): it is of another program or architecture: choose weights of a "
                         "vision transformer of the model's width and depth")
     if not taken or (attention and not any(key in taken for key in attention)):
         theirs = next((f" ({key}: {tuple(source[key].shape)} against {tuple(own[key].shape)})"
                        for key in attention if key in source), "")
         raise UserError(f"nothing of the checkpoint's attention fits this model{theirs}, so it would train from "
-                        "random weights: choose the --model of the same width and depth")
+                        "random weights: choose a --model of the same width and depth")
     load_into(model, taken, "the checkpoint")
     return report

@@ -1,4 +1,4 @@
-"""What enters modules while a model computes."""
+"""The inputs of modules, recorded during a forward pass."""
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def caught_inputs(modules: Sequence[nn.Module]) -> Iterator[list[list[Tensor]]]:
-    """Yields a list for each module; inside, the first argument of each of its calls is appended to it."""
+    """Yields a list for each module. While the context lasts, each call of the module appends its first argument to it."""
     caught: list[list[Tensor]] = [[] for _ in modules]
     with ExitStack() as stack:
         for module, inputs in zip(modules, caught):

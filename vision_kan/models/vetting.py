@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits its purpose, checked before a model is built from it: it may come from anyone."""
+"""Checks of a checkpoint before a model is built or resumed from it: it may come from anyone."""
 import inspect
 import math
 import warnings
@@ -18,19 +18,19 @@ from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.models.infer import load_exactly
 
-# Arguments of `timm.create_model` itself: one names a file that it unpickles, others load from the network.
-_TIMMS_OWN = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
-LARGEST_ARGUMENT = 2 ** 20
-# What an optimizer keeps for each parameter.
-_MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq")}
-_OF_THE_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-_ONE_A_WEIGHT = (*_MOMENTS, torch.optim.SGD)
-_OF_BLOCKS = ("absmax", "qmap")     # of bitsandbytes: the scale of each block of 8-bit values, and the 256 values of the code
+# Arguments of `timm.create_model` itself, which a checkpoint must not set: one names a file to unpickle, others download.
+_CREATE_MODEL_ARGUMENTS = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+MAX_ARGUMENT = 2 ** 20
+# The state that an optimizer keeps for each parameter.
+_REQUIRED_STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq")}
+_SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")       # as the parameter
+_ELEMENTWISE_OPTIMIZERS = (*_REQUIRED_STATE, torch.optim.SGD)       # all their state is per weight
+_BLOCKWISE = ("absmax", "qmap")     # bitsandbytes: a scale per block of 8-bit values, and the 256 values of the code
 
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Raises a UserError that names `what` for nearly any error inside: weights of arbitrary shapes cause all kinds."""
+    """Turns nearly any error inside into a UserError that names `what`: weights of arbitrary shapes cause all kinds."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -42,7 +42,8 @@ def as_user_error(what: str) -> Iterator[None]:
 
 # ---------------------------------------------------------------- the model
 def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
-    """The model that `model_args` describes, None without; UserError for arguments that this program never saves."""
+    """The model that `model_args` describes, or None without them. Raises UserError for arguments that this program never
+    saves."""
     stored = checkpoint.state.get("model_args")
     if stored is None:
         return None
@@ -51,23 +52,24 @@ def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
         raise UserError(f"checkpoint {checkpoint.path}: its model_args name no model that timm or this program knows "
                         f"({ascii(name)[:60]}): get it from its source again, or take its weights with --finetune")
     for key, value in kwargs.items():
-        if not isinstance(key, str) or key in _TIMMS_OWN or key.startswith("pretrained") or not _ordinary(value):
+        if not isinstance(key, str) or key in _CREATE_MODEL_ARGUMENTS or key.startswith("pretrained") or not _is_plain(value):
             raise UserError(f"checkpoint {checkpoint.path}: its model_args have {key!r}, which is not an argument of a model's "
                             "shape or out of range: get it from its source again, or take its weights with --finetune")
     return ModelSpec(name, dict(kwargs))
 
 
-def _ordinary(value: Any) -> bool:
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a string, a number within bounds, None, or a short list of these."""
     if isinstance(value, (list, tuple)):
-        return len(value) <= 100 and all(map(_ordinary, value))
+        return len(value) <= 100 and all(map(_is_plain, value))
     if isinstance(value, (int, float)):
-        return abs(value) <= LARGEST_ARGUMENT       # False for nan
+        return abs(value) <= MAX_ARGUMENT       # False for nan
     return value is None or isinstance(value, str)
 
 
 def meta_model(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
-    """The model on the meta device, without values; UserError where it cannot be built, or as soon as it has far more than
-    `tensors` parameters."""
+    """The model on the meta device, without values. Raises UserError if it cannot be built, and as soon as it has far more
+    parameters than `tensors`: a hostile description could take hours to build."""
     left = {"parameters": 2 * tensors + 100, "modules": 50 * tensors + 1000}
 
     def count(kind: str) -> Callable:
@@ -88,10 +90,11 @@ def meta_model(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
 
 
 def check_weights(spec: ModelSpec, checkpoint: Checkpoint, key: str = "model", what: str = "") -> nn.Module:
-    """The model of `spec` on the meta device, after checking that all weights under `key` fit it in shape and kind of number.
-    Raises UserError that names the first that does not. what: the file and key in that sentence."""
+    """The model of `spec` on the meta device, after checking that all weights under `key` fit it in shape and type.
+
+    what: names the weights in messages. Raises UserError that names the first tensor that does not fit."""
     state, what = checkpoint.weights(key), what or f"{key} in checkpoint {checkpoint.path}"
-    if not spec.kwargs:         # another model of timm's, known by its name only: the head tells the number of classes
+    if not spec.kwargs:         # another timm model, known by name only: the number of classes is that of its head
         cfg = get_pretrained_cfg(spec.name)
         heads = cfg and cfg.classifier or ()
         sizes = [state[f"{head}.weight"].shape[0] for head in ([heads] if isinstance(heads, str) else heads)
@@ -99,7 +102,7 @@ def check_weights(spec: ModelSpec, checkpoint: Checkpoint, key: str = "model", w
         spec = ModelSpec(spec.name, {"num_classes": sizes[0]}) if sizes else spec
     model = meta_model(spec, len(state), what)
     with as_user_error(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # a copy to the meta device does nothing, and is not meant to
+        warnings.simplefilter("ignore")     # torch warns that copying to the meta device does nothing, as intended here
         load_exactly(model, state, what)
     own = model.state_dict()
     for name, value in rename_keys(state, own).items():
@@ -111,7 +114,7 @@ def check_weights(spec: ModelSpec, checkpoint: Checkpoint, key: str = "model", w
 
 # ---------------------------------------------------------------- the state of a run
 def check_optimizer(optimizer: torch.optim.Optimizer, stored: Any) -> None:
-    """Raises UserError for a stored state that would make the first step of `optimizer` fail or spoil the weights."""
+    """Raises UserError for a stored state with which the first step of `optimizer` would fail or spoil the weights."""
     reason = _optimizer_misfit(optimizer, stored)
     if reason:
         raise UserError(f"the checkpoint's optimizer state does not fit ({reason}): resume with the flags it was "
@@ -148,7 +151,7 @@ def _optimizer_misfit(optimizer: torch.optim.Optimizer, stored: Any) -> str:
 def _moments_misfit(optimizer: torch.optim.Optimizer, kept: Any, parameter: Tensor) -> str:
     if not isinstance(kept, Mapping):
         return "no state"
-    required = (*_MOMENTS.get(type(optimizer), ()), *(["max_exp_avg_sq"] if optimizer.defaults.get("amsgrad") else []))
+    required = (*_REQUIRED_STATE.get(type(optimizer), ()), *(["max_exp_avg_sq"] if optimizer.defaults.get("amsgrad") else []))
     for key in required:
         if kept and not isinstance(kept.get(key), Tensor):
             return f"no {key}"
@@ -156,31 +159,31 @@ def _moments_misfit(optimizer: torch.optim.Optimizer, kept: Any, parameter: Tens
         if isinstance(value, Tensor):
             if value.is_complex() or not value.to(torch.float32).isfinite().all():
                 return f"{key} is not finite"
-            like = value.ndim == parameter.ndim > 0 and not key.startswith(_OF_BLOCKS) or key in _OF_THE_SHAPE
-            if type(optimizer) not in _ONE_A_WEIGHT and _one_for_many(value, parameter):
-                like = False
-            if like and value.shape != parameter.shape or key == "step" and value.numel() != 1:
+            same_shape = value.ndim == parameter.ndim > 0 and not key.startswith(_BLOCKWISE) or key in _SAME_SHAPE
+            if type(optimizer) not in _ELEMENTWISE_OPTIMIZERS and _is_reduced(value, parameter):
+                same_shape = False
+            if same_shape and value.shape != parameter.shape or key == "step" and value.numel() != 1:
                 return f"{key} has shape {tuple(value.shape)} instead of {tuple(parameter.shape)}"
         elif isinstance(value, str) or isinstance(value, (int, float)) and not math.isfinite(value):
             return f"{key} is not a number"
     return ""
 
 
-def _one_for_many(value: Tensor, parameter: Tensor) -> bool:
-    """Whether it is one number for the whole parameter, as in NovoGrad, or one for each row or column, as in Adafactor."""
+def _is_reduced(value: Tensor, parameter: Tensor) -> bool:
+    """Whether it is one number for the whole parameter, as in NovoGrad, or one per row or column, as in Adafactor."""
     return value.ndim == 0 or value.ndim == parameter.ndim and all(n in (1, m) for n, m in zip(value.shape, parameter.shape))
 
 
 def same_kind(own: Any, theirs: Any) -> bool:
-    """Whether a stored setting may replace one's own: both are numbers, or switches, or lists of equal length; a data type is
-    stored by its name."""
+    """Whether a stored setting may replace `own`: both are numbers, or switches, or lists of equal length. A dtype is stored by
+    its name."""
     if isinstance(theirs, Tensor):
         return False
     if isinstance(own, torch.dtype):
         return theirs == str(own)
     if own is None or theirs is None or isinstance(own, bool) or isinstance(theirs, bool):
         return all(value is None or isinstance(value, bool) for value in (own, theirs)) or \
-            None in (own, theirs) and _ordinary(theirs)
+            None in (own, theirs) and _is_plain(theirs)
     if isinstance(own, (int, float)):
         return isinstance(theirs, (int, float)) and not math.isnan(theirs) and (math.isfinite(theirs) or not math.isfinite(own))
     if isinstance(own, (list, tuple)):
@@ -191,13 +194,13 @@ def same_kind(own: Any, theirs: Any) -> bool:
     return isinstance(theirs, type(own))
 
 
-def _positive(value: Any) -> bool:
+def _is_finite_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def check_scaler(checkpoint: Checkpoint) -> None:
-    """Raises UserError if the state of float16's loss scaling is unusable. Empty: it was off."""
+    """Raises UserError if the state of float16's loss scaler is unusable. An empty one is fine: scaling was off."""
     stored = checkpoint.state.get("scaler")
     keys = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
-    if stored and not (isinstance(stored, Mapping) and all(_positive(stored.get(key)) for key in keys)):
+    if stored and not (isinstance(stored, Mapping) and all(_is_finite_number(stored.get(key)) for key in keys)):
         raise UserError(f"checkpoint {checkpoint.path}: its 'scaler' is not a GradScaler state: get it from its source again")

@@ -1,4 +1,4 @@
-"""The model of a run, its kernels, its teacher."""
+"""Building the model of a run, its kernels, its teacher."""
 import re
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -25,13 +25,14 @@ from vision_kan.models import conversion, vetting
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.models.infer import load_exactly, patch_grid
 from vision_kan.run.folder import versions
-from vision_kan.run.starting import Start, effective_config, meant_model
+from vision_kan.run.starting import Start, effective_config, suggest_model
 from vision_kan.training.criterion import Teacher, balanced
 from vision_kan.training.speed import compile_model
 
 
 def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
-    """The architecture: the checkpoint's own to resume or evaluate it, else what the flags say."""
+    """The architecture: the checkpoint's to resume or evaluate it, else that of the flags. Raises UserError if the number of
+    classes differs from the checkpoint's."""
     args = config.args
     if start.spec:
         stored = start.spec.kwargs.get("num_classes", num_classes)
@@ -50,7 +51,7 @@ def model_of_run(config: Config, start: Start, num_classes: int, device: torch.d
                  images: Callable[[], torch.Tensor]) -> tuple[nn.Module, ModelSpec]:
     """The run's model on its device, with --finetune's weights, --kan-backend and --compile applied, and its spec.
 
-    images: gives a batch to calibrate on. Raises UserError."""
+    images: returns a batch to calibrate on. Raises UserError for flags that do not fit the model."""
     model, spec = build_model(model_spec(config, start, num_classes), config)
     choose_backend(config, spec, model, device)
     if table := load_start(model, spec, start, images):
@@ -61,12 +62,12 @@ def model_of_run(config: Config, start: Start, num_classes: int, device: torch.d
 
 
 def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
-    """The model with the flags' dropout and stochastic depth, and the spec without what it does not know.
+    """The model with the flags' dropout and stochastic depth, and the spec without arguments that it does not take.
 
-    Any timm classification model; a flag that was given and that the model has no use for is an error."""
+    Any timm classification model can be built. Raises UserError for a given flag that has no effect on the model."""
     args = config.args
     if not timm.is_model(spec.name.split(".")[0]):
-        raise UserError(f"--model {spec.name} is unknown{meant_model(spec.name)}: --list-models prints this project's models, "
+        raise UserError(f"--model {spec.name} is unknown{suggest_model(spec.name)}: --list-models prints this project's models, "
                         "timm.list_models() all others")
     model: Any
     kwargs = {**_options_with_effect(spec, config), "drop_path_rate": args.drop_path}
@@ -82,7 +83,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             if not unknown or unknown.group(1) not in kwargs:
                 raise
             key = unknown.group(1)
-            if key in ("pos_drop_rate", "proj_drop_rate"):      # no transformer: its one rate is the head's
+            if key in ("pos_drop_rate", "proj_drop_rate"):      # not a transformer: its only rate is the head's
                 kwargs["drop_rate"] = args.drop
             elif key != "img_size" and _asked_for(flags.get(key, ""), config):
                 raise _no_effect(flags[key], spec.name) from error
@@ -121,7 +122,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
 
 
 def _try_oblong(model: nn.Module, name: str, size: Sequence[int]) -> None:
-    """One empty image through the model: some of timm's can be built for an oblong one, and take square ones alone."""
+    """Pass an empty image through the model: some of timm's can be built for oblong images but take square ones only."""
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, *size))
@@ -132,7 +133,7 @@ def _try_oblong(model: nn.Module, name: str, size: Sequence[int]) -> None:
 
 
 def _options_with_effect(spec: ModelSpec, config: Config) -> dict[str, Any]:
-    """The spec's arguments without the options that its model does not have: for one that was given, an error."""
+    """The spec's arguments without options that its model lacks. Raises UserError if such an option was given."""
     without = set(KAN_OPTIONS) - set(models_kan.options_of(spec.name))
     for key in KAN_OPTIONS:
         if key in without and key in config.given and getattr(config.args, key) is not None:
@@ -141,22 +142,22 @@ def _options_with_effect(spec: ModelSpec, config: Config) -> dict[str, Any]:
 
 
 def _asked_for(dest: str, config: Config) -> bool:
-    """Whether the user wants something by a flag: on the command line, or in a recipe another value than the default, which
-    stands in every run's args.yaml."""
+    """Whether the user set a flag: on the command line, or in a recipe to another value than the default (every run's args.yaml
+    contains the defaults, too)."""
     where = config.given.get(dest)
     return where == "command line" or where is not None and getattr(config.args, dest) != get_args_parser().get_default(dest)
 
 
 def _no_effect(dest: str, name: str, like: str | None = None) -> UserError:
-    """like: an option that the models have on which the flag has an effect."""
+    """The error for a flag without effect. like: an option of the models on which the flag has an effect."""
     others = models_kan.models_with(like or dest, name)
     return UserError(f"{flag_name(dest)} has no effect on --model {name}: leave it out"
                      + (f", or choose {' or '.join(others)}" if others else ""))
 
 
 def load_start(model: nn.Module, spec: ModelSpec, start: Start, images: Callable[[], torch.Tensor]) -> str | None:
-    """Weights of --finetune into the model, which the checkpoint lets go of; returns the table of what became of each tensor.
-    images: gives a batch to calibrate on."""
+    """Load --finetune's weights into the model and free the checkpoint. Returns the table of what became of each tensor, or None
+    without --finetune. images: returns a batch to calibrate on."""
     if start.purpose != "finetune":
         return None
     with vetting.as_user_error(f"checkpoint {start.checkpoint.path}"):
@@ -167,36 +168,37 @@ def load_start(model: nn.Module, spec: ModelSpec, start: Start, images: Callable
 
 
 def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
-    """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode. It takes the student's images, and sees
-    them at its own size and normalisation: those that its checkpoint tells, else those of its timm configuration."""
+    """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode. It takes the student's images and converts
+    them to its own size and normalisation: its checkpoint's, else those of its timm configuration."""
     if args.distillation_type == "none":
         return None
     checkpoint = Checkpoint.open(args.teacher_path)
     if not timm.is_model(args.teacher_model.split(".")[0]):
-        raise UserError(f"--teacher-model {args.teacher_model} is no timm model{meant_model(args.teacher_model)}: check the name")
+        raise UserError(f"--teacher-model {args.teacher_model} is not a timm model{suggest_model(args.teacher_model)}: check the "
+                        "name")
     stored = vetting.spec_from_model_args(checkpoint)
     kwargs = stored.kwargs if stored and stored.name == args.teacher_model else {}
     spec, what = ModelSpec(args.teacher_model, {**kwargs, "num_classes": num_classes}), f"--teacher-path {args.teacher_path}"
     vetting.check_weights(spec, checkpoint, what=what)
     teacher = timm.create_model(spec.name, **spec.kwargs)
     load_exactly(teacher, checkpoint.weights(), what)
-    told = effective_config(parse_args(["--eval", "--model", spec.name]), Start("eval", checkpoint, spec)).args
-    validate(told)
-    if (told.input_size, told.mean, told.std) != (args.input_size, args.mean, args.std):
-        say(f"the teacher {spec.name} sees the images at {shown_size(told.input_size, ' x ')} px, mean "
-            f"{' '.join(map(str, told.mean))}, std {' '.join(map(str, told.std))}")
-        teacher = Teacher(teacher, to_2tuple(told.input_size), told.mean, told.std, args.mean, args.std)
+    own = effective_config(parse_args(["--eval", "--model", spec.name]), Start("eval", checkpoint, spec)).args
+    validate(own)
+    if (own.input_size, own.mean, own.std) != (args.input_size, args.mean, args.std):
+        say(f"the teacher {spec.name} sees the images at {shown_size(own.input_size, ' x ')} px, mean "
+            f"{' '.join(map(str, own.mean))}, std {' '.join(map(str, own.std))}")
+        teacher = Teacher(teacher, to_2tuple(own.input_size), own.mean, own.std, args.mean, args.std)
     return teacher.to(device).eval().requires_grad_(False)
 
 
 def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> torch.Tensor | None:
-    """--class-weights: float32 [K] by the training images that there are of each class, or None. Alike on all processes."""
+    """--class-weights: float32 [K] by the number of training images of each class, the same on all processes, or None."""
     if args.class_weights == "none":
         return None
     data: Any = loaders.train.dataset
     if data.is_stream:
         raise UserError(f"--class-weights {args.class_weights} counts the images of each class, which the stream --data-set "
-                        f"{args.data_set} does not tell: leave it out")
+                        f"{args.data_set} does not declare: leave it out")
     counts = np.bincount(data.targets, minlength=loaders.nb_classes)
     weights = balanced(counts)
     few, many = counts.argmin(), counts.argmax()
@@ -206,7 +208,7 @@ def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> to
 
 
 def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: torch.device) -> None:
-    """Let --kan-backend compute the model's KAN layers, and say what that is. Raises UserError where it cannot."""
+    """Choose --kan-backend for the model's KAN layers and print what runs. Raises UserError if it cannot run here."""
     name = config.args.kan_backend
     grids: list[Any] = [layer.for_kernels for layer in function_layers(model).values() if layer.for_kernels]
     if not grids:
@@ -221,14 +223,14 @@ def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: to
 
 
 def description(config: Config, spec: ModelSpec, loaders: Loaders) -> dict[str, Any]:
-    """What a checkpoint says of itself beside the state: flags, architecture, classes, versions; plain types."""
+    """The entries of a checkpoint besides the state: flags, architecture, classes, versions; in built-in types."""
     return {"args": to_builtin_types({**vars(config.args), "nb_classes": loaders.nb_classes}),
             "model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}),
             "class_names": loaders.class_names, "versions": versions()}
 
 
 def model_table() -> str:
-    """--list-models: names, parameters and FLOPs of this project's models at their own size."""
+    """--list-models: names, parameters and FLOPs of this project's models at their default sizes."""
     lines = [f"{'model':42}{'parameters':>14}{'matmul GFLOPs':>16}{'elementwise GFLOPs':>20}"]
     for name in models_kan.registered_models():
         model = timm.create_model(name, device="meta", weight_init="skip")      # a quarter of the time

@@ -41,6 +41,7 @@ INTERRUPTED = "SIGINT twice: ended at once, nothing is saved since the last chec
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python, the main packages, the platform and CUDA."""
     from importlib.metadata import version
     packages = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
     return {"python": platform.python_version(), **packages, "platform": platform.platform(),
@@ -48,7 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of this code, with `-dirty` where the files differ from it, or 'unknown'."""
+    """The commit of this code, with `-dirty` if the files differ from it, or 'unknown'."""
     try:
         answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], timeout=10,
                                 cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -58,19 +59,20 @@ def git_commit() -> str:
 
 
 class RunFolder:
-    """`log.txt` (a JSON object a line), TensorBoard events, `args.yaml` and `run.yaml` of one run; the checkpoints
-    are beside them. Does nothing without a folder and on ranks other than 0.
+    """The files of one run: `log.txt` (a JSON object per line), TensorBoard events, `args.yaml`, `run.yaml`, checkpoints. It does
+    nothing without a folder and on ranks other than 0.
 
     A failed write (disk full, folder gone) gives a warning and does not end the training: `failed` holds the last reason until a
     checkpoint is written.
 
-    `status.json` is the state of the run, since torchrun hides its exit code: {"state": "running" | "finished" |
-    "preempted" | "failed", "epoch", "step", "reason", "exit_code", "processes", "host", "pid", "time"}.
+    `status.json` is the state of the run, because torchrun hides its exit code: {"state": "running" | "finished" | "preempted" |
+    "failed", "epoch", "step", "reason", "exit_code", "processes", "host", "pid", "time"}.
 
-    keep: number of checkpoints, besides the best ones. save_minutes: between checkpoints within an epoch; 0: none there. track:
-    the `tracking.SERVICES` to report to, under the project `track_project`."""
+    keep: number of checkpoints, besides the best ones.
+    save_minutes: between checkpoints within an epoch; 0: none.
+    track: the `tracking.SERVICES` to report to, under the project `track_project`."""
 
-    RETRY_S = 60    # after a checkpoint could not be written
+    RETRY_S = 60    # between attempts to write a checkpoint
 
     def __init__(self, folder: str, process: Process, keep: int = 2, save_minutes: float = 0, track: Sequence[str] = (),
                  track_project: str = ""):
@@ -80,8 +82,8 @@ class RunFolder:
         self.process = process
         self.failed = ""
         self.board: SummaryWriter | None = None
-        self.unwritten = ""     # lines of log.txt that had no room yet
-        self.ended_by = ""      # why a run that finishes ends before its last epoch
+        self.unwritten = ""     # lines that could not be written to log.txt yet
+        self.ended_by = ""      # why a run finishes before its last epoch
         self.track, self.track_project = track, track_project
         self.trackers: list[tracking.Tracker] = []
         if self.folder:
@@ -95,18 +97,19 @@ class RunFolder:
                                 "choose another folder") from error
 
     def holds_another_run(self, resumed: str) -> bool:
-        """Whether the folder has a checkpoint of another run than the one resumed from the file `resumed` ('': a new run)."""
+        """Whether the folder has a checkpoint of another run than this one. resumed: the file that this run resumes from; '': a
+        new run."""
         if not self.folder or not (self.folder / CHECKPOINT).exists():
             return False
         return not resumed or Path(resumed).expanduser().resolve().parent != self.folder.resolve()
 
     def start(self, args_yaml: str, argv: list[str], epoch: int, step: int = 0) -> None:
-        """Record flags, command and versions; remove the log lines of epochs that will be done again."""
+        """Record flags, command and versions, and remove the log lines of epochs that are trained again."""
         if not self.folder:
             return
-        goes_on = bool(epoch or step)
+        resumed = bool(epoch or step)
         launch: dict[str, Any] = {
-            "run_id": goes_on and _run_id(self.folder) or uuid.uuid4().hex,
+            "run_id": resumed and _run_id(self.folder) or uuid.uuid4().hex,
             "command": shlex.join([Path(sys.executable).name, "main.py", *argv]),
             "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "first_epoch": epoch,
             "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
@@ -115,7 +118,7 @@ class RunFolder:
             for leftover in self.folder.glob(".checkpoint-*.tmp"):     # left by a kill while saving
                 leftover.unlink(missing_ok=True)
             for path in saved_checkpoints(self.folder):
-                if path.is_dir():       # it would block every later checkpoint
+                if path.is_dir():       # it would block every checkpoint
                     warn(f"the folder {path} is renamed to {path.name}.folder")
                     path.rename(f"{path}.folder")
             log = self.folder / "log.txt"
@@ -123,7 +126,7 @@ class RunFolder:
                 kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _epoch_of(line) < epoch]
                 write_text(log, "".join(line + "\n" for line in kept))
             write_text(self.folder / "args.yaml", args_yaml)
-            with open(self.folder / "run.yaml", "a" if goes_on else "w", encoding="utf-8") as file:
+            with open(self.folder / "run.yaml", "a" if resumed else "w", encoding="utf-8") as file:
                 yaml.safe_dump([launch], file, sort_keys=False)
         if self.track:
             about = tracking.About(launch["run_id"], self.folder.resolve().name, self.track_project, self.folder,
@@ -152,11 +155,11 @@ class RunFolder:
         self.events(record["epoch"], scalars)
 
     def events(self, epoch: int, write: Callable[["SummaryWriter"], None]) -> None:
-        """Let `write` add to the TensorBoard events, at this epoch."""
+        """Call `write` with the TensorBoard writer. epoch: the first one that it writes."""
         if not self.folder:
             return
         with self._warn_on_os_error("the TensorBoard events"):
-            board, self.board = self.board or self._open_board(epoch), None     # a writer that failed is dead
+            board, self.board = self.board or self._open_board(epoch), None     # a failed writer is not used again
             write(board)
             board.flush()
             self.board = board
@@ -166,31 +169,33 @@ class RunFolder:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         def hook(failure: threading.ExceptHookArgs) -> None:
-            # TensorBoard's thread dies of a full disk; the next call raises the same error here, which gets a sentence
+            # TensorBoard's thread dies if the disk is full. The next call raises the same error, which becomes a warning.
             if not issubclass(failure.exc_type, OSError):
                 threading.__excepthook__(failure)
 
         threading.excepthook = hook
-        # TensorBoard reads the files of a folder in the order of their names, which begin with the second
+        # TensorBoard reads the files in the order of their names, which begin with the time in seconds: avoid a second file
+        # with the same one
         while any(f".tfevents.{int(time.time())}." in path.name for path in self.folder.glob("events.out.*")):
             time.sleep(0.05)
         return SummaryWriter(str(self.folder), purge_step=epoch)
 
     def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
+        """Write a checkpoint, also under the names `also`."""
         if self.folder:
             with self._warn_on_os_error(CHECKPOINT):
                 save_checkpoint(checkpoint, self.folder, also, self.keep)
             self.saved_at = time.monotonic()
 
     def wants_saving(self) -> bool:
-        """Whether a checkpoint within the epoch is due by the clock, or the last one has failed and is due again."""
+        """Whether a checkpoint within the epoch is due: by the clock, or because the last one could not be written."""
         if not self.folder:
             return False
         since = time.monotonic() - self.saved_at
         return bool(self.failed) and since > self.RETRY_S or bool(self.save_minutes) and since > 60 * self.save_minutes
 
     def status(self, state: str, epoch: int, step: int, reason: str = "", exit_code: int | None = None) -> None:
-        """Replace status.json; if that fails, there is a warning as for any other file."""
+        """Replace status.json; a failed write gives a warning as for any file."""
         if not self.folder:
             return
         record = {"state": state, "epoch": epoch, "step": step, "reason": reason, "exit_code": exit_code,
@@ -200,18 +205,18 @@ class RunFolder:
             write_text(self.folder / STATUS, to_json(record, indent=1) + "\n")
 
     def finished(self, epoch: int, reason: str = "") -> None:
-        """Set status.json to finished, if a kill came between the last checkpoint and this."""
+        """Set status.json to finished, if a kill prevented that after the last checkpoint."""
         try:
-            told = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))["state"] if self.folder else "finished"
+            state = json.loads((self.folder / STATUS).read_text(encoding="utf-8"))["state"] if self.folder else "finished"
         except (OSError, ValueError, KeyError, TypeError):
-            told = ""
-        if told != "finished":
+            state = ""
+        if state != "finished":
             self.status("finished", epoch, 0, reason, exit_code=0)
 
     @contextmanager
-    def telling(self, state: "TrainState") -> Iterator[None]:
-        """status.json follows the training inside, however it ends. A collective that fails because a process is gone raises
-        TrainingFailed, which names the process."""
+    def reporting_status(self, state: "TrainState") -> Iterator[None]:
+        """Keep status.json up to date with the training inside, however it ends. A collective that fails because a process is
+        gone raises TrainingFailed, which names the process."""
         def end(how: str, reason: str, exit_code: int) -> None:
             self.status(how, state.epoch, state.step, reason, exit_code)
             for tracker in self.trackers:
@@ -240,12 +245,13 @@ class RunFolder:
             end("finished", self.ended_by, 0)
 
     def interrupted(self, state: "TrainState") -> None:
-        """What `telling` does at a second SIGINT, called from another thread: the main thread does not respond."""
+        """Report a second SIGINT as `reporting_status` does. Called from another thread, because the main thread does not
+        respond."""
         console.tell(f"stopped: {INTERRUPTED}")
         self.status("preempted", state.epoch, state.step, INTERRUPTED, EXIT_INTERRUPTED)
 
     def stopped_by(self, signal: str, state: "TrainState") -> str:
-        """A sentence on what is saved of a run that a signal stops."""
+        """A sentence that says what is saved of a run stopped by a signal."""
         if not self.folder_name:
             return f"{signal}: without --output_dir nothing is kept"
         if self.failed:
@@ -253,6 +259,7 @@ class RunFolder:
         return f"{signal}: saved, --resume auto goes on after step {state.step} of epoch {state.epoch}"
 
     def close(self) -> None:
+        """Close the TensorBoard events."""
         if self.board:
             with self._warn_on_os_error("the TensorBoard events"):
                 self.board.close()
@@ -271,7 +278,7 @@ class RunFolder:
 
 
 def _run_id(folder: Path) -> str:
-    """The id of the earlier launches of the run in this folder, or ''."""
+    """The id of the run in this folder, from its last launch, or ''."""
     try:
         return yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))[-1]["run_id"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, IndexError):
@@ -279,7 +286,7 @@ def _run_id(folder: Path) -> str:
 
 
 def _epoch_of(line: str) -> float:
-    """The epoch of a log line; infinity for a line that a kill cut off."""
+    """The epoch of a log line; infinity for a truncated line."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):
@@ -290,6 +297,6 @@ def _append(path: Path, text: str) -> None:
     data = text.encode()
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
-        if file.write(data) < len(data):        # the disk is full now: half a line would spoil the next one
+        if file.write(data) < len(data):        # the disk is full: a truncated line would spoil the next one
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

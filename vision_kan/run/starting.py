@@ -1,4 +1,4 @@
-"""What a run starts from: its checkpoint and the effective flags."""
+"""The start of a run: its checkpoint and its effective flags."""
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -34,10 +34,10 @@ from vision_kan.training.optim import build_optimizer, build_scheduler
 # ---------------------------------------------------------------- the checkpoint
 @dataclass(frozen=True)
 class Start:
-    """purpose: "resume", "eval", "finetune" or None. spec: the checkpoint's model, where it decides the architecture."""
-    purpose: str | None = None
+    """The checkpoint that a run starts from, if any."""
+    purpose: str | None = None                                      # "resume", "eval", "finetune" or None
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    spec: ModelSpec | None = None
+    spec: ModelSpec | None = None                                   # the checkpoint's model, to resume or evaluate it
 
     @property
     def class_names(self) -> list[str] | None:
@@ -45,7 +45,7 @@ class Start:
 
 
 def read_start(config: Config) -> Start:
-    """Read what --resume or --finetune names. Raises UserError where that is not possible."""
+    """Open the checkpoint of --resume or --finetune. Raises UserError if it cannot be used."""
     args = config.args
     if args.resume == "auto":
         start = newest_start(args.output_dir, args.eval)
@@ -62,9 +62,9 @@ def read_start(config: Config) -> Start:
 
 
 def checked_start(checkpoint: Checkpoint, config: Config, of_a_run: bool = False) -> Start:
-    """The start of a resume or an evaluation. Raises UserError where that would fail later, or spoil the weights.
+    """The start of a resume or an evaluation. Raises UserError if it would fail later, or spoil the weights.
 
-    of_a_run: the checkpoint must have every entry that a run of this program writes, as --resume auto requires."""
+    of_a_run: require every entry that a run of this program writes, as --resume auto does."""
     checkpoint.check_entries(complete=of_a_run)
     start = Start("eval" if config.args.eval else "resume", checkpoint, _spec(checkpoint, config))
     assert start.spec is not None
@@ -72,7 +72,7 @@ def checked_start(checkpoint: Checkpoint, config: Config, of_a_run: bool = False
     if checkpoint.state.get("model_ema"):
         vetting.check_weights(start.spec, checkpoint, "model_ema")
     if start.purpose == "resume":
-        _check_state(model.to_empty(device="cpu"), start, config)      # its memory is reserved, and never touched
+        _check_state(model.to_empty(device="cpu"), start, config)      # allocated, but its memory is never touched
     return start
 
 
@@ -96,10 +96,11 @@ def _check_state(model: nn.Module, start: Start, config: Config) -> None:
 
 
 def newest_start(output_dir: str, evaluate: bool) -> Start | None:
-    """--resume auto: the newest usable checkpoint of a run; None where the run has written none."""
+    """--resume auto: the newest usable checkpoint of a run; None if the run has not written any. Raises UserError if it has, and
+    none is usable."""
     if not output_dir:
         raise UserError("--resume auto goes on with the run in --output_dir: give that folder")
-    # by the checkpoint's own flags: `effective_config` reports one on the command line that contradicts them
+    # only the checkpoint's flags: `effective_config` reports a flag on the command line that contradicts them
     own = parse_args(["--eval"] if evaluate else [])
     failures = []
     for path in saved_checkpoints(Path(output_dir).expanduser()):
@@ -121,12 +122,13 @@ def newest_start(output_dir: str, evaluate: bool) -> Start | None:
 
 
 def open_source(source: str) -> Checkpoint:
-    """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights."""
+    """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights. Raises
+    UserError if it cannot be had."""
     if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists():
         return Checkpoint.open(source)
     if not timm.is_model(source.split(".")[0]):
         raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm "
-                        f"model{meant_model(source)}: check it; a model on the Hub is written {HUB}OWNER/NAME")
+                        f"model{suggest_model(source)}: check it; a model on the Hub is written {HUB}OWNER/NAME")
     quiet_hub()
     say(f"fetching the weights of {source} from timm's hub")
     try:
@@ -152,8 +154,8 @@ def _spec(checkpoint: Checkpoint, config: Config) -> ModelSpec:
 
 # ---------------------------------------------------------------- the flags
 def effective_config(config: Config, start: Start) -> Config:
-    """The flags in effect. A flag that was not given takes the checkpoint's value, else the data folder's, the model's or the
-    machine's own, else its default (see `resolve`)."""
+    """The flags in effect. A flag that was not given takes the value of the checkpoint, else of the data folder, the model or the
+    machine, else its default (see `resolve`)."""
     stored = start.checkpoint.flags
     if start.spec:
         shape = {"model": start.spec.name, "input_size": start.spec.kwargs.get("img_size")}
@@ -166,10 +168,10 @@ def effective_config(config: Config, start: Start) -> Config:
     if found:
         config = _with(config, data_set=found, source="data folder")
     if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
-        config = _with(config, val_split=VAL_SPLIT, source="data folder")       # an evaluation takes it from the checkpoint
+        config = _with(config, val_split=VAL_SPLIT, source="data folder")       # an evaluation has it from the checkpoint
     if "exif_orientation" not in config.sources:
         if start.purpose in ("resume", "eval") and stored.get("data_set") == "FOLDER" and "exif_orientation" not in stored:
-            config = _with(config, exif_orientation=False, source="checkpoint")     # written before images were turned
+            config = _with(config, exif_orientation=False, source="checkpoint")     # older than the flag
         elif config.args.data_set == "FOLDER" and not looks_like_imagenet(config.args.data_path):
             config = _with(config, exif_orientation=True, source="data folder")
     config = with_own_preparation(with_own_input_size(config), stored)
@@ -184,7 +186,7 @@ def _with(config: Config, source: str, **values) -> Config:
 
 
 def with_own_input_size(config: Config) -> Config:
-    """--input-size of the model, where neither the user nor the checkpoint sets it."""
+    """--input-size from the model, if neither the user nor the checkpoint sets it."""
     name = config.args.model
     cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     if cfg is None or "input_size" in config.sources:
@@ -193,8 +195,8 @@ def with_own_input_size(config: Config) -> Config:
 
 
 def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """How images are prepared for a model of timm's with a pretrained configuration: the flags `PREPARATION`. This project's
-    models and DeiT's have the flags' defaults, as in DeiT's code."""
+    """The flags `PREPARATION` for a timm model with this pretrained configuration: how its images are prepared. This project's
+    models and DeiT's use the flags' defaults, as DeiT's code does."""
     name = name.split(".")[0]
     if models_kan.split_name(name)[0] or is_model_in_modules(name, ["deit"]):
         return {dest: get_args_parser().get_default(dest) for dest in sorted(PREPARATION)}
@@ -204,9 +206,9 @@ def preparation(name: str, cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:
-    """The flags `PREPARATION` of the model's own pretrained configuration, where neither the user nor the checkpoint sets them.
+    """The flags `PREPARATION` from the model's pretrained configuration, if neither the user nor the checkpoint sets them.
 
-    stored: a checkpoint's flags; one that has some of these was trained with the defaults of the others."""
+    stored: the checkpoint's flags. One that has some of these was trained with the defaults of the others."""
     name = config.args.model
     cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     if cfg is None or any(stored.get(dest) for dest in PREPARATION):
@@ -216,7 +218,7 @@ def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:
     return _with(config, "model", **own)
 
 
-def meant_model(name: str) -> str:
+def suggest_model(name: str) -> str:
     """' (did you mean X?)' for the name of an unknown model, or ''."""
     architecture, dot, tag = name.partition(".")
     close = nearest(architecture, [*timm.list_models(), *models_kan.registered_models()])

@@ -1,7 +1,6 @@
-"""Experiment trackers (--track): each epoch's numbers to Weights & Biases or MLflow, from a thread of its own.
+"""Experiment trackers (--track): each sends every epoch's numbers to Weights & Biases or MLflow, in its own thread.
 
-A tracker never stops or delays the training: what goes wrong is told once, and what could not be sent is sent with the next
-epoch.
+A tracker never stops or delays the training: a failure is reported once, and unsent numbers are sent with the next epoch.
 """
 import importlib.util
 import os
@@ -17,23 +16,22 @@ from typing import Any, Protocol
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import say
 
-FINISH_S = 30       # that a tracker has at the end of a run to send what is left
+FINISH_S = 30       # time that a tracker has at the end of a run to send the rest
 
 
 @dataclass(frozen=True)
 class About:
-    """What a tracker is told of a run. id: the same for all launches of the run. flags: dest -> value. launch: an entry of
-    run.yaml."""
-    id: str
+    """A run's description for a tracker."""
+    id: str                         # the same for all launches of the run
     name: str
     project: str
     folder: Path
-    flags: Mapping[str, Any]
-    launch: Mapping[str, Any]
+    flags: Mapping[str, Any]        # dest -> value
+    launch: Mapping[str, Any]       # an entry of run.yaml
 
 
 class Service(Protocol):
-    """A run at a tracker, found again by its id, else made. Raises whatever its package raises."""
+    """A run at a tracker, found by its id or created. Raises whatever its package raises."""
 
     def __init__(self, about: About) -> None: ...
 
@@ -58,7 +56,7 @@ class _WandB:
 
 
 class _MLflow:
-    ID = "vision_kan.run"       # the tag by which a run is found again
+    ID = "vision_kan.run"       # the tag that holds the run's id
     STATES = {"finished": "FINISHED", "preempted": "KILLED"}
 
     def __init__(self, about: About):
@@ -73,14 +71,14 @@ class _MLflow:
         if found:
             self.id = found[0].info.run_id
             self.client.update_run(self.id, status="RUNNING")
-            # a parameter cannot change: what a resumed run has otherwise is a tag
+            # a parameter cannot change, so flags that a resume changes become tags
             tags |= {f"resumed.{dest}": str(value) for dest, value in about.flags.items()
                      if found[0].data.params.get(dest) != str(value)}
             params = []
         else:
             self.id = self.client.create_run(where, run_name=about.name, tags={self.ID: about.id}).info.run_id
             params = [Param(dest, str(value)) for dest, value in about.flags.items()]
-        for start in range(0, max(len(params), 1), 100):        # its limit of one call
+        for start in range(0, max(len(params), 1), 100):        # MLflow's limit per call
             self.client.log_batch(self.id, params=params[start:start + 100])
         self.client.log_batch(self.id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
@@ -96,7 +94,7 @@ SERVICES: dict[str, type[Service]] = {"wandb": _WandB, "mlflow": _MLflow}
 
 
 def check(names: Sequence[str]) -> None:
-    """Raises UserError where a tracker is not installed, or would ask for a login."""
+    """Raises UserError if a tracker is not installed, or would ask for a login."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--track {name}: the package is not installed: pip install {name}")
@@ -108,12 +106,12 @@ def check(names: Sequence[str]) -> None:
 
 
 class Tracker:
-    """A thread that sends to one service what it is given."""
+    """Sends numbers to one service, in a thread of its own."""
 
     def __init__(self, name: str, about: About):
         self.name, self.about = name, about
         self.queue: SimpleQueue[tuple[Callable[[Service], None], bool]] = SimpleQueue()
-        self.told = False
+        self.warned = False
         self.thread = threading.Thread(target=self._send, name=f"track-{name}", daemon=True)
         self.thread.start()
 
@@ -121,11 +119,11 @@ class Tracker:
         self.queue.put((lambda service: service.log(epoch, numbers), False))
 
     def finish(self, state: str, exit_code: int) -> None:
-        """The run has ended so; waits for what is left to be sent, up to `FINISH_S` seconds."""
+        """Report the end of the run, and wait up to `FINISH_S` seconds until everything is sent."""
         self.queue.put((lambda service: service.finish(state, exit_code), True))
         self.thread.join(FINISH_S)
         if self.thread.is_alive():
-            self._tell(f"it took longer than {FINISH_S} s to take the last numbers")
+            self._warn_once(f"it took longer than {FINISH_S} s to take the last numbers")
 
     def _send(self) -> None:
         service: Service | None = None
@@ -140,9 +138,9 @@ class Tracker:
                     unsent[0](service)
                     del unsent[0]
             except (Exception, SystemExit) as error:
-                self._tell(one_line(error, 300))
+                self._warn_once(one_line(error, 300))
 
-    def _tell(self, reason: str) -> None:
-        if not self.told:
-            self.told = True
+    def _warn_once(self, reason: str) -> None:
+        if not self.warned:
+            self.warned = True
             say(f"warning: --track {self.name} failed ({reason}): the training goes on, log.txt has every epoch", file=sys.stderr)

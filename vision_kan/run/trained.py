@@ -1,4 +1,4 @@
-"""A trained model from a checkpoint, ready for use, and images to use it on: what the tools begin with."""
+"""A trained model from a checkpoint, ready for use, and images to use it on; the tools start with these."""
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,11 +35,15 @@ from vision_kan.run.starting import effective_config, read_start
 
 @dataclass
 class Trained:
-    """model: in evaluation mode, on its device, without gradients. spec: arguments of `timm.create_model`. config: the
-    effective flags; `args.input_size` and those of `flags.PREPARATION` say how images are prepared. class_names: one for each
-    output. path: the checkpoint's. about: its other entries (`Checkpoint.about`). weights: the key of the model's weights
-    (`checkpoints.WEIGHTS`). results: the checkpoint's own of exactly these weights (`result_of`), where images were
-    prepared as they are now; else None."""
+    """A trained model and what its checkpoint says of it.
+
+    model: in evaluation mode, on its device, without gradients.
+    config: the effective flags. `args.input_size` and those of `flags.PREPARATION` define the preparation of images.
+    class_names: one for each output.
+    path: of the checkpoint.
+    about: the checkpoint's other entries (`Checkpoint.about`).
+    weights: the key of the model's weights (`checkpoints.WEIGHTS`).
+    results: the checkpoint's results of these weights (`result_of`), or None if images were prepared otherwise."""
     model: nn.Module
     spec: ModelSpec
     config: Config
@@ -59,8 +63,8 @@ class Trained:
 
     @property
     def data_config(self) -> dict[str, Any]:
-        """How an image is prepared, as `timm.data.create_transform` takes it, with the same result. At 32 px and below only for
-        an image of this size: timm resizes a larger one, and here it is cropped."""
+        """The preparation of an image, for `timm.data.create_transform`, with the same result. At 32 px and below this holds for
+        images of this size only: timm resizes larger ones, this program crops them."""
         args, size = self.args, self.args.input_size
         return {"input_size": (3, *to_2tuple(size)), "crop_pct": 1.0 if is_small(size) else args.eval_crop_ratio,
                 "crop_mode": args.crop_mode, "interpolation": args.interpolation, "mean": tuple(args.mean),
@@ -68,16 +72,18 @@ class Trained:
 
     @property
     def has_data(self) -> bool:
-        """Whether the flags, or the checkpoint's own, name a data set whose images are at hand."""
+        """Whether the flags, or the checkpoint's, name a data set whose images are available."""
         return bool(self.args.data_path) or self.args.data_set.startswith(("DIGITS", "hfds/", "hfids/"))
 
 
 def load_trained(location: str, *, weights: str = "model", device: str = "auto", flags: Sequence[str] = ()) -> Trained:
-    """The model of a checkpoint: a file or folder of this project, of the original Vision-KAN or of DeiT, its URL, or
-    hf-hub:OWNER/NAME.
+    """The model of a checkpoint.
 
     Args:
-        weights: which of `checkpoints.WEIGHTS`. device: as --device. flags: more flags of main.py, such as --data-path DIR.
+        location: a file or folder of this project, of the original Vision-KAN or of DeiT, its URL, or hf-hub:OWNER/NAME.
+        weights: one of `checkpoints.WEIGHTS`.
+        device: as --device.
+        flags: further flags of main.py, such as --data-path DIR.
     Raises: UserError for anything that `main.py --eval --resume` refuses."""
     config = parse_args(["--eval", "--resume", location, "--device", device, *flags])
     start = read_start(config)
@@ -87,13 +93,13 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
     if weights != "model" and not checkpoint.state.get(weights):
         raise UserError(f"checkpoint {checkpoint.path} holds no {weights}: leave out --weights {weights}")
     assert spec is not None
-    if "num_classes" not in spec.kwargs:        # another model of timm's
+    if "num_classes" not in spec.kwargs:        # another timm model
         spec = ModelSpec(spec.name, {**spec.kwargs, "num_classes": vetting.check_weights(spec, checkpoint).num_classes})
     model: Any
     model, spec = build_model(spec, config)
     load_exactly(model, checkpoint.weights(weights), f"{weights} in checkpoint {checkpoint.path}")
     chosen = choose_device(device)
-    with redirect_stdout(sys.stderr):       # a tool's standard output is its result
+    with redirect_stdout(sys.stderr):       # a tool's stdout is for its result
         choose_backend(config, spec, model, chosen)
     model = model.to(chosen).eval().requires_grad_(False)
     about, stored = checkpoint.about, checkpoint.flags
@@ -103,7 +109,8 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
 
 
 def class_names(about: Mapping[str, Any], num_classes: int) -> list[str]:
-    """A checkpoint's own names of its classes, with words for those of ImageNet; else ImageNet's for 1000, else numbers."""
+    """The checkpoint's names of its classes, ImageNet's ids replaced by words. Without names: ImageNet's for 1000 classes, else
+    numbers."""
     info = ImageNetInfo()
     words = dict(zip(info.label_names(), info.label_descriptions()))
     names = about.get("class_names")
@@ -131,11 +138,12 @@ def image_files(places: Sequence[str | Path]) -> list[Path]:
 
 
 class Pictures:
-    """Image files as the model takes them, in batches of (images float32 [B, 3, S, S], indices into `files` int64 [B]).
-    An unreadable file is left out and named on stderr; `unreadable` lists those found so far. Images are turned upright by their
-    EXIF orientation, unless the flags or those of the training turn that off.
+    """Image files, prepared for the model, in batches of (images float32 [B, 3, H, W], indices into `files` int64 [B]).
 
-    workers: loader processes; by default as many as --num_workers and the files allow."""
+    An unreadable file is left out and named on stderr; `unreadable` lists those found so far. Images are turned upright by their
+    EXIF orientation, unless the flags or those of the training turn this off.
+
+    workers: number of loader processes; None: at most --num_workers, and fewer for few files."""
 
     def __init__(self, files: Sequence[Path], args: Namespace, batch_size: int = 64, workers: int | None = None):
         self.files = list(files)
@@ -158,15 +166,15 @@ class Pictures:
         return [self.files[index] for index in self.data.unreadable.nonzero().flatten().tolist()]
 
 
-def as_seen(image: Tensor, args: Namespace) -> Tensor:
-    """A model's input [3, S, S] as an image to show, from 0 to 1: without the normalisation by --mean and --std."""
+def denormalised(image: Tensor, args: Namespace) -> Tensor:
+    """A model's input [3, H, W] as an image from 0 to 1, without the normalisation by --mean and --std."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (args.mean, args.std))
     return (image * std + mean).clamp(0, 1)
 
 
 def default_output(checkpoint: str, ending: str) -> Path:
-    """Where a tool writes by default: beside the checkpoint, under its name with this ending in place of the suffix; for a URL
-    or a model on the Hub in the current folder."""
+    """A tool's default output: beside the checkpoint, named like it with `ending` in place of the suffix; for a URL or a model on
+    the Hub in the current folder."""
     on_the_hub = checkpoint.startswith(HUB)
     if on_the_hub or is_url(checkpoint):
         path = Path(Path(urlparse(checkpoint).path).name)
@@ -175,8 +183,8 @@ def default_output(checkpoint: str, ending: str) -> Path:
     return path.with_name(f"{path.name if on_the_hub or path.is_dir() else path.stem}{ending}")
 
 
-def told(results: Mapping[str, Any]) -> str:
-    """Results as `training.state.result_of` gives them, in words."""
+def describe_result(results: Mapping[str, Any]) -> str:
+    """The results of `training.state.result_of` in words."""
     split = f", {results['split']}" if results["split"] else ""
     return (f"top-1 {results['acc1']:.2f} top-5 {results['acc5']:.2f} ({results['images']} images of {results['data_set']}"
             f"{split})")

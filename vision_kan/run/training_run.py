@@ -1,4 +1,4 @@
-"""A training as a run: it answers signals, saves, logs, and says how it ended."""
+"""A training as a run: signals, checkpoints, logs and status."""
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -29,10 +29,9 @@ from vision_kan.training.updates import NonFinite, Requests, StopRequested, Upda
 
 
 class TrainingRun(Hooks):
-    """What a run does between the steps and after the epochs of its training.
+    """A run's hooks between the steps, and its work after the epochs of a training.
 
-    Args:
-        description: what each checkpoint says beside the state (`build.description`).
+    description: the entries of each checkpoint besides the state (`build.description`).
     """
 
     def __init__(self, args: Namespace, training: Training, loaders: Loaders, folder: RunFolder, description: dict[str, Any]):
@@ -44,15 +43,16 @@ class TrainingRun(Hooks):
         self.kept = KeptBatches(args.grad_accum) if args.debug_nan else None
         self.interruption = Interruption(lambda: folder.interrupted(training.state), self.process.is_main)
 
-    # ---- from its beginning to its end
+    # ---- the whole run
     @contextmanager
     def running(self, argv: list[str]) -> Iterator[None]:
-        """The training takes place inside. Signals are noted, and status.json, checkpoints and exit code follow its end.
+        """The context of the training: it handles signals and keeps status.json up to date.
 
         argv: the command line, for run.yaml.
-        Raises Preempted where a signal stops it, once all is saved; UserError where the last files could not be written."""
+        Raises Preempted if a signal stops the training, once everything is saved; UserError if the last files could not be
+        written."""
         state, folder = self.training.state, self.folder
-        with self.interruption, folder.telling(state):
+        with self.interruption, folder.reporting_status(state):
             folder.start(dump_yaml(self.args), argv, state.epoch, state.step)
             try:
                 yield
@@ -64,7 +64,7 @@ class TrainingRun(Hooks):
                 if self.kept is not None:
                     found = replay_non_finite(error, self.training, self.kept, self.args.output_dir)
                     with console.readers_may_leave():
-                        print(found, file=sys.stderr, flush=True)       # each process about its own batch
+                        print(found, file=sys.stderr, flush=True)       # every process reports its own batch
                 raise
             folder.close()
             average = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""
@@ -90,7 +90,7 @@ class TrainingRun(Hooks):
         self.loaders.check_unreadable(gather=True)
 
     def save(self, also: tuple[str, ...] = ()) -> None:
-        """Write a checkpoint, also under the names `also`. All processes call this at the same time."""
+        """Write a checkpoint, also under the names `also`. A collective: all processes call it at the same time."""
         state = self.training.state
         unreadable = self.loaders.gather_unreadable_state()
         self.folder.save({**state.state_dict(), **self.description, "unreadable": unreadable}, also)
@@ -98,7 +98,7 @@ class TrainingRun(Hooks):
 
     # ---- after an epoch
     def log(self, epoch: Epoch) -> None:
-        """A line of log.txt, and the same numbers for TensorBoard and the trackers."""
+        """Write a line of log.txt, and the same numbers to TensorBoard and the trackers."""
         args, trained = self.args, epoch.trained
         self.folder.log({
             "epoch": epoch.number, "train_loss": trained["loss"], "train_lr": trained["lr"],
@@ -108,25 +108,25 @@ class TrainingRun(Hooks):
             **({"epochs_without_best": self.training.state.epochs_without_best} if args.patience else {}),
             "epoch_seconds": trained["seconds"], **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
 
-    def note_results(self, epoch: Epoch) -> tuple[str, ...]:
-        """Enter the results into the state; returns the names under which the epoch's checkpoint is kept, too."""
-        state, of = self.training.state, {"model": "test", "model_ema": "ema_test"}
-        state.results = {key: result_of(epoch.results[name], self.args) for key, name in of.items() if name in epoch.results}
-        return state.note_best(epoch.results)
+    def record_results(self, epoch: Epoch) -> tuple[str, ...]:
+        """Record the results in the state. Returns the further names under which the epoch's checkpoint is kept."""
+        state, names = self.training.state, {"model": "test", "model_ema": "ema_test"}
+        state.results = {key: result_of(epoch.results[name], self.args) for key, name in names.items() if name in epoch.results}
+        return state.update_best(epoch.results)
 
     def ends_early(self) -> bool:
-        """Whether --patience ends the run before its last epoch; says so."""
+        """Whether --patience ends the run before its last epoch; if so, prints it."""
         state = self.training.state
-        if state.epoch >= self.args.epochs or not state.patience_is_over(self.args.patience, self.process):
+        if state.epoch >= self.args.epochs or not state.patience_exhausted(self.args.patience, self.process):
             return False
         self.folder.ended_by = stopped_early(state)
         say(f"the run ends early: {self.folder.ended_by}")
         return True
 
 
-# ---------------------------------------------------------------- before it
+# ---------------------------------------------------------------- before the run
 def open_folder(args: Namespace, start: Start, process: Process) -> RunFolder:
-    """--output_dir. Raises UserError where it cannot be written to, or holds another run than the one that is resumed."""
+    """Open --output_dir. Raises UserError if it cannot be written to, or holds another run than the resumed one."""
     folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes, args.track or (), args.track_project)
     if folder.holds_another_run(start.checkpoint.path if start.purpose == "resume" else ""):
         raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or choose another "
@@ -135,7 +135,7 @@ def open_folder(args: Namespace, start: Start, process: Process) -> RunFolder:
 
 
 def resume(state: TrainState, start: Start, loaders: Loaders) -> None:
-    """Load the checkpoint that the run continues, and free its memory. Raises UserError where it does not fit."""
+    """Load the checkpoint that the run continues, and free its memory. Raises UserError if it does not fit."""
     state.load_state_dict(start.checkpoint.state)
     loaders.load_unreadable_state(start.checkpoint.state.get("unreadable") or [])
     start.checkpoint.free()
@@ -144,11 +144,11 @@ def resume(state: TrainState, start: Start, loaders: Loaders) -> None:
 
 
 def has_ended(args: Namespace, state: TrainState, folder: RunFolder, process: Process) -> bool:
-    """Whether a run has nothing left to do; says so."""
+    """Whether a run has nothing left to do; if so, prints why."""
     if state.epoch >= args.epochs:
         say(f"the run has finished its {args.epochs} epochs: nothing left to do (raise --epochs to train on)")
         folder.finished(state.epoch)
-    elif state.patience_is_over(args.patience, process):
+    elif state.patience_exhausted(args.patience, process):
         say(f"the run has ended early, {stopped_early(state)}: nothing left to do (raise --patience to train on)")
         folder.finished(state.epoch, stopped_early(state))
     else:
@@ -161,7 +161,7 @@ def stopped_early(state: TrainState) -> str:
 
 
 def build_training(args: Namespace, spec: ModelSpec, updater: Updater, mixup: Mixup | None, loaders: Loaders) -> Training:
-    """The flags' training; says what is trained on what."""
+    """The training that the flags describe; prints its model, data and learning rate."""
     model, process, lr = updater.state.model, updater.process, scaled_lr(args, updater.process.world_size)
     flops = count_flops(model) if models_kan.split_name(spec.name)[0] else None
     trained = sum(parameter.numel() for parameter in updater.parameters)

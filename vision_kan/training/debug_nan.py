@@ -1,4 +1,4 @@
-"""--debug-nan: keep the batches of the last updates; compute those of an update that was not finite again and name the layer."""
+"""--debug-nan: keep the last batches, and replay those of an update that was not finite to name the layer."""
 from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +16,7 @@ from vision_kan.training.updates import NonFinite
 
 
 class KeptBatches:
-    """The last batches that the model saw, after mixup: those of two updates, since an Updater may report one update late."""
+    """The last batches that the model saw, after mixup. Those of two updates, because an Updater may report one update late."""
 
     def __init__(self, accumulate: int = 1):
         self.accumulate = accumulate
@@ -31,7 +31,7 @@ class KeptBatches:
 
 
 def replay_non_finite(error: NonFinite, training: Training, kept: KeptBatches, folder: str) -> str:
-    """Replay the update that `error` reports; returns a sentence on the layer. Batch and weights are written into `folder`."""
+    """Replay the update that `error` reports. Returns a sentence that names the layer; saves batch and weights in `folder`."""
     state, process = training.state, training.process
     file = Path(folder).expanduser() / f"nan_rank{process.rank}.pth"
     try:
@@ -39,19 +39,23 @@ def replay_non_finite(error: NonFinite, training: Training, kept: KeptBatches, f
                       lambda: autocast(process.device, training.amp_dtype), state.scaler.get_scale(),
                       (training.seed, state.epoch, process.rank), file)
     except (OSError, RuntimeError) as problem:
-        return f"--debug-nan: {file} could not be written or the batch not be replayed ({one_line(problem)})"
+        return f"--debug-nan: {file} could not be written, or the batch not replayed ({one_line(problem)})"
 
 
 def replay(model: nn.Module, criterion: Criterion, batches: list[tuple[int, Tensor, Tensor]], context,
            scale: float, key: tuple[int, int, int], file: Path | None) -> str:
-    """Forward and backward pass of an update's batches once more, with the same random numbers; returns a sentence on what
-    became infinite or nan first.
+    """Repeat the forward and backward passes of an update's batches with the same random numbers.
 
     Args:
-        model: not wrapped, with the weights that the update started from. criterion: as in `Updater`.
-        context: called for the autocast context. scale: of the loss (float16). key: seed, epoch, rank.
-        file: gets {"images", "targets", "step", "seed", "epoch", "rank", "model"}, to be examined later; None writes nothing.
-    Raises: OSError where the file cannot be written.
+        model: without DistributedDataParallel, with the weights before the update.
+        criterion: as in `Updater`.
+        batches: (step, images, targets) of the update.
+        context: returns the autocast context.
+        scale: of the loss (float16).
+        key: seed, epoch, rank.
+        file: where {"images", "targets", "step", "seed", "epoch", "rank", "model"} are saved; None saves nothing.
+    Returns: a sentence that names what became infinite or nan first.
+    Raises: OSError if the file cannot be written.
     """
     seed, epoch, rank = key
     for step, images, targets in batches:
@@ -73,13 +77,13 @@ def _first_not_finite(model: nn.Module, criterion: Criterion, images: Tensor, ta
                       scale: float) -> str:
     first: list[str] = []
 
-    def look(name: str):
+    def check(name: str):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             tensors = [tensor for tensor in (output if isinstance(output, (tuple, list)) else [output])
                        if isinstance(tensor, Tensor)]
             if not first and not all(bool(tensor.isfinite().all()) for tensor in tensors):
-                arrived = [tensor.detach().abs().max().item() for tensor in inputs if isinstance(tensor, Tensor)]
-                first.append(f"the output of {name} ({type(module).__name__}; largest input {max(arrived, default=0):.4g})")
+                largest = [tensor.detach().abs().max().item() for tensor in inputs if isinstance(tensor, Tensor)]
+                first.append(f"the output of {name} ({type(module).__name__}; largest input {max(largest, default=0):.4g})")
         return hook
 
     if not bool(images.isfinite().all()):
@@ -88,7 +92,7 @@ def _first_not_finite(model: nn.Module, criterion: Criterion, images: Tensor, ta
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if next(module.children(), None) is None:
-                stack.callback(module.register_forward_hook(look(name)).remove)
+                stack.callback(module.register_forward_hook(check(name)).remove)
         with context():
             loss = loss_of(model, criterion, images, targets)
     if first:
@@ -96,7 +100,7 @@ def _first_not_finite(model: nn.Module, criterion: Criterion, images: Tensor, ta
     if not bool(loss.isfinite()):
         return f"the loss ({loss.item()}), from finite outputs"
     (loss * scale).backward()
-    # the gradient arrives at the last layers first
+    # the last in the list is the first that backward computed
     wrong = [name for name, p in model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
     model.zero_grad(set_to_none=True)
     return f"the gradient of {wrong[-1]} (and {len(wrong) - 1} more tensors)" if wrong else ""

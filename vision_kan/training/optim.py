@@ -1,4 +1,4 @@
-"""Optimizer and schedule."""
+"""Optimizer, learning rate schedule, and the state of a new training."""
 import warnings
 from argparse import Namespace
 from importlib.util import find_spec
@@ -17,28 +17,28 @@ from vision_kan.training.state import MovingAverage, TrainState
 
 
 def freeze_all_but_attention(model: nn.Module) -> None:
-    """--attn-only (arXiv:2203.09795): attention, head and position embedding are trained."""
+    """--attn-only (arXiv:2203.09795): train attention, head and position embedding only."""
     if not any(".attn." in name for name, _ in model.named_parameters()):
-        raise UserError("--attn-only: this model has no attention, leave the flag out")
+        raise UserError("--attn-only: this model has no attention: leave the flag out")
     for name, parameter in model.named_parameters():
         parameter.requires_grad = ".attn." in name or name.startswith(("head.", "head_dist.", "pos_embed"))
 
 
 # ---------------------------------------------------------------- optimizer and schedule
 def scaled_lr(args: Namespace, world_size: int) -> float:
-    """Linear scaling: --lr is for 512 images an update, unless --unscale-lr."""
+    """The learning rate by linear scaling: --lr is for 512 images per update, unless --unscale-lr."""
     return args.lr if args.unscale_lr else args.lr * args.batch_size * world_size * args.grad_accum / 512
 
 
 def schedule_warnings(args: Namespace, lr: float) -> list[str]:
-    """What is odd about the learning rate's way through the run, a sentence each. lr: of `scaled_lr`."""
+    """Sentences about learning rates that are probably unintended. lr: from `scaled_lr`."""
     found = []
     if args.warmup_epochs >= args.epochs and args.sched != "plateau":
         found.append(f"the {args.warmup_epochs} epochs of --warmup-epochs fill all {args.epochs} of --epochs, so --lr "
                      "is never reached")
     scaled = "" if lr == args.lr else f" (--lr {args.lr:g} scaled to the images of an update)"
     remedy = "raise --lr or --batch-size, or add --unscale-lr" if scaled else "raise --lr"
-    if args.min_lr > lr and args.sched in ("cosine", "tanh", "poly", "plateau"):       # timm's others know no lowest rate
+    if args.min_lr > lr and args.sched in ("cosine", "tanh", "poly", "plateau"):       # timm's others ignore --min-lr
         outcome = "is never lowered" if args.sched == "plateau" else "rises through the run instead of falling"
         found.append(f"--min-lr {args.min_lr:g} lies above the learning rate {lr:.3g}{scaled}, which {outcome}: lower --min-lr, "
                      f"{remedy}")
@@ -48,14 +48,14 @@ def schedule_warnings(args: Namespace, lr: float) -> list[str]:
     return found
 
 
-# What some of timm's optimizers need beside it: part of the name -> (module, how to install it).
+# Packages that some of timm's optimizers need: part of the name -> (module, how to install it).
 _PACKAGES = {"kron": ("opt_einsum", "pip install opt_einsum"), "bnb": ("bitsandbytes", "pip install bitsandbytes"),
              "fused": ("apex", "build it as https://github.com/NVIDIA/apex says")}
 
 
 def _check_packages(opt: str) -> None:
-    """Raises UserError where an optimizer lacks what it computes with. Kron works without, but takes thousands of times the
-    parameters' memory."""
+    """Raises UserError if an optimizer lacks a package or a GPU. Kron would run without its package, but take thousands of times
+    the parameters' memory."""
     for part, (module, remedy) in _PACKAGES.items():
         if part in opt and find_spec(module) is None:
             raise UserError(f"--opt {opt} needs the package {module}, which is not installed: {remedy}")
@@ -64,19 +64,19 @@ def _check_packages(opt: str) -> None:
 
 
 def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Of the parameters that --attn-only leaves trainable. Raises UserError where it cannot be set up."""
+    """The optimizer of the parameters that --attn-only leaves trainable. Raises UserError if it cannot be set up."""
     if args.attn_only:
         freeze_all_but_attention(model)
     _check_packages(args.opt.lower())
     kwargs: dict[str, Any] = {**optimizer_kwargs(args), "lr": lr}
-    info = get_optimizer_info(args.opt.lower().split("_")[-1])     # what follows lookahead_
+    info = get_optimizer_info(args.opt.lower().split("_")[-1])     # without the prefix lookahead_
     if info.has_betas and len(args.opt_betas or ()) not in (0, info.num_betas):
         raise UserError(f"--opt {args.opt} takes {info.num_betas} --opt-betas, not {len(args.opt_betas)}")
     if info.opt_class in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
-        # one kernel for all of an update, on the CPU too (there 2-3 times as fast as a loop, and foreach slower than
-        # that), and a loss scaler that need not read back whether a gradient was infinite; timm's own choose foreach
+        # One kernel for the whole update: on a CPU 2-3 times as fast as a loop, and there foreach, timm's choice, is slower than
+        # the loop. It also spares the loss scaler reading back whether a gradient was infinite.
         kwargs["fused"] = True
-    if "muon" in info.name:     # Muon is for hidden matrices: the rest by AdamW
+    if "muon" in info.name:     # Muon is for hidden matrices; AdamW updates the rest
         kwargs["fallback_list"] = ("head*", "patch_embed*", "*.coefficients")
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
@@ -88,7 +88,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
                         "another")
     _split_coefficients(args, model, optimizer)
     if type(optimizer) is torch.optim.SGD and args.momentum:
-        # the fused kernel makes its buffers in the first update, and leaves them unset where that one is skipped
+        # the fused kernel creates its buffers in the first update, and leaves them unset if that one is skipped
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -96,7 +96,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
 
 
 def _split_coefficients(args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give the coefficients of learned activations groups of their own: --kan-lr-mult, --kan-weight-decay."""
+    """Move the coefficients of learned functions into groups of their own, with --kan-lr-mult and --kan-weight-decay."""
     coefficients = {id(p) for layer in function_layers(model).values() for p in layer.scaled_parameters()}
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in coefficients]
@@ -110,27 +110,29 @@ def _split_coefficients(args: Namespace, model: nn.Module, optimizer: torch.opti
 
 
 def build_scheduler(args: Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Scheduler:
-    """timm's schedule over exactly --epochs epochs; cooldown and patience act with --sched plateau."""
+    """timm's schedule over exactly --epochs epochs; cooldown and patience apply to --sched plateau only."""
     kwargs = scheduler_kwargs(args)
     first = 0 if args.sched_on_updates else 1       # timm's multistep counts epochs from 1
     kwargs["decay_milestones"] = [epoch + first for epoch in
                                   range(int(args.decay_epochs), args.epochs, max(1, int(args.decay_epochs)))]
-    with warnings.catch_warnings():     # plateau is on its way out of timm, since its state was not saved; here it is
+    with warnings.catch_warnings():     # timm deprecates plateau because its state was not saved; here it is
         warnings.simplefilter("ignore", FutureWarning)
         scheduler, _ = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     if args.sched == "plateau":
         scheduler.lr_scheduler.cooldown = args.cooldown_epochs
-        # the other schedules scale --min-lr with the rest
+        # as the other schedules do, scale --min-lr by each group's factor
         scheduler.lr_scheduler.min_lrs = [args.min_lr * group.get("lr_scale", 1.0) for group in optimizer.param_groups]
     return scheduler
 
 
 def build_state(args: Namespace, model: nn.Module, lr: float, updates_per_epoch: int, device: torch.device,
                 amp_dtype: torch.dtype) -> TrainState:
-    """Optimizer, schedule, loss scaler (float16 only) and moving average for a model that is on its device."""
+    """Optimizer, schedule, loss scaler (float16 only) and moving average for a model that is already on its device."""
     optimizer = build_optimizer(args, model, lr)
-    keep_on: Any = "cpu" if args.model_ema_force_cpu else None
-    ema = MovingAverage(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=keep_on) if args.model_ema else None
+    ema_device: Any = "cpu" if args.model_ema_force_cpu else None
+    ema = None
+    if args.model_ema:
+        ema = MovingAverage(model, args.model_ema_decay, use_warmup=args.model_ema_warmup, device=ema_device)
     return TrainState(model, optimizer, build_scheduler(args, optimizer, updates_per_epoch),
                       torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16), ema,
                       epoch=args.start_epoch)

@@ -1,4 +1,4 @@
-"""The dtype that a model computes in."""
+"""The dtype in which a model computes."""
 from contextlib import nullcontext
 
 import torch
@@ -7,7 +7,7 @@ AMP_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 
 
 def choose_amp_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`--amp-dtype`; auto: bfloat16 where the GPU computes in it, else float16; float32 on a CPU."""
+    """The dtype of `--amp-dtype`. auto: bfloat16 if the GPU supports it, else float16; float32 on a CPU."""
     if name != "auto":
         return AMP_DTYPES[name]
     if device.type == "cpu":
@@ -18,4 +18,5 @@ def choose_amp_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
+    """The context in which the forward pass computes in `dtype`; none is needed for float32."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

@@ -1,4 +1,4 @@
-"""How fast a run is and could be: torch.compile, a profiler trace, and model FLOPs utilisation (MFU)."""
+"""The speed of a run: torch.compile, a profiler trace, and model FLOPs utilisation (MFU)."""
 import os
 import re
 import shutil
@@ -17,10 +17,10 @@ from vision_kan.common.text import say
 
 
 def compile_model(model: nn.Module, device: torch.device, **options) -> None:
-    """Let `model` run through torch.compile from its next call on; options are torch.compile's.
+    """Compile `model` in place, from its next call on. options: torch.compile's.
 
-    In place: parameters, keys and copies (the moving average) are those of the plain module.
-    Raises UserError where what the compiler needs is missing.
+    Parameters, keys and copies (the moving average) stay those of the uncompiled module. Raises UserError if the compiler lacks
+    something on this machine.
     """
     if options.get("backend", "inductor") == "inductor":
         missing = _missing_for_compile(device.type)
@@ -30,7 +30,7 @@ def compile_model(model: nn.Module, device: torch.device, **options) -> None:
 
 
 def _missing_for_compile(device_type: str) -> str:
-    """What torch.compile's own backend lacks on this machine and how to get it, or ''."""
+    """What inductor, torch.compile's default backend, lacks on this machine and how to get it, or ''."""
     if device_type == "cuda":
         if find_spec("triton") is None:
             return "Triton on a GPU, which is not installed: pip install triton"
@@ -48,10 +48,10 @@ def _missing_for_compile(device_type: str) -> str:
 
 # ---------------------------------------------------------------- profiler
 class StepProfiler:
-    """Called after each training step: a trace of a few of the first epoch's steps, once they are warm.
+    """Traces a few steps of the first epoch after a warm-up. Call it after each training step.
 
-    Writes profile/trace.json.gz (Chrome's format) in `folder` and prints the operators that take most of the time;
-    the training goes on, and the later calls do nothing.
+    It writes profile/trace.json.gz (Chrome's format) in `folder` and prints the operators that take the most time. The training
+    goes on, and later calls do nothing.
     """
     WARM_UP, STEPS, ROWS = 10, 3, 10
 
@@ -59,13 +59,13 @@ class StepProfiler:
         self.path = Path(folder).expanduser() / "profile/trace.json.gz"
         self.on_gpu = device.type == "cuda"
         self.active = min(self.STEPS, max(1, steps_per_epoch - 1))
-        settle = int(steps_per_epoch > 1)      # a recorded step that is thrown away: the profiler's own start is slow
-        self.wait = max(0, min(self.WARM_UP, steps_per_epoch - self.active - settle))
+        discarded = int(steps_per_epoch > 1)        # the profiler makes its first step slow
+        self.wait = max(0, min(self.WARM_UP, steps_per_epoch - self.active - discarded))
         self.step = 0
-        self.first = self.wait + settle + 1
+        self.first = self.wait + discarded + 1
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
         self.profile: profile | None = profile(activities=activities, on_trace_ready=self._write, acc_events=True,
-                               schedule=schedule(wait=self.wait, warmup=settle, active=self.active, repeat=1))
+                               schedule=schedule(wait=self.wait, warmup=discarded, active=self.active, repeat=1))
         self.profile.start()
 
     def __call__(self) -> None:
@@ -90,7 +90,7 @@ class StepProfiler:
             f"the training goes on\n{self._table(profiled)}")
 
     def _table(self, profiled: profile) -> str:
-        """The operators with the largest time of their own, ms a step on the device that computes."""
+        """The operators with the largest self time, in ms per step, on the device that computes."""
         time_of = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
         events = [event for event in profiled.key_averages() if not event.key.startswith("ProfilerStep")]
         total = sum(getattr(event, time_of) for event in events) or 1
@@ -104,8 +104,8 @@ class StepProfiler:
 
 
 # ---------------------------------------------------------------- model FLOPs utilisation
-# Nominal dense bfloat16/float16 tensor-core TFLOP/s of a card, by a pattern of its name. The makers' figures: no
-# program reaches them.
+# Pattern of a card's name -> nominal dense bfloat16/float16 tensor-core TFLOP/s, from the makers' data sheets. No program reaches
+# them.
 PEAK_TFLOPS = {
     r"\bA100\b": 312, r"\bH100 PCIe\b": 756, r"\bH100 80GB HBM3\b|\bH100[- ]SXM": 989, r"\bH200\b": 989,
     r"\bB200\b": 2250, r"\bL40S\b": 362, r"\bL4\b": 121, r"\bRTX 4090$": 165, r"\bRTX 3090$": 71, r"\bA10\b": 125,
@@ -114,17 +114,17 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Nominal 16-bit FLOP/s of a card; None for one that is not in the table, and for a part of one (MIG)."""
+    """Nominal 16-bit FLOP/s of a card; None for one that is not in the table, and for a MIG slice."""
     if "MIG" in device_name:
         return None
     return next((tflops * 1e12 for pattern, tflops in PEAK_TFLOPS.items() if re.search(pattern, device_name)), None)
 
 
 def ideal_rate(matmul_flops: int | None, process: Process, dtype: torch.dtype) -> float | None:
-    """Training images/s of all processes together at the cards' nominal peak, or None where that is not known.
+    """Training images/s of all processes at the cards' nominal peak; None if it is unknown, as in float32, for which the table
+    has no figures.
 
-    matmul_flops: of an image's forward pass; forward and backward together are three times that. In float32 a card
-    computes with other units than those of the table: None."""
+    matmul_flops: of an image's forward pass; forward and backward pass together take three times that."""
     if not matmul_flops or process.device.type != "cuda" or dtype == torch.float32:
         return None
     peak = peak_flops(torch.cuda.get_device_name(process.device))

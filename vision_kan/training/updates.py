@@ -1,4 +1,4 @@
-"""One update: gradients of a group of batches, clipping, optimizer, and its outcome for the host."""
+"""One update: the gradients of a group of batches, clipping, the optimizer's step, and a report to the host."""
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,32 +20,33 @@ from vision_kan.training.state import TrainState, has_running_statistics, lr_of
 @dataclass(frozen=True)
 class Requests:
     """What this process asks for at the next update. Any process's request applies to all of them."""
-    signal: int = 0         # number of the signal that asks the run to stop
+    signal: int = 0         # number of a signal that asks the run to stop
     save: bool = False
 
 
 class Report(NamedTuple):
     """The outcome of an update, identical on every process; the fields are the numbers of one tensor."""
     trouble: float          # 0: the loss is finite, 1: infinite, 2: not a number
-    process: float          # where, counted from 1
+    process: float          # its process, counted from 1
     signal: float
     save: float
-    loss: float             # largest of the processes'
-    skip: float             # 1: loss or gradient are not finite, nothing was updated
+    loss: float             # largest of all processes
+    skip: float             # 1: loss or gradient were not finite and nothing was updated
     norm: float             # of the gradient
     step: float
     lr: float
 
 
 class Exchange:
-    """The largest value of each number over the processes. `begin` starts the transfer, `read` takes the result at a later
-    moment, so that the host does not wait for a GPU."""
+    """Reduces numbers over the processes and brings them to the host. `begin` starts the transfer and `read` takes the result
+    later, so that the host does not wait for a GPU."""
 
     def __init__(self, process: Process):
         self.process = process
         self.begun: deque[tuple[Tensor, Any]] = deque()
 
     def largest(self, numbers: Tensor) -> Tensor:
+        """The largest value of each number over the processes, in place."""
         if self.process.world_size > 1:
             dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return numbers
@@ -61,7 +62,7 @@ class Exchange:
         self.begun.append((host, event))
 
     def read(self) -> list[float]:
-        """The oldest numbers that are not yet read."""
+        """The oldest numbers that have not been read."""
         numbers, event = self.begun.popleft()
         if event is not None:
             event.synchronize()
@@ -69,14 +70,14 @@ class Exchange:
 
 
 class StopRequested(Exception):
-    """A signal asks for the end of the run; all processes raise this at the same point."""
+    """A signal asks the run to stop; all processes raise this at the same point."""
 
     def __init__(self, signal: int):
         self.signal = signal
 
 
 class NonFinite(TrainingFailed):
-    """Loss or gradient are not finite in the update whose last batch is `step`; the weights are those before it."""
+    """Loss or gradient were not finite in the update whose last batch is `step`; the weights are those before it."""
 
     def __init__(self, text: str, step: int):
         super().__init__(text)
@@ -84,20 +85,21 @@ class NonFinite(TrainingFailed):
 
 
 class Updater:
-    """Computes the gradients of batches, then updates weights and moving average; it skips an update whose loss, on any process,
-    or gradient is not finite.
+    """Computes the gradients of batches, then updates weights and moving average. It skips an update if the gradient, or the loss
+    of any process, is not finite.
 
-    The device knows that immediately. The host reads it one update later (`late`), so that it does not wait for a GPU. With
-    `late` the optimizer must take `found_inf`, as PyTorch's fused ones do, and reads its learning rates on the device, in
-    float32. The average then follows one update behind, which gives the same numbers where the forward pass changes no buffers.
-    All that passes between host and device is in tensors that stay the same, as CUDA graphs need (captured.py).
+    The device knows this immediately. The host reads it one update later (`late`), so that it does not wait for a GPU. With
+    `late` the optimizer must support `found_inf`, as PyTorch's fused ones do, and read its learning rates on the device, in
+    float32. The average then follows one update behind, with the same numbers if the forward pass changes no buffers. All data
+    between host and device pass through tensors that stay the same objects, as CUDA graphs need (captured.py).
 
     Args:
-        net: state.model, wrapped by DistributedDataParallel where there are several processes.
-        criterion: called as criterion(images, outputs, targets); its `copies` says how often the model sees a batch.
-        clip_grad: largest norm of the gradient; None leaves it as it is. late: None chooses by `can_defer_readback`.
+        net: state.model, wrapped by DistributedDataParallel if there are several processes.
+        criterion: called as criterion(images, outputs, targets); the model gets `criterion.copies` of each batch.
+        clip_grad: largest norm of the gradient; None: no limit.
+        late: None chooses by `can_defer_readback`.
     """
-    MAX_SKIPS = 20      # in a row, by float16's loss scaling: each halves the scale, from 65,536 down to 1/16
+    MAX_SKIPS = 20      # consecutive ones by float16's loss scaling; each halves the scale, from 65,536 down to 1/16
 
     def __init__(self, net: nn.Module, state: TrainState, criterion: Criterion, process: Process, *,
                  amp_dtype: torch.dtype = torch.float32, clip_grad: float | None = None, late: bool | None = None):
@@ -106,13 +108,13 @@ class Updater:
         self.late = can_defer_readback(state, process.device) if late is None else late
         self.exchange = Exchange(process)
         self.parameters = [parameter for parameter in state.model.parameters() if parameter.requires_grad]
-        # on the device: the trouble with the group's losses (see Report), the largest loss, and what `_send` sends
+        # on the device: `trouble` of the group's losses (see Report), the largest loss, and the numbers that `_send` copies
         self.trouble, self.loss = torch.zeros((), device=process.device), torch.zeros((), device=process.device)
         self.sent = torch.zeros(5 + len(state.optimizer.param_groups), device=process.device)
         self.begin()
 
     def begin(self, number_of: Callable[[int], int] = lambda step: step + 1) -> None:
-        """Start an epoch. number_of: the last batch of an update -> the update's number in the run, from 1."""
+        """Start an epoch. number_of: maps the last batch of an update to the update's number in the run, from 1."""
         self.signal, self.save = 0, False       # requests of any process in the reports read so far
         self.number_of = number_of
         self._new_group()
@@ -122,7 +124,7 @@ class Updater:
         self.loss.zero_()
 
     def add_gradients(self, images: Tensor, targets: Tensor, group: int, where: str = "") -> Tensor:
-        """Forward and backward pass of one of the `group` batches of an update; returns its loss, a scalar without gradient."""
+        """Forward and backward pass of one of the `group` batches of an update. Returns the loss, a scalar without gradient."""
         with autocast(self.process.device, self.amp_dtype):
             loss = loss_of(self.net, self.criterion, images, targets)
         peers.mark(f"the backward pass of {where}")
@@ -158,8 +160,8 @@ class Updater:
 
     @torch.no_grad()
     def _measure(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Unscale the gradients and agree on the outcome: the numbers of the Report, the gradient's norm, and 1. where the update
-        is skipped."""
+        """Unscale the gradients and agree on the outcome. Returns the Report's numbers, the gradient's norm, and `skip` (1.: the
+        update is skipped)."""
         self.state.scaler.unscale_(self.state.optimizer)
         norm = nn.utils.get_total_norm([p.grad.detach() for p in self.parameters if p.grad is not None]).float()
         where, signal, save = self.sent[:3]
@@ -168,13 +170,13 @@ class Updater:
         return torch.cat([agreed, torch.stack([skip, norm]), self.sent[3:5]]), norm, skip
 
     def _apply(self, norm: Tensor, skip: Tensor) -> None:
-        """Clip the gradients and make the optimizer's step; with `late` it changes nothing where skip is 1."""
+        """Clip the gradients and do the optimizer's step. With `late` it changes nothing if skip is 1."""
         optimizer = self.state.optimizer
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         if self.late:
             optimizer.found_inf = skip      # type: ignore[attr-defined]  # what fused optimizers look for
-        with _reading(optimizer, self.sent[5:]) if self.late else nullcontext():
+        with _rates_on_device(optimizer, self.sent[5:]) if self.late else nullcontext():
             optimizer.step()
 
     def _read(self) -> Report:
@@ -191,9 +193,9 @@ class Updater:
         return report
 
     def _average(self, step: int) -> None:
-        """step: the last batch of the update whose weights these are."""
+        """Update the moving average. step: the last batch of the update that gave the weights."""
         ema = self.state.ema
-        if ema is not None:     # given a number, timm's first update copies the weights, which only a warm-up wants
+        if ema is not None:     # with a number, timm's first update copies the weights, which only a warm-up needs
             ema.update(self.state.model, self.number_of(step) if ema.use_warmup else None)
 
     def _drain(self, behind: int) -> None:
@@ -209,8 +211,8 @@ class Updater:
 
 
 @contextmanager
-def _reading(optimizer: torch.optim.Optimizer, rates: Tensor) -> Iterator[None]:
-    """While entered, the optimizer reads its groups' learning rates from `rates` on the device, and may be captured."""
+def _rates_on_device(optimizer: torch.optim.Optimizer, rates: Tensor) -> Iterator[None]:
+    """Inside, the optimizer reads its groups' learning rates from `rates` on the device, and its step may be captured."""
     before: list[dict[str, Any]] = [{key: group[key] for key in ("lr", "capturable") if key in group}
                                     for group in optimizer.param_groups]
     for group, old, rate in zip(optimizer.param_groups, before, rates):
@@ -218,13 +220,13 @@ def _reading(optimizer: torch.optim.Optimizer, rates: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        for group, old in zip(optimizer.param_groups, before):      # floats for the schedules, which write them anew
+        for group, old in zip(optimizer.param_groups, before):      # the schedules need floats
             group.update(old)
 
 
 def can_defer_readback(state: TrainState, device: torch.device) -> bool:
-    """Whether the device can skip an update before the host knows. Elsewhere the host waits for each update, which costs nothing
-    on a CPU."""
+    """Whether the device can skip an update before the host knows. If not, the host waits for each update, which on a CPU costs
+    nothing."""
     fused = type(state.optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD) and \
         all(group.get("fused") for group in state.optimizer.param_groups)
     return device.type == "cuda" and fused and not (state.ema is not None and has_running_statistics(state.model))

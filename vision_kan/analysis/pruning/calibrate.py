@@ -1,4 +1,4 @@
-"""What a unit matters, from images: covariances of features, Fisher information."""
+"""Covariances of features and Fisher information on calibration images."""
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,29 +7,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Model = Any             # a timm ViT of this project or a feed-forward of one, whose parts nn.Module's types do not know
-FLOOR = 0.05            # what a token weighs beside its gradient: one that the loss does not feel now it may feel later
+Model = Any             # a timm ViT of this project or one of its feed-forwards; nn.Module's type has none of their attributes
+FLOOR = 0.05            # added to the weight of each token: one without gradient now may have one later
 CHUNK = 4096            # tokens whose features are in memory at a time
 
 
 def to_float64(x: Tensor) -> Tensor:
-    """As float64, which Apple's GPUs do not have: on the CPU then."""
+    """The tensor in float64; on the CPU if its device is an Apple GPU, which lacks float64."""
     return x.double() if x.device.type != "mps" else x.cpu().double()
 
 
-# ---------------------------------------------------------------- what the calibration images say
 @dataclass
 class Calibration:
-    """inputs: what enters the first block, [B, N, D] for each batch. weights: for each block and batch, what its tokens
-    weigh, [B * N]. fisher: M of each block, float64 [D, D]. covariance: C of each block's second half, float64 [HP, HP]."""
-    inputs: list[Tensor]
-    weights: list[list[Tensor]]
-    fisher: list[Tensor]
-    covariance: list[Tensor]
+    inputs: list[Tensor]                # of the first block, [B, N, D] for each batch
+    weights: list[list[Tensor]]         # of the tokens, [B * N] for each block and batch
+    fisher: list[Tensor]                # M of each block, float64 [D, D]
+    covariance: list[Tensor]            # C of each block's second half, float64 [HP, HP]
 
 
 class _Moments:
-    """Weighted sums over tokens, in float64: of features f [T, P], and of residuals r [T, O] with them."""
+    """Weighted sums over tokens, in float64: of features f [T, P], of residuals r [T, O], and of their products."""
 
     def __init__(self):
         self.total, self.f, self.ff, self.r, self.rf = (torch.zeros((), dtype=torch.float64) for _ in range(5))
@@ -48,7 +45,7 @@ class _Moments:
 
 
 def calibrate(model: Model, batches: Iterator[Tensor], seed: int = 0) -> Calibration:
-    """What `model`, in evaluation mode, does on images [B, 3, S, S]: see `Calibration`."""
+    """Run `model`, in evaluation mode, forward and backward on batches of images [B, 3, H, W]. seed: of the drawn labels."""
     blocks = list(model.blocks)
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     found = Calibration([], [[] for _ in blocks], [], [])
@@ -73,8 +70,8 @@ def calibrate(model: Model, batches: Iterator[Tensor], seed: int = 0) -> Calibra
                     weights = FLOOR + weights / weights.mean().clamp_min(1e-30)
                     found.weights[number].append(weights)
                     first, second = block.mlp.halves()
-                    for some, weight in zip(seen[number][0].flatten(0, 1).split(CHUNK), weights.split(CHUNK)):
-                        moments[number].add(second.features(first(some)).flatten(1), weight)
+                    for x, weight in zip(seen[number][0].flatten(0, 1).split(CHUNK), weights.split(CHUNK)):
+                        moments[number].add(second.features(first(x)).flatten(1), weight)
             seen.clear()
     finally:
         for hook in hooks:

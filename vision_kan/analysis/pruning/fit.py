@@ -1,4 +1,4 @@
-"""The maps of a smaller block, fitted to what the larger one gave."""
+"""Fits of a smaller block's maps and functions to the outputs of the larger block."""
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,15 +12,15 @@ from vision_kan.layers.function_layer import FunctionLayer
 from vision_kan.layers.least_squares import ridge_solve
 from vision_kan.models.hooks import caught_inputs
 
-RIDGE = 1e-3            # of the mean of E[f^2], towards the weights as they are
-FUNCTIONS_RIDGE = 1e-6  # likewise, of the coefficients of functions
-SAMPLE = 4096           # tokens that functions are fitted on
+RIDGE = 1e-3            # towards the old weights, relative to the mean of E[f^2]
+FUNCTIONS_RIDGE = 1e-6  # of the coefficients of functions, relative to the same
+SAMPLE = 4096           # tokens on which functions are fitted
 
 
 @torch.no_grad()
 def feed_forward_inputs(model: Model, inputs: list[Tensor]) -> Iterator[list[Tensor]]:
-    """What enters each block's feed-forward, [T, D] in parts of `CHUNK` tokens, from what enters the first block. The
-    feed-forward may be changed before the next one is asked for, which sees what it gives then."""
+    """Yields the inputs of each block's feed-forward, [T, D] in chunks of `CHUNK` tokens. inputs: those of the first block. The
+    caller may change a feed-forward before it takes the next item, which then has the changed outputs."""
     for block in model.blocks:
         with caught_inputs([block.mlp]) as (caught,):
             for x in inputs:
@@ -32,8 +32,8 @@ def feed_forward_inputs(model: Model, inputs: list[Tensor]) -> Iterator[list[Ten
 # ---------------------------------------------------------------- fits
 @torch.no_grad()
 def refit(half: Half, inputs: Sequence[Tensor], targets: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Fit the linear map: half(x) ~ target for x [T, I], target [T, O], weights [T], each in parts; by least squares with a
-    ridge towards what it is."""
+    """Fit the linear map so that half(x) ~ target, for x [T, I], target [T, O] and weights [T], each in chunks: least squares
+    with a ridge towards the current weights."""
     sums = _Moments()
     for x, target, weight in zip(inputs, targets, weights):
         sums.add(half.features(x).flatten(1), weight, target - half(x))
@@ -56,7 +56,7 @@ def channel_moments(new: Tensor, old: Tensor, weights: Tensor) -> tuple[Tensor, 
 
 
 def sample(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """At most `SAMPLE` of the tokens, the same at each call."""
+    """At most `SAMPLE` random tokens, the same at each call."""
     x, w = torch.cat(list(inputs)), torch.cat(list(weights))
     chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:SAMPLE].to(x.device)
     return x[chosen], w[chosen]
@@ -64,12 +64,12 @@ def sample(inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor,
 
 # ---------------------------------------------------------------- learned functions of groups
 def learned_weights(phi: FunctionLayer) -> Tensor:
-    """[G, P]: the learned weights of each group's function, that of the base only where it is learned."""
+    """[G, P]: the learned weights of each group's function, including that of the base if it is learned."""
     return phi.function_weights()[0, :, :_learned(phi)]
 
 
 def learned_basis(phi: FunctionLayer, u: Tensor) -> Tensor:
-    """[T, I, P]: the basis functions that they weigh, at u [T, I]."""
+    """[T, I, P]: the basis functions of `learned_weights` at u [T, I]."""
     return phi.basis(u)[..., :_learned(phi)]
 
 
@@ -78,18 +78,18 @@ def _learned(phi: FunctionLayer) -> int:
 
 
 def mean_functions(gram: Tensor, moment: Tensor, groups: Tensor, count: int) -> Tensor:
-    """The function of each group that is nearest those of its channels: [count, Q].
+    """[count, Q]: for each group the function nearest to those of its channels.
 
-    gram [I, Q, Q], moment [I, Q] of each channel; groups: the channels', [I]."""
+    gram [I, Q, Q], moment [I, Q]: of each channel. groups: of each channel, [I]."""
     left = torch.zeros(count, *gram.shape[1:], dtype=gram.dtype, device=gram.device).index_add_(0, groups, gram)
     right = torch.zeros(count, moment.shape[1], dtype=gram.dtype, device=gram.device).index_add_(0, groups, moment)
     return ridge_solve(left, right[..., None], FUNCTIONS_RIDGE).squeeze(-1)
 
 
 def cluster(gram: Tensor, coefficients: Tensor, count: int, rounds: int = 20) -> Tensor:
-    """Groups of equally many channels whose functions are alike where their inputs arrive: the group of each channel, [I].
+    """Groups of equal size of channels with similar functions over their inputs: the group of each channel, [I].
 
-    k-means with clusters of one size (the assignment problem in each round), begun along the direction in which the
+    This is k-means with clusters of equal size (an assignment problem in each round), started along the direction in which the
     functions differ most. gram [I, P, P], coefficients [I, P], both float64."""
     channels = len(gram)
     values, vectors = torch.linalg.eigh(gram.mean(0))
@@ -112,10 +112,11 @@ def cluster(gram: Tensor, coefficients: Tensor, count: int, rounds: int = 20) ->
 @torch.no_grad()
 def fit_functions(new: FunctionLayer, old: FunctionLayer, u: Tensor, weights: Tensor, error_weight: Tensor,
                   sort: bool = False) -> Tensor:
-    """Give `new`, of fewer groups or points, the functions of `old`, as well as it can for inputs like u [T, I].
+    """Fit the functions of `new`, which has fewer groups or points, to those of `old` for inputs like u [T, I].
 
-    error_weight: how much an error of each channel counts, [I]. sort: channels may change places, so that those whose functions
-    are alike come together. Returns: which of old's channels is at each place of new's, [I]."""
+    error_weight: of an error in each channel, [I].
+    sort: channels may be reordered, so that those with similar functions become neighbours.
+    Returns: for each channel of `new` the index of its channel in `old`, [I]."""
     channels, count, before = u.shape[1], new.function_weights().shape[1], old.function_weights().shape[1]
     own = to_float64(learned_weights(old)).repeat_interleave(channels // before, 0)         # [I, P]
     order = torch.arange(channels, device=own.device)
@@ -134,10 +135,10 @@ def fit_functions(new: FunctionLayer, old: FunctionLayer, u: Tensor, weights: Te
 
 @torch.no_grad()
 def fit_edges(new: Half, old: Half, x: Tensor, weights: Tensor) -> None:
-    """Give every edge of `new`, of fewer points, the function that it has in `old`, as well as it can for inputs like x
-    [T, I]: W'[o, i] = W[o, i] A_i, A_i the least-squares change of basis of input i."""
+    """Fit the edge functions of `new`, which has fewer points, to those of `old` for inputs like x [T, I]: W'[o, i] =
+    W[o, i] A_i with A_i the least-squares change of basis of input i."""
     assert new.functions is not None and old.functions is not None
-    u = old.functions.arriving(x)
+    u = old.functions.normalised(x)
     features, one = new.functions.basis(u), torch.ones_like(u)[..., None]
     if new.bias is not None:
         features = torch.cat([features, one], -1)
@@ -152,11 +153,11 @@ def fit_edges(new: Half, old: Half, x: Tensor, weights: Tensor) -> None:
 
 @torch.no_grad()
 def fit_half(new: Half, old: Half, x: Tensor, weights: Tensor, fisher: Tensor | None = None) -> Tensor | None:
-    """Give `new` the functions of `old`, and all else that is not changed.
+    """Copy to `new` what it shares with `old`, and fit its functions to those of `old`.
 
-    fisher: M of the outputs [O, O]; where it is given, channels of a group KAN may change places. Returns: which of old's inputs
-    is at each place of new's, [I]; None where they stay."""
-    new.take_over(old)
+    fisher: M of the outputs [O, O]. If given, channels of a group KAN may be reordered.
+    Returns: for each input of `new` the index of its input in `old`, [I]; None if the order stays."""
+    new.copy_from(old)
     if new.functions is None or old.functions is None:
         return None
     if new.functions.per_edge:
@@ -169,11 +170,11 @@ def fit_half(new: Half, old: Half, x: Tensor, weights: Tensor, fisher: Tensor | 
 
 @torch.no_grad()
 def fit_norm(new: nn.LayerNorm, old: nn.LayerNorm, inputs: list[Tensor], weights: list[Tensor], units: Tensor) -> None:
-    """Scale and shift of a LayerNorm over some of the units with which each is nearest what it was in `old`."""
+    """Fit scale and shift of a LayerNorm over the remaining `units` to their outputs in `old`."""
     n = to_float64(torch.cat([F.layer_norm(x[:, units], new.normalized_shape, eps=new.eps) for x in inputs]))
     u, w = to_float64(torch.cat([old(x)[:, units] for x in inputs])), to_float64(torch.cat(weights))[:, None]
     w = w / w.sum()
-    mean, wanted = (w * n).sum(0), (w * u).sum(0)
-    scale = (w * (n - mean) * (u - wanted)).sum(0) / (w * (n - mean).square()).sum(0).clamp_min(1e-12)
+    mean, target_mean = (w * n).sum(0), (w * u).sum(0)
+    scale = (w * (n - mean) * (u - target_mean)).sum(0) / (w * (n - mean).square()).sum(0).clamp_min(1e-12)
     new.weight.copy_(scale)
-    new.bias.copy_(wanted - scale * mean)
+    new.bias.copy_(target_mean - scale * mean)

@@ -1,4 +1,4 @@
-"""What can go: hidden units, groups, grid points, edges."""
+"""Pruning plans: the smaller models without hidden units, groups or grid points."""
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left
@@ -22,14 +22,14 @@ KINDS = ("hidden", "groups", "points", "edges")
 
 # ---------------------------------------------------------------- plans
 class Plan(ABC):
-    """Ways of making a model smaller: level 0 is the model as it is, each further one has fewer parameters."""
+    """A series of smaller models: level 0 is the given model, and each further level has fewer parameters."""
 
     def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         self.model, self.given, self.calibration = model, spec, calibration
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many levels there are."""
+        """The number of levels."""
 
     @abstractmethod
     def spec(self, level: int) -> ModelSpec:
@@ -38,20 +38,21 @@ class Plan(ABC):
     @abstractmethod
     def fill(self, level: int, number: int, old: Model, new: Model, inputs: list[Tensor],
              weights: list[Tensor]) -> None:
-        """Give the feed-forward of block `number` its values; inputs x [T, D] and weights [T] of tokens in parts."""
+        """Set the parameters of the feed-forward of block `number`. inputs x [T, D] and weights [T]: of tokens, in chunks."""
 
     @abstractmethod
     def prunable(self, model: Model) -> int:
-        """Parameters of which a budget is a share."""
+        """The number of prunable parameters, of which a budget is a share."""
 
     def size(self, level: int) -> int:
+        """`prunable` of a level's model, without building it."""
         spec = self.spec(level)
         with torch.device("meta"):
             return self.prunable(timm.create_model(spec.name, **spec.kwargs))
 
     @torch.no_grad()
     def build(self, level: int) -> tuple[Model, ModelSpec]:
-        """The smaller model, in evaluation mode on the device of the model."""
+        """The level's model, in evaluation mode on the device of the given one, and its spec."""
         spec = self.spec(level)
         if level == 0:
             return self.model, spec
@@ -77,7 +78,7 @@ class Hidden(Plan):
         return len(self.removals) + 1
 
     def kept(self, level: int) -> list[list[int]]:
-        """The hidden units of each block that stay."""
+        """The remaining hidden units of each block."""
         stay = [set(range(block.mlp.halves()[1].weight.shape[1])) for block in self.model.blocks]
         for removal in self.removals[:level]:
             stay[removal.block] -= set(removal.units)
@@ -100,7 +101,7 @@ class Hidden(Plan):
         for key, value in new.state_dict().items():         # the tensors themselves
             given = old.state_dict()[key]
             for axis, (full, size) in enumerate(zip(given.shape, value.shape)):
-                if size != full:        # the hidden units, or these times the points
+                if size != full:        # an axis of hidden units, or of hidden units times points
                     given = given.unflatten(axis, (-1, size // hidden)).index_select(axis, units).flatten(axis, axis + 1)
             value.copy_(given)
         if self.kept(0)[number] == units.tolist():
@@ -111,7 +112,7 @@ class Hidden(Plan):
 
 
 class Functions(Plan):
-    """Fewer groups or fewer grid points, their functions fitted where inputs arrive, and the linear maps after that."""
+    """Fewer groups or grid points: first the functions are fitted, weighted by their inputs, then the linear maps."""
 
     def fill(self, level: int, number: int, old: Model, new: Model, inputs: list[Tensor],
              weights: list[Tensor]) -> None:
@@ -129,15 +130,15 @@ class Functions(Plan):
 
 
 class Groups(Functions):
-    """Fewer groups of a group KAN: those whose functions are alike become one. Channels of the residual stream stay where
-    they are, so that neighbours come together before the first map; hidden units are sorted anew."""
+    """Fewer groups of a group KAN: groups with similar functions are merged. Channels of the residual stream keep their order, so
+    before the first map only neighbours are merged; hidden units are reordered."""
 
     def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         super().__init__(model, spec, calibration)
         layers = [(half.functions.function_weights().shape[1], half.weight.shape[1])          # groups, channels
                   for block in model.blocks for half in block.mlp.halves() if half.functions is not None]
-        most = max(groups for groups, _ in layers)
-        self.counts = [spec.kwargs.get("kan_groups"), *(count for count in range(most - 1, 0, -1)
+        max_groups = max(groups for groups, _ in layers)
+        self.counts = [spec.kwargs.get("kan_groups"), *(count for count in range(max_groups - 1, 0, -1)
                        if all(channels % count == 0 and groups >= count for groups, channels in layers))]
 
     def __len__(self) -> int:
@@ -152,7 +153,7 @@ class Groups(Functions):
 
 
 class Points(Functions):
-    """Fewer grid points over the same range, h growing with their spacing."""
+    """Fewer grid points over the same range; h grows with their spacing."""
 
     def __init__(self, model: Model, spec: ModelSpec, calibration: Calibration):
         super().__init__(model, spec, calibration)
@@ -170,7 +171,7 @@ class Points(Functions):
         kwargs = {**self.given.kwargs, "kan_grid_points": points}
         if self.h is not None:
             wider = self.h * (self.points - 1) / (points - 1)
-            if not math.isclose(own_options(ModelSpec(self.given.name, kwargs))["kan_h"], wider):   # it is where h is the spacing
+            if not math.isclose(own_options(ModelSpec(self.given.name, kwargs))["kan_h"], wider):   # close if h is the spacing
                 kwargs["kan_h"] = wider
         return ModelSpec(self.given.name, kwargs)
 
@@ -179,13 +180,13 @@ class Points(Functions):
 
 
 def coefficients_of(model: Model) -> int:
-    """The number of parameters that say what the learned functions are."""
+    """The number of parameters of the learned functions."""
     return sum(parameter.numel() for layer in function_layers(model).values() for parameter in layer.function_parameters())
 
 
 # ---------------------------------------------------------------- choosing
 def check(spec: ModelSpec, what: str) -> None:
-    """Raises UserError where the model has nothing of that kind."""
+    """Raises UserError if the model has nothing of this kind to prune."""
     feed_forward = FEED_FORWARDS.get(split_name(spec.name)[1] or "")
     if feed_forward is None or not feed_forward.PRUNES:
         able = sorted(f"_{suffix}" for suffix, kind in FEED_FORWARDS.items() if kind.PRUNES)
@@ -197,7 +198,7 @@ def check(spec: ModelSpec, what: str) -> None:
 
 
 def make_plan(model: Model, spec: ModelSpec, what: str, calibration: Calibration) -> Plan:
-    """The plan that removes what matters least. what: one of `KINDS`. Raises UserError as `check` does."""
+    """The plan that removes the least important parts first. what: one of `KINDS`. Raises UserError as `check` does."""
     check(spec, what)
     if what == "groups":
         return Groups(model, spec, calibration)
@@ -205,11 +206,11 @@ def make_plan(model: Model, spec: ModelSpec, what: str, calibration: Calibration
         return Points(model, spec, calibration)
     if what == "edges":
         return Hidden(model, spec, calibration, rank_edges(model, calibration))
-    shared = own_options(spec).get("kan_groups")        # 0 or None: each hidden unit may go alone
+    shared = own_options(spec).get("kan_groups")        # 0 or None: hidden units can be removed one by one
     groups = model.blocks[0].mlp.halves()[1].functions.function_weights().shape[1] if shared else 1
     return Hidden(model, spec, calibration, rank_hidden(model, calibration, groups))
 
 
-def first_level(plan: Plan, enough: Callable[[int], bool]) -> int:
-    """The first level for which `enough` holds, where it holds for all after that; len(plan) where for none."""
-    return bisect_left(range(len(plan)), True, key=enough)
+def first_level(plan: Plan, holds: Callable[[int], bool]) -> int:
+    """The first level for which `holds` is true, by bisection: it must be true for all further levels. len(plan) if for none."""
+    return bisect_left(range(len(plan)), True, key=holds)

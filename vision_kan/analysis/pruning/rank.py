@@ -1,4 +1,4 @@
-"""The order in which hidden units go."""
+"""The order in which hidden units are removed."""
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,28 +11,30 @@ from vision_kan.analysis.pruning import fit
 from vision_kan.analysis.pruning.calibrate import Calibration, Model, to_float64
 from vision_kan.analysis.pruning.fit import feed_forward_inputs
 from vision_kan.layers.feed_forward import Half
-from vision_kan.layers.least_squares import ridged
+from vision_kan.layers.least_squares import add_ridge
 
 
 class Removal(NamedTuple):
-    """Hidden units of a block that go together, one of each group, and the rise of the loss, up to a factor."""
+    """Hidden units of a block that are removed together, one of each group, and the rise of the loss, up to a factor."""
     block: int
     units: list[int]
     rise: float
 
 
 def removal_order(covariance: Tensor, weight: Tensor, fisher: Tensor, groups: int) -> list[tuple[list[int], float]]:
-    """Hidden units of a block, the one that is missed least first, all but the last of each group.
+    """The order of removal of a block's hidden units, the least important first, without the last unit of each group.
 
     Args:
-        covariance: float64 [HP, HP]. weight: [O, H, P]. fisher: float64 [O, O].
-        groups: the number of runs of neighbouring units; one unit of each run goes at a time.
-    Returns: units, and the rise of tr(M D C D^T) when they go and the others' weights make up for them.
+        covariance: float64 [HP, HP].
+        weight: [O, H, P].
+        fisher: float64 [O, O].
+        groups: number of groups, which are runs of neighbouring units; each step removes one unit of each group.
+    Returns: the units of each step, and the rise of tr(M D C D^T) when they are removed and the other weights compensate.
     """
     outputs, units, features = weight.shape
     values, vectors = torch.linalg.eigh(fisher)
     rows = (vectors * values.clamp_min(0).sqrt()).T @ to_float64(weight).flatten(1)             # M^1/2 W, [O, HP]
-    inverse = torch.linalg.inv(ridged(covariance, fit.RIDGE))
+    inverse = torch.linalg.inv(add_ridge(covariance, fit.RIDGE))
     gone = torch.zeros(units, dtype=torch.bool, device=rows.device)
     offsets = torch.arange(features, device=rows.device)
     first = torch.arange(groups, device=rows.device) * (units // groups)
@@ -56,18 +58,18 @@ def removal_order(covariance: Tensor, weight: Tensor, fisher: Tensor, groups: in
 
 
 def rank_hidden(model: Model, calibration: Calibration, groups: int) -> list[Removal]:
-    """Hidden units of all blocks, those first without which the loss rises least; one unit of each group stays."""
+    """Removals of hidden units in all blocks, by the rise of the loss, the smallest first; one unit of each group stays."""
     removals = []
     for number, block in enumerate(model.blocks):
         order = removal_order(calibration.covariance[number], block.mlp.halves()[1].weight, calibration.fisher[number], groups)
-        # a unit that goes first in its block must come first here too, so a rise counts as at least those before it
+        # keep the order within a block: a rise counts as at least those before it
         highest = np.maximum.accumulate([rise for _, rise in order] or [0.0])
         removals += [Removal(number, units, float(rise)) for (units, _), rise in zip(order, highest)]
     return sorted(removals, key=lambda removal: removal.rise)
 
 
 def edge_deviations(half: Half, inputs: Sequence[Tensor]) -> Tensor:
-    """Standard deviation of every edge function phi_oi over what arrives, x [T, I] in parts: [O, I]."""
+    """[O, I]: the standard deviation of every edge function phi_oi over the inputs x [T, I], in chunks."""
     total, first, second = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for x in inputs:
         f = to_float64(half.features(x))
@@ -80,22 +82,21 @@ def edge_deviations(half: Half, inputs: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def rank_edges(model: Model, calibration: Calibration) -> list[Removal]:
-    """Hidden units of all blocks, those first whose edges are weak: the smaller of the strongest edge that comes in and the
-    strongest that goes out, each relative to its layer's (Liu et al., arXiv:2404.19756, section 2.5: a unit stays that has
-    a strong edge on both sides)."""
+    """Removals of hidden units in all blocks, those with weak edges first. A unit's strength is the smaller of its strongest
+    incoming and its strongest outgoing edge, each relative to its layer (Liu et al., arXiv:2404.19756, section 2.5)."""
     removals = []
     for number, inputs in enumerate(feed_forward_inputs(model, calibration.inputs)):
         first, second = model.blocks[number].mlp.halves()
         into, out = (d / d.square().mean().sqrt() for d in (
             edge_deviations(first, inputs), edge_deviations(second, [first(x) for x in inputs])))
         strength = torch.minimum(into.amax(1), out.amax(0))
-        weakest = strength.argsort(stable=True)[:-1].tolist()
-        removals += [Removal(number, [unit], strength[unit].item()) for unit in weakest]
+        order = strength.argsort(stable=True)[:-1].tolist()
+        removals += [Removal(number, [unit], strength[unit].item()) for unit in order]
     return sorted(removals, key=lambda removal: removal.rise)
 
 
 def random_order(removals: list[Removal], seed: int) -> list[Removal]:
-    """The same number of units in a random order: what a ranking has to beat."""
+    """The same number of units in random order, as a baseline."""
     random = np.random.default_rng(seed)
     groups: dict[int, list[list[int]]] = {}
     for removal in removals:
