@@ -47,7 +47,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 def write_digits(folder: Path, train: int = 16, val: int = 8, classes: int = 3, size: int = 32,
                  names: list[str] | None = None) -> Path:
-    """train/NAME/*.png and val/NAME/*.png with so many real handwritten digits of each class."""
+    """train/NAME/*.png and val/NAME/*.png with `train` and `val` real handwritten digits of each class."""
     images, targets = _digits()
     for number, name in enumerate(names or [f"digit{c}" for c in range(classes)]):
         chosen = np.flatnonzero(targets == number % 10)
@@ -66,7 +66,7 @@ def run(*argv) -> int:
 
 
 class Run:
-    """The real program in a process of its own, started in no time by a server that has imported everything."""
+    """The real program in a process of its own, forked quickly from a server that has imported everything."""
 
     def __init__(self, folder: Path, *argv, environment: dict[str, str] | None = None, cwd: Path | None = None,
                  file_limit: int | None = None, call=program.main):
@@ -95,7 +95,7 @@ class Run:
 
 
 def launch(folder: Path, *argv, processes: int = 2, call=program.main, own: dict[int, tuple] | None = None) -> list[Run]:
-    """The program in so many processes with the variables of torchrun; `own` has more words for one of them."""
+    """The program in `processes` processes with the variables of torchrun; own: rank -> further words for that process."""
     port = free_port()
     return [Run(folder, *argv, *(own or {}).get(rank, ()), call=call, environment={
         "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes),
@@ -147,7 +147,7 @@ def free_port() -> int:
 
 
 class Enough(BaseException):
-    """No more batches are wanted."""
+    """`recording` has enough batches."""
 
 
 @contextlib.contextmanager
@@ -195,8 +195,8 @@ def log(folder: Path, times: bool = False) -> list[dict]:
 
 
 def left(folder: Path) -> dict:
-    """Everything that an interruption must not change in a run's folder: the last checkpoint and the best ones, without where
-    and how they were made; log lines; TensorBoard's scalars."""
+    """What an interruption must not change in a run's folder: checkpoints without the paths and intervals in their flags, log
+    lines, TensorBoard's scalars."""
     files = {path.name: checkpoint(folder, path.name) for path in folder.glob("*.pth") if "previous" not in path.name}
     for saved in files.values():
         for key in ("output_dir", "resume", "num_workers", "save_interval_steps"):
@@ -244,7 +244,7 @@ def finish(runs: list[Run], code: int = 0, timeout: float = 100) -> list[str]:
 
 
 def at(monkeypatch, where: str, act) -> None:
-    """Let `act` happen where the program marks that it comes to `where`, e.g. "the update of step 2 of epoch 1"."""
+    """Call `act` when the program marks that it reaches `where`, for example "the update of step 2 of epoch 1"."""
     def mark(doing: str) -> None:
         if doing == where:
             act()

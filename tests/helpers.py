@@ -27,7 +27,7 @@ def sentence(call, *args, **kwargs) -> str:
 
 
 def forked(function, *args):
-    """function(*args) in a copy of this process: what it does to itself ends with it."""
+    """function(*args) in a fork of this process, so that its limits and patches end with it."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(function(*args)))
@@ -48,7 +48,7 @@ def epochs(folder: Path) -> dict[str, int]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard's own reader shows: tag -> (step, value) pairs."""
+    """What TensorBoard's own reader finds: tag -> (step, value) pairs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(folder), {"scalars": 0})
     events.Reload()
@@ -63,7 +63,7 @@ def make_args(data_path="", **changes):
 
 
 def differences(a, b, path: str = "") -> list[str]:
-    """Where two nests of dictionaries, lists, tensors and plain values differ, bit by bit."""
+    """Paths at which two nests of dictionaries, lists, tensors and plain values differ by a bit or more."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
     if isinstance(a, dict) and isinstance(b, dict):

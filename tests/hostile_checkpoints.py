@@ -1,5 +1,5 @@
 """Hostile checkpoints: a seeded generator of files that are cut off, damaged, foreign, too large, or that would run code.
-What the tests take some of, and benchmarks/fuzz_checkpoints.py a thousand."""
+The tests take some, benchmarks/fuzz_checkpoints.py a thousand."""
 import io
 import json
 import os

@@ -1,5 +1,5 @@
-"""Image files that a collection from the wild may hold: such that no decoder can read, and odd ones that must be read; and
-what a call costs in memory."""
+"""Image files that real collections hold: some that no decoder can read, odd ones that must be read; and the memory that a
+call takes."""
 import os
 import resource
 import stat
@@ -28,7 +28,7 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 32)) -> Image.Image:
 
 
 def write_black_png(path: Path, width: int, height: int) -> Path:
-    """An RGB PNG file of zeros in a thousandth of its size, made without the memory that to decode it takes."""
+    """An RGB PNG file of zeros, a thousandth of its decoded size and written without that memory."""
     size = height * (3 * width + 1)                         # each row begins with the number of its filter
     deflate = zlib.compressobj(9, wbits=-15)
     block = deflate.compress(bytes(BLOCK)) + deflate.flush(zlib.Z_FULL_FLUSH)       # may be repeated
@@ -70,7 +70,7 @@ def write_unreadable(folder: Path) -> list[str]:
 
 
 def write_odd(folder: Path) -> dict[str, tuple[int, int]]:
-    """Files that are odd but can be read: name -> width and height."""
+    """Odd files that can be read: name -> width and height."""
     folder.mkdir(parents=True, exist_ok=True)
     image = picture()
     image.convert("CMYK").save(folder / "cmyk.jpg")
@@ -103,7 +103,7 @@ def write_odd(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def grown(function, *args):
-    """By how many MB this process's largest size grew in a call, in a copy of it."""
+    """MB by which a call raises the peak memory of a fork of this process."""
     def measured():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         function(*args)

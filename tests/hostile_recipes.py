@@ -37,7 +37,7 @@ FORBIDDEN = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.spawn", "os.po
 
 
 class Violation(AssertionError):
-    """A flag or a recipe that ends in something other than a run or a sentence."""
+    """A flag or a recipe leads neither to a run nor to a sentence."""
 
 
 # ---------------------------------------------------------------- what must hold
@@ -54,7 +54,7 @@ sys.addaudithook(_audit)        # it cannot be taken away again; outside `nothin
 
 @contextmanager
 def nothing_runs() -> Iterator[None]:
-    """Violation where code is compiled or run, or a process started, inside."""
+    """Raises Violation if code is compiled or run, or a process started, inside."""
     global _watched
     _watched = seen = []
     try:
@@ -67,7 +67,7 @@ def nothing_runs() -> Iterator[None]:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Violation where the inside takes longer; main thread only."""
+    """Raises Violation if the inside takes longer; main thread only."""
     def late(*_):
         raise Violation(f"still busy after {seconds} s")
 
@@ -199,7 +199,7 @@ _VALUED_KEYS = _KEYS.flatmap(lambda dest: st.tuples(st.just(dest), st.one_of(_wi
 
 # ---------------------------------------------------------------- recipes
 def _yaml(value) -> str:
-    """The value as a careless hand would write it."""
+    """The value as a careless author would write it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -242,7 +242,7 @@ _CODE = ["!!python/object/apply:os.system ['touch {0}']", "!!python/object/apply
 
 
 def _bomb(kind: str, depth: int = 9, width: int = 9) -> str:
-    """Nine lines that stand for 9^9 values: of lists, of mappings, of merged mappings; as a value or as a key."""
+    """Nine lines that expand to 9^9 values: of lists, of mappings, of merged mappings; as a value or as a key."""
     opening, closing = {"list": ("[", "]"), "key": ("[", "]"), "map": ("{", "}"), "merge": ("", "")}[kind]
     lines = ["a0: &a0 " + ("{x: 1}" if kind == "merge" else f"{opening}{'x: lol' if kind == 'map' else 'lol'}{closing}")]
     for level in range(1, depth + 1):
@@ -258,7 +258,7 @@ def _bomb(kind: str, depth: int = 9, width: int = 9) -> str:
 
 
 def bombs(kind: str) -> list[str]:
-    """In a mapping of names that are no flags, and inside a flag's value, which is looked at."""
+    """Under keys that are not flags, and inside a flag's value."""
     rows = ", ".join(re.findall(r"&a\d .*", _bomb(kind)))
     return [_bomb(kind), f"lr: [{rows}]", f"opt_betas: [{rows}]", f"? [{rows}]\n: 1"]
 

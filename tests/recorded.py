@@ -127,7 +127,7 @@ def updater_of(state: TrainState, criterion: Criterion, captured_: bool, **optio
 def run(captured_: bool, argv=(), loader: Callable[[], list] | None = None,
         criterion: Callable[[], Criterion] | None = None, mixup=None, epochs: int = 3, scaler=None, between=None,
         amp_dtype=torch.float32, clip_grad=None, device=CPU, model=None, hooks: Hooks | None = None, **options):
-    """Epochs at a constant learning rate: everything that is left of them, and the updater."""
+    """Epochs at a constant learning rate: final state, results of each epoch, updater."""
     args = flags(*argv)
     torch.manual_seed(0)
     state = state_of(args, model and model(), amp_dtype, device)
@@ -168,7 +168,7 @@ def evaluation(state: TrainState):
 
 
 class Net(nn.Module):
-    """Something with BatchNorm, without an average: its statistics are the graph's."""
+    """A model with BatchNorm, without a moving average: the graph updates its statistics."""
 
     def __init__(self):
         super().__init__()

@@ -39,7 +39,7 @@ def test_one_tile_of_every_op_and_target(tmp_path):
 
 
 def test_the_main_loop_and_what_it_does():
-    """Of a listing: the loop with the most special functions, its narrowest access, and whether threads meet in it."""
+    """In a listing: the loop with the most special functions, its narrowest access, and whether it has a barrier."""
     from benchmarks import aot
     opcodes = ["LDG.E", "MUFU.EX2", "BRA", "LDG.E.128", "MUFU.EX2", "MUFU.RCP", "STG.E.64", "BRA", "BAR.SYNC"]
     groups = [aot.CLASSES.get(opcode.split(".")[0], "other") for opcode in opcodes]

@@ -577,7 +577,7 @@ def test_finetune_goes_on_with_images_as_the_weights_know_them():
     got = resolve(parse_args(["--mean", "0.4", "0.4", "0.4"]), {**OURS, **half}, {}, "finetune")
     assert got.args.mean == [0.4] * 3 and got.args.std == [0.5] * 3 and got.notes == (
         "--mean is 0.4 0.4 0.4 (command line); the checkpoint has 0.5 0.5 0.5",)
-    older = resolve(parse_args([]), OURS, {}, "finetune").args     # of before it was told
+    older = resolve(parse_args([]), OURS, {}, "finetune").args     # written before this flag was recorded
     assert older.eval_crop_ratio == 0.875 and older.mean == parse_args([]).args.mean
     with pytest.raises(UserError, match="--std 1.0 1.0 1.0 .* contradicts the checkpoint, which has 0.5 0.5 0.5"):
         resolve(parse_args(["--std", "1", "1", "1"]), {**OURS, **half}, {}, "resume")

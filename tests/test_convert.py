@@ -1,4 +1,4 @@
-"""tools/convert.py as a user calls it: real files, real images, every wish and every mistake."""
+"""tools/convert.py as a user calls it: real files, real images, every option and every mistake."""
 import json
 
 import numpy as np

@@ -275,7 +275,7 @@ def test_what_is_no_single_folder(single, tmp_path):
         (tmp_path / "text" / name).mkdir(parents=True)
         (tmp_path / "text" / name / "notes.txt").touch()
     assert guess_data_set(str(tmp_path / "text")) is None
-    write_image(tmp_path / "parent/imagenet/0.jpg")     # one folder is no classes
+    write_image(tmp_path / "parent/imagenet/0.jpg")     # a single folder is not a set of classes
     assert guess_data_set(str(tmp_path / "parent")) is None
 
 
@@ -811,7 +811,7 @@ def test_resplit_spares_the_first_repeat(folder):
 # ---------------------------------------------------------------- unreadable images
 @pytest.fixture
 def no_permissions(monkeypatch):
-    """As root one may read anything, even what is forbidden to all."""
+    """Root may read any file, whatever its permissions."""
     if os.geteuid():
         return
 
@@ -850,7 +850,7 @@ def test_unreadable_images_are_named_once_counted_and_survived(folder, no_permis
 
 
 def test_postscript_is_not_run(tmp_path, monkeypatch):
-    """PIL would hand it to Ghostscript, under whatever name it comes."""
+    """PIL would hand it to Ghostscript, whatever its name."""
     gs = tmp_path / "gs"
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
     gs.chmod(0o700)
@@ -1138,7 +1138,7 @@ def evaluated_in_parts(rank, world, folder, rendezvous):
 
 
 def in_processes(world, function, *args):
-    """function(rank, world, *args) in so many copies of this process at once."""
+    """function(rank, world, *args) in `world` forks of this process at once."""
     with concurrent.futures.ThreadPoolExecutor(world) as pool:
         return list(pool.map(lambda rank: forked(function, rank, world, *args), range(world)))
 
@@ -1378,7 +1378,7 @@ def test_too_few_open_files_are_one_sentence(capfd):
 
 
 def mount_small_memory(size):
-    """A /dev/shm of so many bytes for this process and its children; returns whether it may do that."""
+    """Mounts a /dev/shm of `size` bytes for this process and its children; False without permission."""
     namespace = 0x20000     # CLONE_NEWNS
     if ctypes.CDLL(None, use_errno=True).unshare(namespace):
         return False

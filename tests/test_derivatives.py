@@ -92,7 +92,7 @@ def test_transforms_of_the_layers_as_they_train(name):
 
 @pytest.mark.parametrize("name", KANS)
 def test_a_gradient_penalty_beside_other_terms(name):
-    """What reaches the layer from behind does not hang on x, and what lies before it does."""
+    """The gradient that reaches the layer does not depend on x, what comes before it does."""
     kan, exact = kan_of(name), kan_of(name, torch.float64)
     before = nn.Linear(4, 4)
 
@@ -141,7 +141,7 @@ def test_second_derivatives_under_autocast(name, dtype):
 
 
 def test_a_scale_without_a_base():
-    """It has no part in the value: a gradient of zero, and no error."""
+    """It does not enter the value: a gradient of zero, and no error."""
     u, c, s = (torch.randn(shape, requires_grad=True) for shape in ((3, 4), (2, 2), (2,)))
     y = rswaf_activation(u, c, (-1.0, 1.0), 1.0, "none", s)
     first, = torch.autograd.grad(y.square().sum(), u, create_graph=True)

@@ -73,7 +73,7 @@ def test_random_numbers_are_uniform_independent_and_belong_to_their_position():
 
 
 def test_random_numbers_stay_what_they_are():
-    """Another value here is another training for every seed."""
+    """Any other value changes the training of every seed."""
     assert uniforms(0, 0, torch.tensor([0, 1]), 3).tolist() == [
         [0.09563213586807251, 0.3375016450881958, 0.05320233106613159],
         [0.12578272819519043, 0.06075704097747803, 0.6749845743179321]]

@@ -282,7 +282,7 @@ def test_bad_input_ends_both_at_once(data, tmp_path):
 
 
 def test_what_is_wrong_on_one_machine_ends_all(data, tmp_path):
-    """The folder, or the checkpoint, is there for the first process only: the first says so too."""
+    """Only the first process sees the folder or the checkpoint: it says so too."""
     flags = (*QUICK, "--epochs", 1, "--data-path", data)
     for text in errors(launch(tmp_path, *flags, own={1: ("--data-path", tmp_path / "absent")})):
         assert "--data-path" in text and "absent" in text
@@ -319,7 +319,7 @@ def test_a_process_that_is_killed_takes_torchrun_down(data, tmp_path):
 
 # ---------------------------------------------------------------- stopped, hung, restarted
 def sent_to_rank_1_at(where: str, what: str):
-    """The program, which in process 1 meets `what` where it marks that it comes to `where`."""
+    """The program; process 1 gets `what` when it marks that it reaches `where`."""
     def call(argv: list[str]) -> int:
         from vision_kan.common import peers
         real, out = peers.mark, Path(argv[argv.index("--output_dir") + 1])

@@ -1,4 +1,4 @@
-"""Files from URLs: servers of this machine that lie, break off, trickle and send elsewhere."""
+"""Files from URLs: local servers that lie, break off, trickle and redirect."""
 import hashlib
 import io
 import os
@@ -189,12 +189,12 @@ def test_fetch_keeps_no_page_of_html(server, tmp_path, status, length):
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("announced", [None, 0.5])
 def test_fetch_notices_a_cut_that_http_does_not_tell(server, tmp_path, body, named, announced):
-    """Without a length, or with one that is too small: by the hash, or since it is not a complete checkpoint."""
+    """Without a length, or with one that is too small: by the hash, or because it is not a complete checkpoint."""
     name = f"/tiny-{hashlib.sha256(body).hexdigest()[:8]}.pth" if named else "/tiny.pth"
     half = len(body) // 2
     text = sentence(fetch, server.answer(name, (200, body[:half], announced and half)))
     assert ("SHA-256" if named else "not a complete checkpoint") in text and cached(tmp_path) == []
-    assert fetch(server.answer(name, (200, body, None))).read_bytes() == body       # a whole one without a length is taken
+    assert fetch(server.answer(name, (200, body, None))).read_bytes() == body       # a complete one without a length is accepted
 
 
 def redirecting(target: str):
@@ -275,7 +275,7 @@ def test_two_processes_at_once(server, tmp_path, body):
 
 
 def test_killed_half_way(server, tmp_path, body):
-    """What a killed process leaves is never used, and the next download removes it; that of a living one stays."""
+    """What a killed process leaves is never used and removed by the next download; a living process keeps its own."""
     def half(handler):
         handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" + bytes(2 ** 20))
         server.closing.wait()

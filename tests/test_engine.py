@@ -291,7 +291,7 @@ def test_the_device_is_waited_for_once_an_interval(monkeypatch):
     """As on a GPU, where a report ("tolist") is read an update later. (A grid in the CPU's memory is read there, which waits
     for nothing.)"""
     waits = []
-    monkeypatch.setattr(native, "MAX_POINTS", 0)        # so that none is
+    monkeypatch.setattr(native, "MAX_POINTS", 0)        # so that no grid is
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         original = getattr(torch.Tensor, name)
 
@@ -492,7 +492,7 @@ def test_when_an_update_may_be_read_late():
     cuda = torch.device("cuda")
     assert can_defer_readback(state_of(nano(), "--opt", "adamw", "--model-ema"), cuda)
     assert not can_defer_readback(state_of(nano(), "--opt", "adamw"), CPU)
-    for opt in ("lookahead_adamw", "lamb"):         # they cannot be told on the device to leave an update out
+    for opt in ("lookahead_adamw", "lamb"):         # they cannot skip an update on the device
         assert not can_defer_readback(state_of(nano(), "--opt", opt), cuda)
     resnet = timm.create_model("resnet10t", num_classes=K)
     assert not can_defer_readback(state_of(resnet, "--opt", "adamw", "--model-ema"), cuda)      # its average needs buffers
@@ -828,7 +828,7 @@ class Run:
         return self
 
     def resumed(self, *argv) -> "Run":
-        """A new process's run that goes on from this one's file."""
+        """A run in a new process, resumed from this one's file."""
         saved = through_a_file(self.state)
         other = Run(*argv, seed=123)
         other.state.load_state_dict(saved)

@@ -1,4 +1,4 @@
-"""Exact and equal: any number of images over any number of processes, two processes and one, the same run twice."""
+"""Equal results: any number of images over any number of processes, two processes and one, the same run twice."""
 import multiprocessing
 import os
 import re
@@ -26,7 +26,7 @@ SIZES, WORLDS = range(1, 65), range(1, 5)
 
 # ---------------------------------------------------------------- evaluation
 class SomeUnreadable(ArrayImages):
-    """Every seventh image, the first one left out, is like a file that cannot be read."""
+    """Every seventh image, index 6 first, is like a file that cannot be read."""
 
     def load(self, index, min_side=0, upright=False):
         if index % 7 == 6:
@@ -88,7 +88,7 @@ def test_evaluation_is_exact_for_every_data_set_size_and_number_of_processes(tmp
     """Sizes below the number of processes included: some of them then have no image."""
     (alone,) = evaluations(1, False, tmp_path)
     assert [(r["images"], r["unreadable"]) for r in alone] == [(n - n // 7, n // 7) for n in SIZES]
-    assert len({counts(result) for result in alone}) == len(SIZES) and counts(alone[-1])[2] > 2     # all are told apart
+    assert len({counts(result) for result in alone}) == len(SIZES) and counts(alone[-1])[2] > 2     # each differs
     for world in WORLDS:
         for rank, shared in enumerate(evaluations(world, True, tmp_path)):
             for size, one, many in zip(SIZES, alone, shared):
@@ -122,7 +122,7 @@ DEIT3 = "--ThreeAugment --src --color-jitter 0.3 --reprob 0.25 --repeated-aug"
 
 @pytest.mark.parametrize("model,augmentation,accumulate", [(NANO, DEIT, 1), (GKAN, DEIT3, 2)])
 def test_two_processes_equal_one(model, augmentation, accumulate, data, tmp_path):
-    """Also where a process gives a quarter of an update's images at a time."""
+    """Also where each process takes a quarter of an update's images at a time."""
     flags = (*QUICK, *ALIKE, "--epochs", 2, "--data-path", data, "--model", model, *augmentation.split())
     many = launch(tmp_path, *flags, "--batch-size", 8 // accumulate, "--grad-accum", accumulate,
                   "--output_dir", tmp_path / "two", call=recorded)

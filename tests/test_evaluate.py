@@ -132,7 +132,7 @@ def test_calibration_error_by_hand(report, outputs):
 
 
 def test_calibration_at_the_edges():
-    """A confidence on an edge belongs to the bin below; sure and right is no error, sure and wrong all of it."""
+    """A confidence on an edge belongs to the bin below; certain and right has error 0, certain and wrong error 1."""
     def of(logits, targets):
         tally = evaluate.Tally(2)
         logits = torch.tensor(logits)

@@ -364,7 +364,7 @@ def test_too_large_for_onnx(trained_run, tmp_path, capsys, monkeypatch):
 
 # ---------------------------------------------------------------- the Hub
 class Hub:
-    """In the place of the client: what was asked of it."""
+    """Stands in for the client and records the calls."""
 
     def __init__(self):
         self.repos, self.commits = [], []

@@ -1,4 +1,4 @@
-"""The families of timm's models: what is trained can be gone on with and evaluated, whatever the parameters are called."""
+"""The families of timm's models: what is trained can be resumed and evaluated, whatever the names of the parameters."""
 import shutil
 from typing import Any
 

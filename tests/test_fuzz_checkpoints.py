@@ -26,7 +26,7 @@ def test_hostile_checkpoints_are_refused_or_fallen_back_from(count):
     assert min(refused, fell_back, loaded) > 0
 
 
-# Files that are not as they say, and a reader without care.
+# Files that do not behave as labelled, and a careless reader.
 NOTICED = {
     "crashed": "f.hostile_files = lambda good, *_: [Hostile('k', 'w', saved(good))]",
     "ran code": """

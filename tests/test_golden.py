@@ -40,7 +40,7 @@ STEPS = 20
 TOLERANCE = 4e-6
 
 
-# ---------------------------------------------------------------- what a run does
+# ---------------------------------------------------------------- losses
 def losses_of(model: str, *more, steps: int = STEPS, threads: int = 1) -> list[float]:
     """The first losses of the run."""
     before, backend = torch.get_num_threads(), kernels.chosen()
@@ -61,7 +61,7 @@ def deviation(losses: list[float], others: list[float]) -> float:
 
 
 def made_with() -> dict[str, str | bool]:
-    """What else decides on the numbers: other versions may augment, initialise and draw in another way."""
+    """Versions that decide the numbers: others may augment, initialise and draw differently."""
     names = {name: version(name).partition("+")[0] for name in ("torch", "torchvision", "timm", "numpy", "pillow")}
     return {**names, "mkl": torch.backends.mkl.is_available()}
 

@@ -158,7 +158,7 @@ def test_captured_is_eager(name, capsys):
 
 @needs_gpu
 def test_a_step_that_cannot_be_captured_goes_on_without(capsys):
-    """Nothing is lost by the attempt: weights, statistics, random numbers; and CUDA works on."""
+    """The attempt changes no weights, statistics or random numbers, and CUDA still works."""
     case = {"device": CUDA, "model": Reading, "argv": ("--no-model-ema",)}
     eager, wanted, _ = train(False, **case)
     state, got, updater = train(True, **case)

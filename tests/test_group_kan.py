@@ -1,4 +1,4 @@
-"""The group KAN: its op against the definition, its modules against the MLP that it begins as."""
+"""The group KAN: its op against the definition, its modules against the MLP that it starts as."""
 import copy
 import math
 
@@ -29,7 +29,7 @@ def phi_of(channels=16, seed=0, dtype=torch.float32, **kwargs):
 
 
 def kan_of(seed=0, dtype=torch.float32, **kwargs):
-    """A feed-forward of 16 channels whose activations are no longer their bases."""
+    """A feed-forward of 16 channels whose activations differ from their bases."""
     torch.manual_seed(seed)
     kan = GroupKAN(16, 32, **{"groups": 4, **kwargs})
     with torch.no_grad():

@@ -38,7 +38,7 @@ def places(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def two_images(monkeypatch):
-    """Of six the attention is drawn no better."""
+    """Two are enough: six show nothing more of the attention."""
     monkeypatch.setattr(inspect_kan, "SHOWN", 2)
 
 
@@ -47,7 +47,7 @@ def inspected(*argv) -> int:
 
 
 class Page(HTMLParser):
-    """What a browser would make of the report: tags, text, sources of pictures, rows of cells."""
+    """What a browser would find in the report: tags, text, sources of pictures, rows of cells."""
 
     def __init__(self, file: Path):
         super().__init__()
@@ -124,7 +124,7 @@ def test_the_same_twice(places, tmp_path):
 
 @pytest.mark.slow
 def test_images_that_are_named(places, tmp_path):
-    """They are let through, and looked at."""
+    """They are accepted and measured."""
     images = sorted((places / "data/val/digit1").iterdir())[:2]
     assert inspected(places / "KAN/checkpoint.pth", *images, *ONE, "--output", tmp_path) == 0
     page = Page(tmp_path / "report.html")

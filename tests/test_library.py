@@ -24,14 +24,14 @@ LAYERS = {"group": partial(GroupKAN, groups=4), "full-edge": partial(FasterKAN, 
 
 
 def real_images(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Handwritten digits [B, 3, S, S] and what they are."""
+    """Handwritten digits [B, 3, S, S] and their labels."""
     images, targets = load_digits()
     images = torch.from_numpy(images[:count]).float().div(127.5).sub(1)[:, None].expand(-1, 3, -1, -1)
     return nn.functional.interpolate(images, size=size, mode="bilinear"), torch.from_numpy(targets[:count])
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """Every parameter away from where it begins."""
+    """Moves every parameter from its initial value."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -39,7 +39,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 
 def steps(net: nn.Module, images: torch.Tensor, targets: torch.Tensor, count: int = 8) -> list[float]:
-    """Losses of so many updates; the first gives every parameter a gradient."""
+    """Losses of `count` updates; the first gives every parameter a gradient."""
     optimizer, losses = torch.optim.AdamW(net.parameters(), lr=2e-3), []
     for _ in range(count):
         loss = nn.functional.cross_entropy(net.train()(images), targets)

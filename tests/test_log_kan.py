@@ -1,4 +1,4 @@
-"""--log-kan: functions, coverage and dead units in TensorBoard, a warning off the grid, and a training that does not notice."""
+"""--log-kan: functions, coverage and dead units in TensorBoard, a warning off the grid, and the same training as without it."""
 import io
 import resource
 import sys

@@ -60,7 +60,7 @@ def three_epochs(data: Path, folder: Path) -> tuple:
 
 @pytest.fixture
 def copied(whole, tmp_path):
-    """A copy of the finished run, to do something to."""
+    """A copy of the finished run, which a test may change."""
     return Path(shutil.copytree(whole, tmp_path / "copied"))
 
 
@@ -364,7 +364,7 @@ def test_a_flag_of_learned_activations_for_a_model_without_them(flags, model, da
 
 
 def test_an_oblong_input_size(data, tmp_path, capsys):
-    """Trained from square weights, evaluated from its checkpoint alone, looked at and told what images contain."""
+    """Trained from square weights, evaluated from its checkpoint alone, inspected and used to predict."""
     assert run(*QUICK, "--model", GKAN, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "square") == 0
     flags = (*QUICK, *LEARN, "--model", GKAN, "--data-path", data, "--input-size", 32, 48)
     capsys.readouterr()
@@ -523,7 +523,7 @@ def test_evaluation_writes_nothing(copied, data):
 
 # ---------------------------------------------------------------- resuming
 class Cut(BaseException):
-    """Ends a run as abruptly as a test can within its own process."""
+    """Ends a run as abruptly as possible within this process."""
 
 
 @pytest.mark.parametrize("flags", [
@@ -1016,7 +1016,7 @@ def test_a_disk_that_is_full_for_a_while(data, tmp_path):
 
 
 def test_bad_input_on_the_real_command_line(data, tmp_path):
-    """Several at once, each in a process of its own: exit code 2, one sentence, no traceback."""
+    """Several at once, each in its own process: exit code 2, one sentence, no traceback."""
     (tmp_path / "text.pth").write_text("no weights")
     cases = {"--batch-size": ["--batch-sise", "8"], "absent": [*QUICK, "--data-path", str(tmp_path / "absent")],
              "text.pth": ["--eval", "--resume", str(tmp_path / "text.pth"), "--data-path", str(data)]}

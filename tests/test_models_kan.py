@@ -96,7 +96,7 @@ def test_timms_own_models_are_left_alone():
 
 
 def test_nothing_else_is_registered_and_nothing_overwritten():
-    """Names of models of other modules that this one took over would be listed under it."""
+    """Models imported from other modules would be listed as this module's."""
     assert sorted(timm.list_models(module="models_kan")) == sorted(NAMES)
 
 
@@ -845,7 +845,7 @@ def test_plain_to_distilled():
 @pytest.mark.parametrize("size", [32, 48])
 def test_deit_and_deit3_are_the_same_function(size):
     """DeiT-III has no position of the class token: it is folded into the token, and comes back as zero."""
-    one = dict(init_values=1.0, img_size=size)                  # a layer scale of one is no layer scale
+    one = dict(init_values=1.0, img_size=size)                  # a layer scale of 1 has no effect
     deit = spread(small("deit_small_patch16_224_ViT", img_size=size))
     deit3 = small("deit3_small_patch16_224_ViT", 1, **one)
     report = finetune(deit3, deit.state_dict())
@@ -933,7 +933,7 @@ def test_positions_that_are_no_square_are_dropped(positions, img_size):
 
 @pytest.mark.parametrize("distilled", ["", "_distilled"])
 def test_positions_of_an_oblong_image_with_a_square_number_of_patches(distilled):
-    """4 x 9 patches are no 6 x 6: a ramp over the columns stays one."""
+    """4 x 9 patches are not 6 x 6: a ramp over the columns stays a ramp."""
     name = f"deit_tiny{distilled}_patch16_224_ViT"
     source = spread(small(name, img_size=(64, 144)))
     prefix = source.num_prefix_tokens

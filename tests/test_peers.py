@@ -51,7 +51,7 @@ def together(program, folder: Path, world: int = 2, timeout: float = 2.0, url: s
 
 
 def rounds(process, folder: Path, count: int = 3, before=lambda step: None) -> int:
-    """Meet so often in a collective, as steps of a training do."""
+    """Meet in `count` collectives, as the steps of a training do."""
     for step in range(count):
         peers.mark(f"the forward pass of step {step}")
         before(step)

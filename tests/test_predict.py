@@ -122,7 +122,7 @@ def test_unreadable_files_are_named_and_left_out(photos, fine_tuned, tmp_path, c
 
 
 def test_json_on_a_stream_of_another_encoding():
-    """Escaped there, so that it is JSON for any reader."""
+    """Escaped, so that any reader of JSON accepts it."""
     texts = {}
     for encoding in ("utf-8", "cp1252", "ascii"):
         out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)

@@ -1,4 +1,4 @@
-"""tools/prune.py: what goes matters least, what is left computes what it should, and the files are ordinary checkpoints."""
+"""tools/prune.py: the least important parts go, the rest computes what it should, and the files are ordinary checkpoints."""
 import csv
 from argparse import Namespace
 from itertools import pairwise
@@ -360,7 +360,7 @@ def test_a_seed_gives_the_same_file_twice(command, group, tmp_path):
 
 @needs_released
 def test_a_file_of_the_original_code(digits, tmp_path):
-    """Its layout; its weights are random, so that little can be taken from it without a difference."""
+    """Only its layout is tested: its weights are random, so that even a small removal changes the outputs."""
     trained = load_trained(str(RELEASED), device="cpu", flags=["--num_workers", "0"])
     images, _ = next(iter(Pictures(image_files([digits / "train"])[::4], trained.args, 64)))
     calibration = calibrate(trained.model, iter(images.split(32)))

@@ -143,7 +143,7 @@ def accuracies(text: str) -> list[float]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_header_says_what_the_tables_say(path):
-    """What it calls measured stands there, and what stands there is not called unmeasured."""
+    """What a header calls measured is in docs/results.md, and nothing there is called unmeasured."""
     fields, (heading, figures) = header(path), tables().get(path.stem, ("", set()))
     ours, theirs = heading == "The recipes' own runs", heading == "The original's figures"
     assert ours or theirs or not heading
@@ -179,7 +179,7 @@ def test_row(name):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_model_is_built(path):
-    """And is the one whose cost the header computes."""
+    """And the header computes its cost."""
     model, cost = build(path), header(path)["cost"]
     computed = re.search(r"Computed: ([\d.]+) GMAC per image", cost)
     assert bool(computed) == ("not measured" in cost)

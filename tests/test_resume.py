@@ -1,4 +1,4 @@
-"""A run that is stopped or killed in the middle of an epoch and resumed ends, bit by bit, as the one left in peace."""
+"""A run that is stopped or killed in the middle of an epoch and resumed ends, bit by bit, as an uninterrupted one."""
 import json
 import os
 import signal
@@ -35,7 +35,7 @@ WAYS = [
 
 
 class Killed(BaseException):
-    """Ends the program where it is, as SIGKILL does: nothing of it is caught or written."""
+    """Ends the program at once, as SIGKILL does: nothing is caught or written afterwards."""
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_with_other_workers_after_the_resume(before, after, whole, data, tmp_pat
 
 
 def test_a_spoiled_position_step_seed_or_key_gives_other_weights(whole, data, tmp_path, monkeypatch):
-    """The negative control: there is no stored state of a random number generator, (seed, epoch, step) is in its place."""
+    """The negative control: no state of a random number generator is stored; (seed, epoch, step) replaces it."""
     with monkeypatch.context() as patch:
         at(patch, "the update of step 1 of epoch 1", lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert trained(data, tmp_path / "out", "") == EXIT_PREEMPTED

@@ -1,4 +1,4 @@
-"""tools/runs.py on folders that real runs of the program left: finished, killed, failed, and what is none."""
+"""tools/runs.py on folders that real runs of the program left: finished, killed, failed, and folders that are not runs."""
 import csv
 import json
 import os
@@ -16,7 +16,7 @@ from tools import plot_run, runs
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """deep/kan: 2 epochs with another rate; mlp: 1; failed: none, its loss was not finite."""
+    """deep/kan: 2 epochs with another rate; mlp: 1; failed: no epoch, its loss was not finite."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_digits(folder.parent / f"{folder.name}_data")
     assert run(*QUICK, "--data-path", data, "--epochs", 2, "--lr", 1e-3, "--output_dir", folder / "deep" / "kan") == 0

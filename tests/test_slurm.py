@@ -17,7 +17,7 @@ SCRIPT = ROOT / "tools/slurm.sh"
 HANGS = 600         # seconds without an end: no busy machine is so slow, the script waits for what never comes
 slow = pytest.mark.slow
 
-# A task on each of so many nodes; srun hands signals on, and ends all when one has failed.
+# One task on each of the nodes; srun passes signals on and ends all tasks when one has failed.
 SRUN = f"""#!{sys.executable} -S
 import os, signal, subprocess, sys
 words = sys.argv[1:]

@@ -165,7 +165,7 @@ def test_weights_that_are_not_finite_are_no_start(tmp_path, capsys):
 
 
 def test_a_limit_that_is_none_is_a_good_value():
-    """As timm's Gemma has them until they are set; infinite on the other side, nothing would pass."""
+    """timm's Gemma has them until they are set; a limit infinite on the other side would let nothing pass."""
     low, high = torch.tensor(-torch.inf), torch.tensor(torch.inf)
     state = {"q_proj.input_min": low, "q_proj.output_max": high}
     assert Checkpoint("x.pth", {"model": state}).weights() == state
@@ -378,7 +378,7 @@ def test_how_images_are_prepared_is_the_weights_own_before_the_models():
             spec = None if purpose == "finetune" else ModelSpec(model)
             found = Start(purpose, Checkpoint("c.pth", {"args": {"model": model, **other}}), spec)
             assert prepared(settled("--model", model, *["--eval"] * (purpose == "eval"), start=found)) == other
-            # a run of before, which had the defaults whatever the model's own
+            # an older run, which had the defaults whatever the model's own
             before = replace(found, checkpoint=Checkpoint("c.pth", {"args": {"model": model, "eval_crop_ratio": 0.875}}))
             assert not prepared(settled("--model", model, start=before))
             # a file that tells nothing
@@ -545,7 +545,7 @@ def test_an_option_of_another_feed_forward(flag, name, others):
 
 
 def test_an_option_of_another_feed_forward_that_was_not_given(tmp_path):
-    """What a checkpoint of another model, or a run's args.yaml, says in passing is no error."""
+    """An option in a checkpoint of another model, or in a run's args.yaml, is not an error."""
     spec = ModelSpec(TWIN, {"num_classes": 4, "depth": 1, "kan_groups": 4, "kan_trainable_grid": False})
     model, kept = build_model(spec, settled("--model", TWIN))
     assert kept == ModelSpec(TWIN, {"num_classes": 4, "depth": 1}) and isinstance(model, VisionTransformer)
@@ -1099,7 +1099,7 @@ def test_description_is_plain_and_leads_back_to_the_model():
     (["--warmup-lr", 1e-3], ["--warmup-lr 0.001 .*goes down"]), (["--warmup-lr", 1e-3, "--warmup-epochs", 0], []),
     (["--epochs", 5], ["--warmup-epochs fill all 5 of --epochs"]), (["--epochs", 5, "--sched", "plateau"], [])], ids=str)
 def test_a_schedule_that_goes_the_wrong_way_is_told(argv, said):
-    """And the rate does what the warning says."""
+    """The rate does what the warning says."""
     args = flags(*argv)
     lr = scaled_lr(args, 1)
     warnings = schedule_warnings(args, lr)

@@ -63,7 +63,7 @@ def test_a_formula_is_the_same_in_torch_and_in_sympy(form):
 
 
 def test_the_fit_is_where_the_weight_is():
-    """A kink at 2 that nearly nothing reaches is not told of."""
+    """A kink at 2, which almost no input reaches, is not reported."""
     y = U + 3 * np.maximum(U - 2, 0)
     assert fit_symbolic(U, y).text == "u + 3*relu(u - 2)"
     assert fit_symbolic(U, y, np.where(U < 2, 1.0, 0.0)).text == "u"
@@ -210,7 +210,7 @@ def arriving(trained) -> dict[str, torch.Tensor]:
 
 
 def test_the_saved_functions_are_the_nearest_ones_of_the_grid(small, data):
-    """Against numpy's least squares; and the model is left as it was."""
+    """Against numpy's least squares; the model is unchanged."""
     trained = load_trained(str(small), device="cpu", flags=["--data-path", str(data)])
     before = {key: value.clone() for key, value in trained.model.state_dict().items()}
     found = find_formulas(trained)
@@ -251,7 +251,7 @@ def test_it_is_the_same_twice_and_weighted_by_images_of_a_folder(small, data, tm
 
 @pytest.mark.parametrize("model,more", [("vit_nano_patch8_32_KAN", ["--kan-base-branch"]), ("vit_nano_patch8_32_EKAN", [])])
 def test_the_strongest_edges_of_a_full_edge_kan(model, more, data, tmp_path, capsys):
-    """Their strength and values by a route of its own: the layer's answer to one input that moves."""
+    """Their strength and values, computed independently: the layer's output as one input moves."""
     file = train(tmp_path / "run", data, "--epochs", 1, "--model", model, *more)
     flags = ["--data-path", str(data), "--num_workers", "0"]
     assert symbolic.main([str(file), *flags, "--device", "cpu", "--edges", "1", "--output", str(tmp_path / "out")]) == 0

@@ -158,7 +158,7 @@ def test_another_model_of_timms_has_its_images_as_it_was_trained(tmp_path, capsy
     torch.save({"model": timm.create_model("test_vit").state_dict()}, tmp_path / "bare.pth")
     bare = load_trained(str(tmp_path / "bare.pth"), device="cpu", flags=["--model", "test_vit"])
     assert bare.data_config == own | {"input_size": (3, 160, 160)}
-    # a run of before
+    # an older run
     for key in ("mean", "std", "interpolation", "crop_mode"):
         del content["args"][key]
     torch.save({**content, "args": {**content["args"], "eval_crop_ratio": 0.875}}, tmp_path / "older.pth")

@@ -1,4 +1,4 @@
-"""What models have learned and look at: functions, histograms of their inputs, measures, attention, pictures."""
+"""What models have learned and attend to: functions, histograms of their inputs, measures, attention, pictures."""
 import math
 
 import pytest
@@ -137,7 +137,7 @@ def test_histogram_of_many_values_is_numpys():
     for channel in range(5):
         expected = torch.histogram(u[:, channel].double(), inputs.edges)[0]
         torch.testing.assert_close(inputs.counts[channel, 1:-1].double(), expected[1:-1])
-        assert inputs.counts[channel].sum() == 3000     # none is lost
+        assert inputs.counts[channel].sum() == 3000     # no value is lost
     assert inputs.off_grid == pytest.approx((u.abs() > 2).double().mean().item())
     torch.testing.assert_close(inputs.shares(5).sum(1), torch.ones(5, dtype=torch.float64))
 

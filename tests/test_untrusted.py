@@ -34,7 +34,7 @@ def good():
 
 @pytest.fixture
 def server():
-    """A port that hears nothing."""
+    """A port that must get no connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         yield server
@@ -111,7 +111,7 @@ def test_other_values_of_numpys_are_refused(tmp_path, value):
 
 
 def _numpys(code: bytes, values: bytes) -> bytes:
-    """A pickle's numpy scalar of a type and so many bytes."""
+    """A pickled numpy scalar of this type and these bytes."""
     text = b"X" + len(values).to_bytes(4, "little") + values
     return (b"cnumpy._core.multiarray\nscalar\ncnumpy\ndtype\nX" + len(code).to_bytes(4, "little") + code + b"\x89\x88\x87R"
             b"c_codecs\nencode\n" + text + b"X\x06\x00\x00\x00latin1\x86R\x86R")
