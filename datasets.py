@@ -3,7 +3,6 @@ import sys
 from argparse import Namespace
 from importlib.metadata import version
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -161,5 +160,5 @@ def calibration_batch(loaders: Loaders, seed: int, size: int = 64) -> torch.Tens
     """[B, 3, H, W]: up to `size` training images (with --eval: validation images), the same on every process."""
     if not loaders.train:
         return validation_images(loaders, size)
-    data: Any = loaders.train.dataset
+    data: ImageSet = loaders.train.dataset
     return readable_images(data, list(islice(RASampler(data, num_repeats=1, seed=seed), size)))

@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vision_kan.checkpoints import WEIGHTS
 from vision_kan.common import console
@@ -39,7 +39,7 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
 
 
-def save_picture(figure: "Figure", target: Path, **options: Any) -> None:
+def save_picture(figure: "Figure", target: Path, **options) -> None:
     """Write a figure as a PNG, completely or not at all, without warnings of characters that the font lacks.
 
     options: of `Figure.savefig`."""

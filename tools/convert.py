@@ -49,7 +49,7 @@ def images_in(folder: Path, args: Namespace, limit: int | None = None) -> Tensor
     pictures = Pictures(files[::max(1, len(files) // limit) if limit else 1], args, workers=0)
     images = list(islice(chain.from_iterable(batch for batch, _ in pictures), limit))
     if not images:
-        raise UserError(f"none of the {len(pictures)} images beside {pictures.files[0]} can be read")
+        raise UserError(f"none of the {len(pictures)} images in {folder} can be read: name another folder")
     return torch.stack(images)
 
 

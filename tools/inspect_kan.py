@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
@@ -36,6 +35,7 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say, warn
 from vision_kan.config.parser import Parser
+from vision_kan.data.images import ImageSet
 from vision_kan.data.loaders import validation_images
 from vision_kan.models.cost import count_parameters
 from vision_kan.run.trained import (
@@ -79,7 +79,7 @@ def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequen
                      functions_figure(layers, collected.inputs) if layers else None)
     shown = _spread(list(zip(images, titles)), SHOWN)
     if loaders and not files:
-        data: Any = loaders.val.dataset
+        data: ImageSet = loaders.val.dataset
         items = [(index, *data[index]) for index in _spread(range(len(data)), SHOWN)]
         shown = [(image, f"{Path(data.images.name(index)).name}: {trained.class_names[target]}")
                  for index, image, target in items if target >= 0]

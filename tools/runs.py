@@ -166,7 +166,7 @@ def sort_runs(runs: Sequence[Run], names: dict[Path, str], key: str) -> list[Run
 
 
 # ---------------------------------------------------------------- writing
-def _words(value: Any) -> str:
+def _words(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return " ".join(map(_words, value)) if isinstance(value, list) else "-" if value in (None, "") else str(value)

@@ -15,7 +15,6 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
@@ -43,6 +42,7 @@ from vision_kan.common.process import Process
 from vision_kan.common.text import say, to_builtin_types, to_json
 from vision_kan.config.flags import FLAGS
 from vision_kan.config.parser import Parser
+from vision_kan.data.images import ImageSet
 from vision_kan.data.workers import batches
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.run.trained import Pictures, Trained, image_files, load_trained
@@ -154,7 +154,7 @@ def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable
         return (images for images, _ in pictures), -(-len(pictures) // 64)
     if not trained.has_data:
         return None, 0
-    data: Any = loaders_of(trained).val.dataset
+    data: ImageSet = loaders_of(trained).val.dataset
     some = Subset(data, range(0, len(data), -(-len(data) // limit)))
     loader = DataLoader(some, 64, generator=torch.Generator())
     return (images[targets >= 0] for images, targets in batches(loader) if (targets >= 0).any()), len(loader)

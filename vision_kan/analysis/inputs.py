@@ -3,7 +3,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ def collect_inputs(model: nn.Module, batches: Iterable[Tensor]) -> ActivationSta
             inputs[name] = InputHistogram(u.shape[-1], layer.grid_points(), u.device)
         inputs[name].add(u)
 
-    def add_square(name: str, y: Any) -> None:
+    def add_square(name: str, y: object) -> None:
         if isinstance(y, Tensor):
             squares.setdefault(name, []).append((y.detach().float().square().sum(), y.numel()))
 

@@ -134,19 +134,19 @@ def _is_open_limit(name: str, tensor: Tensor) -> bool:
     return tensor.ndim == 0 and float(tensor) == {"_min": -math.inf, "_max": math.inf}.get(name[-4:])
 
 
-def _is_mapping(value: Any) -> bool:
+def _is_mapping(value: object) -> bool:
     return isinstance(value, Mapping)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2 ** 53
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_result(value: Any) -> bool:
+def _is_result(value: object) -> bool:
     return isinstance(value, Mapping) and are_names([value.get("data_set"), value.get("split")]) and \
         _is_count(value.get("images")) and \
         all(_is_number(value.get(key)) and 0 <= value[key] <= 100 for key in ("acc1", "acc5"))

@@ -75,7 +75,7 @@ def in_our_layout(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if "results" in content and "model_args" not in content:        # another program's results, of any kind
         content = {name: value for name, value in content.items() if name != "results"}
 
-    def holds_tensors(value: Any) -> bool:
+    def holds_tensors(value: object) -> bool:
         return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
 
     key = next((key for key in _WEIGHTS if holds_tensors(content.get(key))), None)

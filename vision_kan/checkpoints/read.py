@@ -73,6 +73,6 @@ def _load_folder(folder: Path) -> dict[str, Any]:
             "class_names": names if are_names(names) else None}
 
 
-def are_names(value: Any) -> bool:
+def are_names(value: object) -> bool:
     """Whether a value is a list of printable strings."""
     return isinstance(value, list) and all(isinstance(name, str) and name.isprintable() for name in value)

@@ -65,5 +65,5 @@ def to_builtin_types(value: Any) -> Any:
     return str(value)
 
 
-def _is(value: Any, module: str, name: str) -> bool:
+def _is(value: object, module: str, name: str) -> bool:
     return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))

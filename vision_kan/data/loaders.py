@@ -91,7 +91,7 @@ class Loaders:
 def validation_images(loaders: Loaders, size: int = 64) -> torch.Tensor:
     """[B, 3, H, W]: up to `size` readable validation images, evenly spaced in the data set. Uses no random numbers and no loader
     processes. Raises UserError if none can be read."""
-    data: Any = loaders.val.dataset
+    data: ImageSet = loaders.val.dataset
     return readable_images(data, range(0, len(data), max(1, len(data) // size))[:size])
 
 

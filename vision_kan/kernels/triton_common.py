@@ -178,7 +178,7 @@ class Work:
 class AotCase:
     """One specialisation of a kernel that a launcher may choose on a device.
 
-    name: the op ("rswaf_linear.forward"). tile: what tells this case from the op's others, in words.
+    name: the op ("rswaf_linear.forward"). tile: a description that identifies the case among the op's.
     fn: a `triton.jit` function. signature: Triton types of its runtime arguments. constexprs: the other arguments.
     divisible: the integer arguments that are multiples of 16, besides all addresses.
     has_dot: it multiplies matrices. tensor_cores: on matrix instructions (a product in full fp32 has none on NVIDIA).

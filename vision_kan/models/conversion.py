@@ -30,7 +30,7 @@ from vision_kan.layers.least_squares import ridge_solve
 from vision_kan.models.finetune import LoadReport, load_finetune
 from vision_kan.models.hooks import caught_inputs
 
-# A standard normal has this share of a fit's weight, so that the function is right too where the calibration batch has no sample.
+# A standard normal has this share of a fit's weight, so that the function is right where the batch has no sample, too.
 GAUSSIAN_SHARE = 0.05
 RIDGE = 1e-7            # relative to the mean of E[B_k^2]
 MAX_TOKENS = 4096       # of the calibration batch

@@ -58,7 +58,7 @@ def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
     return ModelSpec(name, dict(kwargs))
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     """Whether a value is a string, a number within bounds, None, or a short list of these."""
     if isinstance(value, (list, tuple)):
         return len(value) <= 100 and all(map(_is_plain, value))
@@ -194,7 +194,7 @@ def same_kind(own: Any, theirs: Any) -> bool:
     return isinstance(theirs, type(own))
 
 
-def _is_finite_number(value: Any) -> bool:
+def _is_finite_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 

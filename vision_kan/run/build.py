@@ -19,6 +19,7 @@ from vision_kan.common.text import one_or_two, printable, say, shown_size, to_bu
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import flag_name, get_args_parser
 from vision_kan.config.resolve import Config, parse_args
+from vision_kan.data.images import ImageSet
 from vision_kan.data.loaders import Loaders
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.models import conversion, vetting
@@ -195,7 +196,7 @@ def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> to
     """--class-weights: float32 [K] by the number of training images of each class, the same on all processes, or None."""
     if args.class_weights == "none":
         return None
-    data: Any = loaders.train.dataset
+    data: ImageSet = loaders.train.dataset
     if data.is_stream:
         raise UserError(f"--class-weights {args.class_weights} counts the images of each class, which the stream --data-set "
                         f"{args.data_set} does not declare: leave it out")

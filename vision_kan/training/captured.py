@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -66,12 +66,15 @@ def reason_against(args: Namespace, state: TrainState, process: Process) -> str:
 
 
 # ---------------------------------------------------------------- graphs
+T = TypeVar("T")
+
+
 class Graph(Protocol):
     def replay(self) -> None: ...
 
 
 class Recorder(Protocol):
-    def record(self, function: Callable[[], Any]) -> tuple[Graph, Any]:
+    def record(self, function: Callable[[], T]) -> tuple[Graph, T]:
         """A graph of what `function` computes, and its result, whose tensors each replay overwrites. Recording changes neither
         weights nor random numbers, even if it raises."""
 
@@ -82,7 +85,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device):
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
-    def record(self, function: Callable[[], Any]) -> tuple[Graph, Any]:
+    def record(self, function: Callable[[], T]) -> tuple[Graph, T]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         generator = torch.cuda.default_generators[self.device.index or 0]
         device_rng, host_rng = generator.clone_state(), _host_rng_states()
@@ -227,7 +230,7 @@ class CapturedUpdater(Updater):
             scaler._per_optimizer_states.clear()    # the gradients have not been unscaled
         return None
 
-    def _record(self, function: Callable[[], Any]) -> tuple[Graph, Any] | None:
+    def _record(self, function: Callable[[], T]) -> tuple[Graph, T] | None:
         """The graph and result of `function`, or None if it cannot be recorded; then no graph is used from here on."""
         assert self.recorder is not None
         kept = [parameter.grad for parameter in self.parameters]

@@ -2,7 +2,6 @@
 from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +77,7 @@ def _first_not_finite(model: nn.Module, criterion: Criterion, images: Tensor, ta
     first: list[str] = []
 
     def check(name: str):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
             tensors = [tensor for tensor in (output if isinstance(output, (tuple, list)) else [output])
                        if isinstance(tensor, Tensor)]
             if not first and not all(bool(tensor.isfinite().all()) for tensor in tensors):

@@ -43,7 +43,7 @@ class Exchange:
 
     def __init__(self, process: Process):
         self.process = process
-        self.begun: deque[tuple[Tensor, Any]] = deque()
+        self.begun: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
     def largest(self, numbers: Tensor) -> Tensor:
         """The largest value of each number over the processes, in place."""
