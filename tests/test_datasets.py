@@ -100,7 +100,7 @@ def test_folder_loaders(folder):
     val = list(loaders.val)
     assert [len(images) for images, _ in val] == [6, 1]  # int(1.5 * 4), the incomplete batch kept
     assert targets_of(loaders.val) == [0, 0, 1, 1, 1, 2, 2]
-    assert loaders.gather_unreadable_train() == loaders.unreadable_val() == 0
+    assert loaders.gather_unreadable_train() == loaders.val.dataset.count_unreadable() == 0
 
 
 def test_build_dataset_keeps_deits_signature(folder):
@@ -389,7 +389,7 @@ def test_tiny_imagenet_as_in_the_archive(tmp_path, is_eval, keep_train):
     loaders = build_loaders(make_args(tmp_path, eval=is_eval), Process())
     assert (loaders.data_set, loaders.nb_classes) == ("TinyIMNET", 200)
     assert targets_of(loaders.val) == [(i + 7) % 200 for i in range(200)]
-    assert loaders.unreadable_val() == 0
+    assert loaders.val.dataset.count_unreadable() == 0
 
 
 def test_tiny_imagenets_annotations_are_checked(tmp_path):
@@ -426,7 +426,7 @@ def test_inat_numbers_the_classes_as_deit_does(tmp_path, data_set, year, full_pa
     assert (loaders.data_set, loaders.nb_classes) == (data_set, 4)
     assert loaders.class_names == ["species 3", "species 0", "species 2", "species 1"]
     assert targets_of(loaders.val) == [1, 3, 2, 0]
-    assert targets_of(loaders.train) and loaders.gather_unreadable_train() == loaders.unreadable_val() == 0
+    assert targets_of(loaders.train) and loaders.gather_unreadable_train() == loaders.val.dataset.count_unreadable() == 0
 
 
 def test_inat_category(tmp_path):
@@ -836,7 +836,7 @@ def test_unreadable_images_are_named_once_counted_and_survived(folder, no_permis
         targets = torch.cat([targets for _, targets in evaluated])
         assert (targets < 0).sum() == bad and len(targets) == 7 + bad
         assert not torch.cat([images for images, _ in evaluated])[targets < 0].any()
-    assert loaders.gather_unreadable_train() == loaders.unreadable_val() == bad
+    assert loaders.gather_unreadable_train() == loaders.val.dataset.count_unreadable() == bad
     said = capfd.readouterr().err
     assert said.count("Skipping an unreadable image") == 2 * bad == len(said.splitlines())
     for half in ("train", "val"):
@@ -919,7 +919,7 @@ def test_only_one_process_names_what_all_of_them_evaluate(folder, capfd):
     for rank in range(3):
         loaders = build_loaders(make_args(folder), Process(rank, 3))
         list(loaders.val)
-        assert loaders.unreadable_val() == 1
+        assert loaders.val.dataset.count_unreadable() == 1
     assert capfd.readouterr().err.count("Skipping") == 1
 
 
@@ -933,7 +933,7 @@ def test_odd_but_readable_images_are_read(tmp_path, capfd, flags):
     loaders = build_loaders(args, Process())
     assert len(targets_of(loaders.val)) == len(sizes) == 22
     assert len(targets_of(loaders.train)) == 20     # the last batch is not whole
-    assert loaders.gather_unreadable_train() == loaders.unreadable_val() == 0
+    assert loaders.gather_unreadable_train() == loaders.val.dataset.count_unreadable() == 0
     assert capfd.readouterr().err == ""
     if not flags:
         assert load_image(str(odd / "sixteen.png")).getpixel((0, 0)) == (156, 156, 156)

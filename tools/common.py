@@ -56,7 +56,7 @@ def command(arguments: Callable[[], Parser], run: Callable[[argparse.Namespace, 
     Args:
         arguments: returns the tool's parser.
         run: takes the tool's arguments and the remaining words, which are flags of main.py; returns the exit code.
-        with_main: accept the flags of main.py; else any flag of no tool is refused."""
+        with_main: accept the flags of main.py, too; else they are refused."""
     def main(argv: list[str] | None = None) -> int:
         def program() -> int:
             words = sys.argv[1:] if argv is None else argv

@@ -261,6 +261,7 @@ class ImageSet(Dataset):
         return ", ".join(printable(self.images.name(index), 360 // len(indices)) for index in indices)
 
     def count_unreadable(self) -> int:
+        """The number of images that this process, or any that it has shared marks with, could not read so far."""
         # numpy, because this runs at every step: 0.1 ms for ImageNet's 1.3 million images where PyTorch takes 0.5
         return int(np.count_nonzero(self.unreadable.numpy().view(bool)))
 

@@ -36,10 +36,6 @@ class Loaders:
         self._share_marks()
         return self.train.dataset.count_unreadable()
 
-    def unreadable_val(self) -> int:
-        """The number of validation images that this process could not read so far."""
-        return self.val.dataset.count_unreadable()
-
     def _share_marks(self) -> None:
         """Merge the marks of all processes: what any of them could not read, and what any has reported. A collective."""
         data = [loader.dataset for loader in (self.train, self.val) if loader is not None]      # an empty loader is falsy
