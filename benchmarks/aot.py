@@ -147,8 +147,8 @@ def read_amd(kernel) -> dict:
 
 
 def _main_loop(groups: list[str], loops: list[tuple[int, int]], opcodes: list[str]) -> dict:
-    """Instruction counts of the loop with the most matrix instructions, or where there are none the most special
-    functions, of two alike the shorter; of everything where no loop has any. And whether threads of different warps
+    """Instruction counts of the loop with the most matrix instructions, or without any the most special functions; of two equal
+    ones the shorter; of the whole kernel if no loop has either. Also whether threads of different warps
     meet in it, and the bytes of its narrowest access to memory."""
     unit = "mma" if "mma" in groups else "special"
     best = max(loops, key=lambda span: (groups[slice(*span)].count(unit), span[0] - span[1]), default=None)

@@ -125,7 +125,7 @@ class Bench:
         for name, run in variants.items():
             try:
                 runs[name] = self._prepare(run, graphs)
-            except Exception as error:      # out of memory, no kernel for this card, whatever it is: its row says so
+            except Exception as error:      # out of memory, no kernel for this card, or any other: its row says so
                 found[name] = {"problem": _first_line(error)}
                 self.free()
         samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -380,7 +380,7 @@ def _time_size(bench: Bench, size: str, kinds: tuple[str, ...], batch: int, comp
         try:
             for phase, step, values in _steps(bench, size, kind, batch, compiled):
                 steps[kind, phase], known[kind, phase] = step, values
-        except Exception as error:      # out of memory, no kernel for this card, whatever it is: its row says so
+        except Exception as error:      # out of memory, no kernel for this card, or any other: its row says so
             bench.add("step", size, variant=kind, width=width, phase="compiled" if compiled else "eager", batch=batch,
                       problem=_first_line(error))
     found = _time_steps(bench, steps)

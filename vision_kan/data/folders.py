@@ -9,7 +9,7 @@ from PIL import Image, features
 
 from vision_kan.common.text import printable, say
 
-# Formats that an image file may have, whatever its name. PIL knows forty more: for PostScript it would start Ghostscript.
+# Formats that an image file may have, whatever its name. PIL knows some forty, and for PostScript it would start Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "GIF", "AVIF")
 
 

@@ -132,14 +132,14 @@ def device_at(where: torch.device) -> Device:
 class Launch:
     """A kernel with its grid and every argument except the tensors, which come first.
 
-    Triton's own launch examines all arguments each time, which costs the host more than a small kernel costs the GPU. The
-    kernel it compiled is called directly here, as long as what it was compiled for holds: one device and one type for
-    each tensor, which the caller sees to, and addresses that are multiples of 16, which are looked at.
+    Triton's launch examines all arguments each time, which takes the host longer than a small kernel takes the GPU. Here the
+    compiled kernel is called directly, as long as it is valid: the caller keeps each tensor's device and type, and addresses are
+    checked to be multiples of 16.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], values: dict[str, object], num_warps: int,
                  num_stages: int = 1):
-        """values: by argument's name, those of other kernels among them; grid without zeros."""
+        """values: argument's name -> value; those of other kernels are ignored. grid: without zeros."""
         self.kernel, self.grid = kernel, grid
         self.rest = tuple(values[name] for name in kernel.arg_names if name in values)
         self.options = {"num_warps": num_warps, "num_stages": num_stages}
