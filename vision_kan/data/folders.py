@@ -104,7 +104,7 @@ class _Scan:
     def __init__(self, root: str, classes: Sequence[str] = ()):
         self.root = root
         self.seen = {_identity(os.path.join(root, name)) for name in classes} | _ancestors(root)
-        self.hidden: list[str] = []         # paths, like the three last
+        self.hidden: list[str] = []         # paths, like the last three
         self.no_images: Counter[str] = Counter()        # ending -> number of files
         self.outside: list[str] = []        # images that are not in a class folder
         self.again: list[str] = []          # links to folders that are read already
