@@ -14,12 +14,14 @@ from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process, cores
 from vision_kan.common.text import say
 from vision_kan.data.class_folders import open_class_folders
+from vision_kan.data.device import AugmentingLoader
 from vision_kan.data.hub import PACKAGES, numbered_classes, open_huggingface, open_torchvision, package_spec
 from vision_kan.data.images import ImageSet, Split
 from vision_kan.data.known import open_cifar, open_digits, open_inat
 from vision_kan.data.loaders import Loaders, readable_images, validation_images
 from vision_kan.data.names import CIFARS, INAT_YEARS, data_set_of, is_timm_name, match_checkpoint_classes
 from vision_kan.data.streams import STREAM_NOTE, HuggingFaceStream, StreamImages, StreamSet, WebDataset
+from vision_kan.data.transforms import build_crop
 from vision_kan.data.workers import start_worker
 
 MIN_WORKER_LIMIT = 32       # this many loader processes are allowed on any machine
@@ -80,8 +82,11 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
         if len(sampler) < args.batch_size:
             raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples "
                             f"that each of {process.world_size} processes draws per epoch: lower --batch-size")
-        train = DataLoader(data, args.batch_size, sampler=sampler, drop_last=True,
-                           generator=torch.Generator(), **options)
+        on_device = args.augment_on == "device"
+        train = DataLoader(data.with_transform(build_crop(args)) if on_device else data, args.batch_size, sampler=sampler,
+                           drop_last=True, generator=torch.Generator(), **options)
+        if on_device:
+            train = AugmentingLoader(train, data, args, process)
 
     data, nb_classes = build_dataset(False, args, class_names)
     _check_unused(args, data_set, nb_classes, data.note)

@@ -19,10 +19,10 @@ from vision_kan.data.device import NotOnDevice, TrainLoader, build_augmentation,
 from vision_kan.data.device_augment import (
     Augmentation,
     _crop_box,
-    _grey,
     _jitter,
     _resampled,
     _three_augment,
+    greyscale,
     resampling,
     uniforms,
 )
@@ -111,7 +111,7 @@ def test_a_padded_crop_is_torchvisions(mode):
 def test_colours_are_pils():
     image = photo()
     x = pixels(image).float()
-    assert (_grey(x)[0, 0] - torch.from_numpy(np.array(image.convert("L")))).abs().max() <= 1
+    assert (greyscale(x)[0, 0] - torch.from_numpy(np.array(image.convert("L")))).abs().max() <= 1
     third = torch.tensor([[0.1, 0.5], [0.5, 0.5], [0.9, 0.5]])
     solarised, grey, blurred = _three_augment(x.expand(3, -1, -1, -1), third)
     assert torch.equal(solarised.byte(), pixels(ImageOps.solarize(image, 128))[0])

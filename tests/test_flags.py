@@ -492,6 +492,7 @@ EFFECTS = {
     "download": (fetching, "--download", ""),
     "eval_crop_ratio": (evaluated, "--eval-crop-ratio 0.5", ""),
     "data_on_device": (images_of, "--aa none --data-on-device on", "--aa none"),
+    "augment_on": (images_of, "--augment-on device", ""),
     "class_weights": (loss, *(f"--data-path {{uneven}} --class-weights {kind}" for kind in ("balanced", "none"))),
     "exif_orientation": (images_of, f"--data-path {{turned}} {STILL}", f"--data-path {{turned}} {STILL} --no-exif-orientation"),
     "crop_mode": (evaluated, "--crop-mode border --eval-crop-ratio 1.1", "--eval-crop-ratio 1.1"),

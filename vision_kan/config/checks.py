@@ -74,6 +74,9 @@ def _check_training(args: Namespace) -> None:
     if geometric and args.train_interpolation in ("box", "hamming", "lanczos"):
         _refuse(args, "train_interpolation", f"can only resize, and the rotations of --aa {args.aa} need nearest, "
                                              "bilinear or bicubic: choose one of them, or --aa none")
+    if geometric and args.augment_on == "device" and args.aa.startswith("augmix"):
+        _refuse(args, "augment_on", f"does not know --aa {args.aa}, which PIL alone computes: take --augment-on loader, or "
+                                    "a policy such as rand-m9-mstd0.5-inc1")
     if args.crop_padding > min(sides):
         _refuse(args, "crop_padding", f"must be at most --input-size {shown}")
     if args.sched == "plateau" and args.decay_rate >= 1:

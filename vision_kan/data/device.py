@@ -1,4 +1,4 @@
-"""Loaders of small data sets whose images are kept on the device and augmented there."""
+"""Loaders whose images are augmented on the device: those of loader processes, and small data sets that are kept there."""
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -9,19 +9,24 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.transforms import str_to_interp_mode
+from timm.layers import to_2tuple
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms.functional import resize
 
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process
 from vision_kan.common.text import say, shown_size
 from vision_kan.data.device_augment import Augmentation, uniforms
+from vision_kan.data.device_policy import Policy
 from vision_kan.data.images import ImageSet
 from vision_kan.data.loaders import Loaders
-from vision_kan.data.transforms import is_small
+from vision_kan.data.transforms import aa_policy, build_policy, is_small
+from vision_kan.data.workers import batches
 
 MAX_MEMORY_SHARE = 0.25     # of the device's memory, for the images
 CHUNK_BYTES = 48 * 2 ** 20  # of augmented images made at once: a single small batch costs more to launch than to compute
+POLICY = 2 ** 16            # first column of an image's random numbers for --aa
 
 
 class NotOnDevice(Exception):
@@ -32,6 +37,13 @@ def move_to_device(loaders: Loaders, args: Namespace, process: Process) -> Loade
     """`loaders` with the images on the device, as --data-on-device asks. `auto` does so on a GPU wherever it can.
 
     Raises UserError where the flag is `on` and it cannot."""
+    loaders = _kept_on_device(loaders, args, process)
+    if isinstance(loaders.train, AugmentingLoader):
+        say(f"training images are cropped by loader processes and augmented on {process.device}")
+    return loaders
+
+
+def _kept_on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
     if args.eval or args.data_on_device == "off" or (args.data_on_device == "auto" and process.device.type == "cpu"):
         return loaders
     try:
@@ -53,18 +65,18 @@ def move_to_device(loaders: Loaders, args: Namespace, process: Process) -> Loade
 
 
 def build_augmentation(args: Namespace) -> Augmentation:
-    """The flags' augmentation. Raises NotOnDevice for a policy without a tensor version, and for oblong inputs."""
-    if not isinstance(args.input_size, int):
-        raise NotOnDevice(f"images of --input-size {shown_size(args.input_size)} are augmented by PIL only: square ones can be "
-                          "on the device")
-    policy = "3a" if args.ThreeAugment else args.aa or "none"
-    if policy not in ("none", "3a"):
-        raise NotOnDevice(f"--aa {policy} is computed by PIL only: --aa none and --aa 3a can be on the device")
+    """The flags' augmentation except the policy, for which see `build_policy`. Raises NotOnDevice if that is left to PIL."""
+    policy = aa_policy(args)
+    if policy not in ("", "3a") and args.augment_on == "loader":
+        raise NotOnDevice(f"--aa {policy} is computed by PIL with --augment-on loader: --augment-on device, --aa none and "
+                          "--aa 3a can be on the device")
     return Augmentation(
-        size=args.input_size, padded=args.src or is_small(args.input_size), padding=args.crop_padding,
+        size=max(to_2tuple(args.input_size)), padded=args.src or is_small(args.input_size), padding=args.crop_padding,
         padding_mode="reflect" if args.src else "constant",
         kinds=("bilinear", "bicubic") if args.train_interpolation == "random" else (args.train_interpolation,),
-        flip=args.hflip, three=policy == "3a", jitter=args.color_jitter, erase=args.reprob, erase_mode=args.remode,
+        flip=args.hflip, three=policy == "3a",
+        jitter=args.color_jitter if not policy or "3a" in policy else 0.0,      # as in timm
+        erase=args.reprob, erase_mode=args.remode,
         erase_count=args.recount, spare_first=args.resplit)
 
 
@@ -125,44 +137,94 @@ class _Normalise:
         return x.float().div(self.white).sub_(self.mean).div_(self.std)
 
 
+class DeviceAugmentation:
+    """What the device does to batches of training images: the flags' augmentation, drawn by (seed, epoch, position), and the
+    normalisation.
+
+    crop: whether it also crops and flips them."""
+
+    def __init__(self, args: Namespace, sampler: Any, device: torch.device, crop: bool):
+        self.augment, self.sampler, self.crop = build_augmentation(args), sampler, crop
+        policy = build_policy(args)
+        self.policy = Policy(policy, device) if policy else None
+        self.normalise = _Normalise(args.mean, args.std, device)
+
+    def __call__(self, images: Tensor, positions: np.ndarray, drawn: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] from uint8 [B, 3, H', W'], which may be changed.
+
+        positions: int64 [B], in the epoch's order. drawn: these and the repeats, int64 [2, B] on the device."""
+        seed, epoch = self.sampler.seed, self.sampler.epoch
+        u = uniforms(seed, epoch, drawn[0], self.augment.num_uniforms)
+        x = self.augment.cropped(images, u) if self.crop else images
+        if self.policy:
+            own = uniforms(seed, epoch, torch.from_numpy(positions), self.policy.num_uniforms, POLICY).double().numpy()
+            x = self.policy(x.byte(), self.policy.draw(own, x.shape[3], x.shape[2]))
+        x = self.normalise(self.augment.coloured(x.float(), u))
+        return self.augment.random_erase(x, u, drawn[1])
+
+
+class AugmentingLoader:
+    """Batches (float32 [B, 3, H, W], int64 [B]) of a DataLoader whose uint8 images [B, 3, H, W] are cropped; the device does the
+    rest of their augmentation. In the place of a DataLoader.
+
+    data: the same images with all of their augmentation."""
+
+    def __init__(self, loader: DataLoader, data: ImageSet, args: Namespace, process: Process):
+        self.loader, self.dataset, self.device = loader, data, process.device
+        self.sampler: Any = loader.sampler
+        self.batch_size = args.batch_size
+        self.augment = DeviceAugmentation(args, self.sampler, self.device, crop=False)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        _, positions, repeats = self.sampler.order()
+        drawn = torch.from_numpy(np.stack([positions, repeats])).to(self.device)
+        for first, (images, targets) in zip(range(0, len(positions), self.batch_size), batches(self.loader)):
+            these = slice(first, first + self.batch_size)
+            yield self.augment(images.to(self.device, non_blocking=True), positions[these], drawn[:, these]), targets
+
+
 class TrainLoader:
     """Replaces the DataLoader of a training: augmented batches (float32 [B, 3, S, S], int64 [B]) on the device, in the
     sampler's order. The last incomplete batch is dropped."""
 
     def __init__(self, data: ImageSet, sampler: Any, args: Namespace, process: Process):
+        if not isinstance(args.input_size, int):
+            raise NotOnDevice(f"images of --input-size {shown_size(args.input_size)} are cropped by PIL only: square ones can be "
+                              "on the device")
         self.dataset, self.sampler, self.batch_size = data, sampler, args.batch_size
-        self.augment = build_augmentation(args)
         device = process.device
+        self.augment = DeviceAugmentation(args, sampler, device, crop=True)
         self.pixels = load_pixels(data, self._fit, device, name=process.is_main)
         self.targets = torch.from_numpy(data.targets).to(device)
         self.sources = _with_replacements(data)
-        self.normalise = _Normalise(args.mean, args.std, device)
         image_bytes = 4 * 3 * args.input_size ** 2
         self.chunk = max(1, CHUNK_BYTES // (image_bytes * args.batch_size))     # batches made at once
 
     def _fit(self, image: Image.Image) -> Image.Image:
         """The image resized to the input's size by its shorter side, if a random crop of the padded image follows."""
-        if not self.augment.padded or min(image.size) == self.augment.size:
+        augment = self.augment.augment
+        if not augment.padded or min(image.size) == augment.size:
             return image
-        if len(self.augment.kinds) > 1:
+        if len(augment.kinds) > 1:
             raise NotOnDevice("the images are resized once, and --train-interpolation random resizes each time")
-        return resize(image, self.augment.size, str_to_interp_mode(self.augment.kinds[0]))
+        return resize(image, augment.size, str_to_interp_mode(augment.kinds[0]))
 
     def __len__(self) -> int:
         return len(self.sampler) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        sampler, device, size = self.sampler, self.pixels.device, self.batch_size
-        indices, positions, repeats = sampler.order()
+        device, size = self.pixels.device, self.batch_size
+        indices, positions, repeats = self.sampler.order()
         order = torch.from_numpy(np.stack([self.sources[indices], positions, repeats])).to(device)
         batches = order.shape[1] // size
         for first in range(0, batches, self.chunk):
             # Every chunk has the same size, so that a GPU runs the same kernels, with the same bits, wherever a run was resumed.
-            place = torch.arange(first * size, (first + self.chunk) * size, device=device).clamp(max=order.shape[1] - 1)
-            index, position, repeat = order[:, place]
-            u = uniforms(sampler.seed, sampler.epoch, position, self.augment.num_uniforms)
-            x = self.normalise(self.augment(self.pixels[index], u))
-            x, targets = self.augment.random_erase(x, u, repeat), self.targets[index]
+            place = np.arange(first * size, (first + self.chunk) * size).clip(max=order.shape[1] - 1)
+            index, *drawn = order[:, torch.from_numpy(place).to(device)]
+            x, targets = self.augment(self.pixels[index], positions[place], torch.stack(drawn)), self.targets[index]
             for batch in range(min(self.chunk, batches - first)):
                 yield x[batch * size:(batch + 1) * size], targets[batch * size:(batch + 1) * size]
 

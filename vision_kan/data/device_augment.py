@@ -23,11 +23,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def uniforms(seed: int, epoch: int, positions: Tensor, count: int) -> Tensor:
-    """float32 [B, count] in [0, 1), a hash of (seed, epoch, position, column). positions: int64 [B]."""
+def uniforms(seed: int, epoch: int, positions: Tensor, count: int, begin: int = 0) -> Tensor:
+    """float32 [B, count] in [0, 1), a hash of (seed, epoch, position, column), columns from `begin` on. positions: int64 [B]."""
     first, second = (int(word) for word in np.random.SeedSequence([seed, epoch]).generate_state(2))
     rows = _mix(_mix(positions ^ first) ^ second)
-    columns = _mix(torch.arange(1, count + 1, device=positions.device))
+    columns = _mix(torch.arange(begin + 1, begin + count + 1, device=positions.device))
     return (_mix(rows[:, None] ^ columns) >> 8).float() * 2.0 ** -24
 
 
@@ -99,7 +99,12 @@ class Augmentation:
 
     def __call__(self, images: Tensor, u: Tensor) -> Tensor:
         """uint8 [B, 3, H, W], uniforms [B, K] -> float32 [B, 3, S, S] of 0 .. 255, before normalisation and erasing."""
-        x = self._padded_crop(images, u) if self.padded else self._resized_crop(images, u)
+        return self.coloured(self.cropped(images, u), u)
+
+    def cropped(self, images: Tensor, u: Tensor) -> Tensor:
+        return self._padded_crop(images, u) if self.padded else self._resized_crop(images, u)
+
+    def coloured(self, x: Tensor, u: Tensor) -> Tensor:
         if self.three:
             x = _three_augment(x, u[:, THREE:])
         if self.jitter:
@@ -107,26 +112,26 @@ class Augmentation:
         return x
 
     def random_erase(self, x: Tensor, u: Tensor, repeat: Tensor) -> Tensor:
-        """Random erasing of normalised images [B, 3, S, S], after timm's RandomErasing. repeat: int64 [B]."""
+        """Random erasing of normalised images [B, 3, H, W], after timm's RandomErasing. repeat: int64 [B]."""
         if not self.erase:
             return x
-        u, size = u[:, ERASE:], x.shape[-1]
+        u, (high, wide) = u[:, ERASE:], x.shape[2:]
         chosen = u[:, 0] < self.erase
         if self.spare_first:
             chosen &= repeat > 0
         count = _integer(u[:, 1], self.erase_count) + 1
-        line = torch.arange(size, device=x.device)
+        row, column = (torch.arange(size, device=x.device) for size in (high, wide))
         for nth in range(self.erase_count):
             v = u[:, 2 + ERASE_COLUMNS * nth:]
-            area = (0.02 + (1 / 3 - 0.02) * v[:, :TRIES]) * (size * size) / count[:, None]
+            area = (0.02 + (1 / 3 - 0.02) * v[:, :TRIES]) * (high * wide) / count[:, None]
             ratio = torch.exp(math.log(0.3) * (2 * v[:, TRIES:2 * TRIES] - 1))
-            high, wide = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-            fits = (high < size) & (wide < size)
+            heights, widths = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+            fits = (heights < high) & (widths < wide)
             first = fits.byte().argmax(1, keepdim=True)
-            height, width = high.gather(1, first)[:, 0], wide.gather(1, first)[:, 0]
-            top, left = _integer(v[:, 2 * TRIES], size - height + 1), _integer(v[:, 2 * TRIES + 1], size - width + 1)
-            rows = (line >= top[:, None]) & (line < (top + height)[:, None])
-            columns = (line >= left[:, None]) & (line < (left + width)[:, None])
+            height, width = heights.gather(1, first)[:, 0], widths.gather(1, first)[:, 0]
+            top, left = _integer(v[:, 2 * TRIES], high - height + 1), _integer(v[:, 2 * TRIES + 1], wide - width + 1)
+            rows = (row >= top[:, None]) & (row < (top + height)[:, None])
+            columns = (column >= left[:, None]) & (column < (left + width)[:, None])
             erased = chosen & fits.any(1) & (nth < count)
             mask = erased[:, None, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
             x = torch.where(mask, self._fill(x, v[:, 2 * TRIES + 2]), x)
@@ -202,7 +207,7 @@ def _crop_box(u: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor, Tensor, 
     return top, left, height, width
 
 
-def _grey(x: Tensor) -> Tensor:
+def greyscale(x: Tensor) -> Tensor:
     """[B, 3, S, S] -> [B, 1, S, S]: PIL's mode L."""
     return (0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).round()
 
@@ -211,10 +216,10 @@ def _three_augment(x: Tensor, u: Tensor) -> Tensor:
     """DeiT III's 3-Augment, one of three for each image: solarised from 128 on, grey, or blurred (deviation 0.1 to 2)."""
     choice = _integer(u[:, 0], 3)[:, None, None, None]
     solarised = torch.where(x < 128, x, 255 - x)
-    return torch.where(choice == 0, solarised, torch.where(choice == 1, _grey(x), _blurred(x, 0.1 + 1.9 * u[:, 1])))
+    return torch.where(choice == 0, solarised, torch.where(choice == 1, greyscale(x), blurred(x, 0.1 + 1.9 * u[:, 1])))
 
 
-def _blurred(x: Tensor, deviation: Tensor, reach: int = 6) -> Tensor:
+def blurred(x: Tensor, deviation: Tensor, reach: int = 6) -> Tensor:
     """Gaussian blur. deviation: [B], in pixels, at most 2. The edge's pixels are repeated beyond it."""
     offset = torch.arange(-reach, reach + 1, device=x.device)
     weights = torch.exp(-0.5 * (offset / deviation[:, None]).square())
@@ -236,7 +241,7 @@ def _jitter(x: Tensor, u: Tensor, strength: float) -> Tensor:
     for place in range(3):
         kind = order[:, place, None, None, None]
         factor = factors.gather(1, order[:, place, None, None, None, None]).squeeze(1)
-        grey = _grey(x)
+        grey = greyscale(x)
         towards = torch.where(kind == 0, 0.0, torch.where(kind == 1, (grey.mean((2, 3), keepdim=True) + 0.5).floor(), grey))
         x = (factor * x + (1 - factor) * towards).clamp(0, 255).floor()
     return x
