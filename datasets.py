@@ -72,7 +72,8 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
     options = {"num_workers": args.num_workers, "worker_init_fn": start_worker, "persistent_workers": args.num_workers > 0,
                "pin_memory": args.pin_mem and process.device.type == "cuda"}
 
-    train = sampler = None
+    train: DataLoader | AugmentingLoader | None = None
+    sampler = None
     stream_note = ""
     if not args.eval:
         data, _ = build_dataset(True, args, class_names)

@@ -83,3 +83,17 @@ def wait_until(condition, seconds: float = 60) -> None:
 
 def wait_for(path: Path, seconds: float = 60) -> None:
     wait_until(path.exists, seconds)
+
+
+def alike_on_average(images: torch.Tensor, others: torch.Tensor, low: float, high: float) -> None:
+    """Two samples of images [N, 3, H, W] have means, deviations, slopes and histograms that differ, on the average over the
+    images, by less than five standard errors."""
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        bins = ((x[:, :, ::2, ::2] - low) * (24 / (high - low))).long().clamp(0, 23).flatten(1)
+        shares = torch.stack([(bins == number).double().mean(1) for number in range(24)], 1)
+        rest = [x.mean((1, 2, 3)), x.std((1, 2, 3)), *(x.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (2, 3))]
+        return torch.cat([shares, torch.stack(rest, 1), torch.stack([rest[0], rest[1]], 1) ** 2], 1)
+
+    mine, theirs = seen(images.double()), seen(others.double())
+    errors = (mine.var(0) / len(mine) + theirs.var(0) / len(theirs)).sqrt()
+    assert ((mine.mean(0) - theirs.mean(0)).abs() <= 5 * errors + 1e-9).all(), (mine.mean(0), theirs.mean(0), errors)

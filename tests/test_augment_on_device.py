@@ -6,7 +6,7 @@ import pytest
 import torch
 from e2e import QUICK, run, write_digits
 from e2e import sentence as sentence_of_run
-from helpers import sentence
+from helpers import alike_on_average, sentence
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
@@ -67,15 +67,9 @@ def test_the_same_crops_come_out(data, words, most, differing):
 @pytest.mark.parametrize("words", [
     (), ("--ThreeAugment",), ("--aa", "rand-m9-t3a", "--recount", "3", "--remode", "rand")], ids=str)
 def test_batches_are_distributed_as_the_loaders(data, words):
-    def seen(on):
-        made = loaders(data, *words, augment_on=on)
-        x = torch.cat([images for epoch in range(25) for images in images_of(made, epoch)])
-        each = torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3)), *(x.diff(dim=dim).abs().mean((1, 2, 3)) for dim in (2, 3))])
-        return torch.cat([each.mean(1), each.std(1)]), torch.histc(x, 24, -2.2, 2.7) / x.numel()
-
-    (moments, shares), (their_moments, their_shares) = seen("device"), seen("loader")
-    torch.testing.assert_close(moments, their_moments, rtol=0.05, atol=0.06)
-    assert (shares - their_shares).abs().max() < 0.014
+    ours, theirs = ([images for epoch in range(25) for images in images_of(made, epoch)]
+                    for made in (loaders(data, *words, augment_on=on) for on in ("device", "loader")))
+    alike_on_average(torch.cat(ours), torch.cat(theirs), -2.2, 2.7)
 
 
 def test_order_targets_and_calibration_are_the_loaders(data):
@@ -176,5 +170,5 @@ def test_a_run_says_where_it_augments_profiles_and_finds_what_is_not_finite(tmp_
     assert run(*words, "--output_dir", tmp_path / "out", "--profile") == 0
     assert "cropped by loader processes and augmented on cpu" in capsys.readouterr().out
     assert (tmp_path / "out/profile/trace.json.gz").exists()
-    assert run(*words, "--output_dir", tmp_path / "nan", "--lr", "1e30", "--unscale-lr", "--epochs", 3, "--opt", "sgd") == 2
+    assert run(*words, "--output_dir", tmp_path / "nan", "--lr", "1e9", "--unscale-lr", "--epochs", 3, "--opt", "sgd") == 1
     assert "not finite" in capsys.readouterr().err and list((tmp_path / "nan").glob("*nan*"))

@@ -20,7 +20,8 @@ DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 16 --disti
 slow = pytest.mark.slow
 WAYS = [
     "", "--repeated-aug --resplit --mixup-mode elem", "--mixup-mode pair --mixup-prob 0.5 --mixup-switch-prob 0.3",
-    "--augment-on device --repeated-aug --resplit", "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24",
+    "--augment-on device --repeated-aug --resplit",
+    "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24",
     "--ThreeAugment --src --remode const --recount 2",
     "--aa augmix-m3 --train-interpolation random", "--aa none --color-jitter 0.4 --reprob 0.9",
     "--grad-accum 2 --clip-grad 0.5 --sched-on-updates", "--drop 0.2 --drop-path 0.3 --cosub --epochs 2",
