@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from e2e import QUICK, run, write_digits
-from e2e import sentence as sentence_of_run
+from e2e import QUICK, refusal, run, write_digits
 from helpers import alike_on_average, sentence
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -15,7 +14,7 @@ from vision_kan.common.errors import UnreadableData
 from vision_kan.common.process import Process
 from vision_kan.config.checks import validate
 from vision_kan.config.resolve import parse_args
-from vision_kan.data.device import on_device
+from vision_kan.data.device import move_to_device
 from vision_kan.data.images import SampleKey
 from vision_kan.data.workers import batches
 
@@ -43,7 +42,7 @@ def loaders(data, *words, augment_on="device", process=CPU):
     args = parse_args(["--data-set", "FOLDER", "--data-path", str(data), "--num_workers", "0", "--batch-size", "12",
                        "--no-repeated-aug", "--input-size", "48", "--augment-on", augment_on, *words]).args
     validate(args, process.world_size)
-    return on_device(build_loaders(args, process), args, process)
+    return move_to_device(build_loaders(args, process), args, process)
 
 
 def images_of(made, epoch=0, position=0):
@@ -158,10 +157,10 @@ def test_images_on_the_device_have_the_policy_too(tmp_path):
 # ---------------------------------------------------------------- as a user
 def test_what_it_cannot_do_is_refused_before_anything_is_read(capsys):
     words = ("--data-path", "/nowhere", "--augment-on", "device", "--aa", "augmix-m3-w3")
-    assert sentence_of_run(capsys, *words) == (
+    assert refusal(capsys, *words) == (
         "--augment-on device does not know --aa augmix-m3-w3, which PIL alone computes: take --augment-on loader, or a policy "
         "such as rand-m9-mstd0.5-inc1")
-    assert sentence_of_run(capsys, "--augment-on", "gpu") == "--augment-on: 'gpu' is not one of loader, device"
+    assert refusal(capsys, "--augment-on", "gpu") == "--augment-on: 'gpu' is not one of loader, device"
 
 
 def test_a_run_says_where_it_augments_profiles_and_finds_what_is_not_finite(tmp_path, capsys):

@@ -37,13 +37,13 @@ def move_to_device(loaders: Loaders, args: Namespace, process: Process) -> Loade
     """`loaders` with the images on the device, as --data-on-device asks. `auto` does so on a GPU wherever it can.
 
     Raises UserError where the flag is `on` and it cannot."""
-    loaders = _kept_on_device(loaders, args, process)
+    loaders = _keep_on_device(loaders, args, process)
     if isinstance(loaders.train, AugmentingLoader):
         say(f"training images are cropped by loader processes and augmented on {process.device}")
     return loaders
 
 
-def _kept_on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
+def _keep_on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
     if args.eval or args.data_on_device == "off" or (args.data_on_device == "auto" and process.device.type == "cpu"):
         return loaders
     try:
