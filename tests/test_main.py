@@ -971,6 +971,7 @@ def test_an_output_folder_that_cannot_be_written(data, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@slow
 def test_a_full_disk_does_not_end_the_training(copied, data, tmp_path):
     """Files may grow to 100 kB here: the log fits, a checkpoint does not."""
     before = contents(copied)
@@ -1021,6 +1022,7 @@ def test_a_disk_that_is_full_for_a_while(data, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@slow
 def test_bad_input_on_the_real_command_line(data, tmp_path):
     """Several at once, each in its own process: exit code 2, one sentence, no traceback."""
     (tmp_path / "text.pth").write_text("no weights")
