@@ -353,6 +353,7 @@ def test_curve(command, group, tmp_path, capsys):
         assert picture.size == (770, 495) and len(picture.convert("L").getcolors()) > 20
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_file_twice(command, group, tmp_path):
     for name in ("a.pth", "b.pth", "c.pth"):
         assert command(group, tmp_path / name, "--what", "hidden", "--keep-parameters", 0.3, "--images", 64, "--seed",
