@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import models_kan  # noqa: F401  registers the models with timm
 from faster_kan import FasterKAN, FasterKANLayer
 from vision_kan import kernels
 from vision_kan.kernels import backend, basis, native, rswaf_activation, rswaf_basis
@@ -160,7 +161,7 @@ def test_a_file_in_the_cache_that_is_no_library(fresh):
 
 
 @needs_compiler
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("threads", [1, 2])
 def test_one_openmp_in_the_process(threads):
     """A second OpenMP library would double the threads; ours takes the one that PyTorch has loaded."""
     code = ("import torch\nfrom vision_kan import kernels\n"
@@ -205,7 +206,6 @@ def test_grids_that_have_no_pairs():
 
 
 # ---------------------------------------------------------------- whole models
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"])
 def test_a_model_is_the_same_on_every_path(name):
     torch.manual_seed(0)
@@ -315,9 +315,10 @@ def test_the_ops_reach_their_triton_kernels():
     code = """
 import torch
 from vision_kan import kernels
-from vision_kan.kernels import triton_activation, triton_linear
+from vision_kan.kernels import triton_linear
+from vision_kan.kernels.triton_activation import Plan
 calls = []
-for module, names in ((triton_activation, ("forward", "backward")),
+for module, names in ((Plan, ("forward", "backward")),
                       (triton_linear, ("forward", "backward_u", "backward_weight", "backward_grid"))):
     for name in names:
         def counted(*args, real=getattr(module, name), label=f"{module.__name__}.{name}", **kwargs):
@@ -337,13 +338,16 @@ def everything():
     z = kernels.rswaf_linear(u, w, grid, width)
     return out + [z, *torch.autograd.grad(z, [u, w, grid, width], dz)]
 kernels.use("triton")
-got = everything()
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    got = everything()
+dispatched = {event.key for event in profile.key_averages()}
+assert "_ActivationBackward" in dispatched and not any(key.startswith("vision_kan::") for key in dispatched), dispatched
 assert kernels.describe("cpu") == "Triton kernels"
 kernels.use("reference")
 for a, b in zip(got, everything(), strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     assert (a - b).abs().max() <= 2e-5 * b.abs().max(), (a - b).abs().max() / b.abs().max()
-assert {name.removeprefix("vision_kan.kernels.") for name in calls} == {"triton_activation.forward", "triton_activation.backward",
+assert {name.removeprefix("vision_kan.kernels.") for name in calls} == {"Plan.forward", "Plan.backward",
     "triton_linear.forward", "triton_linear.backward_u", "triton_linear.backward_weight", "triton_linear.backward_grid"}, calls
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,11 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 # ---------------------------------------------------------------- in the interpreter
+def plan(u, c, scale, points, h, base):
+    from vision_kan.kernels.triton_activation import Plan
+    return Plan(u.dtype, u.shape, u.device, c.shape, scale is not None, points, h, base)
+
+
 def reference(u, c, scale, points, h, base, dv):
     """v, du, dC, dscale in float64."""
     leaves = [t.detach().double().requires_grad_() for t in (u, c, torch.ones(len(c)) if scale is None else scale)]
@@ -39,14 +43,14 @@ def reference(u, c, scale, points, h, base, dv):
 
 def check(rows=21, channels=48, groups=3, points=UNIFORM, h=H, base="gelu", scaled=False, dtype=torch.float32,
           spread=2.0, u=None, parts=False, cdtype=torch.float32) -> None:
-    from vision_kan.kernels import triton_activation as ops
     torch.manual_seed(rows + channels)
     u = (torch.randn(rows, channels) * spread if u is None else u).to(dtype)
     dv = torch.randn(u.shape).to(dtype)
     c = torch.randn(groups, len(points)).to(cdtype)
     scale = torch.randn(groups) if scaled else None
-    v = ops.forward(u, c, scale, points, h, base)
-    gradients = ops.backward(dv, u, c, scale, points, h, base)
+    kernel = plan(u, c, scale, points, h, base)
+    v = kernel.forward(u, c, scale)
+    gradients = kernel.backward(dv, u, c, scale)
     want = reference(u, c, scale, points, h, base, dv)
     for name, got, right in zip(("v", "du", "dC", "dscale"), (v, *gradients), want):
         if got is None:
@@ -57,7 +61,7 @@ def check(rows=21, channels=48, groups=3, points=UNIFORM, h=H, base="gelu", scal
         error = (got.double() - right).abs().max().item()       # NaN compares false
         assert error <= bound, f"{name}: error {error:.2e} over {bound:.2e}"
     for need_u, need_c in ((True, False), (False, True)) if parts else ():
-        some = ops.backward(dv, u, c, scale, points, h, base, need_u, need_c)
+        some = kernel.backward(dv, u, c, scale, need_u, need_c)
         for got, whole, needed in zip(some, gradients, (need_u, need_c, need_c)):
             assert (got is None) if not needed or whole is None else torch.equal(got, whole)
 
@@ -73,40 +77,44 @@ def far() -> None:
 
 def not_a_number() -> None:
     """NaN stays NaN, and in its own place."""
-    from vision_kan.kernels import triton_activation as ops
     u = torch.zeros(3, 4)
     u[1, 2] = float("nan")
     for base in ("none", "gelu", "relu"):
         for points in (UNIFORM, (-2.0, 0.5, 3.0)):
             c = torch.ones(2, len(points))
-            v = ops.forward(u, c, None, points, H, base)
-            du = ops.backward(torch.ones_like(u), u, c, None, points, H, base)[0]
+            kernel = plan(u, c, None, points, H, base)
+            v, (du, *_) = kernel.forward(u, c, None), kernel.backward(torch.ones_like(u), u, c, None)
             assert torch.equal(v.isnan(), u.isnan()) and torch.equal(du.isnan(), u.isnan())
 
 
 def empty() -> None:
-    from vision_kan.kernels import triton_activation as ops
     u, c, scale = torch.zeros(0, 12), torch.ones(3, 8), torch.ones(3)
-    assert ops.forward(u, c, scale, UNIFORM, H, "gelu").shape == (0, 12)
-    du, dc, ds = ops.backward(u, u, c, scale, UNIFORM, H, "gelu")
+    kernel = plan(u, c, scale, UNIFORM, H, "gelu")
+    assert kernel.forward(u, c, scale).shape == (0, 12)
+    du, dc, ds = kernel.backward(u, u, c, scale)
     assert du.shape == (0, 12) and torch.equal(dc, torch.zeros(3, 8)) and torch.equal(ds, torch.zeros(3))
 
 
 def twice() -> None:
-    from vision_kan.kernels import triton_activation as ops
     u, dv, c, scale = torch.randn(75, 64), torch.randn(75, 64), torch.randn(2, 8), torch.randn(2)
-    runs = [(ops.forward(u, c, scale, UNIFORM, H, "gelu"), *ops.backward(dv, u, c, scale, UNIFORM, H, "gelu"))
-            for _ in range(2)]
+    kernel = plan(u, c, scale, UNIFORM, H, "gelu")
+    runs = [(kernel.forward(u, c, scale), *kernel.backward(dv, u, c, scale)) for _ in range(2)]
     assert all(map(torch.equal, *runs))
 
 
+def not_contiguous() -> None:
+    u, dv, c = torch.randn(48, 21).t(), torch.randn(48, 21).t(), torch.randn(3, 8)
+    kernel = plan(u, c, None, UNIFORM, H, "gelu")
+    rows = [kernel.forward(u.contiguous(), c, None), *kernel.backward(dv.contiguous(), u.contiguous(), c, None)[:2]]
+    assert all(map(torch.equal, rows, [kernel.forward(u, c, None), *kernel.backward(dv, u, c, None)[:2]]))
+
+
 def refused() -> None:
-    from vision_kan.kernels import triton_activation as ops
     u, c = torch.zeros(3, 12), torch.ones(3, 8)
-    for wrong in ((u.double(), c, UNIFORM, "gelu"), (u.t(), c, UNIFORM, "gelu"), (u, torch.ones(5, 8), UNIFORM, "gelu"),
+    for wrong in ((u.double(), c, UNIFORM, "gelu"), (u, torch.ones(5, 8), UNIFORM, "gelu"),
                   (u, c, UNIFORM[:5], "gelu"), (u, c, UNIFORM, "tanh"), (u, torch.ones(3, 17), (0.0,) * 17, "gelu")):
         try:
-            ops.forward(wrong[0], wrong[1], None, wrong[2], H, wrong[3])
+            plan(wrong[0], wrong[1], None, wrong[2], H, wrong[3])
         except ValueError:
             continue
         raise AssertionError(f"accepted {[w.shape if hasattr(w, 'shape') else w for w in wrong]}")
@@ -160,49 +168,44 @@ CHECKS = {
     "approximate": approximate,
     "parts": lambda: check(scaled=True, parts=True),
     "parts-not-uniform": lambda: check(rows=3, points=(-2.0, 0.5, 3.0), parts=True),
-    "far": far, "nan": not_a_number, "empty": empty, "twice": twice, "refused": refused}
-
-# The others take the interpreter most of a minute.
-QUICK = ("gelu-float32", "gelu-bfloat16", "silu-float32", "none-float16", "points-5", "not-uniform", "one-channel",
-         "parts-not-uniform", "nan", "empty", "refused")
+    "far": far, "nan": not_a_number, "empty": empty, "twice": twice,
+    "not-contiguous": not_contiguous, "refused": refused}
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     from vision_kan.kernels import triton_activation as ops
 
-    def filled(*shape, dtype, device):
-        return torch.full(shape, float("nan"), dtype=dtype, device=device)
+    def filled(*args):
+        make = real(*args)
+        return lambda: make().fill_(float("nan"))
 
-    ops._empty = filled                         # what is not written shows
+    real, ops.allocator = ops.allocator, filled         # what is not written shows
     ops.FORWARD_PROGRAMS = ops.BACKWARD_PROGRAMS = 4 / 68       # of the device that stands in: few, as on much data
     failed = {}
-    for name in names:
+    for name, run in CHECKS.items():
         try:
             torch.manual_seed(0)
-            CHECKS[name]()
+            run()
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
     print(json.dumps(failed))
 
 
 # ---------------------------------------------------------------- the tests
-@cache
-def failures(quick: bool) -> dict[str, str]:
-    """name -> error of the checks in `QUICK`, or of all others, run in one process."""
-    names = [name for name in CHECKS if (name in QUICK) == quick]
-    done = subprocess.run([sys.executable, __file__, *names], capture_output=True, text=True, cwd=ROOT, timeout=240,
+@pytest.fixture(scope="module")
+def failed() -> dict[str, str]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, timeout=240,
                           env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CHECKS])
-def test_interpreted(name):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    failed = failures(name in QUICK)
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(failed, name):
     assert name not in failed, failed[name]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1:])
+    main()

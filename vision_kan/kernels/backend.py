@@ -6,6 +6,7 @@ cpu        as auto on a CPU
 triton     Triton kernels
 compile    the reference through torch.compile
 """
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -24,6 +25,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Values of the basis in memory at a time: on a CPU 1 MiB, about its L2 cache; on a GPU only a bound on memory.
 CHUNK_VALUES = {"cpu": 2 ** 18}
 CHUNK_VALUES_OTHER = 2 ** 27
+AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 _chosen = "auto"
 
 
@@ -67,6 +69,11 @@ def _is_for_triton(name: str, device: str) -> bool:
     return name == "triton" or (name == "auto" and device == "cuda" and has_triton())
 
 
+def takes_triton(name: str, device: str, dtype: torch.dtype, num_points: int) -> bool:
+    """Whether `resolve` chooses Triton, whose kernels compute in float32."""
+    return _is_for_triton(name, device) and dtype != torch.float64 and num_points <= MAX_POINTS
+
+
 def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[float, ...] | None = None,
             h: float | None = None, base: str | None = None) -> str:
     """The code that computes an op on `tensor` with backend auto, cpu or triton: "native", "triton" or "chunked".
@@ -75,11 +82,9 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
     points, h: the grid if it is fixed, else None.
     base: the base function of an activation."""
     device, dtype = tensor.device.type, tensor.dtype
-    if dtype == torch.float64:                  # the kernels compute in float32
-        return "chunked"
-    if _is_for_triton(name, device):
-        return "triton" if num_points <= MAX_POINTS else "chunked"
-    if device == "cpu" and points is not None and h is not None and native.supports(points, h) \
+    if takes_triton(name, device, dtype, num_points):
+        return "triton"
+    if device == "cpu" and dtype != torch.float64 and points is not None and h is not None and native.supports(points, h) \
             and native.library(len(points), base) is not None:
         return "native"
     return "chunked"
@@ -92,12 +97,16 @@ def _constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
-@_constant_in_graphs
 def exporting() -> bool:
     """Whether torch.export is running, strict or not: its graph must consist of PyTorch's own operations, for any batch size.
 
     `torch.compiler.is_exporting()` is also true under torch.compile in torch 2.7 to 2.11. The flag behind it is not, but misses a
     strict export by torch 2.7, which Dynamo's state shows."""
+    return _compiler_exports() if torch.compiler.is_compiling() else torch.compiler._is_exporting_flag
+
+
+@_constant_in_graphs
+def _compiler_exports() -> bool:
     if torch.compiler._is_exporting_flag:
         return True
     tracer = sys.modules.get("torch._dynamo.symbolic_convert")
@@ -115,6 +124,18 @@ def traced(*tensors: torch.Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
             return True
     return False
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype if it is on, else the tensor's own."""
+    device = "cuda" if tensor.is_cuda else tensor.device.type       # `type` makes a new string on every call
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """No autocast on the tensor's device, for code that nothing traces: a sixth of the host time of `torch.autocast`."""
+    return (torch._C._ExcludeDispatchKeyGuard(AUTOCAST) if tensor.is_cuda or tensor.is_cpu
+            else torch.autocast(tensor.device.type, enabled=False))
 
 
 # These check before they call, because a call that changes nothing costs the host as much as one that does.

@@ -7,7 +7,7 @@ It saves u and the parameters for the backward pass, which computes the basis ag
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,24 +36,29 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
     Returns: [..., I] in u's dtype.
     Raises: ValueError if the groups do not divide the channels, or for another base or an impossible grid.
     """
-    if u.shape[-1] % coefficients.shape[0]:
-        raise ValueError(f"{coefficients.shape[0]} groups do not divide {u.shape[-1]} channels")
+    u = cast(u, backend.autocast_dtype(u))
+    name = backend.chosen()
+    if name in ("reference", "compile") or backend.transformed() or backend.traced(u, coefficients, scale):
+        _check(u.shape, coefficients.shape, points, h, base)
+        if name == "reference" or backend.transformed():
+            return rswaf_activation_reference(u, coefficients, points, h, base, scale)
+        if name == "compile":
+            return _compiled_reference()(u, coefficients, points, h, base, scale)
+        return _activation(u, coefficients, scale, list(points), h, base, name)
+    constants = tuple(points), h, base, name
+    return _Activation.apply(u, coefficients, scale, _kernel(u, coefficients, scale, *constants), constants)
+
+
+def _check(shape: Sequence[int], coefficients: Sequence[int], points: Sequence[float], h: float, base: str) -> None:
+    """Raises ValueError if the shapes of u and of the coefficients and the constants don't fit together."""
+    groups, num_points = coefficients
+    if shape[-1] % groups:
+        raise ValueError(f"{groups} groups do not divide {shape[-1]} channels")
     if base != "none" and base not in BASES:
         raise ValueError(f"base {base} is not one of none, {', '.join(BASES)}")
-    if len(points) != coefficients.shape[1] or (points[-1] - points[0]) / 2 > MAX_HALF_RANGE * h * (1 + 1e-9):
-        raise ValueError(f"{coefficients.shape[1]} coefficients per group need the same number of grid points, at most "
+    if len(points) != num_points or (points[-1] - points[0]) / 2 > MAX_HALF_RANGE * h * (1 + 1e-9):
+        raise ValueError(f"{num_points} coefficients per group need the same number of grid points, at most "
                          f"{MAX_HALF_RANGE:g} h from their middle; got {len(points)} and h = {h:g}")
-    device = u.device.type
-    if torch.is_autocast_enabled(device):
-        u = cast(u, torch.get_autocast_dtype(device))
-    name = backend.chosen()
-    if name == "reference" or backend.transformed():
-        return rswaf_activation_reference(u, coefficients, points, h, base, scale)
-    if name == "compile":
-        return _compiled_reference()(u, coefficients, points, h, base, scale)
-    if backend.traced(u, coefficients, scale):
-        return _activation(u, coefficients, scale, list(points), h, base, name)
-    return _Activation.apply(u, coefficients, scale, (points, h, base, name))
 
 
 def rswaf_activation_reference(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
@@ -75,85 +80,102 @@ def _compiled_reference():
 
 
 # ---------------------------------------------------------------- the op
-def _value(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
-           backend_name: str) -> Tensor:
-    points = tuple(points)
-    how = backend.resolve(backend_name, u, len(points), points, h, base)
-    if how == "triton":
-        return _triton().forward(u.contiguous(), coefficients, scale, points, h, base)
-    flat, c, s = _prepare(u, coefficients, scale, how)
-    v = (native.activation if how == "native" else _chunked)(flat, c, s, points, h, base)
-    return cast(v, u.dtype).resize_(u.shape)            # not a view: autograd restricts changing views in place
+def _kernel(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float, base: str,
+            backend_name: str) -> Any:
+    """The code that computes the op: `forward(u, coefficients, scale)` returns v, `backward(dv, u, coefficients, scale)` their
+    gradients."""
+    plan = _triton_plan(u.dtype, u.shape, u.device, coefficients.shape, scale is not None, points, h, base, backend_name)
+    if plan is not None:
+        return plan
+    _check(u.shape, coefficients.shape, points, h, base)
+    return _ByRows(backend.resolve(backend_name, u, len(points), points, h, base) == "native", points, h, base)
 
 
-def _gradients(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float,
-               base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+@functools.lru_cache(maxsize=1024)
+def _triton_plan(dtype: torch.dtype, shape: torch.Size, device: torch.device, coefficients: torch.Size, scaled: bool,
+                 points: tuple[float, ...], h: float, base: str, backend_name: str) -> Any:
+    """Made once for a size, device and grid; None if Triton does not compute the op."""
+    if not backend.takes_triton(backend_name, device.type, dtype, len(points)):
+        return None
+    from vision_kan.kernels.triton_activation import Plan
+    _check(shape, coefficients, points, h, base)
+    return Plan(dtype, shape, device, coefficients, scaled, points, h, base)
+
+
+class _ByRows(NamedTuple):
+    """The op in C++ or in PyTorch, with u as a matrix."""
+    in_cpp: bool
+    points: tuple[float, ...]
+    h: float
+    base: str
+
+    def forward(self, u: Tensor, coefficients: Tensor, scale: Tensor | None) -> Tensor:
+        v = (native.activation if self.in_cpp else _chunked)(
+            *self._prepare(u, coefficients, scale), self.points, self.h, self.base)
+        return cast(v, u.dtype).resize_(u.shape)            # not a view: autograd restricts changing views in place
+
+    def backward(self, dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None
+                 ) -> tuple[Tensor, Tensor, Tensor | None]:
+        flat, c, s = self._prepare(u, coefficients, scale)
+        du, dc, ds = (native.activation_grad if self.in_cpp else _chunked_grad)(
+            cast(as_matrix(dv), flat.dtype), flat, c, s, self.points, self.h, self.base)
+        return cast(du, u.dtype).view(u.shape), dc, ds
+
+    def _prepare(self, u: Tensor, coefficients: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """u [T, I] in a dtype that the path supports, and parameters in the dtype of the computation."""
+        flat = as_matrix(u)
+        if self.in_cpp and u.dtype not in native.DTYPES:
+            flat = flat.float()
+        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        return flat, cast(coefficients, dtype).contiguous(), None if scale is None else cast(scale, dtype).contiguous()
+
+
+def _gradients(kernel: Any, dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None
+               ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of u, coefficients and scale (None without one)."""
-    points = tuple(points)
-    how = backend.resolve(backend_name, u, len(points), points, h, base)
-    du: Any
-    dc: Any
-    ds: Tensor | None
-    if how == "triton":
-        du, dc, ds = _triton().backward(cast(dv, u.dtype).contiguous(), u.contiguous(), coefficients, scale, points, h, base)
-    else:
-        flat, c, s = _prepare(u, coefficients, scale, how)
-        du, dc, ds = (native.activation_grad if how == "native" else _chunked_grad)(
-            cast(as_matrix(dv), flat.dtype), flat, c, s, points, h, base)
-        du = cast(du, u.dtype).view(u.shape)
-    return du, cast(dc, coefficients.dtype), None if scale is None or ds is None else cast(ds, scale.dtype)
-
-
-def _prepare(u: Tensor, coefficients: Tensor, scale: Tensor | None, how: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """u [T, I] in a dtype that the path supports, and parameters in the dtype of the computation."""
-    flat = as_matrix(u)
-    if how == "native" and u.dtype not in native.DTYPES:
-        flat = flat.float()
-    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return flat, cast(coefficients, dtype).contiguous(), None if scale is None else cast(scale, dtype).contiguous()
-
-
-@functools.lru_cache
-def _triton():
-    from vision_kan.kernels import triton_activation
-    return triton_activation
-
-
-def _backward(ctx, dv: Tensor):
-    u, coefficients, scale = ctx.saved_tensors
-    constants = ctx.constants
-    if backend.differentiable_backward(dv):
-        points, h, base, _ = constants
-        du, dc, ds = backend.gradients(lambda u, c, s: rswaf_activation_reference(u, c, points, h, base, s),
-                                       (u, coefficients, scale), ctx.needs_input_grad, dv)
-    elif backend.traced(dv, u):
-        du, dc, ds = _activation_grad(dv, u, coefficients, scale, *constants)
-    else:
-        du, dc, ds = _gradients(dv, u, coefficients, scale, *constants)
-    return du, dc, None if scale is None else ds, *ctx.no_gradients
+    du, dc, ds = kernel.backward(dv, u, coefficients, scale)
+    return du, cast(dc, coefficients.dtype), None if scale is None else cast(ds, scale.dtype)
 
 
 class _Activation(torch.autograd.Function):
     """The op in eager mode, when nothing is tracing: see `backend.traced`."""
-    backward = staticmethod(_backward)
 
     @staticmethod
-    def forward(ctx, u: Tensor, coefficients: Tensor, scale: Tensor | None, constants: tuple) -> Tensor:
+    def forward(ctx, u: Tensor, coefficients: Tensor, scale: Tensor | None, kernel: Any, constants: tuple) -> Tensor:
         ctx.save_for_backward(u, coefficients, scale)
-        ctx.constants, ctx.no_gradients = constants, (None,)
-        return _value(u, coefficients, scale, *constants)
+        ctx.kernel, ctx.constants = kernel, constants
+        return kernel.forward(u, coefficients, scale)
+
+    @staticmethod
+    def backward(ctx, dv: Tensor):
+        u, coefficients, scale = ctx.saved_tensors
+        if backend.traced(dv, u) or backend.differentiable_backward(dv):
+            return *_visible_gradients(ctx, dv, u, coefficients, scale), None, None
+        return *_gradients(ctx.kernel, dv, u, coefficients, scale), None, None
+
+
+def _visible_gradients(ctx, dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None) -> tuple:
+    """The gradients of u, coefficients and scale, by operations that PyTorch can trace or differentiate."""
+    if backend.differentiable_backward(dv):
+        points, h, base, _ = ctx.constants
+        du, dc, ds = backend.gradients(lambda u, c, s: rswaf_activation_reference(u, c, points, h, base, s),
+                                       (u, coefficients, scale), ctx.needs_input_grad, dv)
+    else:
+        du, dc, ds = _activation_grad(dv, u, coefficients, scale, *ctx.constants)
+    return du, dc, None if scale is None else ds
 
 
 @custom_op("vision_kan::rswaf_activation", mutates_args=())
 def _activation(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float], h: float, base: str,
                 backend_name: str) -> Tensor:
-    return _value(u, coefficients, scale, points, h, base, backend_name)
+    return _kernel(u, coefficients, scale, tuple(points), h, base, backend_name).forward(u, coefficients, scale)
 
 
 @custom_op("vision_kan::rswaf_activation_grad", mutates_args=())
 def _activation_grad(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: Sequence[float],
                      h: float, base: str, backend_name: str) -> tuple[Tensor, Tensor, Tensor]:
-    du, dc, ds = _gradients(dv, u, coefficients, scale, points, h, base, backend_name)
+    kernel = _kernel(u, coefficients, scale, tuple(points), h, base, backend_name)
+    du, dc, ds = _gradients(kernel, dv, u, coefficients, scale)
     return du, dc, u.new_empty(0) if ds is None else ds
 
 
@@ -172,7 +194,10 @@ def _(dv, u, coefficients, scale, points, h, base, backend_name):
 def _save(ctx, inputs, output) -> None:
     u, coefficients, scale, *ctx.constants = inputs
     ctx.save_for_backward(u, coefficients, scale)
-    ctx.no_gradients = (None,) * 4
+
+
+def _backward(ctx, dv: Tensor):
+    return *_visible_gradients(ctx, dv, *ctx.saved_tensors), None, None, None, None
 
 
 _activation.register_autograd(_backward, setup_context=_save)

@@ -39,8 +39,7 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
     if weight.shape[1] != u.shape[-1] * grid.numel():
         raise ValueError(f"a weight of {weight.shape[1]} columns does not fit {u.shape[-1]} inputs and {grid.numel()} grid "
                          "points")
-    device = u.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
+    dtype = backend.autocast_dtype(u)
     name = backend.chosen()
     if name == "reference" or backend.transformed():
         return rswaf_linear_reference(u, weight, grid, h)
@@ -73,7 +72,7 @@ def _value(u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Tensor | None, h_n
     h = h_number if h_tensor is None else h_tensor
     flat = as_matrix(u)
     how, points = _path(u, grid, h, single_exp, dtype, backend_name)
-    with torch.autocast(u.device.type, enabled=False):          # dtypes are decided here
+    with backend.without_autocast(u):                           # dtypes are decided here
         if how == "triton":
             from vision_kan.kernels import triton_linear
             y = triton_linear.forward(flat, cast(weight, dtype).contiguous(), cast(grid, torch.float32), h, single_exp)
@@ -90,7 +89,7 @@ def _gradients(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Te
     flat = as_matrix(u)
     dy = cast(as_matrix(dy), dtype)
     how, points = _path(u, grid, h, single_exp, dtype, backend_name)
-    with torch.autocast(u.device.type, enabled=False):          # else an autocast around backward() would round to 16 bits
+    with backend.without_autocast(u):                           # else an autocast around backward() would round to 16 bits
         if how == "triton":
             from vision_kan.kernels import triton_linear
             w, g = cast(weight, dtype).contiguous(), cast(grid, torch.float32)

@@ -25,7 +25,6 @@ an array of partial sums, which a second kernel adds in a fixed order: without a
 """
 import functools
 import math
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,7 +33,16 @@ from torch import Tensor
 
 from vision_kan.kernels.backend import cast
 from vision_kan.kernels.basis import BASES, MAX_POINTS, pair_constants
-from vision_kan.kernels.triton_common import AotCase, Device, Launch, Work, device_at, fast_exp2, fast_reciprocal
+from vision_kan.kernels.triton_common import (
+    AotCase,
+    Device,
+    Launch,
+    Work,
+    allocator,
+    device_at,
+    fast_exp2,
+    fast_reciprocal,
+)
 
 WARPS = 4
 # Programs per multiprocessor. 8 (forward) and 7 (backward) fit at a time; more are faster, because they do not end at the same
@@ -418,108 +426,100 @@ def _tile(device: Device, itemsize: int, channels: int, groups: int, points: int
     return {"N": warp * WARPS, "LANES": lanes, "VEC": wide, "UNROLL": 1 if shared else 8 // wide, "SHARED": shared}
 
 
-class Plan(NamedTuple):
-    """The launches, which do not depend on the data: made once for a size, device and grid."""
-    launch: Launch | None           # None: nothing to compute
-    finish: Launch | None
-    partial: tuple[int, ...]        # shape of the partial sums
-    index: int | None               # of the GPU
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(dtype: torch.dtype, shape: torch.Size, groups: int, points: tuple[float, ...], h: float, base: str, scaled: bool,
-          where: torch.device, needs: tuple[bool, bool] | None) -> Plan:
-    """needs: None for the forward pass; else whether the gradients of u and of the coefficients are needed."""
-    rows, channels = math.prod(shape[:-1]), shape[-1]
-    g = len(points)
-    device = device_at(where)
-    constants = _grid_constants(points, h)
-    tile = _tile(device, dtype.itemsize, channels, groups, g, bool(constants["PAIRS"]))
-    vectors = channels // tile["VEC"]
-    columns = vectors if tile["SHARED"] else channels
-    blocks = -(-vectors // tile["LANES"])
-    tiles = -(-rows // (tile["N"] // tile["LANES"] * tile["UNROLL"]))
-    programs = FORWARD_PROGRAMS if needs is None else BACKWARD_PROGRAMS
-    most = max(1, min(tiles, int(programs * device.processors) // max(1, blocks)))
-    steps = -(-tiles // most)
-    splits = -(-tiles // max(1, steps))
-    values = {"rows": rows, "steps": steps, "vectors": vectors, "per_group": columns // groups, "G": g, "BASE": base,
-              "SCALED": scaled, "APPROX": device.approx, **constants, **tile}
-    sums = g + scaled
-    launch = finish = None
-    if rows * channels and needs is None:
-        launch = Launch(forward_kernel, (blocks, splits, 1), values, WARPS)
-    elif rows * channels and needs is not None and any(needs):
-        need_u, need_c = needs
-        launch = Launch(backward_kernel, (blocks, splits, 1), values | {"NEED_U": need_u, "NEED_C": need_c}, WARPS)
-        if need_c:
-            size = splits * columns // groups
-            finish = Launch(finish_kernel, (groups, sums, 1), values | {
-                "splits": splits, "columns": columns, "SUMS": sums,
-                "BLOCK": min(FINISH_BLOCK, max(32, 1 << (size - 1).bit_length()))}, WARPS)
-    return Plan(launch, finish, (splits, sums, columns), where.index)
-
-
-def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _checked(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float, base: str,
-             needs: tuple[bool, bool] | None) -> tuple[Plan, Tensor, Tensor]:
-    """The plan, and coefficients and scale in float32; raises ValueError for arguments that the kernels don't support."""
-    groups, g = coefficients.shape
-    if not u.is_contiguous() or u.dtype not in TYPES:
-        raise ValueError(f"u must be contiguous, of float32, float16 or bfloat16, got {list(u.shape)} {u.dtype}")
-    if not 2 <= g <= MAX_POINTS or g != len(points) or base not in ("none", *BASES):
-        raise ValueError(f"no kernel for {g} coefficients, {len(points)} points and base {base}")
-    if groups == 0 or u.shape[-1] % groups:
-        raise ValueError(f"{groups} groups do not divide {u.shape[-1]} channels")
-    plan = _plan(u.dtype, u.shape, groups, points, h, base, scale is not None, u.device, needs)
-    c = cast(coefficients, torch.float32).contiguous()
-    return plan, c, c if scale is None else cast(scale, torch.float32).contiguous()
-
-
-# ---------------------------------------------------------------- launchers
-def forward(u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
-            base: str) -> Tensor:
-    """v [..., C] in u's dtype.
+class Plan:
+    """The op and its gradients, computed in float32, for one size, device and grid: what does not depend on the data.
 
     Args:
-        u: [..., C], contiguous, float32, float16 or bfloat16; computed in float32.
-        coefficients: [groups, G], 2 <= G <= 16.
-        scale: [groups], or None for 1.
+        dtype, shape, where: of u [..., C]: float32, float16 or bfloat16; its device.
+        coefficients: their shape [groups, G], 2 <= G <= 16.
+        scaled: whether there is a scale [groups].
         points: the G grid points, ascending.
         h: width of a bump.
         base: "none" or a key of `BASES`.
+    Raises: ValueError for what the kernels don't support.
     """
-    plan, c, s = _checked(u, coefficients, scale, points, h, base, None)
-    v = _empty(*u.shape, dtype=u.dtype, device=u.device)
-    if plan.launch is not None:
-        plan.launch(plan.index, u, c, s, v)
-    return v
 
+    def __init__(self, dtype: torch.dtype, shape: torch.Size, where: torch.device, coefficients: torch.Size, scaled: bool,
+                 points: tuple[float, ...], h: float, base: str):
+        groups, g = coefficients
+        if dtype not in TYPES:
+            raise ValueError(f"u must be of float32, float16 or bfloat16, got {dtype}")
+        if not 2 <= g <= MAX_POINTS or g != len(points) or base not in ("none", *BASES):
+            raise ValueError(f"no kernel for {g} coefficients, {len(points)} points and base {base}")
+        if groups == 0 or shape[-1] % groups:
+            raise ValueError(f"{groups} groups do not divide {shape[-1]} channels")
+        rows, channels, sums = math.prod(shape[:-1]), shape[-1], g + scaled
+        device = device_at(where)
+        constants = _grid_constants(points, h)
+        tile = _tile(device, dtype.itemsize, channels, groups, g, bool(constants["PAIRS"]))
+        vectors = channels // tile["VEC"]
+        columns = vectors if tile["SHARED"] else channels
+        blocks = -(-vectors // tile["LANES"])
+        tiles = -(-rows // (tile["N"] // tile["LANES"] * tile["UNROLL"]))
 
-def backward(dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float,
-             base: str, need_u: bool = True, need_c: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients from dv [..., C] in u's dtype: du [..., C] in u's dtype (None unless need_u), dC [groups, G] and dscale
-    [groups] in float32 (None unless need_c; dscale None without a scale). The same bits on every run."""
-    plan, c, s = _checked(u, coefficients, scale, points, h, base, (need_u, need_c))
-    if dv.shape != u.shape or dv.dtype != u.dtype:
-        raise ValueError(f"dv must be {list(u.shape)} {u.dtype} as u is, got {list(dv.shape)} {dv.dtype}")
-    device = u.device
-    du = _empty(*u.shape, dtype=u.dtype, device=device) if need_u else None
-    partial = dc = ds = None
-    if need_c:
-        make: Any = _empty if plan.finish is not None else torch.zeros      # the sums over no rows are zero
-        dc = make(*coefficients.shape, dtype=torch.float32, device=device)
-        ds = make(len(coefficients), dtype=torch.float32, device=device) if scale is not None else None
-        partial = _empty(*plan.partial, dtype=torch.float32, device=device)
-    if plan.launch is not None:     # unused addresses may be any
-        plan.launch(plan.index, dv.contiguous(), u, c, s, u if du is None else du, c if partial is None else partial)
-    if plan.finish is not None:
-        assert partial is not None and dc is not None
-        plan.finish(plan.index, partial, dc, dc if ds is None else ds)
-    return du, dc, ds
+        def steps_and_splits(programs: float) -> tuple[int, int]:
+            most = max(1, min(tiles, int(programs * device.processors) // max(1, blocks)))
+            steps = -(-tiles // most)
+            return steps, -(-tiles // max(1, steps))
+
+        values = {"rows": rows, "vectors": vectors, "per_group": columns // groups, "G": g, "BASE": base, "SCALED": scaled,
+                  "APPROX": device.approx, **constants, **tile}
+        self.index = where.index                    # of the GPU, which must be the current one for launches and memory
+        self.forward_launch: Launch | None = None   # None: nothing to compute
+        self.backward_launches: dict[tuple[bool, bool], Launch] = {}
+        steps, splits = steps_and_splits(BACKWARD_PROGRAMS)
+        self.like_u = allocator(shape, dtype, where)
+        self.like_c = allocator(coefficients, torch.float32, where)
+        self.like_scale = allocator((groups,), torch.float32, where) if scaled else None
+        self.partial = allocator((splits, sums, columns), torch.float32, where)
+        if rows * channels == 0:
+            return
+        self.backward_launches = {
+            needs: Launch(backward_kernel, (blocks, splits, 1), values | {
+                "steps": steps, "NEED_U": needs[0], "NEED_C": needs[1]}, WARPS)
+            for needs in ((True, True), (True, False), (False, True))}
+        size = splits * columns // groups
+        self.finish = Launch(finish_kernel, (groups, sums, 1), values | {
+            "splits": splits, "columns": columns, "SUMS": sums,
+            "BLOCK": min(FINISH_BLOCK, max(32, 1 << (size - 1).bit_length()))}, WARPS)
+        steps, splits = steps_and_splits(FORWARD_PROGRAMS)
+        self.forward_launch = Launch(forward_kernel, (blocks, splits, 1), values | {"steps": steps}, WARPS)
+
+    def forward(self, u: Tensor, coefficients: Tensor, scale: Tensor | None) -> Tensor:
+        """v [..., C] in u's dtype."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                return self.forward(u, coefficients, scale)
+        v = self.like_u()
+        if self.forward_launch is not None:
+            u, c = u.contiguous(), cast(coefficients, torch.float32).contiguous()
+            s = c if scale is None else cast(scale, torch.float32).contiguous()
+            self.forward_launch((u.data_ptr() | c.data_ptr() | s.data_ptr()) % 16 == 0, u, c, s, v)
+        return v
+
+    def backward(self, dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, need_u: bool = True,
+                 need_c: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients from dv [..., C]: du [..., C] in u's dtype (None unless need_u), dC [groups, G] and dscale [groups] in
+        float32 (None unless need_c; dscale None without a scale). The same bits on every run."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                return self.backward(dv, u, coefficients, scale, need_u, need_c)
+        du = self.like_u() if need_u else None
+        dc = self.like_c() if need_c else None
+        ds = self.like_scale() if need_c and self.like_scale is not None else None
+        launch = self.backward_launches.get((need_u, need_c))
+        if launch is not None:
+            dv, u, c = cast(dv, u.dtype).contiguous(), u.contiguous(), cast(coefficients, torch.float32).contiguous()
+            s = c if scale is None else cast(scale, torch.float32).contiguous()
+            partial = c if dc is None else self.partial()       # unused addresses may be any
+            launch((dv.data_ptr() | u.data_ptr() | c.data_ptr() | s.data_ptr()) % 16 == 0, dv, u, c, s, u if du is None else du,
+                   partial)
+            if dc is not None:
+                self.finish(True, partial, dc, dc if ds is None else ds)
+        elif dc is not None:            # sums over no rows
+            dc.zero_()
+            ds = None if ds is None else ds.zero_()
+        return du, dc, ds
 
 
 # ---------------------------------------------------------------- ahead of time

@@ -493,7 +493,7 @@ def _product_float32(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------- launchers
 def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A buffer for a kernel to fill. All come from here, so that tests can fill them with NaN."""
-    return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty(*shape, dtype=dtype, device=device)         # PyTorch reads numbers faster than a tuple of them
 
 
 def _guard(tensor: Tensor):
