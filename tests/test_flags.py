@@ -541,7 +541,11 @@ def test_the_table_is_complete():
     assert EFFECTS.keys() == FLAGS.keys() and DEIT.keys() < EFFECTS.keys()
 
 
-@pytest.mark.parametrize("dest", EFFECTS)
+# Seconds each, and files of tests of their own: test_log_kan, test_tracking, test_run_folder, test_speed.
+LONG = ("log_kan", "track", "track_project", "keep", "compile")
+
+
+@pytest.mark.parametrize("dest", [pytest.param(dest, marks=pytest.mark.slow if dest in LONG else ()) for dest in EFFECTS])
 def test_the_flag_has_an_effect(dest):
     look, with_it, without_it = EFFECTS[dest]
     assert differences(plain(look(with_it)), plain(look(without_it))), f"{with_it} changes nothing"

@@ -161,7 +161,7 @@ def test_a_file_in_the_cache_that_is_no_library(fresh):
 
 
 @needs_compiler
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_one_openmp_in_the_process(threads):
     """A second OpenMP library would double the threads; ours takes the one that PyTorch has loaded."""
     code = ("import torch\nfrom vision_kan import kernels\n"
@@ -206,6 +206,7 @@ def test_grids_that_have_no_pairs():
 
 
 # ---------------------------------------------------------------- whole models
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"])
 def test_a_model_is_the_same_on_every_path(name):
     torch.manual_seed(0)

@@ -181,7 +181,7 @@ def kans_of(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("architecture", [mixer, sam])
+@pytest.mark.parametrize("architecture", [mixer, pytest.param(sam, marks=pytest.mark.slow)])
 def test_as_mlp_layer(architecture, layer):
     torch.manual_seed(0)
     model = architecture(layer)
@@ -232,7 +232,8 @@ ARCHITECTURES = {
     "convnext_tiny": (dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32)), 64, 4)}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "swin_tiny_patch4_window7_224", "convnext_tiny"))])
 def test_a_group_kan_goes_on_from_a_trained_model(name):
     kwargs, size, count = ARCHITECTURES[name]
     torch.manual_seed(0)

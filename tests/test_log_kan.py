@@ -89,6 +89,7 @@ def test_the_training_is_the_same_bit_by_bit(runs):
     assert differences(a["files"]["checkpoint.pth"]["model"], checkpoint(runs / "with", "checkpoint_previous.pth")["model"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_and_writes_each_epoch_once(runs, data):
     (runs / "with/checkpoint.pth").unlink()
     assert run("--resume", "auto", "--data-path", data, "--device", "cpu", "--num_workers", 0, "--log-kan", 1,
@@ -104,6 +105,7 @@ def test_every_so_many_epochs(data, tmp_path):
     assert [step for step, _ in scalars(tmp_path)["kan_off_grid/blocks.0.mlp.phi1"]] == [1]
 
 
+@pytest.mark.slow
 def test_two_processes(data, tmp_path):
     line = (*QUICK, "--data-path", data, "--epochs", 1, "--dist-eval", "--kan-grid-range", -0.5, 0.5)
     assert [process.wait() for process in launch(tmp_path, *line, "--output_dir", tmp_path / "without")] == [0, 0]
@@ -115,7 +117,8 @@ def test_two_processes(data, tmp_path):
 
 
 # ---------------------------------------------------------------- the warning
-@pytest.mark.parametrize("flags, warned", [(("--kan-grid-range", -0.5, 0.5), True), (GROUP, False)])
+@pytest.mark.parametrize("flags, warned", [(("--kan-grid-range", -0.5, 0.5), True),
+                                           pytest.param(GROUP, False, marks=pytest.mark.slow)])
 def test_warning_off_the_grid(data, tmp_path, capfd, flags, warned):
     assert run(*QUICK, *flags, "--data-path", data, "--epochs", 2, "--log-kan", 1, "--output_dir", tmp_path) == 0
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: epoch ")]

@@ -35,6 +35,7 @@ from tools import inspect_kan, predict
 from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.models.cost import count_flops
 
+slow = pytest.mark.slow
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema",
          "results")
 # A slow average would be the initial model for the length of a test, a low rate would leave the weights alone.
@@ -344,7 +345,8 @@ def test_a_group_kan_starts_from_its_twins_weights(data, tmp_path, watched, caps
     assert not changed(own, before) and all(before[key].abs().max() == 0 for key in before if "coefficients" in key)
 
 
-@pytest.mark.parametrize("model", ["vit_nano_patch8_32_ViT", GKAN, "dla46x_c"])     # the last has no stochastic depth
+@pytest.mark.parametrize("model", [pytest.param("vit_nano_patch8_32_ViT", marks=slow), GKAN,
+                                   pytest.param("dla46x_c", marks=slow)])           # the last has no stochastic depth
 def test_a_runs_args_yaml_runs_again(model, data, tmp_path):
     """To the same result, and goes on with the run that wrote it."""
     flags = (*QUICK, "--model", model, "--input-size", 32, "--data-path", data, "--epochs", 1)
@@ -363,6 +365,7 @@ def test_a_flag_of_learned_activations_for_a_model_without_them(flags, model, da
     assert text.startswith(f"{flags.split()[0]} has no effect on --model {model}: leave it out, or choose {GKAN}")
 
 
+@slow
 def test_an_oblong_input_size(data, tmp_path, capsys):
     """Trained from square weights, evaluated from its checkpoint alone, inspected and used to predict."""
     assert run(*QUICK, "--model", GKAN, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "square") == 0
@@ -413,6 +416,7 @@ def test_distillation(kind, data, teacher, watched):
     assert not changed(weights_of_teacher, torch.load(teacher[-1], weights_only=True)["model"])
 
 
+@slow
 def test_a_teacher_of_another_size_and_normalisation(data, tmp_path, watched, capsys):
     """Teaches, and a resumed run learns the same from it; one that a run trained is asked for its size there."""
     torch.manual_seed(0)
@@ -466,6 +470,7 @@ def test_evaluation_gives_the_numbers_of_the_training(whole, data, capsys):
         assert evaluation(capsys.readouterr().out) == logged(record)
 
 
+@slow
 def test_evaluation_from_the_command_line_in_another_folder(whole, data, tmp_path):
     done = command_line("--eval", "--resume", whole / "checkpoint.pth", "--data-path", data, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -527,10 +532,11 @@ class Cut(BaseException):
 
 
 @pytest.mark.parametrize("flags", [
-    (), ("--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 1, "--decay-rate", 0.5),
-    ("--grad-accum", 2, "--sched-on-updates", "--warmup-epochs", 1, "--opt", "sgd", "--cosub", "--drop", 0.1),
-    ("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit"),
-    ("--model", GKAN, "--kan-trainable-base", "--kan-groups", 4, "--kan-weight-decay", 0.1, "--layer-decay", 0.7),
+    (), ("--grad-accum", 2, "--sched-on-updates", "--warmup-epochs", 1, "--opt", "sgd", "--cosub", "--drop", 0.1),
+    pytest.param(("--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 1, "--decay-rate", 0.5), marks=slow),
+    pytest.param(("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit"), marks=slow),
+    pytest.param(("--model", GKAN, "--kan-trainable-base", "--kan-groups", 4, "--kan-weight-decay", 0.1, "--layer-decay", 0.7),
+                 marks=slow),
     ("--model", GKAN, "--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 2, "--opt", "lookahead_adamw")])
 def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
     flags = (*QUICK, *LEARN, "--data-path", data, "--epochs", 5, *flags)
@@ -965,6 +971,7 @@ def test_an_output_folder_that_cannot_be_written(data, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@slow
 def test_a_full_disk_does_not_end_the_training(copied, data, tmp_path):
     """Files may grow to 100 kB here: the log fits, a checkpoint does not."""
     before = contents(copied)
@@ -982,7 +989,7 @@ def test_a_full_disk_does_not_end_the_training(copied, data, tmp_path):
     assert [record["epoch"] for record in log(copied)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.slow
+@slow
 def test_a_disk_that_is_full_for_a_while(data, tmp_path):
     """Not a byte is free, then all is well again: no line of the log is missing or cut, and the run counts as done."""
     disk = tmp_path / "disk"
@@ -1015,6 +1022,7 @@ def test_a_disk_that_is_full_for_a_while(data, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
+@slow
 def test_bad_input_on_the_real_command_line(data, tmp_path):
     """Several at once, each in its own process: exit code 2, one sentence, no traceback."""
     (tmp_path / "text.pth").write_text("no weights")

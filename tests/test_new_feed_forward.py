@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from e2e import QUICK, write_digits
 from helpers import ROOT
@@ -22,6 +23,7 @@ for words in {commands}:
 """
 
 
+@pytest.mark.slow
 def test_a_new_feed_forward_is_one_file_and_one_line(tmp_path):
     """Trained, evaluated from its checkpoint and from its bare weights, inspected, given formulas, pruned, exported, counted:
     through the real commands in a copy of this code, to which nothing but the file and the line (and its import) is added."""

@@ -253,6 +253,7 @@ def test_points_keep_the_ratio_of_width_to_spacing():
 
 
 # ---------------------------------------------------------------- real checkpoints
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, what", [("group", "hidden"), ("full_edge", "hidden"), ("full_edge", "edges")])
 def test_the_order_is_better_than_chance(kind, what, digits, group, full_edge):
     """With 15% (edges: 20%) of the units left, what the validation images are taken for has changed less than by chance: the
@@ -310,6 +311,7 @@ def load_size(file) -> int:
     return sum(value.numel() * value.element_size() for value in load_file(file)["model"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, what, share, key", [
     ("group", "groups", 0.5, "kan_groups"), ("group", "points", 0.5, "kan_grid_points"),
     ("full_edge", "points", 0.5, "kan_grid_points"), ("full_edge", "edges", 0.6, "hdim_kan")])
@@ -326,6 +328,7 @@ def test_the_other_kinds_as_safetensors(kind, what, share, key, command, digits,
     assert evaluation(capsys.readouterr().out)["model"][0] == top1(out, "after")
 
 
+@pytest.mark.slow
 def test_largest_loss(command, full_edge, tmp_path, capsys):
     target = tmp_path / "small.pth"
     assert command(full_edge, target, "--what", "hidden", "--max-loss", 2, "--images", 200) == 0
@@ -350,6 +353,7 @@ def test_curve(command, group, tmp_path, capsys):
         assert picture.size == (770, 495) and len(picture.convert("L").getcolors()) > 20
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_file_twice(command, group, tmp_path):
     for name in ("a.pth", "b.pth", "c.pth"):
         assert command(group, tmp_path / name, "--what", "hidden", "--keep-parameters", 0.3, "--images", 64, "--seed",
@@ -358,6 +362,7 @@ def test_a_seed_gives_the_same_file_twice(command, group, tmp_path):
     assert not differences(a, b) and differences(a["model"], c["model"])
 
 
+@pytest.mark.slow
 @needs_released
 def test_a_file_of_the_original_code(digits, tmp_path):
     """Only its layout is tested: its weights are random, so that even a small removal changes the outputs."""
@@ -397,11 +402,12 @@ def test_a_file_of_the_original_code(digits, tmp_path):
     (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "0.5", "--data-pth", "x"], "--data-pth"),
     (["SOURCE", "file/t.pth", "--what", "points", "--keep-parameters", "0.5", "--images", "8"], "cannot be written"),
     (["SOURCE", "file/t.csv", "--what", "points", "--curve", "0.5", "--images", "8"], "cannot be written")])
-def test_mistakes(words, sentence, command, group, full_edge, tmp_path, capsys, monkeypatch):
+def test_mistakes(words, sentence, command, group, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    torch.save({"model": timm.create_model("vit_nano_patch8_32_ViT", num_classes=10).state_dict()}, tmp_path / "mlp.pth")
-    places = {"SOURCE": str(group), "FULL": str(full_edge), "MLP": "mlp.pth"}
+    for suffix in ("ViT", "KAN"):
+        torch.save({"model": timm.create_model(f"vit_nano_patch8_32_{suffix}", num_classes=10).state_dict()}, f"{suffix}.pth")
+    places = {"SOURCE": str(group), "FULL": "KAN.pth", "MLP": "ViT.pth"}
     size = group.stat().st_size
     assert command(*[places.get(word, word) for word in words]) == 2
     err = capsys.readouterr().err

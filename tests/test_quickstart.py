@@ -90,8 +90,10 @@ def test_picture_with_and_without_a_kan(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix, kwargs, rows", [
-    ("GKAN", {}, 3), ("GKAN", dict(kan_input_phi=False, kan_groups=16, kan_base="relu"), 3), ("GKAN", dict(depth=1), 2),
-    ("KAN", dict(kan_h=0.7), 3), ("EKAN", dict(depth=1), 2)], ids=str)
+    pytest.param("GKAN", {}, 3, marks=pytest.mark.slow),
+    pytest.param("GKAN", dict(kan_input_phi=False, kan_groups=16, kan_base="relu"), 3, marks=pytest.mark.slow),
+    ("GKAN", dict(depth=1), 2), pytest.param("KAN", dict(kan_h=0.7), 3, marks=pytest.mark.slow),
+    ("EKAN", dict(depth=1), 2)], ids=str)
 def test_picture_of_learned_functions(tmp_path, suffix, kwargs, rows, monkeypatch):
     """Of the model in the file, so that grid, width and base are its own; the first layers and the last."""
     seen = []

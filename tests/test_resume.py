@@ -19,19 +19,18 @@ DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 16 --disti
             "--teacher-path {{teacher}}"
 slow = pytest.mark.slow
 WAYS = [
-    "", "--repeated-aug --resplit --mixup-mode elem", "--mixup-mode pair --mixup-prob 0.5 --mixup-switch-prob 0.3",
+    "", "--repeated-aug --resplit --mixup-mode elem", "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24",
     "--augment-on device --repeated-aug --resplit",
-    "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24",
-    "--ThreeAugment --src --remode const --recount 2",
-    "--aa augmix-m3 --train-interpolation random", "--aa none --color-jitter 0.4 --reprob 0.9",
     "--grad-accum 2 --clip-grad 0.5 --sched-on-updates", "--drop 0.2 --drop-path 0.3 --cosub --epochs 2",
-    DISTILLED.format("hard"), pytest.param(DISTILLED.format("soft"), marks=slow),
-    "--amp-dtype float16", pytest.param("--amp-dtype bfloat16", marks=slow),
-    "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum", pytest.param("--opt lookahead_adamw", marks=slow),
-    pytest.param("--opt lamb --layer-decay 0.7", marks=slow), pytest.param("--model resnet10t --model-ema-force-cpu", marks=slow),
+    "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum",
     "--model vit_nano_patch8_32_GKAN --kan-groups 0 --grad-checkpointing",
-    "--kan-trainable-grid --kan-trainable-h --no-model-ema", "--model-ema-warmup --patience 5 --grad-accum 2",
-    pytest.param("--no-train-mode --attn-only", marks=slow), pytest.param("--compile", marks=slow),
+    *(pytest.param(way, marks=slow) for way in (
+        "--mixup-mode pair --mixup-prob 0.5 --mixup-switch-prob 0.3", "--mixup 0 --cutmix 0 --smoothing 0",
+        "--ThreeAugment --src --remode const --recount 2", "--aa augmix-m3 --train-interpolation random",
+        "--aa none --color-jitter 0.4 --reprob 0.9", DISTILLED.format("hard"), DISTILLED.format("soft"), "--amp-dtype float16",
+        "--amp-dtype bfloat16", "--opt lookahead_adamw", "--opt lamb --layer-decay 0.7",
+        "--model resnet10t --model-ema-force-cpu", "--kan-trainable-grid --kan-trainable-h --no-model-ema",
+        "--model-ema-warmup --patience 5 --grad-accum 2", "--no-train-mode --attn-only", "--compile")),
 ]
 
 
@@ -90,8 +89,8 @@ def whole(data, tmp_path_factory):
 
 @pytest.mark.parametrize("where, position", [
     ("the forward pass of step 1 of epoch 0", None), ("the backward pass of step 3 of epoch 0", (0, 2)),
-    ("a batch of the evaluation (test)", (0, 2)), ("a batch of the evaluation (ema)", (0, 2)),
-    ("the forward pass of step 1 of epoch 1", (1, 0)), ("the update of step 3 of epoch 1", (1, 2))])
+    pytest.param("a batch of the evaluation (test)", (0, 2), marks=slow), ("a batch of the evaluation (ema)", (0, 2)),
+    pytest.param("the forward pass of step 1 of epoch 1", (1, 0), marks=slow), ("the update of step 3 of epoch 1", (1, 2))])
 def test_killed_anywhere(where, position, whole, data, tmp_path, monkeypatch):
     """`position`: epoch and step of the last checkpoint before."""
     with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -315,7 +315,8 @@ FLAGS = ("--model", NANO, "--num_workers", 0, "--batch-size", 8, "--warmup-epoch
          "--device", "cpu")
 
 
-@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=slow)])
+@slow
+@pytest.mark.parametrize("tasks", [1, 2])
 def test_a_real_run_is_interrupted_requeued_and_ends_as_if_it_had_not_been(tasks, tmp_path):
     """Slurm's early warning, in the middle of the training, to each task."""
     flags = (*FLAGS, "--data-path", write_digits(tmp_path / "digits"))

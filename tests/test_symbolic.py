@@ -236,6 +236,7 @@ def test_the_saved_functions_are_the_nearest_ones_of_the_grid(small, data):
     assert isinstance(trained.model.blocks[3].mlp.phi2, GroupActivation)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_twice_and_weighted_by_images_of_a_folder(small, data, tmp_path, capsys):
     words = [str(small), "--device", "cpu", "--num_workers", "0", "--images", str(data / "train"), "--limit", "10"]
     outputs = []

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -171,8 +172,12 @@ CHECKS = {
     "far": far, "nan": not_a_number, "empty": empty, "twice": twice,
     "not-contiguous": not_contiguous, "refused": refused}
 
+# The others take the interpreter most of a minute.
+QUICK = ("gelu-float32", "gelu-bfloat16", "silu-float32", "none-float16", "points-5", "not-uniform", "one-channel",
+         "parts-not-uniform", "nan", "empty", "refused")
 
-def main() -> None:
+
+def main(names: list[str]) -> None:
     from vision_kan.kernels import triton_activation as ops
 
     def filled(*args):
@@ -182,30 +187,33 @@ def main() -> None:
     real, ops.allocator = ops.allocator, filled         # what is not written shows
     ops.FORWARD_PROGRAMS = ops.BACKWARD_PROGRAMS = 4 / 68       # of the device that stands in: few, as on much data
     failed = {}
-    for name, run in CHECKS.items():
+    for name in names:
         try:
             torch.manual_seed(0)
-            run()
+            CHECKS[name]()
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
     print(json.dumps(failed))
 
 
 # ---------------------------------------------------------------- the tests
-@pytest.fixture(scope="module")
-def failed() -> dict[str, str]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, timeout=240,
+@cache
+def failures(quick: bool) -> dict[str, str]:
+    """name -> error of the checks in `QUICK`, or of all others, run in one process."""
+    names = [name for name in CHECKS if (name in QUICK) == quick]
+    done = subprocess.run([sys.executable, __file__, *names], capture_output=True, text=True, cwd=ROOT, timeout=240,
                           env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_interpreted(failed, name):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CHECKS])
+def test_interpreted(name):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    failed = failures(name in QUICK)
     assert name not in failed, failed[name]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    main(sys.argv[1:])

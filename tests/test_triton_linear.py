@@ -16,13 +16,20 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_int
 # T, I, O, G, h
 SHAPES = {"one": (1, 1, 1, 8, 0.33), "odd": (37, 21, 45, 8, 0.33), "two points": (70, 33, 17, 2, 0.7),
           "three": (19, 50, 70, 3, 0.5), "sixteen": (66, 9, 33, 16, 0.25), "even": (64, 32, 64, 8, 0.6)}
+slow = pytest.mark.slow
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}      # of the largest element
 
 
+def some(*names: str) -> list:
+    """All shapes; those that are not named are for the slow tests."""
+    return [pytest.param(name, marks=() if name in names else slow) for name in SHAPES]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the outer process only")
-def test_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=slow)])
+def test_in_the_interpreter(which):
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", which,
+                           __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
                           cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
@@ -65,9 +72,10 @@ def assert_near(value, expected, dtype, factor=1.0):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])       # the interpreter's product knows no bfloat16
+# the interpreter's product knows no bfloat16
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=slow)])
 @pytest.mark.parametrize("single_exp", [True, False])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", some("odd", "two points"))
 def test_forward_and_gradients(ops, shape, single_exp, dtype):
     u, weight, grid, h, dy = problem(SHAPES[shape], dtype, single_exp)
     y, du, dw, *_ = reference(u, weight, grid, h, dy)
@@ -94,7 +102,7 @@ def test_half_inputs(ops):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", some("three"))
 def test_grid_and_width(ops, shape):
     u, weight, grid, h, dy = problem(SHAPES[shape], torch.float32, single_exp=False)
     *_, dgrid, dh = reference(u, weight, grid, h, dy)
@@ -143,9 +151,9 @@ def written(ops, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("u_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES, "chunks"])
+@pytest.mark.parametrize("u_dtype", [torch.float32, pytest.param(torch.bfloat16, marks=slow)])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=slow)])
+@pytest.mark.parametrize("shape", [*some("odd"), "chunks"])
 def test_basis_written(written, monkeypatch, shape, dtype, u_dtype):
     shape = (600, 3, 5, 8, 0.6) if shape == "chunks" else SHAPES[shape]
     u, weight, grid, h, dy = problem(shape, dtype)
@@ -200,7 +208,7 @@ def test_chunks_of_the_written_basis_fit_the_device(ops, memory, limit):
 
 
 @interpreted
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("parts", [1, 2, pytest.param(3, marks=slow)])
 def test_parts(ops, monkeypatch, parts):
     """Outputs in several accumulators, the last one cut."""
     monkeypatch.setitem(ops.forced, "forward", ops.Tile(32, 16 * parts if parts < 3 else 48, 32, 4, 2, parts=parts))
