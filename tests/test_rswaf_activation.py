@@ -65,12 +65,15 @@ def test_values_and_gradients_are_those_of_the_definition(path, name, dtype):
         assert error(a, b) < factor * tolerance(name, dtype)
 
 
-@pytest.mark.parametrize("base", BASES_BY_HAND)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("path", PATHS)
+# A compilation takes seconds: one every time, the others with the slow tests.
+EVERY_BASE = [pytest.param(path, base, dtype, marks=pytest.mark.slow if path == "compile" and (
+                  base, dtype) != ("gelu", torch.float32) else ())
+              for path in PATHS for dtype in (torch.float64, torch.float32, torch.bfloat16) for base in BASES_BY_HAND
+              if not (path == "native" and dtype == torch.float64 or path == "compile" and dtype == torch.bfloat16)]
+
+
+@pytest.mark.parametrize("path, base, dtype", EVERY_BASE, ids=str)
 def test_every_base_with_a_scale(path, base, dtype):
-    if path == "native" and dtype == torch.float64 or path == "compile" and dtype == torch.bfloat16:
-        pytest.skip("not computed so")
     assert set(BASES_BY_HAND) == {"none", *BASES}
     points, h = points_of("the models'")
     u, c, dy = inputs("the models'", (90, 21), 3, dtype)

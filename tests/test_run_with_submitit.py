@@ -238,6 +238,10 @@ def test_the_first_task_puts_the_job_back_after_the_early_warning_alone(task, tm
 
 
 # ---------------------------------------------------------------- real processes
+slow = pytest.mark.slow                     # seconds each, but there are several
+
+
+@slow
 def test_two_local_tasks(checkout):
     done, calls = checkout("return 0", "--ngpus", "2", "--epochs", "3")
     assert done.returncode == 0, done.stderr
@@ -276,9 +280,6 @@ signal.signal(signal.SIGTERM, lambda *_: None)
 os.kill(os.getpid(), signal.SIGTERM)
 return stopped_by("SIGTERM", out, rank)
 """
-slow = pytest.mark.slow                     # seconds each, but there are several
-
-
 @slow
 @pytest.mark.parametrize("behaviour,tasks", [(SAVES_AND_STOPS, 2), (LEAVES_IT_TO_SUBMITIT, 1)])
 def test_early_warning_requeues(checkout, behaviour, tasks):
