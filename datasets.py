@@ -84,7 +84,7 @@ def build_loaders(args: Namespace, process: Process, class_names: list[str] | No
             raise UserError(f"--batch-size {args.batch_size} exceeds the {len(sampler)} training samples "
                             f"that each of {process.world_size} processes draws per epoch: lower --batch-size")
         on_device = args.augment_on == "device"
-        train = DataLoader(data.with_transform(build_crop(args)) if on_device else data, args.batch_size, sampler=sampler,
+        train = DataLoader(data.with_crop(build_crop(args)) if on_device else data, args.batch_size, sampler=sampler,
                            drop_last=True, generator=torch.Generator(), **options)
         if on_device:
             train = AugmentingLoader(train, data, args, process)

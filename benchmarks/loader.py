@@ -3,9 +3,11 @@
     python benchmarks/loader.py --data-path DIR [--num_workers N] [--repeats R]
 
 DIR holds train/CLASS/*.jpg and val/CLASS/*.jpg; without it, photographs that come with scikit-learn are written as
-500 x 375 JPEG files, about ImageNet's size, to a temporary folder. Four pipelines, each a DataLoader: the files decoded
+500 x 375 JPEG files, about ImageNet's size, to a temporary folder. Five pipelines, each a DataLoader: the files decoded
 to RGB pixels and nothing else; decoded, cropped and resized; the whole training transform (DeiT's default augmentation);
-the whole evaluation transform. Prints a table and appends it to benchmarks/results/loader.csv.
+what is left of it to the loader processes by --augment-on device; the whole evaluation transform. Beside them what the
+device does with --augment-on device, on one thread of this CPU: it takes this time from no loader process where the device
+is a GPU, whose own time is not measured here. Prints a table and appends it to benchmarks/results/loader.csv.
 """
 import argparse
 import csv
@@ -15,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +34,7 @@ from vision_kan.config.resolve import parse_args
 from vision_kan.data.images import load_image
 from vision_kan.data.transforms import Normalise
 
+DEVICE_PART = "train: the device's part, on a CPU"     # one thread of this process
 RESULTS = Path(__file__).resolve().parent / "results/loader.csv"
 
 
@@ -62,7 +67,19 @@ def write_photographs(folder: Path, train: int, val: int) -> None:
                     folder / half / f"photo{label}" / f"{number}.jpg", quality=92)
 
 
-def seconds_of(loader: DataLoader) -> float:
+class DevicePart:
+    """What the device does with --augment-on device, on this CPU: batches of loader processes, made before."""
+
+    def __init__(self, loader):
+        self.loader = copy(loader)
+        self.batches = list(loader.loader)
+        self.loader.loader = self
+
+    def __iter__(self):
+        return ((images.clone(), targets) for images, targets in self.batches)      # they are changed in place
+
+
+def seconds_of(loader: Iterable) -> float:
     start = time.perf_counter()
     for _ in loader:
         pass
@@ -73,7 +90,8 @@ def measure(args: argparse.Namespace, folder: str) -> list[dict]:
     """A row for each pipeline: images/s, median and range over `--repeats` passes taken in turn."""
     words = ["--data-path", folder, "--data-set", "FOLDER", "--num_workers", args.num_workers, "--no-repeated-aug",
              "--batch-size", args.batch_size, "--device", "cpu"]
-    loaders = build_loaders(parse_args([str(word) for word in words]).args, Process())
+    loaders, device = (build_loaders(parse_args([*map(str, words), "--augment-on", on]).args, Process())
+                       for on in ("loader", "device"))
     train, val = loaders.train.dataset, loaders.val.dataset
     crop = train.transform.steps.transforms[0]
     options = {"batch_size": args.batch_size, "num_workers": args.num_workers,
@@ -85,11 +103,14 @@ def measure(args: argparse.Namespace, folder: str) -> list[dict]:
     pipelines = {"train: decode": (DataLoader(Decoded(train), **options), len(train)),
                  "train: decode, crop, resize": (DataLoader(Decoded(train, cropped), **options), len(train)),
                  "train: all": (loaders.train, len(loaders.train) * args.batch_size),
+                 "train: all, --augment-on device": (device.train.loader, len(loaders.train) * args.batch_size),
+                 DEVICE_PART: (DevicePart(device.train).loader, len(loaders.train) * args.batch_size),
                  "val: decode": (DataLoader(Decoded(val), **options), len(val)),
                  "val: all": (loaders.val, len(val))}
     rates = {name: [] for name in pipelines}
     for turn in range(args.repeats + 1):
         loaders.train_sampler.set_epoch(turn)
+        device.train_sampler.set_epoch(turn)
         for name, (loader, images) in pipelines.items():
             rate = images / seconds_of(loader)
             if turn:            # the first pass starts the workers and warms the file cache
@@ -99,7 +120,8 @@ def measure(args: argparse.Namespace, folder: str) -> list[dict]:
         decode = statistics.median(rates[name.split(":")[0] + ": decode"])
         rows.append({"pipeline": name, "img_per_s": round(statistics.median(values), 1), "min": round(min(values), 1),
                      "max": round(max(values), 1), "n": len(values), "share_of_decoding":
-                     round(statistics.median(values) / decode, 3), "workers": args.num_workers,
+                     None if name == DEVICE_PART else round(statistics.median(values) / decode, 3),
+                     "workers": 0 if name == DEVICE_PART else args.num_workers,
                      "cores": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__,
                      "pillow": Image.__version__})
     return rows
@@ -120,10 +142,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if not args.data_path:
             write_photographs(Path(made), args.images, args.images // 2)
         rows = measure(args, args.data_path or made)
-    print(f"{'pipeline':30}{'img/s':>9}{'range':>19}{'of decoding':>14}   ({args.num_workers} workers, n = {args.repeats})")
+    print(f"{'pipeline':36}{'img/s':>9}{'range':>19}{'of decoding':>14}   ({args.num_workers} workers, n = {args.repeats})")
     for row in rows:
         spread = f"[{row['min']:.0f}, {row['max']:.0f}]"
-        print(f"{row['pipeline']:30}{row['img_per_s']:>9.0f}{spread:>19}{row['share_of_decoding']:>14.0%}")
+        share = "" if row["share_of_decoding"] is None else f"{row['share_of_decoding']:.0%}"
+        print(f"{row['pipeline']:36}{row['img_per_s']:>9.0f}{spread:>19}{share:>14}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     new = not args.output.exists()
     with open(args.output, "a", newline="") as file:

@@ -46,7 +46,8 @@ def test_loader(tmp_path, capsys):
         loader.main(argv)
     with open(tmp_path / "loader.csv", newline="") as file:
         written = list(csv.DictReader(file))
-    assert len(written) == 10                   # a second run is appended
-    shares = {row["pipeline"]: float(row["share_of_decoding"]) for row in written[:5]}
+    assert len(written) == 14                   # a second run is appended
+    shares = {row["pipeline"]: float(row["share_of_decoding"]) for row in written[:7] if row["share_of_decoding"]}
+    assert len(shares) == 6 and all(float(row["img_per_s"]) > 0 for row in written)
     assert shares["train: decode"] == shares["val: decode"] == 1 and min(shares.values()) > 0
     assert "of decoding" in capsys.readouterr().out

@@ -189,6 +189,7 @@ class ImageSet(Dataset):
     """
 
     is_stream = False   # whether the images come in the stream's order, not by index
+    draws_from_numpy = True     # as timm's RandAugment and AugMix do
 
     def __init__(self, split: Split, is_train: bool, args: Namespace):
         self.images, self.targets, self.classes, self.note = split
@@ -214,10 +215,10 @@ class ImageSet(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def with_transform(self, transform: Any) -> "ImageSet":
-        """The same images, with the same marks, through another transform."""
+    def with_crop(self, crop: Any) -> "ImageSet":
+        """The same images, with the same marks, through `transforms.build_crop`."""
         other = copy(self)
-        other.transform = transform
+        other.transform, other.draws_from_numpy = crop, False
         return other
 
     def __getitem__(self, key: SampleKey | int) -> tuple[torch.Tensor, int]:
@@ -232,7 +233,7 @@ class ImageSet(Dataset):
         # later repeats, and the draws that fill up the last positions, leave the report to the first draw
         first = key.repeat == 0 and key.position < len(self)
         index, image = self._load_or_replace(key.index, key[1:], name=first)
-        with seeded(key, self.transform.draws_from_numpy):
+        with seeded(key, self.draws_from_numpy):
             image = self.transform(image, erase=not (self.spare_first and key.repeat == 0))
         return image, int(self.targets[index])
 

@@ -187,7 +187,7 @@ class StreamSet(ImageSet):
             target = self._target(record)
             image = self._load(self.images.take(record))
             if image is not None:
-                with seeded(key, self.transform.draws_from_numpy):
+                with seeded(key, self.draws_from_numpy):
                     return self.transform(image), target
         raise UnreadableData(f"{TRIES} images in a row of {self.images.title} cannot be read: check the data")
 

@@ -112,7 +112,6 @@ class Normalise:
 
 class TrainTransform:
     """PIL RGB image -> normalised float32 [3, H, W]; `erase=False` leaves random erasing out."""
-    draws_from_numpy = True     # timm's RandAugment and AugMix do
 
     def __init__(self, steps: list[Callable], erasing: Callable | None):
         self.steps = transforms.Compose(steps)
@@ -150,7 +149,6 @@ class ResizedCrop:
 class CropTransform:
     """PIL RGB image -> uint8 [3, H, W], cropped and flipped; the rest of a training's augmentation is left to the device, with
     random erasing, whatever `erase` is."""
-    draws_from_numpy = False
 
     def __init__(self, steps: list[Callable]):
         self.steps = transforms.Compose(steps)
