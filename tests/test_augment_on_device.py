@@ -1,4 +1,5 @@
 """--augment-on device: loader processes crop, the device does the rest; image by image, whatever the number of either."""
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,21 @@ def test_unreadable_images_are_named_counted_replaced_or_the_end(data, tmp_path,
     assert made.gather_unreadable_train() == 1 and capsys.readouterr().err.count(bad.name) <= 1
     with pytest.raises(UnreadableData, match=bad.name):
         images_of(loaders(folder, "--strict-data"))
+
+
+def test_a_streams_images_are_augmented_too(tmp_path):
+    digits = write_digits(tmp_path / "digits", train=12, val=4)
+    for half in ("train", "val"):
+        with tarfile.open(tmp_path / f"{half}.tar", "w") as tar:
+            for number, file in enumerate(sorted((digits / half).rglob("*.png"))):
+                (tmp_path / "cls").write_text(str(number % 3))
+                tar.add(file, f"{number}.png")
+                tar.add(tmp_path / "cls", f"{number}.cls")
+    words = ("--data-set", "wds/digits", "--data-split", "train.tar|36", "val.tar|12", "--num-classes", "3", "--input-size", "32")
+    still = [images_of(loaders(tmp_path, *words, *STILL, augment_on=on), 1) for on in ("device", "loader")]
+    assert all(map(torch.equal, *still))
+    full = [images_of(loaders(tmp_path, *words), 1) for _ in range(2)]
+    assert all(map(torch.equal, *full)) and not torch.equal(full[0][0], still[0][0])
 
 
 # ---------------------------------------------------------------- with images on the device

@@ -204,8 +204,8 @@ def _equalize(x: Tensor, _: Tensor) -> Tensor:
 
 
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = _grey(x).double().mean((2, 3), keepdim=True)
-    return _blend(x, (mean + 0.5).floor(), factor)
+    total, count = _grey(x).long().sum((2, 3), keepdim=True), x.shape[2] * x.shape[3]
+    return _blend(x, (2 * total + count) // (2 * count), factor)        # the mean, rounded
 
 
 _KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -124,7 +124,7 @@ class TrainTransform:
 
 def as_pixels(image: Image.Image) -> torch.Tensor:
     """PIL RGB image -> uint8 [3, H, W], laid out as the image is."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1))
 
 
 class ResizedCrop:
