@@ -188,8 +188,9 @@ def _look_up(x: Tensor, tables: Tensor) -> Tensor:
 
 
 def _autocontrast(x: Tensor, _: Tensor) -> Tensor:
-    low, high = x.amin((2, 3)).double()[..., None], x.amax((2, 3)).double()[..., None]
-    value = torch.arange(256, device=x.device, dtype=torch.float64)
+    exact = torch.float32 if x.device.type == "mps" else torch.float64      # which Apple's GPUs lack
+    low, high = (extreme.to(exact)[..., None] for extreme in (x.amin((2, 3)), x.amax((2, 3))))
+    value = torch.arange(256, device=x.device, dtype=exact)
     scale = torch.full_like(low, 255) / (high - low)        # 255 / x would be 255 times the reciprocal
     return _look_up(x, torch.where(high > low, (value * scale - low * scale).trunc().clamp(0, 255), value))
 
