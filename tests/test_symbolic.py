@@ -147,6 +147,7 @@ def top1(text: str) -> dict[str, float]:
             for line in text.splitlines() if ": top-1 " in line}
 
 
+@pytest.mark.slow
 def test_a_group_kan_end_to_end(group_kan, data, tmp_path, capsys):
     target, out = tmp_path / "deep" / "formulas.safetensors", tmp_path / "out"
     words = [str(group_kan), "--data-path", str(data), "--device", "cpu", "--num_workers", "0"]
