@@ -65,7 +65,8 @@ def test_the_same_crops_come_out(data, words, most, differing):
 
 
 @pytest.mark.parametrize("words", [
-    (), ("--ThreeAugment",), ("--aa", "rand-m9-t3a", "--recount", "3", "--remode", "rand")], ids=str)
+    (), pytest.param(("--ThreeAugment",), marks=pytest.mark.slow),
+    pytest.param(("--aa", "rand-m9-t3a", "--recount", "3", "--remode", "rand"), marks=pytest.mark.slow)], ids=str)
 def test_batches_are_distributed_as_the_loaders(data, words):
     ours, theirs = ([images for epoch in range(25) for images in images_of(made, epoch)]
                     for made in (loaders(data, *words, augment_on=on) for on in ("device", "loader")))

@@ -655,6 +655,7 @@ def test_evaluation_counts_every_image_once(tmp_path, n):
             assert len(set(images)) == n - unreadable
 
 
+@pytest.mark.slow
 def test_shards_hold_every_image_once_for_each_size_and_number_of_processes(tmp_path):
     """The loaders of 1 .. 64 images in 1 .. 4 processes: each image in exactly one of them, where its place says."""
     (tmp_path / "val" / "a").mkdir(parents=True)

@@ -22,6 +22,8 @@ from vision_kan.checkpoints.read import load_file
 from vision_kan.data.transforms import EvalTransform
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
+slow = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained_run(tmp_path_factory):
@@ -45,7 +47,7 @@ def logits(model, images):
 
 
 # ---------------------------------------------------------------- weights with their description
-@pytest.mark.parametrize("weights", ["model", "model_ema"])
+@pytest.mark.parametrize("weights", ["model", pytest.param("model_ema", marks=slow)])
 def test_safetensors(weights, trained_run, tmp_path, capsys):
     file, data = trained_run
     target = tmp_path / "deep" / "m.safetensors"
@@ -89,7 +91,7 @@ def result_in(folder: Path) -> str:
     return " ".join((folder / "README.md").read_text().partition("## Results")[2].partition("## Model")[0].split())
 
 
-@pytest.mark.slow
+@slow
 def test_the_card_has_the_figure_of_the_exported_weights_alone(trained_run, tmp_path, capsys):
     file, data = trained_run
     assert run("--eval", "--resume", file, "--data-path", data, "--device", "cpu", "--num_workers", 0) == 0
@@ -228,7 +230,7 @@ def off(trained, call) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name, kwargs", KINDS, ids=str)
+@pytest.mark.parametrize("name, kwargs", [*KINDS[:2], *(pytest.param(*kind, marks=slow) for kind in KINDS[2:])], ids=str)
 def test_onnx(name, kwargs, tmp_path):
     import onnx
     import onnxruntime
@@ -249,7 +251,7 @@ def test_onnx(name, kwargs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth", "m.onnx"]
 
 
-@pytest.mark.parametrize("name, kwargs", [KINDS[0], KINDS[2], KINDS[-1]], ids=str)
+@pytest.mark.parametrize("name, kwargs", [KINDS[0], *(pytest.param(*kind, marks=slow) for kind in (KINDS[2], KINDS[-1]))], ids=str)
 def test_pt2(name, kwargs, tmp_path):
     trained = of_kind(name, kwargs, tmp_path)
     export.export(trained, tmp_path / "m.pt2")
@@ -261,6 +263,7 @@ def test_pt2(name, kwargs, tmp_path):
                if node.op == "call_function" and "_guards" not in str(node.target))
 
 
+@slow
 def test_commands_and_python_of_the_document(trained_run, tmp_path, monkeypatch, capsys):
     """docs/export.md from its first line to its last, but for the push, on a run's checkpoint."""
     file, data = trained_run
@@ -285,7 +288,7 @@ def test_commands_and_python_of_the_document(trained_run, tmp_path, monkeypatch,
     assert names["logits"].shape == (3, 3) and names["model"].head.out_features == 10 and names["trained"].num_classes == 3
 
 
-@pytest.mark.slow
+@slow
 @needs_released
 def test_programs_of_the_original_code(tmp_path, capsys):
     """Each of its 12 blocks doubles a rounding: PyTorch's own float32 is off by a twentieth or more, and that is said."""

@@ -112,7 +112,7 @@ LARGE: dict[str, tuple[str, int, dict[str, Any]]] = {
     "vgg": ("vgg11_bn", 64, dict(mlp_ratio=1 / 64)),
     "vision_transformer_sam": ("samvit_base_patch16_224", 32, dict(depth=2, embed_dim=48, num_heads=3, global_attn_indexes=(1,))),
 }
-FAST = ("beit", "cait", "eva")
+FAST = ("beit",)
 slow = pytest.mark.slow
 
 

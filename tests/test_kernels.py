@@ -356,6 +356,7 @@ assert {name.removeprefix("vision_kan.kernels.") for name in calls} == {"Plan.fo
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_hosts_time_is_measured_without_a_gpu():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "benchmarks/host.py", "--rounds", "2", "--calls", "2"], capture_output=True, text=True,

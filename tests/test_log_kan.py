@@ -48,6 +48,7 @@ def without_kan(state: dict) -> dict:
 
 
 # ---------------------------------------------------------------- what is written
+@pytest.mark.slow
 def test_tensorboard_has_functions_coverage_and_dead_groups(runs, data):
     events = board(runs / "with")
     layers = [f"blocks.{block}.mlp.phi{n}" for block in range(4) for n in (1, 2)]
