@@ -183,8 +183,8 @@ def run_tool(name: str, words: list[str], ground: dict[str, str]) -> None:
     assert load("tools", name).main(filled(words, ground)) == 0
 
 
-# Seconds each; the tests of these tools are run every time.
-LONG = re.compile(r"tools/(prune|symbolic|export|evaluate|inspect_kan)\.py")
+# Seconds each, and what reads their files; the tests of these tools are run every time.
+LONG = re.compile(r"tools/(prune|symbolic|export|evaluate|inspect_kan)\.py|small\.pth|formulas\.safetensors|--track")
 
 
 @pytest.mark.parametrize("page, command", [pytest.param(*each, marks=pytest.mark.slow if LONG.search(each[1]) else ())

@@ -118,8 +118,8 @@ def foreign(tmp_path) -> Path:
 
 @pytest.mark.parametrize("code", [
     f"import sys; sys.path.append({str(ROOT)!r})\nimport models_kan, timm\nmake = timm.create_model",
-    f"import torch\nmake = lambda name, **options: torch.hub.load({str(ROOT)!r}, name, source='local', **options)"],
-    ids=["timm", "torch.hub"])
+    pytest.param(f"import torch\nmake = lambda name, **options: torch.hub.load({str(ROOT)!r}, name, source='local', **options)",
+                 marks=pytest.mark.slow)], ids=["timm", "torch.hub"])
 def test_models_beside_modules_of_everyday_names(code, foreign):
     code = f"import torch\n{code}\nimport utils, datasets, config\nmodel = make('vit_nano_patch8_32_GKAN', num_classes=3)\n" \
            "print(model(torch.zeros(1, 3, 32, 32)).shape)"

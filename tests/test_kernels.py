@@ -233,7 +233,8 @@ def ops_in(graph) -> list[str]:
     return [str(node.target).split(".")[1] for node in graph.nodes if str(node.target).startswith("vision_kan.")]
 
 
-@pytest.mark.parametrize("make, op", [(GroupKAN, "rswaf_activation"), (FasterKAN, "rswaf_linear"), (EfficientKAN, None)])
+@pytest.mark.parametrize("make, op", [(GroupKAN, "rswaf_activation"), (FasterKAN, "rswaf_linear"),
+                                      pytest.param(EfficientKAN, None, marks=pytest.mark.slow)])
 def test_a_compiled_layer_runs_the_ops_and_an_exported_one_plain_pytorch(make, op):
     layer, x, compiled = make(16), torch.randn(4, 16, requires_grad=True), []
 

@@ -118,8 +118,8 @@ def test_two_processes(data, tmp_path):
 
 
 # ---------------------------------------------------------------- the warning
-@pytest.mark.parametrize("flags, warned", [(("--kan-grid-range", -0.5, 0.5), True),
-                                           pytest.param(GROUP, False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, warned", [(("--kan-grid-range", -0.5, 0.5), True), (GROUP, False)])
 def test_warning_off_the_grid(data, tmp_path, capfd, flags, warned):
     assert run(*QUICK, *flags, "--data-path", data, "--epochs", 2, "--log-kan", 1, "--output_dir", tmp_path) == 0
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: epoch ")]

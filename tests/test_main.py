@@ -486,6 +486,7 @@ def test_evaluation_counts_each_image_whatever_the_batch(whole, data, tmp_path, 
         assert {line[2] for line in evaluation(capsys.readouterr().out).values()} == {21}
 
 
+@slow
 def test_evaluation_of_digits_without_a_folder(tmp_path, capsys, monkeypatch):
     flags = (*QUICK, *LEARN, "--data-set", "DIGITS", "--aa", "none", "--reprob", 0, "--batch-size", 256)
     assert run(*flags, "--epochs", 1, "--output_dir", tmp_path / "out") == 0
@@ -537,7 +538,8 @@ class Cut(BaseException):
     pytest.param(("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit"), marks=slow),
     pytest.param(("--model", GKAN, "--kan-trainable-base", "--kan-groups", 4, "--kan-weight-decay", 0.1, "--layer-decay", 0.7),
                  marks=slow),
-    ("--model", GKAN, "--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 2, "--opt", "lookahead_adamw")])
+    pytest.param(("--model", GKAN, "--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 2, "--opt",
+                  "lookahead_adamw"), marks=slow)])
 def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
     flags = (*QUICK, *LEARN, "--data-path", data, "--epochs", 5, *flags)
     assert run(*flags, "--output_dir", tmp_path / "whole") == 0

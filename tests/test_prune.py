@@ -273,6 +273,7 @@ def test_the_order_is_better_than_chance(kind, what, digits, group, full_edge):
     assert ours < (min(chance) / 1.5 if what == "hidden" else sum(chance) / 4), (ours, chance)
 
 
+@pytest.mark.slow
 def test_hidden_units_to_a_budget_then_evaluate_and_finetune(command, group, digits, tmp_path, capsys):
     target = tmp_path / "deep" / "small.pth"
     assert command(group, target, "--what", "hidden", "--keep-parameters", 0.25, "--images", 256) == 0
@@ -339,6 +340,7 @@ def test_largest_loss(command, full_edge, tmp_path, capsys):
     assert tried[kept] >= -2 and float(kept) == min(float(share) for share, loss in tried.items() if loss >= -2)
 
 
+@pytest.mark.slow
 def test_curve(command, group, tmp_path, capsys):
     target = tmp_path / "curve.csv"
     assert command(group, target, "--what", "hidden", "--curve", 0.5, 0.2, "--images", 128) == 0

@@ -292,6 +292,7 @@ def test_early_warning_requeues(checkout, behaviour, tasks):
         assert first["MASTER_PORT"] != second["MASTER_PORT"]
 
 
+@slow
 def test_failure_is_not_requeued(checkout):
     done, calls = checkout("return 2")
     assert done.returncode == 1 and len(calls["0"]) == 1

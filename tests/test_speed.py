@@ -112,7 +112,7 @@ def test_fused_updates_equal_unfused_ones(opt):
 
 
 # ---------------------------------------------------------------- torch.compile
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == GKAN else pytest.mark.slow) for name in MODELS])
 def test_one_graph_with_the_gradients_of_the_plain_model(name):
     model, plain = nano(name, depth=2), nano(name, depth=2)
     compile_model(model, CPU, backend="aot_eager", fullgraph=True)
@@ -137,6 +137,7 @@ def test_compiling_changes_neither_keys_nor_copies():
     assert deepcopy(model)._compiled_call_impl is None
 
 
+@pytest.mark.slow
 def test_a_compiled_run_its_checkpoint_and_its_evaluation(data, tmp_path, monkeypatch, capsys):
     original, compiled = compile_model, []
     monkeypatch.setattr("vision_kan.run.build.compile_model", lambda model, device, mode: compiled.append(mode) or original(

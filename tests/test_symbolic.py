@@ -251,6 +251,7 @@ def test_it_is_the_same_twice_and_weighted_by_images_of_a_folder(small, data, tm
     assert (tmp_path / "even" / "formulas.csv").read_text() != outputs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model,more", [("vit_nano_patch8_32_KAN", ["--kan-base-branch"]), ("vit_nano_patch8_32_EKAN", [])])
 def test_the_strongest_edges_of_a_full_edge_kan(model, more, data, tmp_path, capsys):
     """Their strength and values, computed independently: the layer's output as one input moves."""

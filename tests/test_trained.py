@@ -120,6 +120,7 @@ def test_photos_are_turned_as_in_the_training(trained_run, tmp_path):
         assert seen(tmp_path / f"{name}.pth", *flags) == expected, name
 
 
+@pytest.mark.slow
 def test_another_model_of_timms_has_its_images_as_it_was_trained(tmp_path, capsys):
     """Told, kept in the checkpoint, taken from it by evaluation and export, in the tools and by timm; of runs of before, and
     where --mean says so, other ones."""

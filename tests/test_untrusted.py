@@ -42,6 +42,7 @@ def server():
             server.accept()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:torch.quantize:UserWarning")
 def test_a_thousand_hostile_files_are_refused_or_read_as_they_are(tmp_path, good, server):
     canary, port, kinds = tmp_path / "canary", server.getsockname()[1], Counter()
