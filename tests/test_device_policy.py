@@ -162,7 +162,8 @@ def told(name: str, arguments: np.ndarray) -> np.ndarray:
     return arguments[:, column]
 
 
-@pytest.mark.parametrize("noise", ["-mstd0.5", "-mstd3-mmax15", "-mstd101", ""])
+@pytest.mark.parametrize("noise", ["-mstd0.5", *(pytest.param(noise, marks=pytest.mark.slow) for noise in (
+    "-mstd3-mmax15", "-mstd101", ""))])
 @pytest.mark.parametrize("name", [name for name in _OPERATIONS if name not in ("AutoContrast", "Equalize", "Invert")])
 def test_magnitudes_are_distributed_as_timms(name, noise, monkeypatch):
     """Kolmogorov and Smirnov's largest distance of the two distributions."""
@@ -205,6 +206,7 @@ def test_an_image_does_not_depend_on_its_batch(policy, photos):
     assert torch.equal(apply(list(range(0, 60, 2))), whole[::2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9-n3-tweights", "original"])
 def test_pictures_look_alike_on_the_average(policy, photos):
     transform = timms(policy)

@@ -19,6 +19,8 @@ import engine
 import main as program
 from vision_kan.common.errors import EXIT_FAILED, EXIT_PREEMPTED
 
+slow = pytest.mark.slow
+
 
 def torchrun(*argv, options: tuple = (), cwd: Path | None = None, script: Path = ROOT / "main.py") -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, options), str(script), *map(str, argv)],
@@ -67,7 +69,7 @@ def test_torchrun_of_two_equals_one_process_of_twice_the_batch(data, tmp_path):
     assert max((one["model"][key] - before[key]).abs().max() for key in before) > 0.01      # there was much to differ in
 
 
-@pytest.mark.parametrize("model", [pytest.param(NANO, marks=pytest.mark.slow), "vit_nano_patch8_32_GKAN"])
+@pytest.mark.parametrize("model", [pytest.param(NANO, marks=slow), "vit_nano_patch8_32_GKAN"])
 def test_the_processes_agree_on_the_weights(model, data, tmp_path):
     out = finish(launch(tmp_path, *QUICK, "--epochs", 1, "--data-path", data, "--batch-size", 8, "--repeated-aug",
                         "--drop", 0.1, "--lr", 0.1, "--model", model, "--output_dir", tmp_path / "out",
@@ -81,7 +83,7 @@ def test_the_processes_agree_on_the_weights(model, data, tmp_path):
     assert len(learned) == (8 if model.endswith("_GKAN") else 0) and all(value.abs().min() > 0 for value in learned)
 
 
-@pytest.mark.parametrize("model", [NANO, "vit_nano_patch8_32_GKAN"])
+@pytest.mark.parametrize("model", [pytest.param(NANO, marks=slow), "vit_nano_patch8_32_GKAN"])
 def test_accumulating_gradients_in_two_processes(model, data, tmp_path):
     flags = (*QUICK, *ALIKE, "--epochs", 1, "--data-path", data, "--model", model)
     runs = launch(tmp_path, *flags, "--batch-size", 4, "--grad-accum", 2, "--output_dir", tmp_path / "two")
@@ -107,7 +109,6 @@ def teacher(tmp_path_factory):
 
 
 DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_kan 8"
-slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("flags", [
@@ -188,6 +189,7 @@ def test_unreadable_images_are_counted_over_both_processes(data, tmp_path):
     assert [said.count(f"unreadable image: {path} ") for path in broken] == [1, 1, 1]
 
 
+@slow
 def test_evaluation_without_sharing_is_the_same(data, tmp_path):
     flags = (*QUICK, *ALIKE, "--epochs", 1, "--data-path", data, "--batch-size", 8)
     for name, more in (("shared", ()), ("alone", ("--no-dist-eval",))):
@@ -207,6 +209,7 @@ def wait_for(path: Path, runs: list[Run], seconds: float = 100) -> None:
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema")
 
 
+@slow
 def test_killed_in_two_processes_and_resumed_equals_uninterrupted(data, tmp_path):
     flags = (*QUICK, "--epochs", 4, "--data-path", data, "--batch-size", 8, "--lr", 0.1, "--repeated-aug", "--drop", 0.1,
              "--resume", "auto", "--output_dir")
@@ -363,8 +366,9 @@ def left_in_peace(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("call, code, text", [
-    (stop_in_the_middle, EXIT_PREEMPTED, "SIGTERM: saved"), (stop_in_the_evaluation, EXIT_PREEMPTED, "SIGUSR2: saved"),
-    (kill_in_the_middle, EXIT_FAILED, "process 1"), (hang_in_the_middle, EXIT_FAILED, "process 1")])
+    (stop_in_the_middle, EXIT_PREEMPTED, "SIGTERM: saved"),
+    pytest.param(stop_in_the_evaluation, EXIT_PREEMPTED, "SIGUSR2: saved", marks=slow),
+    (kill_in_the_middle, EXIT_FAILED, "process 1"), pytest.param(hang_in_the_middle, EXIT_FAILED, "process 1", marks=slow)])
 def test_what_happens_to_one_process_stops_both_and_a_resume_is_exact(call, code, text, left_in_peace, data, tmp_path):
     out = tmp_path / "out"
     runs = launch(tmp_path, *MIDDLE, "--data-path", data, "--output_dir", out, call=call)
@@ -381,7 +385,7 @@ def test_what_happens_to_one_process_stops_both_and_a_resume_is_exact(call, code
     assert log(left_in_peace) == log(out)
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=slow)])
 def test_the_number_of_processes_may_change_in_the_middle_of_an_epoch(before, after, data, tmp_path):
     """Without mixup and dropout nothing but rounding changes by that, where the batches stay the same in all."""
     def flags(processes: int) -> tuple:
