@@ -203,7 +203,7 @@ def mlp_twin(spec: "ModelSpec") -> nn.Module:
     return timm.create_model(f"{SIZE_NAMES[spec.name]}_ViT", **kwargs)
 
 
-# ---------------------------------------------------------------- which model a checkpoint holds
+# ---------------------------------------------------------------- a model's arguments
 @dataclass(frozen=True)
 class ModelSpec:
     """Arguments of `timm.create_model`."""

@@ -1,8 +1,7 @@
-"""Every command in README.md and docs/ is run: on small images and models; what needs GPUs, a cluster or hours as a dry run that
-checks its flags. Links lead somewhere, Python blocks run."""
+"""Every command in README.md and docs/ is run: on small images and models; what needs GPUs, a cluster or hours, and benchmarks,
+as a dry run that checks the flags; of make, that there is the target. Links lead somewhere, Python blocks run."""
 import argparse
 import importlib
-import json
 import re
 import shlex
 import sys
@@ -183,7 +182,7 @@ def run_tool(name: str, words: list[str], ground: dict[str, str]) -> None:
     assert load("tools", name).main(filled(words, ground)) == 0
 
 
-# Seconds each, and what reads their files; the tests of these tools are run every time.
+# Seconds each, and what reads their files. Most tests of these tools are run every time.
 LONG = re.compile(r"tools/(prune|symbolic|export|evaluate|inspect_kan)\.py|small\.pth|formulas\.safetensors|--track")
 
 
@@ -226,8 +225,17 @@ def test_there_are_commands():
 # ---------------------------------------------------------------- links, pictures, Python
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.M | re.S)):
-        assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(),
+                                                                        flags=re.M | re.S)):
+        if not target.startswith("https://"):
+            to = page.parent / target if target else page
+            assert to.exists() and (not heading or heading in anchors(to)), f"{page.name}: {target}#{heading}"
+
+
+def anchors(page: Path) -> list[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("page, block", blocks("python"), ids=lambda value: value[:30])
@@ -276,15 +284,6 @@ def flags_table() -> str:
 def test_the_readmes_table_of_flags():
     assert flags_table() in (ROOT / "README.md").read_text(encoding="utf-8"), \
         "README.md's table of flags is out of date: PYTHONPATH=. python tests/test_docs.py writes it"
-
-
-def test_every_flag_is_named_in_the_readme():
-    """DeiT's are known; a family such as --kan-* counts for its members."""
-    deit = json.loads((ROOT / "tests/data/deit_flags.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    for action in get_args_parser()._actions:
-        if action.dest not in str(deit) and not action.dest.startswith("kan_"):
-            assert any(f"`{option}" in readme for option in action.option_strings), action.option_strings
 
 
 if __name__ == "__main__":

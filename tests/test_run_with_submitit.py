@@ -238,7 +238,7 @@ def test_the_first_task_puts_the_job_back_after_the_early_warning_alone(task, tm
 
 
 # ---------------------------------------------------------------- real processes
-slow = pytest.mark.slow                     # seconds each, but there are several
+slow = pytest.mark.slow
 
 
 @slow

@@ -36,7 +36,7 @@ from vision_kan.common.files import atomic_write
 from vision_kan.common.text import say, warn
 from vision_kan.config.parser import Parser
 from vision_kan.data.images import ImageSet
-from vision_kan.data.loaders import validation_images
+from vision_kan.data.loaders import evenly_spaced, validation_images
 from vision_kan.models.cost import count_parameters
 from vision_kan.run.trained import (
     Pictures,
@@ -69,7 +69,7 @@ def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequen
     without."""
     layers = chosen_layers(trained.model, names)
     loaders = loaders_of(trained) if trained.has_data else None
-    images, indices = _read(trained, files := _spread(files, SHOWN if loaders else samples))
+    images, indices = _read(trained, files := evenly_spaced(files, SHOWN if loaders else samples))
     titles = [files[index].name for index in indices.tolist()]
     calibration = validation_images(loaders, samples) if loaders else images
     collected = collect_inputs(trained.model, calibration.split(32) if len(calibration) else ())
@@ -77,10 +77,10 @@ def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequen
                 if name in collected.inputs}
     found = Findings(trained, collected, measured,
                      functions_figure(layers, collected.inputs) if layers else None)
-    shown = _spread(list(zip(images, titles)), SHOWN)
+    shown = evenly_spaced(list(zip(images, titles)), SHOWN)
     if loaders and not files:
         data: ImageSet = loaders.val.dataset
-        items = [(index, *data[index]) for index in _spread(range(len(data)), SHOWN)]
+        items = [(index, *data[index]) for index in evenly_spaced(range(len(data)), SHOWN)]
         shown = [(image, f"{Path(data.images.name(index)).name}: {trained.class_names[target]}")
                  for index, image, target in items if target >= 0]
     if not shown:
@@ -90,11 +90,6 @@ def inspect(trained: Trained, files: Sequence[Path], samples: int, names: Sequen
     except UserError as error:
         found.without_attention = str(error)
     return found
-
-
-def _spread(items: Sequence, count: int) -> Sequence:
-    """`count` items at most, evenly spaced."""
-    return items[::max(1, len(items) // count)][:count]
 
 
 def _read(trained: Trained, files: Sequence[Path]) -> tuple[Tensor, Tensor]:

@@ -219,13 +219,13 @@ class TrainLoader:
         device, size = self.pixels.device, self.batch_size
         indices, positions, repeats = self.sampler.order()
         order = torch.from_numpy(np.stack([self.sources[indices], positions, repeats])).to(device)
-        batches = order.shape[1] // size
-        for first in range(0, batches, self.chunk):
+        count = order.shape[1] // size
+        for first in range(0, count, self.chunk):
             # Every chunk has the same size, so that a GPU runs the same kernels, with the same bits, wherever a run was resumed.
             place = np.arange(first * size, (first + self.chunk) * size).clip(max=order.shape[1] - 1)
             index, *drawn = order[:, torch.from_numpy(place).to(device)]
             x, targets = self.augment(self.pixels[index], positions[place], torch.stack(drawn)), self.targets[index]
-            for batch in range(min(self.chunk, batches - first)):
+            for batch in range(min(self.chunk, count - first)):
                 yield x[batch * size:(batch + 1) * size], targets[batch * size:(batch + 1) * size]
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vision_kan.data.images import SMALLEST_CROP
+
 TRIES = 10      # candidates of a crop or erased box before the fallback, as in timm
 # The column at which each step's random numbers begin.
 CROP, FLIP, THREE, JITTER, ERASE = 0, 24, 26, 30, 40
@@ -193,7 +195,7 @@ def _resampled(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _crop_box(u: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """top, left, height, width [B] of timm's RandomResizedCropAndInterpolation."""
-    area = (0.08 + 0.92 * u[:, :TRIES]) * (high * wide)
+    area = (SMALLEST_CROP + (1 - SMALLEST_CROP) * u[:, :TRIES]) * (high * wide)
     ratio = torch.exp(math.log(4 / 3) * (2 * u[:, TRIES:2 * TRIES] - 1))
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (width <= wide) & (height <= high)

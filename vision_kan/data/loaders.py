@@ -16,10 +16,10 @@ FEW_UNREADABLE = 3      # this many are accepted whatever their share, except wi
 class Loaders:
     """The loaders of a run. `train` and `train_sampler` are None with --eval.
 
-    train yields (images float32 [B, 3, S, S], targets int64 [B]) without the last incomplete batch. val yields the same, every
+    train yields (images float32 [B, 3, H, W], targets int64 [B]) without the last incomplete batch. val yields the same, every
     image once (over all ranks with --dist-eval), with target -1 for an unreadable one.
     """
-    train: Any              # DataLoader of an ImageSet, or device.TrainLoader
+    train: Any              # DataLoader of an ImageSet, or device's TrainLoader or AugmentingLoader
     val: Any                # DataLoader of an ImageSet, or device.EvalLoader
     train_sampler: Any      # RASampler
     data_set: str
@@ -88,7 +88,13 @@ def validation_images(loaders: Loaders, size: int = 64) -> torch.Tensor:
     """[B, 3, H, W]: up to `size` readable validation images, evenly spaced in the data set. Uses no random numbers and no loader
     processes. Raises UserError if none can be read."""
     data: ImageSet = loaders.val.dataset
-    return readable_images(data, range(0, len(data), max(1, len(data) // size))[:size])
+    return readable_images(data, evenly_spaced(range(len(data)), size))
+
+
+def evenly_spaced(items: Sequence, count: int) -> list:
+    """At most `count` of the items, over their whole length."""
+    count = min(count, len(items))
+    return [items[len(items) * i // count] for i in range(count)]
 
 
 def readable_images(data: ImageSet, keys: Sequence[SampleKey | int]) -> torch.Tensor:
