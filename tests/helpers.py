@@ -26,6 +26,12 @@ def sentence(call, *args, **kwargs) -> str:
     return text
 
 
+def every(n: int, cases) -> list:
+    """The cases for `pytest.mark.parametrize`, of which every n-th is run every time and the others with the slow tests."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if number % n == 0 else pytest.mark.slow)
+            for number, case in enumerate(cases)]
+
+
 def forked(function, *args):
     """function(*args) in a fork of this process, so that its limits and patches end with it."""
     context = multiprocessing.get_context("fork")

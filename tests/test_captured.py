@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from e2e import at, checkpoint, log, trained, write_digits
-from helpers import differences
+from helpers import differences, every
 from recorded import K, Net, Reading, RecordedGraphs, assert_same, batches, evaluation, flags, run, state_of, updater_of
 from timm.data import Mixup
 from torch import nn
@@ -52,7 +52,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", every(2, CASES))
 def test_captured_is_eager(name):
     case = dict(CASES[name])
     mixup = case.pop("mixup", lambda: None)

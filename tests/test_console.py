@@ -190,6 +190,7 @@ def test_an_error_that_nobody_reads():
     assert unread("main.py", "--modle", "x", into="stderr") in ((2, b""), (141, b""))
 
 
+@pytest.mark.slow
 def test_a_training_that_nobody_reads_is_saved(run, tmp_path):
     """Not lost: `| tee` dies of the same Ctrl-C that the training stops for."""
     process = Run(tmp_path, *QUICK, "--batch-size", "12", "--epochs", 1000, "--print-freq", 1, "--data-path", run[1],

@@ -138,6 +138,7 @@ def test_what_cannot_be_converted_is_dropped_with_the_reason(change, reason):
         conversion.mlp_to_full_edge(model, trained(), images())
 
 
+@pytest.mark.slow
 def test_the_images_are_asked_for_only_by_a_full_edge_kan():
     def unused():
         raise AssertionError("no calibration batch is needed")

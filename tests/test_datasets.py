@@ -1471,7 +1471,8 @@ def hold(argv):
     return 0
 
 
-@pytest.mark.parametrize("how, code, seconds", [("normal", 0, 4), ("error", 1, 4), ("wait", -9, 10)])
+@pytest.mark.parametrize("how, code, seconds", [("normal", 0, 4), ("error", 1, 4), pytest.param(
+    "wait", -9, 10, marks=pytest.mark.slow)])
 def test_no_worker_outlives_the_training_process(tmp_path, how, code, seconds):
     process = e2e.Run(tmp_path, how, call=hold)
     deadline = time.monotonic() + 60

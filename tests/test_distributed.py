@@ -368,7 +368,8 @@ def left_in_peace(data, tmp_path_factory):
 @pytest.mark.parametrize("call, code, text", [
     (stop_in_the_middle, EXIT_PREEMPTED, "SIGTERM: saved"),
     pytest.param(stop_in_the_evaluation, EXIT_PREEMPTED, "SIGUSR2: saved", marks=slow),
-    (kill_in_the_middle, EXIT_FAILED, "process 1"), pytest.param(hang_in_the_middle, EXIT_FAILED, "process 1", marks=slow)])
+    pytest.param(kill_in_the_middle, EXIT_FAILED, "process 1", marks=slow),
+    pytest.param(hang_in_the_middle, EXIT_FAILED, "process 1", marks=slow)])
 def test_what_happens_to_one_process_stops_both_and_a_resume_is_exact(call, code, text, left_in_peace, data, tmp_path):
     out = tmp_path / "out"
     runs = launch(tmp_path, *MIDDLE, "--data-path", data, "--output_dir", out, call=call)

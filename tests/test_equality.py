@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from e2e import ALIKE, QUICK, Run, checkpoint, close, finish, launch, log, recording
-from helpers import GKAN, NANO, differences
+from helpers import GKAN, NANO, differences, every
 from torch import nn
 
 import datasets
@@ -151,7 +151,7 @@ def twice(data, tmp_path_factory):
     return folder, said
 
 
-@pytest.mark.parametrize("first,second,processes", [("one", "again", 1), ("two", "two_again", 2)])
+@pytest.mark.parametrize("first,second,processes", every(2, [("one", "again", 1), ("two", "two_again", 2)]))
 def test_the_same_run_twice_is_the_same_to_the_last_bit(first, second, processes, twice):
     folder, said = twice
     a, b = ({key: value for key, value in checkpoint(folder / name).items() if key not in ("args", "seconds")}

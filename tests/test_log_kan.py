@@ -66,6 +66,7 @@ def test_tensorboard_has_functions_coverage_and_dead_groups(runs, data):
     assert not any(tag.startswith("kan_") for kind in ("scalars", "images", "histograms") for tag in events.Tags()[kind])
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_last_checkpoint(runs, data):
     trained = load_trained(str(runs / "with/checkpoint.pth"), device="cpu", flags=["--data-path", str(data)])
     images = validation_images(loaders_of(trained))

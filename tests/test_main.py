@@ -24,7 +24,7 @@ import timm
 import torch
 import yaml
 from e2e import QUICK, Run, checkpoint, command_line, evaluation, log, refusal, run, write_digits
-from helpers import GKAN, NANO, RELEASED, ROOT, differences, needs_released, scalars, wait_for, wait_until
+from helpers import GKAN, NANO, RELEASED, ROOT, differences, every, needs_released, scalars, wait_for, wait_until
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -194,7 +194,7 @@ def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", [
+@pytest.mark.parametrize("flags", every(3, [
     "--bce-loss", "--bce-loss --mixup 0 --cutmix 0", "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.8",
     "--mixup-mode elem", "--mixup-mode pair", "--cosub", "--cosub --bce-loss", "--ThreeAugment", "--src", "--repeated-aug",
     "--repeated-aug --resplit", "--no-train-mode", "--grad-accum 2", "--grad-checkpointing", "--amp-dtype bfloat16",
@@ -206,7 +206,7 @@ def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch
     "--model vit_nano_patch8_32_GKAN", "--model vit_nano_patch8_32_GKAN --opt muon --kan-trainable-base --kan-groups 0",
     "--model vit_nano_patch8_32_GKAN --sched plateau --kan-base relu2 --kan-weight-decay 0.1 --amp-dtype bfloat16",
     "--model resnet18 --input-size 32", "--model vit_tiny_patch16_224 --input-size 32", "--dist-eval --pin-mem --print-freq 1",
-])
+]))
 def test_each_way_of_training_runs(flags, data, watched, capsys):
     assert run(*QUICK, "--data-path", data, "--epochs", 1, *flags.split()) == 0
     (before, after, state), = watched
@@ -592,6 +592,7 @@ def test_a_finished_run_has_nothing_left_to_do(copied, data, capsys):
     assert contents(copied) == before
 
 
+@slow
 def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path, capsys):
     """With weights that do not move, the first epoch stays the best. A stop in between changes nothing."""
     still = (*QUICK, "--lr", "1e-30", "--warmup-lr", 0, "--min-lr", 0, "--weight-decay", 0, "--unscale-lr", "--data-path", data,

@@ -50,6 +50,14 @@ def group(tmp_path_factory, digits):
 
 
 @pytest.fixture(scope="module")
+def barely_trained(tmp_path_factory, digits):
+    folder = tmp_path_factory.mktemp("barely")
+    assert run(*TRAIN, "--epochs", 1, "--batch-size", 128, "--warmup-epochs", 0, "--model", GKAN, "--data-path", digits,
+               "--output_dir", folder) == 0
+    return folder / "checkpoint.pth"
+
+
+@pytest.fixture(scope="module")
 def full_edge(tmp_path_factory, digits):
     folder = tmp_path_factory.mktemp("full_edge")
     assert run(*TRAIN, "--epochs", 5, "--model", KAN, "--kan-basis", "covering", "--data-path", digits, "--output_dir",
@@ -399,28 +407,28 @@ def test_a_file_of_the_original_code(digits, tmp_path):
     (["SOURCE", "t.pth", "--what", "edges", "--keep-parameters", "0.5"], "choose hidden, points or groups"),
     (["FULL", "t.pth", "--what", "groups", "--keep-parameters", "0.5"], "choose hidden, points or edges"),
     (["MLP", "t.pth", "--what", "hidden", "--keep-parameters", "0.5"], "_GKAN or _KAN"),
-    (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "0.001"], "keeps 0.0"),
-    (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "1"], "nothing was written"),
+    (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "0.001", "--images", "8"], "keeps 0.0"),
+    (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "1", "--images", "8"], "nothing was written"),
     (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "0.5", "--data-pth", "x"], "--data-pth"),
     (["SOURCE", "file/t.pth", "--what", "points", "--keep-parameters", "0.5", "--images", "8"], "cannot be written"),
     (["SOURCE", "file/t.csv", "--what", "points", "--curve", "0.5", "--images", "8"], "cannot be written")])
-def test_mistakes(words, sentence, command, group, tmp_path, capsys, monkeypatch):
+def test_mistakes(words, sentence, command, barely_trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     for suffix in ("ViT", "KAN"):
         torch.save({"model": timm.create_model(f"vit_nano_patch8_32_{suffix}", num_classes=10).state_dict()}, f"{suffix}.pth")
-    places = {"SOURCE": str(group), "FULL": "KAN.pth", "MLP": "ViT.pth"}
-    size = group.stat().st_size
+    places = {"SOURCE": str(barely_trained), "FULL": "KAN.pth", "MLP": "ViT.pth"}
+    size = barely_trained.stat().st_size
     assert command(*[places.get(word, word) for word in words]) == 2
     err = capsys.readouterr().err
     assert sentence in err and "Traceback" not in err and err.splitlines()[-1].startswith("error: ")
-    assert group.stat().st_size == size and not list(tmp_path.glob("t.*"))
+    assert barely_trained.stat().st_size == size and not list(tmp_path.glob("t.*"))
 
 
 @pytest.mark.parametrize("widths", [
     [8, 8, 8], [8, 8, 8, 10 ** 9], [8, 8, 8, 0], [[8], [8], [8], [8]], [8, 8, 8, "x"], []], ids=str)
-def test_a_strangers_widths_are_refused_in_a_sentence(widths, group, digits, tmp_path, capsys):
-    content = load_file(group)
+def test_a_strangers_widths_are_refused_in_a_sentence(widths, barely_trained, digits, tmp_path, capsys):
+    content = load_file(barely_trained)
     described = {**content["model_args"], "kwargs": {**content["model_args"]["kwargs"], "hdim_kan": widths}}
     torch.save({**content, "model_args": described}, tmp_path / "described.pth")
     assert "described.pth" in e2e.refusal(capsys, "--eval", "--resume", tmp_path / "described.pth", "--data-path", digits, *HERE)

@@ -19,12 +19,12 @@ DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 16 --disti
             "--teacher-path {{teacher}}"
 slow = pytest.mark.slow
 WAYS = [
-    "", "--repeated-aug --resplit --mixup-mode elem", "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24",
-    "--augment-on device --repeated-aug --resplit",
-    "--grad-accum 2 --clip-grad 0.5 --sched-on-updates", "--drop 0.2 --drop-path 0.3 --cosub --epochs 2",
-    "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum",
+    "", "--repeated-aug --resplit --mixup-mode elem", "--augment-on device --repeated-aug --resplit",
+    "--grad-accum 2 --clip-grad 0.5 --sched-on-updates",
     "--model vit_nano_patch8_32_GKAN --kan-groups 0 --grad-checkpointing",
     *(pytest.param(way, marks=slow) for way in (
+        "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24", "--drop 0.2 --drop-path 0.3 --cosub --epochs 2",
+        "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum",
         "--mixup-mode pair --mixup-prob 0.5 --mixup-switch-prob 0.3", "--mixup 0 --cutmix 0 --smoothing 0",
         "--ThreeAugment --src --remode const --recount 2", "--aa augmix-m3 --train-interpolation random",
         "--aa none --color-jitter 0.4 --reprob 0.9", DISTILLED.format("hard"), DISTILLED.format("soft"), "--amp-dtype float16",

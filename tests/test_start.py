@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import GKAN, NANO, RELEASED, TWIN, needs_released, sentence
+from helpers import GKAN, NANO, RELEASED, TWIN, every, needs_released, sentence
 from models import nano
 from timm.layers import DropPath
 from timm.models import save_for_hf
@@ -600,9 +600,9 @@ def test_a_model_of_timms_that_is_oblong_itself():
         list(timm.get_pretrained_cfg("vit_base_patch16_sapiens2").input_size[1:])
 
 
-@pytest.mark.parametrize("name", [
+@pytest.mark.parametrize("name", every(4, [
     "coat_lite_tiny", "convnext_atto", "efficientvit_m0", "hrnet_w18_small", "levit_128s", "mobilenetv3_small_050",
-    "swin_tiny_patch4_window7_224", "tiny_vit_5m_224", "vit_tiny_patch16_224", "vovnet39a", "xcit_nano_12_p8_224"])
+    "swin_tiny_patch4_window7_224", "tiny_vit_5m_224", "vit_tiny_patch16_224", "vovnet39a", "xcit_nano_12_p8_224"]))
 def test_families_of_timm_can_be_built(name):
     """They differ in which arguments they take, how they refuse one, and in what `patch_embed` is."""
     for argv in ([], ["--drop", 0.1]):

@@ -10,7 +10,7 @@ import pytest
 import sympy
 import torch
 from e2e import QUICK, evaluation, run
-from helpers import GKAN, RELEASED, needs_released
+from helpers import GKAN, RELEASED, every, needs_released
 from matplotlib.mathtext import MathTextParser
 from PIL import Image
 from torch import nn
@@ -41,7 +41,7 @@ KNOWN = {
     "sqrt(4*u**2 + 1)": np.sqrt(1 + 4 * U ** 2)}
 
 
-@pytest.mark.parametrize("text", KNOWN)
+@pytest.mark.parametrize("text", every(4, KNOWN))
 def test_a_known_function_is_found_again(text):
     """From numpy's values; the formula is compared as an expression, however it is written."""
     found = fit_symbolic(U, KNOWN[text])
@@ -113,7 +113,7 @@ def test_what_has_no_formula(u, y, weight):
 
 
 # ---------------------------------------------------------------- models
-@pytest.mark.parametrize("base", ["identity", "gelu", "silu", "relu", "relu2"])
+@pytest.mark.parametrize("base", every(3, ["identity", "gelu", "silu", "relu", "relu2"]))
 def test_an_untrained_activation_is_its_base(base):
     phi = GroupActivation(8, groups=2, base=base, trainable_base=True)
     x = torch.randn(5, 8, dtype=torch.float64)
@@ -210,6 +210,7 @@ def arriving(trained) -> dict[str, torch.Tensor]:
     return {name: torch.cat(values) for name, values in seen.items()}
 
 
+@pytest.mark.slow
 def test_the_saved_functions_are_the_nearest_ones_of_the_grid(small, data):
     """Against numpy's least squares; the model is unchanged."""
     trained = load_trained(str(small), device="cpu", flags=["--data-path", str(data)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from e2e import QUICK, checkpoint, evaluation, launch, log, refusal, run, write_digits
-from helpers import ROOT, differences
+from helpers import ROOT, differences, every
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
@@ -103,7 +103,7 @@ WDS_SPLIT = ["train-{0..2}.tar|48", "val-{0..2}.tar|24"]
 HFIDS_SPLIT = ["train|48", "validation|24"]
 
 
-@pytest.fixture(params=["torch", "hfds", *STREAM])
+@pytest.fixture(params=every(3, ["hfds", "torch", "hfids", "wds"]))
 def flags(request, folder):
     """--data-set and what else is needed to read the folder's images in each way."""
     if request.param == "torch":
@@ -341,6 +341,7 @@ def test_a_wrong_length_is_noticed(shards, told, words, workers):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_unreadable_images_of_a_stream_are_counted(folder, tmp_path, capfd):
     pytest.importorskip("webdataset", reason="needs pip install webdataset")
     for half in ("train", "val"):

@@ -57,6 +57,7 @@ def wandb_run(file: Path) -> tuple[str, str, str, dict, list[dict], int]:
     return about.run_id, about.project, about.display_name, config, history, codes[-1]
 
 
+@pytest.mark.slow
 @needs["wandb"]
 @needs["mlflow"]
 def test_a_run_and_its_resumption_are_one_run_at_both(data, tmp_path, monkeypatch):
