@@ -144,6 +144,7 @@ def test_a_sentence_on_a_name_that_the_output_lacks(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:Glyph")
 def test_tools_whose_names_the_output_lacks(run):
     out, data = run
     given = out / "checkpoint.pth", "--device", "cpu"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import models_kan  # noqa: F401  (registers the models)
 from faster_kan import FasterKANLayer
+from tools.common import png
 from vision_kan.analysis.attention import (
     attention_maps,
     attention_panels,
@@ -19,7 +20,7 @@ from vision_kan.analysis.attention import (
     draw_attention,
     token_maps,
 )
-from vision_kan.analysis.drawing import draw_functions, draw_groups, functions_figure, png
+from vision_kan.analysis.drawing import draw_functions, draw_groups, functions_figure
 from vision_kan.analysis.functions import chosen_layers, group_functions
 from vision_kan.analysis.inputs import InputHistogram, collect_inputs
 from vision_kan.analysis.measures import drawn_range, edge_deviations, edge_functions, measure

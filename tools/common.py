@@ -1,5 +1,6 @@
-"""What all tools share: parsers, exit codes, saving a picture. Imports neither torch nor matplotlib."""
+"""What all tools share: parsers, exit codes, pictures as PNG. Imports neither torch nor matplotlib."""
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -39,13 +40,19 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
 
 
-def save_picture(figure: "Figure", target: Path, **options) -> None:
-    """Write a figure as a PNG, completely or not at all, without warnings of characters that the font lacks.
-
-    options: of `Figure.savefig`."""
-    with atomic_write(target) as place, warnings.catch_warnings():
+def png(figure: "Figure", dpi: int = 110, **options) -> bytes:
+    """The figure as a PNG, without warnings of characters that the font lacks. options: of `Figure.savefig`."""
+    memory = io.BytesIO()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(place, dpi=110, format="png", **options)
+        figure.savefig(memory, dpi=dpi, format="png", **options)
+    return memory.getvalue()
+
+
+def save_picture(figure: "Figure", target: Path, **options) -> None:
+    """Write a figure as a PNG, completely or not at all. options: of `png`."""
+    with atomic_write(target) as place:
+        place.write_bytes(png(figure, **options))
 
 
 def command(arguments: Callable[[], Parser], run: Callable[[argparse.Namespace, list[str]], int],

@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from tools.common import check_at_least_1, command, model_parser
+from tools.common import check_at_least_1, command, model_parser, png
 from tools.images import loaders_of
 from vision_kan.analysis.attention import attention_panels, draw_attention
-from vision_kan.analysis.drawing import functions_figure, png
+from vision_kan.analysis.drawing import functions_figure
 from vision_kan.analysis.functions import chosen_layers
 from vision_kan.analysis.inputs import ActivationStats, collect_inputs
 from vision_kan.analysis.measures import DEAD_GAIN, LayerStats, measure

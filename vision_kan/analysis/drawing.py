@@ -1,5 +1,4 @@
 """Pictures of learned functions."""
-import io
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
@@ -72,10 +71,3 @@ def functions_figure(layers: Mapping[str, FunctionLayer], inputs: Mapping[str, I
         axes = figure.add_subplot(rows, 2, place, label=name)
         draw_functions(axes, name, layer, (inputs or {}).get(name))
     return figure
-
-
-def png(figure: Figure, dpi: int = 80) -> bytes:
-    """The figure as a PNG."""
-    memory = io.BytesIO()
-    figure.savefig(memory, format="png", dpi=dpi)
-    return memory.getvalue()
