@@ -58,10 +58,10 @@ def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dic
     updater, state, process, criterion = training.updater, training.state, training.process, training.criterion
     net, accumulate = updater.net, training.accumulate
     net.train(training.train_mode)
-    device, epoch, first = process.device, state.epoch, state.step
+    device, epoch, first, length = process.device, state.epoch, state.step, len(loader)
     steps = first + steps_left(loader, state.position, process)
     loss_sum = torch.tensor(state.losses[process.rank] if state.losses else 0., device=device)
-    updater.begin(lambda step: training.updates_done(step + 1, len(loader)))
+    updater.begin(lambda step: training.updates_done(step + 1, length))    # keeps no loader, whose processes end with it
     start = time.perf_counter()
     began = start - state.seconds       # as if the epoch had not been interrupted
     saved, images_seen, mean = first, 0, None
@@ -96,7 +96,7 @@ def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dic
             mean = mean_over_processes(loss_sum / (step + 1), process)
             rate = images_seen * process.world_size / (time.perf_counter() - start)
             used = f"  {100 * criterion.copies * rate / training.ideal_rate:.1f}% MFU" if training.ideal_rate else ""
-            steps_to_come = steps - step - 1 + len(loader) * (training.epochs - epoch - 1)
+            steps_to_come = steps - step - 1 + length * (training.epochs - epoch - 1)
             left = timedelta(seconds=round(steps_to_come * (time.perf_counter() - start) / (step + 1 - first)))
             tqdm_safe_print(f"epoch {epoch}/{training.epochs}  step {step + 1}/{steps}  {100 * (step + 1) / steps:.0f}%  loss "
                             f"{mean:.4f}  lr {lr_of(state.optimizer):.3g}  {rate:.0f} img/s{used}  eta {left}", process)

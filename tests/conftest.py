@@ -1,4 +1,5 @@
 """One thread: the tests' results and times must not depend on the number of cores."""
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")       # for the processes that tests start; before torch is imported
@@ -7,6 +8,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector what is imported: a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -263,6 +263,7 @@ def test_the_centre_of_a_very_thin_image_is_its_centre(width, height):
     assert difference.max() <= 6 and difference.mean() < 2      # one pixel of the result at most; half one of the image is more
 
 
+@pytest.mark.slow
 def test_training_sees_all_of_a_very_thin_image():
     for width, height in ((3000, 10), (10, 3000)):
         image = stripes(width, height)      # blue grows from 0 to 255 along it

@@ -64,6 +64,7 @@ def test_the_same_crops_come_out(data, words, most, differing):
     assert (difference > 1).float().mean() < 0.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     (), pytest.param(("--ThreeAugment",), marks=pytest.mark.slow),
     pytest.param(("--aa", "rand-m9-t3a", "--recount", "3", "--remode", "rand"), marks=pytest.mark.slow)], ids=str)
@@ -157,6 +158,7 @@ def test_a_streams_images_are_augmented_too(tmp_path):
 
 
 # ---------------------------------------------------------------- with images on the device
+@pytest.mark.slow
 def test_images_on_the_device_have_the_policy_too(tmp_path):
     folder = write_digits(tmp_path, train=40, val=8)
     words = ("--data-on-device", "on", "--input-size", "32", "--aa", "rand-m9-mstd0.5-inc1")
@@ -180,6 +182,7 @@ def test_what_it_cannot_do_is_refused_before_anything_is_read(capsys):
     assert refusal(capsys, "--augment-on", "gpu") == "--augment-on: 'gpu' is not one of loader, device"
 
 
+@pytest.mark.slow
 def test_a_run_says_where_it_augments_profiles_and_finds_what_is_not_finite(tmp_path, capsys):
     folder = write_digits(tmp_path / "digits")
     words = (*QUICK, "--data-path", folder, "--augment-on", "device", "--epochs", 1, "--debug-nan", "--num_workers", 1)

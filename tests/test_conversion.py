@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from helpers import GKAN, NANO, TWIN
+from helpers import GKAN, NANO, TWIN, every
 from models import trained
 from torch import nn
 
@@ -71,7 +71,7 @@ def test_deit3s_own_key_names_become_a_group_kan():
         torch.testing.assert_close(model(images(1, 224)), source(images(1, 224)), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("grid, points, bound", [((-3, 3), 8, 0.05), ((-4, 4), 8, 0.02), ((-5, 5), 12, 0.01)])
+@pytest.mark.parametrize("grid, points, bound", every(3, [((-3, 3), 8, 0.05), ((-4, 4), 8, 0.02), ((-5, 5), 12, 0.01)]))
 def test_a_full_edge_kan_is_fitted_block_by_block(grid, points, bound):
     """The bounds follow from how well the basis holds the identity and GELU: accuracy grows with the grid."""
     source = trained()

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import forked, make_args, sentence
+from helpers import every, forked, make_args, sentence
 from hostile_images import (
     EPS,
     LONG_NAME,
@@ -633,7 +633,7 @@ def test_memory_is_pinned_for_a_gpu_only(folder):
 
 
 # ---------------------------------------------------------------- every evaluation image once
-@pytest.mark.parametrize("n", range(1, 18))
+@pytest.mark.parametrize("n", every(4, range(1, 18)))
 def test_evaluation_counts_every_image_once(tmp_path, n):
     write_folder(tmp_path, {"a": 16}, {"a": n}, suffix="png")
     bad = tmp_path / "val" / "a" / f"{n // 2}.png"
@@ -694,6 +694,7 @@ def tensors_of(folder, world=1, workers=0, position=0, **flags):
     return drawn
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_seed_epoch_and_position_alone(folder):
     (folder / "train" / "cat" / "0.jpg").write_bytes(b"")      # nor does the one in its place
     flags = {"resplit": True, "ThreeAugment": False}
@@ -1019,7 +1020,7 @@ def test_strict_data_stops_at_the_first_unreadable_image(folder, capfd, broken, 
     assert capfd.readouterr().err == ""     # not skipped
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", every(2, [1, 0]))
 def test_strict_data_ends_the_program(folder, capsys, workers):
     data, _ = build_dataset(True, make_args(folder))
     order = [data.images.name(key.index) for key in RASampler(len(data), num_repeats=1)]
@@ -1057,7 +1058,7 @@ def test_a_few_unreadable_images_are_never_too_many(folder):
     assert "4 of the 7 validation images" in sentence(loaders.check_unreadable)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", every(2, [2, 0]))
 def test_the_program_stops_by_itself_when_too_many_images_cannot_be_read(folder, capsys, workers):
     break_images(folder, "val/cat/0.jpg", *(f"val/dog/{i}.jpg" for i in range(3)))
     flags = (*e2e.QUICK, "--data-path", folder, "--batch-size", 4, "--epochs", 2, "--num_workers", workers, "--mixup", 0,
@@ -1259,7 +1260,7 @@ def test_a_killed_worker_is_one_sentence(number, words):
     assert time.monotonic() - start < 2
 
 
-@pytest.mark.parametrize("waiting", [False, True])
+@pytest.mark.parametrize("waiting", every(2, [False, True]))
 def test_the_training_is_not_interrupted_where_a_worker_dies(waiting):
     """PyTorch would raise from its handler of SIGCHLD, wherever the training is."""
     def train():
@@ -1388,7 +1389,7 @@ def mount_small_memory(size):
 
 
 @pytest.mark.skipif(not forked(mount_small_memory, "1m"), reason="needs the right to mount a small /dev/shm")
-@pytest.mark.parametrize("size", ["4k", "16k", "40k", "3m"])
+@pytest.mark.parametrize("size", every(4, ["16k", "4k", "40k", "3m"]))
 def test_a_small_shared_memory_is_one_sentence(size):
     """Too small for the list of unreadable images, a queue's lock, a batch."""
     def train():
@@ -1471,8 +1472,7 @@ def hold(argv):
     return 0
 
 
-@pytest.mark.parametrize("how, code, seconds", [("normal", 0, 4), ("error", 1, 4), pytest.param(
-    "wait", -9, 10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how, code, seconds", every(3, [("error", 1, 4), ("normal", 0, 4), ("wait", -9, 10)]))
 def test_no_worker_outlives_the_training_process(tmp_path, how, code, seconds):
     process = e2e.Run(tmp_path, how, call=hold)
     deadline = time.monotonic() + 60

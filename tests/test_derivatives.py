@@ -4,6 +4,7 @@ import functools
 import pytest
 import timm
 import torch
+from helpers import every
 from paths import error
 from timm.models._features_fx import create_feature_extractor as timms_extractor
 from torch import nn
@@ -52,7 +53,7 @@ def differences(function, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return (function(x.double() + 1e-6 * t.double()) - function(x.double() - 1e-6 * t.double())) / 2e-6
 
 
-@pytest.mark.parametrize("name", KANS)
+@pytest.mark.parametrize("name", every(2, KANS))
 def test_first_and_second_derivatives_in_both_modes(name):
     """In float64 by every input and parameter: gradients, tangents, gradients of gradients."""
     kan = kan_of(name, torch.float64)
@@ -122,6 +123,7 @@ def test_gradients_of_every_sample(name):
             assert error(each[key][i], gradient) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["group", "efficient"])                # in others LayerNorm has no tangents there
 def test_a_compiled_tangent(name):
     kan, x, t = kan_of(name), torch.randn(3, 4), torch.randn(3, 4)

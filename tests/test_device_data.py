@@ -160,6 +160,7 @@ def test_random_erasing_is_distributed_as_timms(mode, count):
     np.testing.assert_allclose(seen(got), seen(want), atol=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [
     pytest.param(("--src",), marks=pytest.mark.slow),
     pytest.param(("--input-size", "40", "--train-interpolation", "random"), marks=pytest.mark.slow),
@@ -215,6 +216,7 @@ def test_two_processes_share_the_images_of_one(data):
         assert torch.equal(own, images[rank::2]) and torch.equal(own_targets, targets[rank::2])
 
 
+@pytest.mark.slow
 def test_a_run_on_the_device_resumes_bit_by_bit(data, tmp_path):
     words = [*QUICK, "--data-path", data, "--data-set", "FOLDER", "--data-on-device", "on", *PLAIN, "--reprob", "0.5", "--epochs"]
     assert run(*words, 2, "--output_dir", tmp_path / "whole") == 0

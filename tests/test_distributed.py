@@ -52,6 +52,7 @@ def weights_of_each_process(argv: list[str]) -> int:
     return program.main(argv)
 
 
+@slow
 def test_torchrun_of_two_equals_one_process_of_twice_the_batch(data, tmp_path):
     flags = (*QUICK, *ALIKE, "--epochs", 2, "--data-path", data)
     both = torchrun(*flags, "--batch-size", 8, "--output_dir", tmp_path / "two", options=(
@@ -92,6 +93,7 @@ def test_accumulating_gradients_in_two_processes(model, data, tmp_path):
     close(checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two"))
 
 
+@slow
 def test_the_rate_grows_with_the_processes(data, tmp_path):
     flags = (*QUICK, "--epochs", 1, "--data-path", data, "--lr", 0.01, "--batch-size", 8)
     runs = launch(tmp_path, *flags, "--output_dir", tmp_path / "two")
@@ -112,8 +114,9 @@ DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_
 
 
 @pytest.mark.parametrize("flags", [
-    f"{DISTILLED} --distillation-type hard --teacher-model {NANO} --teacher-path {{teacher}}", "--attn-only",
-    pytest.param(f"{DISTILLED}", marks=slow), pytest.param("--cosub --grad-accum 2", marks=slow),
+    f"{DISTILLED} --distillation-type hard --teacher-model {NANO} --teacher-path {{teacher}}",
+    pytest.param("--attn-only", marks=slow), pytest.param(f"{DISTILLED}", marks=slow),
+    pytest.param("--cosub --grad-accum 2", marks=slow),
     pytest.param("--grad-checkpointing", marks=slow), pytest.param("--grad-checkpointing --attn-only", marks=slow),
     pytest.param("--model resnet18 --input-size 32", marks=slow), pytest.param("--no-train-mode", marks=slow),
     pytest.param("--amp-dtype bfloat16 --clip-grad 1", marks=slow), pytest.param("--no-model-ema", marks=slow),
@@ -174,6 +177,7 @@ def test_evaluation_is_exact_for_any_number_of_images(images, data, tmp_path, ca
     assert evaluation(out[0]) == expected and out[1] == ""
 
 
+@slow
 def test_unreadable_images_are_counted_over_both_processes(data, tmp_path):
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     broken = [sorted((copy / "val/digit0").iterdir())[0], *sorted((copy / "val/digit1").iterdir())[:2]]
@@ -386,7 +390,8 @@ def test_what_happens_to_one_process_stops_both_and_a_resume_is_exact(call, code
     assert log(left_in_peace) == log(out)
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), pytest.param(1, 2, marks=slow)])
+@slow
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
 def test_the_number_of_processes_may_change_in_the_middle_of_an_epoch(before, after, data, tmp_path):
     """Without mixup and dropout nothing but rounding changes by that, where the batches stay the same in all."""
     def flags(processes: int) -> tuple:

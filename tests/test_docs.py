@@ -182,12 +182,13 @@ def run_tool(name: str, words: list[str], ground: dict[str, str]) -> None:
     assert load("tools", name).main(filled(words, ground)) == 0
 
 
-# Seconds each, and what reads their files. Most tests of these tools are run every time.
+# Seconds each, and what reads their files. Most tests of these tools are run every time; of commands, the README's.
 LONG = re.compile(r"tools/(prune|symbolic|export|evaluate|inspect_kan)\.py|small\.pth|formulas\.safetensors|--track")
 
 
-@pytest.mark.parametrize("page, command", [pytest.param(*each, marks=pytest.mark.slow if LONG.search(each[1]) else ())
-                                           for each in commands()], ids=lambda value: value[:60])
+@pytest.mark.parametrize("page, command", [
+    pytest.param(*each, marks=pytest.mark.slow if LONG.search(each[1]) or each[0] != "README.md" else ()) for each in commands()],
+    ids=lambda value: value[:60])
 def test_command(page, command, ground, folders, monkeypatch):
     monkeypatch.chdir(folders(page))
     if "--track" in command:

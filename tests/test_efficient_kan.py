@@ -254,6 +254,7 @@ def test_recomputed_under_checkpointing():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_traced_whole_by_torch_compile():
     """Captured without a break in the graph, forwards and backwards."""
     layer = layer_of()

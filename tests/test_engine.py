@@ -417,6 +417,7 @@ def test_choice_of_arithmetic(monkeypatch):
         assert choose_amp_dtype(name, cuda) == choose_amp_dtype(name, CPU) == getattr(torch, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_trains_on_a_cpu(dtype):
     model, data = nano(), batches(1) * 8
@@ -499,7 +500,8 @@ def test_when_an_update_may_be_read_late():
     assert can_defer_readback(state_of(resnet, "--opt", "adamw"), cuda)
 
 
-@pytest.mark.parametrize("late", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [False, True])
 def test_float16_skips_are_survived_and_a_run_of_them_is_not(late, monkeypatch):
     monkeypatch.setattr(updates_module, "can_defer_readback", lambda state, device: late)
     state = state_of(nano(), "--model-ema", "--model-ema-decay", 0.5, "--momentum", 0.9, dtype=torch.float16)
@@ -837,11 +839,11 @@ class Run:
 
 
 @pytest.mark.parametrize("argv", [
-    (), ("--sched-on-updates",), ("--opt", "lookahead_adamw"), ("--opt", "sgd", "--layer-decay", 0.7),
+    ("--sched-on-updates",), *(pytest.param(argv, marks=pytest.mark.slow) for argv in (
+        (), ("--opt", "lookahead_adamw"), ("--opt", "muon"), ("--opt", "sgd", "--layer-decay", 0.7),
+        ("--model", "vit_nano_patch8_32_GKAN", "--sched", "plateau", "--patience-epochs", 0, "--opt", "lookahead_adamw"))),
     ("--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 0, "--lr-noise", 0.1, "--decay-rate", 0.5),
-    ("--model", "vit_nano_patch8_32_GKAN", "--kan-weight-decay", 0.01),
-    ("--model", "vit_nano_patch8_32_GKAN", "--sched", "plateau", "--patience-epochs", 0, "--opt", "lookahead_adamw"),
-    pytest.param(("--opt", "muon"), marks=pytest.mark.slow)])
+    ("--model", "vit_nano_patch8_32_GKAN", "--kan-weight-decay", 0.01)])
 def test_resumed_equals_uninterrupted_to_the_last_bit(argv):
     whole = Run(*argv).epochs(2)
     resumed, done = whole.resumed(*argv), len(whole.rates)
@@ -851,6 +853,7 @@ def test_resumed_equals_uninterrupted_to_the_last_bit(argv):
     assert resumed.rates == whole.rates[done:] and len(set(whole.rates)) > 1
 
 
+@pytest.mark.slow
 def test_another_order_of_the_images_or_seed_gives_other_weights():
     half = Run().epochs(1)
     right = half.resumed().epochs(2)

@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 from e2e import QUICK, evaluation, run, write_digits
-from helpers import EKAN, GKAN, NANO, RELEASED, ROOT, needs_released
+from helpers import EKAN, GKAN, NANO, RELEASED, ROOT, every, needs_released
 from PIL import Image
 from safetensors.torch import save
 from timm.layers import to_2tuple
@@ -230,7 +230,8 @@ def off(trained, call) -> float:
     return worst
 
 
-@pytest.mark.parametrize("name, kwargs", [KINDS[0], *(pytest.param(*kind, marks=slow) for kind in KINDS[1:])], ids=str)
+@slow
+@pytest.mark.parametrize("name, kwargs", KINDS, ids=str)
 def test_onnx(name, kwargs, tmp_path):
     import onnx
     import onnxruntime
@@ -299,7 +300,7 @@ def test_programs_of_the_original_code(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- the check
-@pytest.mark.parametrize("target", ["m.pt2", "m.safetensors", "folder"])
+@pytest.mark.parametrize("target", every(3, ["m.safetensors", "m.pt2", "folder"]))
 def test_what_computes_something_else_is_not_kept(target, tmp_path, monkeypatch, capsys):
     trained = of_kind(*KINDS[0], tmp_path)
     torch.save({"model": trained.model.state_dict(), "model_args": {"name": trained.spec.name, "kwargs": trained.spec.kwargs}},

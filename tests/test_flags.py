@@ -20,7 +20,7 @@ import timm
 import torch
 import torchvision
 from e2e import QUICK, free_port, run, write_digits
-from helpers import DEIT, NANO, differences, scalars
+from helpers import DEIT, NANO, differences, every, scalars
 from PIL import Image
 from torch import nn
 
@@ -541,18 +541,14 @@ def test_the_table_is_complete():
     assert EFFECTS.keys() == FLAGS.keys() and DEIT.keys() < EFFECTS.keys()
 
 
-# Seconds each, and files of tests of their own: test_log_kan, test_tracking, test_run_folder, test_speed.
-LONG = ("log_kan", "track", "track_project", "keep", "compile")
-
-
-@pytest.mark.parametrize("dest", [pytest.param(dest, marks=pytest.mark.slow if dest in LONG else ()) for dest in EFFECTS])
+@pytest.mark.parametrize("dest", every(5, EFFECTS))
 def test_the_flag_has_an_effect(dest):
     look, with_it, without_it = EFFECTS[dest]
     assert differences(plain(look(with_it)), plain(look(without_it))), f"{with_it} changes nothing"
 
 
-@pytest.mark.parametrize("look", [optimizer, rates, images_of, draws, loss, mixed, trained, basis, structure, average,
-                                  initial_weights, rates_of_dropout, wording])
+@pytest.mark.parametrize("look", every(3, [optimizer, rates, images_of, draws, loss, mixed, trained, basis, structure, average,
+                                  initial_weights, rates_of_dropout, wording]))
 def test_without_a_flag_nothing_changes(look):
     """The looks above see nothing but the flags: the same command line twice looks the same."""
     first = plain(look("--mixup-prob 0.5"))
@@ -705,6 +701,7 @@ def test_the_crop_of_the_evaluation():
     assert torch.equal(middle, transforms.build_transform(False, args)(image.crop((32, 32, 96, 96))))
 
 
+@pytest.mark.slow
 def test_the_log_has_no_lines_beyond_print_freq():
     for freq, lines in ((1, 12), (4, 4), (100, 2)):
         line = " ".join([*QUICK, f"--data-path {{data}} --epochs 2 --batch-size 8 --print-freq {freq}"])

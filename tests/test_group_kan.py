@@ -260,6 +260,7 @@ def test_coefficients_of_another_grid_are_refused(grid):
     model.load_state_dict(without, strict=False)        # an MLP's, or what says nothing of a grid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{}, {"input_phi": False, "trainable_base": True}], ids=str)
 def test_compiled_without_a_graph_break(kwargs):
     kan, x = kan_of(**kwargs), torch.randn(2, 9, 16, requires_grad=True)

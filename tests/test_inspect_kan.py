@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, checkpoint, run, write_digits
-from helpers import RELEASED, ROOT, needs_released
+from helpers import RELEASED, ROOT, every, needs_released
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 from PIL import Image
@@ -88,6 +88,7 @@ def colours(content: bytes) -> int:
 
 
 # ---------------------------------------------------------------- the report
+@pytest.mark.slow
 def test_a_group_kan_on_its_data(places, tmp_path, capsys):
     file, data = places / "GKAN/checkpoint.pth", places / "data"
     assert inspected(file, "--data-path", data, "--output", tmp_path / "deep/out") == 0
@@ -139,6 +140,7 @@ def test_images_that_are_named(places, tmp_path):
     assert ["measured on", "24 images"] in page.rows and len(page.pictures) == 3
 
 
+@pytest.mark.slow
 def test_without_any_image(places, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.pth").write_bytes((places / "GKAN/checkpoint.pth").read_bytes())
@@ -192,6 +194,7 @@ def test_the_moving_average(places, tmp_path):
     assert (tmp_path / "model/functions.png").read_bytes() != (tmp_path / "model_ema/functions.png").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, size, words, pictures", [
     ("vit_tiny_patch16_224", 224, "no learned functions", 1), ("resnet10t", 176, "no attention", 0)])
 def test_models_of_timms(places, tmp_path, name, size, words, pictures):
@@ -262,14 +265,14 @@ def test_unreadable_images_are_left_out(places, tmp_path, capfd):
     assert "broken.png" in capfd.readouterr().err and ["measured on", "1 images"] in Page(tmp_path / "out/report.html").rows
 
 
-@pytest.mark.parametrize("words, sentence", [
+@pytest.mark.parametrize("words, sentence", every(3, [
     (["nowhere.pth"], "does not exist"), (["CHECKPOINT", "nowhere.png"], "nowhere.png does not exist"),
     (["CHECKPOINT", "--layer", "blocks.9"], "--layer blocks.9"), (["MLP", "--layer", "blocks.0"], "no learned functions"),
     (["CHECKPOINT", "--samples", "0"], "--samples 0"), (["CHECKPOINT", "--compar", "x"], "did you mean --compare"),
     (["CHECKPOINT", "BROKEN"], "none of the 1 images"), (["CHECKPOINT", "--compare", "BROKEN"], "cannot be read"),
     (["CHECKPOINT", "--output", "BROKEN", *ONE], "cannot be written"), (["CHECKPOINT", "--weights", "best"], "model_ema"),
     (["CHECKPOINT", "--data-path", "nowhere"], "nowhere"), (["CHECKPOINT", "--data-set", "NONE"], "--data-set"),
-    ([], "CHECKPOINT")])
+    ([], "CHECKPOINT")]))
 def test_mistakes(words, sentence, places, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no image")

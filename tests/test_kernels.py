@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from functorch.compile import make_boxed_func
-from helpers import ROOT
+from helpers import ROOT, every
 from paths import error
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -110,6 +110,7 @@ def test_what_a_run_says_is_what_its_layers_take(monkeypatch):
 
 
 # ---------------------------------------------------------------- the compiler and the cache
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_once_and_kept(fresh, monkeypatch):
     want = compute()
@@ -130,9 +131,9 @@ def test_a_cache_that_cannot_be_written(fresh):
     assert native.library(8, "gelu") is not None and fresh.is_file()
 
 
-@pytest.mark.parametrize("compiler, words", [
-    (None, "no C\\+\\+ compiler"), ("/bin/false", "/bin/false could not build them"),
-    (sys.executable, "could not build them")], ids=["none", "fails", "no compiler at all"])
+@pytest.mark.parametrize("compiler, words", every(3, [
+    ("/bin/false", "/bin/false could not build them"), (None, "no C\\+\\+ compiler"),
+    (sys.executable, "could not build them")]), ids=["fails", "none", "no compiler at all"])
 def test_without_a_compiler_a_slower_path_and_one_warning(fresh, monkeypatch, compiler, words):
     want = compute() if native.compiler() else None
     native.library.cache_clear()
@@ -161,7 +162,8 @@ def test_a_file_in_the_cache_that_is_no_library(fresh):
 
 
 @needs_compiler
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
 def test_one_openmp_in_the_process(threads):
     """A second OpenMP library would double the threads; ours takes the one that PyTorch has loaded."""
     code = ("import torch\nfrom vision_kan import kernels\n"
@@ -233,8 +235,8 @@ def ops_in(graph) -> list[str]:
     return [str(node.target).split(".")[1] for node in graph.nodes if str(node.target).startswith("vision_kan.")]
 
 
-@pytest.mark.parametrize("make, op", [(GroupKAN, "rswaf_activation"), (FasterKAN, "rswaf_linear"),
-                                      pytest.param(EfficientKAN, None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make, op", every(3, [
+    (GroupKAN, "rswaf_activation"), (FasterKAN, "rswaf_linear"), (EfficientKAN, None)]))
 def test_a_compiled_layer_runs_the_ops_and_an_exported_one_plain_pytorch(make, op):
     layer, x, compiled = make(16), torch.randn(4, 16, requires_grad=True), []
 
@@ -311,6 +313,7 @@ class Marked(torch.Tensor):
 
 
 # ---------------------------------------------------------------- Triton, in its interpreter
+@pytest.mark.slow
 def test_the_ops_reach_their_triton_kernels():
     """Forward and every gradient through the registered ops, a fixed and a trained grid."""
     pytest.importorskip("triton")

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from e2e import _digits as load_digits
-from helpers import ROOT
+from helpers import ROOT, every
 from timm.layers import GluMlp, Mlp
 from timm.models.mlp_mixer import MlpMixer
 from torch import nn
@@ -137,7 +137,7 @@ def test_another_head_and_gradient_checkpointing(suffix):
 
 
 # ---------------------------------------------------------------- in a net of one's own
-@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("layer", every(2, LAYERS.values()), ids=LAYERS)
 def test_in_a_net_of_ones_own(layer):
     torch.manual_seed(0)
     images, targets = real_images(32, 8)
@@ -181,7 +181,8 @@ def kans_of(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("architecture", [mixer, pytest.param(sam, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [mixer, sam])
 def test_as_mlp_layer(architecture, layer):
     torch.manual_seed(0)
     model = architecture(layer)
@@ -232,8 +233,8 @@ ARCHITECTURES = {
     "convnext_tiny": (dict(depths=(1, 1, 1, 1), dims=(16, 16, 32, 32)), 64, 4)}
 
 
-@pytest.mark.parametrize("name", ["beit_base_patch16_224", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "swin_tiny_patch4_window7_224", "convnext_tiny"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny"])
 def test_a_group_kan_goes_on_from_a_trained_model(name):
     kwargs, size, count = ARCHITECTURES[name]
     torch.manual_seed(0)

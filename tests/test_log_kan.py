@@ -85,6 +85,7 @@ def test_the_numbers_are_those_of_the_last_checkpoint(runs, data):
 
 
 # ---------------------------------------------------------------- the training does not notice
+@pytest.mark.slow
 def test_the_training_is_the_same_bit_by_bit(runs):
     a, b = (without_kan(left(runs / name)) for name in ("without", "with"))
     assert differences(a, b) == []
@@ -131,13 +132,15 @@ def test_warning_off_the_grid(data, tmp_path, capfd, flags, warned):
 
 
 # ---------------------------------------------------------------- mistakes and full disks
-def test_without_effect_it_is_an_error(data, runs, tmp_path, capsys):
+def test_without_effect_it_is_an_error(data, tmp_path_factory, tmp_path, capsys):
+    trained = tmp_path_factory.mktemp("trained")
+    assert run(*QUICK, *GROUP, "--data-path", data, "--epochs", 1, "--output_dir", trained) == 0
     line = (*QUICK, "--data-path", data, "--log-kan", 1)
     text = refusal(capsys, *line, "--output_dir", tmp_path, "--model", "vit_nano_patch8_32_ViT")
     assert "--log-kan has no effect on --model vit_nano_patch8_32_ViT" in text and "vit_nano_patch8_32_GKAN" in text
     assert "--log-kan has no effect" in refusal(capsys, *line, "--output_dir", tmp_path, "--model", "resnet10t")
     assert "--output_dir" in refusal(capsys, *line)
-    evaluation = ("--eval", "--resume", runs / "without/checkpoint.pth", "--data-path", data)
+    evaluation = ("--eval", "--resume", trained / "checkpoint.pth", "--data-path", data)
     assert "--eval" in refusal(capsys, *evaluation, "--log-kan", 1)
     assert "--log-kan" in refusal(capsys, *line[:-1], -1, "--output_dir", tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -159,11 +162,13 @@ def on_a_full_disk(folder: Path) -> tuple[str, str, float]:
     return failed, said.getvalue(), sum(float((value - before[key]).abs().sum()) for key, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_survived(tmp_path):
     failed, said, moved = forked(on_a_full_disk, tmp_path)
     assert "TensorBoard events could not be written" in failed and "warning: the TensorBoard events" in said and moved == 0
     assert scalars(tmp_path)["kan_off_grid/blocks.0.mlp.phi1"][-1][0] == 2      # and it goes on
 
 
+@pytest.mark.slow
 def test_log_lines_are_as_before(runs):
     assert log(runs / "with") == log(runs / "without")

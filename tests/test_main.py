@@ -136,6 +136,7 @@ def test_tensorboard_shows_the_numbers_of_the_log(whole):
         assert shown == pytest.approx({record["epoch"]: record[key] for record in log(whole)})
 
 
+@slow
 def test_training_learns(tmp_path):
     data = write_digits(tmp_path / "data", classes=2)
     assert run(*QUICK, "--data-path", data, "--output_dir", tmp_path / "out", "--epochs", 12, "--batch-size", 8,
@@ -171,6 +172,7 @@ def test_its_args_as_a_recipe_give_the_same_run(whole, tmp_path):
     same_run(whole, tmp_path / "again")
 
 
+@slow
 def test_another_seed_gives_another_run(whole, tmp_path):
     assert run("--config", whole / "args.yaml", "--output_dir", tmp_path / "other", "--seed", 1) == 0
     assert len(changed(checkpoint(whole)["model"], checkpoint(tmp_path / "other")["model"])) > 20
@@ -194,7 +196,7 @@ def test_without_an_output_folder_nothing_is_written(data, tmp_path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", every(3, [
+@pytest.mark.parametrize("flags", every(8, [
     "--bce-loss", "--bce-loss --mixup 0 --cutmix 0", "--mixup 0 --cutmix 0 --smoothing 0", "--cutmix-minmax 0.2 0.8",
     "--mixup-mode elem", "--mixup-mode pair", "--cosub", "--cosub --bce-loss", "--ThreeAugment", "--src", "--repeated-aug",
     "--repeated-aug --resplit", "--no-train-mode", "--grad-accum 2", "--grad-checkpointing", "--amp-dtype bfloat16",
@@ -238,7 +240,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_code_1(data, tmp_path, caps
     assert told["state"] == "failed" and told["exit_code"] == 1 and "--lr" in told["reason"]
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR2"])
+@pytest.mark.parametrize("name", every(3, ["SIGTERM", "SIGINT", "SIGUSR2"]))
 def test_a_signal_stops_the_run_at_the_next_step_and_a_resume_finishes_it(name, data, tmp_path):
     out = tmp_path / "out"
     process = Run(tmp_path, *three_epochs(data, out), "--epochs", 1000)
@@ -254,7 +256,7 @@ def test_a_signal_stops_the_run_at_the_next_step_and_a_resume_finishes_it(name, 
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
 
 
-@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("deaf", every(2, [False, True]))
 def test_interrupts_are_answered_at_once_and_a_second_one_ends_the_run(deaf, data, tmp_path):
     out = tmp_path / "out"
     process = Run(tmp_path, *three_epochs(data, out), "--epochs", 1000, call=deaf_steps if deaf else slow_steps)
@@ -345,6 +347,7 @@ def test_a_group_kan_starts_from_its_twins_weights(data, tmp_path, watched, caps
     assert not changed(own, before) and all(before[key].abs().max() == 0 for key in before if "coefficients" in key)
 
 
+@slow
 @pytest.mark.parametrize("model", [pytest.param("vit_nano_patch8_32_ViT", marks=slow), GKAN,
                                    pytest.param("dla46x_c", marks=slow)])           # the last has no stochastic depth
 def test_a_runs_args_yaml_runs_again(model, data, tmp_path):
@@ -407,7 +410,7 @@ def teacher(tmp_path_factory, data):
 STUDENT = ("--model", "deit_tiny_distilled_patch16_224_KAN", "--input-size", "32", "--hdim_kan", "8")
 
 
-@pytest.mark.parametrize("kind", ["none", "soft", "hard"])
+@pytest.mark.parametrize("kind", every(3, ["hard", "soft", "none"]))
 def test_distillation(kind, data, teacher, watched):
     weights_of_teacher = torch.load(teacher[-1], weights_only=True)["model"]
     assert run(*QUICK, *STUDENT, *LEARN, "--data-path", data, "--epochs", 1, "--distillation-type", kind, *teacher) == 0
@@ -532,14 +535,13 @@ class Cut(BaseException):
     """Ends a run as abruptly as possible within this process."""
 
 
+@slow
 @pytest.mark.parametrize("flags", [
     (), ("--grad-accum", 2, "--sched-on-updates", "--warmup-epochs", 1, "--opt", "sgd", "--cosub", "--drop", 0.1),
-    pytest.param(("--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 1, "--decay-rate", 0.5), marks=slow),
-    pytest.param(("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit"), marks=slow),
-    pytest.param(("--model", GKAN, "--kan-trainable-base", "--kan-groups", 4, "--kan-weight-decay", 0.1, "--layer-decay", 0.7),
-                 marks=slow),
-    pytest.param(("--model", GKAN, "--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 2, "--opt",
-                  "lookahead_adamw"), marks=slow)])
+    ("--sched", "plateau", "--patience-epochs", 0, "--cooldown-epochs", 1, "--decay-rate", 0.5),
+    ("--lr-noise", 0.1, "--layer-decay", 0.7, "--no-model-ema", "--repeated-aug", "--resplit"),
+    ("--model", GKAN, "--kan-trainable-base", "--kan-groups", 4, "--kan-weight-decay", 0.1, "--layer-decay", 0.7),
+    ("--model", GKAN, "--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 2, "--opt", "lookahead_adamw")])
 def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
     flags = (*QUICK, *LEARN, "--data-path", data, "--epochs", 5, *flags)
     assert run(*flags, "--output_dir", tmp_path / "whole") == 0
@@ -561,6 +563,7 @@ def test_resumed_equals_uninterrupted(flags, data, tmp_path, monkeypatch):
     assert starts == [0, 2]
 
 
+@slow
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(whole, data, tmp_path):
     moments = random.Random(0)
     flags = (*three_epochs(data, tmp_path / "out"), "--resume", "auto")
@@ -627,6 +630,7 @@ def test_patience_ends_a_run_that_no_longer_improves(data, tmp_path, capsys):
     assert [record["epoch"] for record in log(tmp_path / "parts")] == [0, 1, 2, 3, 4]
 
 
+@slow
 def test_epochs_may_grow(copied, data):
     assert run(*three_epochs(data, copied), "--resume", "auto", "--epochs", 5) == 0
     assert [record["epoch"] for record in log(copied)] == [0, 1, 2, 3, 4]
@@ -644,9 +648,9 @@ def test_only_the_folders_are_needed_to_resume(copied, data, capsys):
     assert len(log(copied)) == 4
 
 
-@pytest.mark.parametrize(("flag", "value"), [
+@pytest.mark.parametrize(("flag", "value"), every(3, [
     ("--lr", "0.5"), ("--opt", "sgd"), ("--seed", "7"), ("--model", "vit_nano_patch4_32_KAN"), ("--hdim_kan", "96"),
-    ("--input-size", "64"), ("--data-set", "DIGITS"), ("--mixup", "0"), ("--sched", "step"), ("--kan-h", "0.5")])
+    ("--input-size", "64"), ("--data-set", "DIGITS"), ("--mixup", "0"), ("--sched", "step"), ("--kan-h", "0.5")]))
 def test_a_flag_that_contradicts_the_checkpoint(flag, value, copied, data, capsys):
     before = contents(copied)
     assert flag in refusal(capsys, "--resume", "auto", "--output_dir", copied, "--data-path", data, "--epochs", 4,
@@ -724,6 +728,7 @@ def test_released_checkpoint_is_no_start_for_resuming(digits64, tmp_path, capsys
                                     "--data-set", "FOLDER", "--output_dir", tmp_path / "out")
 
 
+@slow
 def test_released_checkpoint_as_a_start_for_fine_tuning(digits64, tmp_path, watched, capsys):
     model, _ = released(tmp_path / "released.pth", classes=100)
     assert run("--finetune", tmp_path / "released.pth", "--data-path", digits64, *QUICK[:4], "--epochs", 1, "--input-size", 64,
@@ -760,7 +765,7 @@ FINE = ("--device", "cpu", "--num_workers", "0", "--model", "deit_tiny_patch16_2
         "--warmup-epochs", "0", "--epochs", "1")
 
 
-@pytest.mark.parametrize(("name", "size"), [("weights.pth", 32), ("weights.safetensors", 64), ("parallel.pth", 32)])
+@pytest.mark.parametrize(("name", "size"), every(3, [("weights.safetensors", 64), ("weights.pth", 32), ("parallel.pth", 32)]))
 def test_finetune_takes_the_attention_over(name, size, data, deit_tiny, tmp_path, watched, capsys):
     if name.endswith(".safetensors"):
         save_file(deit_tiny, tmp_path / name)
@@ -844,6 +849,7 @@ def test_finetune_from_an_address_with_a_hash(data, deit_tiny, server, tmp_path,
 
 
 # ---------------------------------------------------------------- --list-models
+@slow
 def test_list_models(capsys):
     assert run("--list-models") == 0
     head, *rows = capsys.readouterr().out.splitlines()

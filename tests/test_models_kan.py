@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import NANO, RELEASED
+from helpers import NANO, RELEASED, every
 from models import spread
 from safetensors.torch import save_file
 from timm.layers import DropPath
@@ -100,7 +100,7 @@ def test_nothing_else_is_registered_and_nothing_overwritten():
     assert sorted(timm.list_models(module="models_kan")) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every(4, NAMES))
 def test_default_configuration(name):
     cfg, size = get_pretrained_cfg(name), split_name(name)[0]
     assert size.img_size == int(name.split("_")[-2]) and size.patch_size == patch_of(name)
@@ -171,7 +171,7 @@ def check_gradients(model):
         assert parameter.grad.isfinite().all() and parameter.grad.any(), key
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every(4, NAMES))
 def test_every_parameter_has_a_gradient(name):
     model = small(name)
     check_gradients(model)
@@ -185,7 +185,7 @@ def test_every_parameter_of_the_whole_model_has_a_gradient(name):
     check_gradients(small(name, depth=split_name(name)[0].depth))
 
 
-@pytest.mark.parametrize("name", DEIT_NAMES)
+@pytest.mark.parametrize("name", every(4, DEIT_NAMES))
 def test_the_vit_twin_is_timms_model(name):
     ours, theirs = (blank(n).state_dict() for n in (f"{name}_ViT", name))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
@@ -195,7 +195,7 @@ def test_the_vit_twin_is_timms_model(name):
     assert torch.equal(ours(images(ours)), theirs(images(ours)))
 
 
-@pytest.mark.parametrize("name", SIZE_NAMES)
+@pytest.mark.parametrize("name", every(4, SIZE_NAMES))
 def test_the_kan_differs_from_its_twin_in_the_feed_forward_only(name):
     kan, *others = ({k: v.shape for k, v in blank(f"{name}_{suffix}").state_dict().items()
                      if ".mlp." not in k} for suffix in FEED_FORWARDS)
@@ -404,7 +404,7 @@ def test_models_of_other_sizes_are_no_twins():
     assert "not twins: 9," in twin_mismatch(*tiny)
 
 
-@pytest.mark.parametrize("name, kwargs", [
+@pytest.mark.parametrize("name, kwargs", every(3, [
     (NANO, {}), ("vit_nano_patch4_32_ViT", {"num_classes": 0}), ("vit_micro_patch4_32_KAN", {"num_classes": 10}),
     ("deit_tiny_patch16_224_KAN", {}), ("deit_tiny_patch16_224_KAN", {"hdim_kan": 20, "img_size": 64}),
     ("deit_tiny_distilled_patch16_224_KAN", {"img_size": 96, "depth": 3, "num_classes": 10}),
@@ -413,7 +413,7 @@ def test_models_of_other_sizes_are_no_twins():
     ("deit3_small_patch16_224_KAN", {"img_size": 48, "depth": 2, "kan_grid_points": 5}),
     ("vit_nano_patch8_32_EKAN", {}), ("deit_tiny_patch16_224_EKAN", {"img_size": 48, "kan_grid_points": 5}),
     ("vit_nano_patch8_32_GKAN", {}), ("deit3_small_patch16_224_GKAN", {"img_size": 48, "depth": 2, "hdim_kan": 64}),
-    ("deit_base_patch16_384_KAN", {"img_size": (32, 64), "depth": 1, "qkv_bias": False})], ids=str)
+    ("deit_base_patch16_384_KAN", {"img_size": (32, 64), "depth": 1, "qkv_bias": False})]), ids=str)
 def test_flops_are_those_that_pytorch_counts(name, kwargs):
     model = create(name, **kwargs)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -968,7 +968,7 @@ def test_a_timm_model_of_another_kind_can_be_the_target():
     ("vit_nano_patch8_32_EKAN", dict(kan_grid_range=(-1.0, 2.5), kan_grid_points=5, num_classes=7)),
     ("vit_nano_patch8_32_GKAN", dict(kan_groups=4, kan_base="silu", kan_h=1.1, kan_grid_range=(-2.0, 2.5), num_classes=7)),
     ("vit_nano_patch8_32_ViT", dict(num_classes=7))], ids=str)
-@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("safe", every(2, [True, False]))
 def test_saved_for_hugging_face(name, kwargs, safe, tmp_path):
     model = spread(create(name, **kwargs))
     save_for_hf(model, tmp_path, safe_serialization=safe)
@@ -1026,7 +1026,7 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.parametrize("suffix, options", [
-    ("GKAN", {}), ("KAN", {}), ("EKAN", {}),
+    ("GKAN", {}), pytest.param("KAN", {}, marks=pytest.mark.slow), pytest.param("EKAN", {}, marks=pytest.mark.slow),
     ("KAN", {"kan_basis": "covering", "kan_second_norm": "static", "kan_base_branch": True})])
 def test_export(suffix, options):
     """Exported with a free batch size, PyTorch's own operations alone."""

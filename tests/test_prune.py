@@ -407,11 +407,15 @@ def test_a_file_of_the_original_code(digits, tmp_path):
     (["SOURCE", "t.pth", "--what", "edges", "--keep-parameters", "0.5"], "choose hidden, points or groups"),
     (["FULL", "t.pth", "--what", "groups", "--keep-parameters", "0.5"], "choose hidden, points or edges"),
     (["MLP", "t.pth", "--what", "hidden", "--keep-parameters", "0.5"], "_GKAN or _KAN"),
-    (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "0.001", "--images", "8"], "keeps 0.0"),
-    (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "1", "--images", "8"], "nothing was written"),
+    pytest.param(["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "0.001", "--images", "8"], "keeps 0.0",
+                 marks=pytest.mark.slow),
+    pytest.param(["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "1", "--images", "8"], "nothing was written",
+                 marks=pytest.mark.slow),
     (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "0.5", "--data-pth", "x"], "--data-pth"),
-    (["SOURCE", "file/t.pth", "--what", "points", "--keep-parameters", "0.5", "--images", "8"], "cannot be written"),
-    (["SOURCE", "file/t.csv", "--what", "points", "--curve", "0.5", "--images", "8"], "cannot be written")])
+    pytest.param(["SOURCE", "file/t.pth", "--what", "points", "--keep-parameters", "0.5", "--images", "8"], "cannot be written",
+                 marks=pytest.mark.slow),
+    pytest.param(["SOURCE", "file/t.csv", "--what", "points", "--curve", "0.5", "--images", "8"], "cannot be written",
+                 marks=pytest.mark.slow)])
 def test_mistakes(words, sentence, command, barely_trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()

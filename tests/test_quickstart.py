@@ -77,6 +77,7 @@ def test_curves_are_those_of_the_logs():
     assert axes.get_xlabel() == "epoch" and axes.get_ylabel() == "y"
 
 
+@pytest.mark.slow
 def test_picture_with_and_without_a_kan(tmp_path, capsys):
     kan, mlp = (write_log(tmp_path / name, 10.0, 20.0) for name in ("KAN", "MLP"))
     save(mlp, "ViT")

@@ -177,7 +177,7 @@ def test_row(name):
     assert args.eval_crop_ratio == (0.875 if name == "imagenet_tiny_mlp" else 1.0)
 
 
-@pytest.mark.parametrize("path", every(2, RECIPES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", every(4, RECIPES), ids=lambda path: path.stem)
 def test_the_model_is_built(path):
     """And the header computes its cost."""
     model, cost = build(path), header(path)["cost"]
@@ -219,7 +219,7 @@ def test_for_gpus(name):
         assert getattr(args, key) == get_args_parser().get_default(key)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FOR_GPUS if not name.endswith("_mlp")))
+@pytest.mark.parametrize("name", every(4, sorted(name for name in FOR_GPUS if not name.endswith("_mlp"))))
 def test_kan_and_mlp_are_comparable(name):
     """As many parameters as the MLP; a full-edge KAN that begins with DeiT's weights can take its MLP over."""
     args = parse_args(["--config", str(recipe(name))]).args

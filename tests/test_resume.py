@@ -19,10 +19,11 @@ DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 16 --disti
             "--teacher-path {{teacher}}"
 slow = pytest.mark.slow
 WAYS = [
-    "", "--repeated-aug --resplit --mixup-mode elem", "--augment-on device --repeated-aug --resplit",
-    "--grad-accum 2 --clip-grad 0.5 --sched-on-updates",
-    "--model vit_nano_patch8_32_GKAN --kan-groups 0 --grad-checkpointing",
+    "--augment-on device --repeated-aug --resplit --grad-accum 2 --clip-grad 0.5 --sched-on-updates",
     *(pytest.param(way, marks=slow) for way in (
+        "", "--augment-on device --repeated-aug --resplit", "--grad-accum 2 --clip-grad 0.5 --sched-on-updates",
+        "--repeated-aug --resplit --mixup-mode elem",
+        "--model vit_nano_patch8_32_GKAN --kan-groups 0 --grad-checkpointing",
         "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24", "--drop 0.2 --drop-path 0.3 --cosub --epochs 2",
         "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum",
         "--mixup-mode pair --mixup-prob 0.5 --mixup-switch-prob 0.3", "--mixup 0 --cutmix 0 --smoothing 0",
@@ -88,9 +89,10 @@ def whole(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("where, position", [
-    ("the forward pass of step 1 of epoch 0", None), ("the backward pass of step 3 of epoch 0", (0, 2)),
-    pytest.param("a batch of the evaluation (test)", (0, 2), marks=slow), ("a batch of the evaluation (ema)", (0, 2)),
-    pytest.param("the forward pass of step 1 of epoch 1", (1, 0), marks=slow), ("the update of step 3 of epoch 1", (1, 2))])
+    ("the forward pass of step 1 of epoch 0", None), ("the update of step 3 of epoch 1", (1, 2)),
+    *(pytest.param(*case, marks=slow) for case in (
+        ("the backward pass of step 3 of epoch 0", (0, 2)), ("a batch of the evaluation (test)", (0, 2)),
+        ("a batch of the evaluation (ema)", (0, 2)), ("the forward pass of step 1 of epoch 1", (1, 0))))])
 def test_killed_anywhere(where, position, whole, data, tmp_path, monkeypatch):
     """`position`: epoch and step of the last checkpoint before."""
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -113,6 +115,7 @@ def test_stopped_while_evaluating(whole, data, tmp_path, monkeypatch):
     assert differences(left(whole), left(tmp_path)) == []
 
 
+@slow
 @pytest.mark.parametrize("before, after", [(0, 2), pytest.param(2, 1, marks=slow)])
 def test_with_other_workers_after_the_resume(before, after, whole, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -122,6 +125,7 @@ def test_with_other_workers_after_the_resume(before, after, whole, data, tmp_pat
     assert differences(left(whole), left(tmp_path)) == []
 
 
+@slow
 def test_a_spoiled_position_step_seed_or_key_gives_other_weights(whole, data, tmp_path, monkeypatch):
     """The negative control: no state of a random number generator is stored; (seed, epoch, step) replaces it."""
     with monkeypatch.context() as patch:
@@ -144,6 +148,7 @@ def test_a_spoiled_position_step_seed_or_key_gives_other_weights(whole, data, tm
     assert differences(expected, ends_with())       # mixup and dropout
 
 
+@slow
 def test_another_batch_size_goes_on_where_the_order_was(data, tmp_path, monkeypatch, capsys):
     seen = []
     original = batches

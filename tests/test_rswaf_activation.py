@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import every
 from paths import BASES_BY_HAND, PATHS, error, exact_activation, gradients, saved, through
 from torch.utils.checkpoint import checkpoint
 
@@ -281,7 +282,7 @@ def test_activation_checkpointing_changes_nothing(reentrant):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("path", ["auto", "chunked"])
+@pytest.mark.parametrize("path", every(2, ["auto", "chunked"]))
 def test_opcheck(path, scaled, monkeypatch):
     if path == "chunked":
         monkeypatch.setattr(native, "library", lambda points, base=None: None)

@@ -160,7 +160,7 @@ def test_which_inputs_the_kernels_take():
 
 
 @pytest.mark.parametrize("learn", [False, True], ids=["fixed", "trainable"])
-@pytest.mark.parametrize("path", ["auto", "chunked"])
+@pytest.mark.parametrize("path", every(2, ["auto", "chunked"]))
 def test_opcheck(path, learn, monkeypatch):
     if path == "chunked":
         monkeypatch.setattr(native, "library", lambda points, base=None: None)

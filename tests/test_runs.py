@@ -106,6 +106,7 @@ def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys):
     assert (copy / "runs.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Glyph")
 def test_names_in_a_script_that_the_font_lacks(copy, tmp_path):
     one = next(path.parent for path in sorted(copy.rglob("log.txt")))

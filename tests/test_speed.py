@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, checkpoint, run
-from helpers import GKAN, NANO, TWIN
+from helpers import GKAN, NANO, TWIN, every
 from models import nano
 from recorded import batches
 from timm.data import Mixup
@@ -57,9 +57,9 @@ def test_reads_are_counted():
     assert reads.count == 2
 
 
-@pytest.mark.parametrize("name, kwargs", [(name, {}) for name in MODELS] + [
+@pytest.mark.parametrize("name, kwargs", every(3, [(name, {}) for name in MODELS] + [
     ("vit_nano_patch8_32_KAN", {"kan_trainable_grid": True, "kan_trainable_h": True}),
-    ("vit_nano_patch8_32_GKAN", {"kan_trainable_base": True})])
+    ("vit_nano_patch8_32_GKAN", {"kan_trainable_base": True})]))
 def test_steps_do_not_wait_for_the_device(name, kwargs):
     def reads_of(steps: int, print_freq: int) -> int:
         args = flags("--model", name, "--opt", "adamw")
@@ -112,6 +112,7 @@ def test_fused_updates_equal_unfused_ones(opt):
 
 
 # ---------------------------------------------------------------- torch.compile
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == GKAN else pytest.mark.slow) for name in MODELS])
 def test_one_graph_with_the_gradients_of_the_plain_model(name):
     model, plain = nano(name, depth=2), nano(name, depth=2)
@@ -198,6 +199,7 @@ def test_compiled_by_inductor(name):
 
 
 # ---------------------------------------------------------------- profiler
+@pytest.mark.slow
 def test_a_trace_of_warm_steps_and_the_training_goes_on(data, tmp_path, capfd):
     folder = tmp_path / "out"
     assert run(*QUICK, "--batch-size", 4, "--epochs", 2, "--data-path", data, "--profile", "--output_dir", folder) == 0

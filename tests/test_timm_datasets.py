@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from e2e import QUICK, checkpoint, evaluation, launch, log, refusal, run, write_digits
-from helpers import ROOT, differences, every
+from helpers import ROOT, differences, every, sentence
 from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
@@ -336,9 +336,9 @@ def test_two_processes_share_a_stream(shards, tmp_path):
 def test_a_wrong_length_is_noticed(shards, told, words, workers):
     loaders = loaders_of(["--data-set", "wds/x", "--data-path", shards, "--data-split", WDS_SPLIT[0], f"val-{{0..2}}.tar|{told}",
                           "--num-classes", 3], num_workers=workers)
-    with pytest.raises(UserError, match=words) as error:
-        list(batches(loaders.val))
-    assert "\n" not in str(error.value)
+    assert words in sentence(list, batches(loaders.val))
+    if workers:     # else each of them takes five seconds to end, whenever the error is collected
+        loaders.val._iterator._shutdown_workers()
 
 
 @pytest.mark.slow

@@ -114,6 +114,7 @@ def test_a_run_that_does_not_finish_is_told_so(error, state, tmp_path, monkeypat
     assert found.info.status == state and found.data.metrics == {"train/loss": 1.5}
 
 
+@pytest.mark.slow
 @needs["mlflow"]
 def test_a_server_that_is_not_there_stops_nothing_and_is_told_once(data, tmp_path):
     out = tmp_path / "run"
@@ -140,6 +141,7 @@ def test_mistakes(data, tmp_path, capsys, monkeypatch):
     assert run(*given) == 0
 
 
+@pytest.mark.slow
 @needs["wandb"]
 def test_without_a_login_wandb_is_refused_before_the_training(data, tmp_path):
     launch = Run(tmp_path, *QUICK, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "run", "--track", "wandb",

@@ -91,6 +91,7 @@ def test_pictures(trained_run, tmp_path, capfd):
     assert torch.equal(images, expected) and os.fspath(pictures.files[5]) == str(broken)
 
 
+@pytest.mark.slow
 def test_photos_are_turned_as_in_the_training(trained_run, tmp_path):
     """An evaluation and the tools do as the checkpoint says; what was trained on a published data set sees photos upright."""
     folder, data = trained_run
