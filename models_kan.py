@@ -22,6 +22,7 @@ from vision_kan.checkpoints.layouts import filter_state_dict
 from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.feed_forward import MLP, FeedForward
 from vision_kan.layers.group_kan import GroupKAN
+from vision_kan.layers.kat import KAT
 
 
 # ---------------------------------------------------------------- the two tables
@@ -61,6 +62,7 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "KAN": FasterKAN,
     "GKAN": GroupKAN,
     "EKAN": EfficientKAN,
+    "KAT": KAT,
     "ViT": MLP,
 }
 _OPTIONS = {suffix: list(signature(kind.with_options).parameters)[1:] for suffix, kind in FEED_FORWARDS.items()}

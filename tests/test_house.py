@@ -137,7 +137,8 @@ def test_what_pip_installs(tmp_path):
     wheel, = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"vision_kan", "models_kan.py", "faster_kan.py"}
-    ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("vision_kan/**/*.py")} | {"vision_kan/kernels/cpu.cpp"}
+    ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("vision_kan/**/*.py")} | {
+        f"vision_kan/kernels/{name}" for name in ("rational.cpp", "rswaf.cpp", "simd.h")}
     assert ours <= set(names)
 
 

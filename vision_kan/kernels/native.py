@@ -1,4 +1,4 @@
-"""The CPU kernels of cpu.cpp, compiled by the machine's C++ compiler at their first use and cached.
+"""The CPU kernels of *.cpp, compiled by the machine's C++ compiler at their first use and cached.
 
 They are optional: without a compiler, or if it fails, `library` returns None and warns once, and the ops use PyTorch.
 """
@@ -22,11 +22,15 @@ from torch import Tensor
 from vision_kan.common.errors import one_line
 from vision_kan.kernels.basis import MAX_POINTS, pair_constants
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+HERE = Path(__file__).parent
 DTYPES = (torch.float32, torch.bfloat16)
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 # The machine's own instructions and OpenMP, if the compiler supports them; the first that works.
 OPTIONS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+# Of what is called through ctypes.
+POINTER: Any = ctypes.c_void_p      # lists of these hold several types
+INT, LONG = ctypes.c_int, ctypes.c_int64
+MATRIX: list[Any] = [LONG, LONG]
 _warned = False
 
 
@@ -46,29 +50,42 @@ def cache_folder() -> Path:
 
 @functools.lru_cache
 def library(points: int, base: str | None = None) -> ctypes.CDLL | None:
-    """The kernels for grids of this number of points: the activation's for a base function, else the basis's. None if they cannot
-    be built."""
+    """The kernels of rswaf.cpp for grids of this many points: the activation's with a base function, without one the basis's.
+    None if they cannot be built."""
+    found = _library("rswaf", POINTS=str(points), **({} if base is None else {"BASE": base.upper()}))
+    if found is None:
+        return None
+    constants: list[Any] = [POINTER, ctypes.c_float, ctypes.c_float]
+    if base is None:
+        found.rswaf_basis.argtypes = [POINTER, INT, POINTER, INT, *MATRIX, *constants]
+        found.rswaf_basis_grad.argtypes = [POINTER, INT, POINTER, INT, POINTER, *MATRIX, *constants]
+    else:
+        found.rswaf_activation.argtypes = [POINTER] * 2 + [INT, *MATRIX, POINTER, POINTER, LONG, *constants]
+        pointers: list[Any] = [POINTER] * 3
+        found.rswaf_activation_grad.argtypes = [*pointers, INT, *MATRIX, POINTER, POINTER, LONG, *constants, POINTER, POINTER]
+    return found
+
+
+@functools.lru_cache
+def rational_library(degree: int, below: int) -> ctypes.CDLL | None:
+    """The kernels of rational.cpp for a numerator and a denominator of these degrees; None if they cannot be built."""
+    found = _library("rational", DEGREE=str(degree), BELOW=str(below))
+    if found is not None:
+        found.rational.argtypes = [POINTER] * 2 + [INT, *MATRIX, POINTER, LONG]
+        found.rational_grad.argtypes = [POINTER] * 3 + [INT, *MATRIX, POINTER, LONG, POINTER]
+    return found
+
+
+def _library(source: str, **macros: str) -> ctypes.CDLL | None:
     command = compiler()
     if command is None:
         _warn_fallback("no C++ compiler (g++ or clang++) was found")
         return None
     try:
-        found = _load(command, points, base)
+        return _load(command, source, macros)
     except (OSError, subprocess.SubprocessError) as error:
         _warn_fallback(f"{command} could not build them ({one_line(error, 200, line=-1)})")
         return None
-    pointer: Any = ctypes.c_void_p      # lists of these hold several types
-    integer, long, real = ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    constants: list[Any] = [pointer, real, real]
-    matrix: list[Any] = [long, long]
-    if base is None:
-        found.rswaf_basis.argtypes = [pointer, integer, pointer, integer, *matrix, *constants]
-        found.rswaf_basis_grad.argtypes = [pointer, integer, pointer, integer, pointer, *matrix, *constants]
-    else:
-        found.rswaf_activation.argtypes = [pointer] * 2 + [integer, *matrix, pointer, pointer, long, *constants]
-        found.rswaf_activation_grad.argtypes = ([pointer] * 3 + [integer, *matrix, pointer, pointer, long, *constants,
-                                                                 pointer, pointer])
-    return found
 
 
 def _warn_fallback(reason: str) -> None:
@@ -79,25 +96,25 @@ def _warn_fallback(reason: str) -> None:
     _warned = True
 
 
-def _load(command: str, points: int, base: str | None) -> ctypes.CDLL:
+def _load(command: str, source: str, macros: dict[str, str]) -> ctypes.CDLL:
     _share_openmp()
-    file = _compiled(command, points, base)
+    file = _compiled(command, source, macros)
     try:
         found = ctypes.CDLL(str(file))
     except OSError:                     # the cached file is not a library: build it again
         file.unlink()
-        found = ctypes.CDLL(str(_compiled(command, points, base)))
+        found = ctypes.CDLL(str(_compiled(command, source, macros)))
     if file.parent != cache_folder():
         shutil.rmtree(file.parent, ignore_errors=True)
     return found
 
 
-def _compiled(command: str, points: int, base: str | None) -> Path:
+def _compiled(command: str, source: str, macros: dict[str, str]) -> Path:
     """The shared library, from the cache or newly built. Its name depends on source, compiler and processor."""
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), version, _processor(), repr((FLAGS, OPTIONS))]).encode())
-    file = cache_folder() / f"{base or 'basis'}-{points}points-{key.hexdigest()[:16]}.so"
-    macros = [f"-DPOINTS={points}", *([] if base is None else [f"-DBASE={base.upper()}"])]
+    text = [(HERE / name).read_text(encoding="utf-8") for name in ("simd.h", f"{source}.cpp")]
+    key = hashlib.sha256("\0".join([*text, version, _processor(), repr((FLAGS, OPTIONS))]).encode())
+    file = cache_folder() / f"{'-'.join([source, *macros.values()]).lower()}-{key.hexdigest()[:16]}.so"
     if file.exists():
         return file
     try:
@@ -110,7 +127,8 @@ def _compiled(command: str, points: int, base: str | None) -> Path:
     error: subprocess.CalledProcessError | None = None
     for options in OPTIONS:
         try:
-            for arguments in ([*FLAGS, *options, *macros, "-c", str(SOURCE), "-o", str(objects)],
+            for arguments in ([*FLAGS, *options, *(f"-D{name}={value}" for name, value in macros.items()), "-c",
+                               str(HERE / f"{source}.cpp"), "-o", str(objects)],
                             # without -fopenmp, so that it uses PyTorch's OpenMP instead of loading a second one
                             ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
                              str(objects), "-o", str(shared)]):
@@ -202,6 +220,26 @@ def basis_grad(values: Tensor, u: Tensor, points: tuple[float, ...], h: float, o
     if u.numel():
         _found(len(points)).rswaf_basis_grad(values.data_ptr(), _half(values), u.data_ptr(), _half(u), out.data_ptr(),
                                              *u.shape, *_grid(points, h))
+
+
+def rational(u: Tensor, coefficients: Tensor, degree: int) -> Tensor:
+    """v [T, C] in u's dtype from contiguous u [T, C] (`DTYPES`) and float32 coefficients [groups, m + 1 + n]."""
+    v, library = torch.empty_like(u), rational_library(degree, coefficients.shape[1] - 1 - degree)
+    assert library is not None      # `backend.resolve_rational` has seen to that
+    if u.numel():
+        library.rational(u.data_ptr(), v.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(), len(coefficients))
+    return v
+
+
+def rational_grad(dv: Tensor, u: Tensor, coefficients: Tensor, degree: int) -> tuple[Tensor, Tensor]:
+    """du [T, C] in u's dtype, and float32 gradients of the coefficients."""
+    du, dc = torch.empty_like(u), torch.zeros(coefficients.shape, dtype=torch.float64)
+    library = rational_library(degree, coefficients.shape[1] - 1 - degree)
+    assert library is not None
+    if u.numel():
+        library.rational_grad(dv.data_ptr(), u.data_ptr(), du.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(),
+                              len(coefficients), dc.data_ptr())
+    return du, dc.float()
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -9,35 +9,16 @@
 // an odd number is a pair with y = c = g = 0. All terms of Q are positive. One exponential and, for up to four
 // pairs, two divisions give all values. Derivatives: dw/dz = -w T, dT/dz = 4 w^2.
 //
-// Plain C functions, called through ctypes; written with the vector extensions of GCC and Clang, which lower to
-// whatever the machine has. Sums over rows are taken in blocks of a fixed size and added in a fixed order, so a
-// result does not depend on the number of threads.
+// Plain C functions, called through ctypes.
 // Compiled for one number of grid points, POINTS, and either for one base function of the activation, BASE, or without
 // BASE for the basis: only what a model needs.
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
+#include "simd.h"
 
 namespace {
 
-// Floats worked on at once: a register's; wider vectors would be lowered to single floats.
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-constexpr int BLOCK = 128;          // rows whose sums are added in float32
-constexpr int STRIP = 8;            // rows that a stage works on
 constexpr int P = (POINTS + 1) / 2; // pairs
 constexpr bool MIDDLE = POINTS % 2; // the last of them is a single point
 constexpr int SHARED = 4;           // pairs that share a division; more could overflow
-typedef float F __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
-typedef uint16_t H __attribute__((vector_size(2 * LANES)));
-
 enum Base { NONE, IDENTITY, GELU, SILU, RELU, RELU2 };
 
 }  // namespace
@@ -45,8 +26,6 @@ enum Base { NONE, IDENTITY, GELU, SILU, RELU, RELU2 };
 struct Pair { float a, b, g, x, y, c; };
 
 namespace {
-
-inline F all(float value) { return F{} + value; }
 
 // The constants of every pair, a lane each: operands that instructions can take from memory as they are.
 struct Constants {
@@ -60,43 +39,7 @@ struct Constants {
     }
 };
 
-// ---------------------------------------------------------------- memory: float32 or bfloat16, n <= LANES of them
-inline F widen(H half) { return (F)(__builtin_convertvector(half, I) << 16); }
-
-inline H narrow(F value) {          // round to nearest even, as PyTorch does
-    I bits = (I)value;
-    I rounded = (I)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
-    I nan = (I)(value != value);
-    return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), H);
-}
-
-// FULL: n == LANES, known when compiled, so that nothing goes through memory once more.
-template <bool FULL>
-inline F load(const float* from, int n) {
-    F value{};
-    memcpy(&value, from, FULL ? sizeof value : 4 * n);
-    return value;
-}
-
-template <bool FULL>
-inline F load(const uint16_t* from, int n) {
-    H half{};
-    memcpy(&half, from, FULL ? sizeof half : 2 * n);
-    return widen(half);
-}
-
-template <bool FULL>
-inline void store(float* to, F value, int n) { memcpy(to, &value, FULL ? sizeof value : 4 * n); }
-
-template <bool FULL>
-inline void store(uint16_t* to, F value, int n) {
-    H half = narrow(value);
-    memcpy(to, &half, FULL ? sizeof half : 2 * n);
-}
-
 // ---------------------------------------------------------------- functions
-inline F absolute(F x) { return (F)((I)x & 0x7fffffff); }
-
 // exp(-x) for x >= 0; below 2^-125 it stays there, so that nothing turns into a denormal number.
 inline F exp_minus(F x) {
     F t = x * -1.44269504f;
@@ -253,21 +196,6 @@ inline void activation_rows(const T* u, T* v, int64_t rows, int64_t channels, in
         }
         if (BASE != NONE)
             for (int i = 0; i < count; i++) store<FULL>(v + i * channels, p[i].w + k.scale * base<false>(value[i]), n);
-    }
-}
-
-// tile(first channel, channels, where it begins, rows, its number) for every BLOCK rows of LANES channels, or of what is left.
-template <typename Fn>
-void each_tile(int64_t rows, int64_t channels, Fn tile) {
-    int64_t blocks = (rows + BLOCK - 1) / BLOCK, chunks = (channels + LANES - 1) / LANES;
-    #pragma omp parallel for collapse(2) schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            int64_t channel = chunk * LANES, row = block * BLOCK;
-            int n = channels - channel < LANES ? channels - channel : LANES;
-            int64_t count = rows - row < BLOCK ? rows - row : BLOCK;
-            tile(channel, n, row * channels + channel, count, block * chunks + chunk);
-        }
     }
 }
 
@@ -451,9 +379,6 @@ void basis_grad(O* in_out, const T* u, T* du, int64_t rows, int64_t channels, co
     }
 }
 #endif
-
-template <typename Fn>
-void with_type(int half, Fn fn) { if (half) fn(uint16_t()); else fn(float()); }
 
 }  // namespace
 
