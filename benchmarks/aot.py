@@ -41,7 +41,7 @@ from triton.compiler import ASTSource
 
 from vision_kan.kernels.triton_common import TARGETS, AotCase, Device
 
-MODULES = ("vision_kan.kernels.triton_linear", "vision_kan.kernels.triton_activation")
+MODULES = ("vision_kan.kernels.triton_linear", "vision_kan.kernels.triton_activation", "vision_kan.kernels.triton_rational")
 TOKENS = 25_216                                 # 128 images of 197 tokens
 WIDTHS = (192, 384, 768)
 # Rates behind the lower bounds: flop/s of 16-bit matrix products, special functions/s (16 a clock and

@@ -90,17 +90,6 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
     return "chunked"
 
 
-def resolve_rational(name: str, tensor: torch.Tensor, degree: int, below: int) -> str:
-    """As `resolve`, for a quotient of polynomials of these degrees."""
-    if tensor.dtype == torch.float64:
-        return "chunked"
-    if _is_for_triton(name, tensor.device.type):
-        return "triton"
-    if tensor.device.type == "cpu" and native.rational_library(degree, below) is not None:
-        return "native"
-    return "chunked"
-
-
 def _constant_in_graphs(function: Callable) -> Callable:
     """Makes Dynamo call the function while it traces, instead of tracing into it. `torch.compiler.assume_constant_result` does
     the same, but would import Dynamo in every run."""

@@ -6,7 +6,8 @@
 coefficients.
 """
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,22 +30,25 @@ def rational(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tensor:
     Returns: [..., I] in u's dtype.
     Raises: ValueError if the groups do not divide the channels, or if Q has no coefficient.
     """
-    groups, count = coefficients.shape
-    if u.shape[-1] % groups:
-        raise ValueError(f"{groups} groups do not divide {u.shape[-1]} channels")
+    u = cast(u, backend.autocast_dtype(u))
+    name = backend.chosen()
+    if name in ("reference", "compile") or backend.transformed() or backend.traced(u, coefficients):
+        _check(u.shape, coefficients.shape, degree)
+        if name == "reference" or backend.transformed():
+            return rational_reference(u, coefficients, degree)
+        if name == "compile":
+            return _compiled_reference()(u, coefficients, degree)
+        return _rational(u, coefficients, degree, name)
+    return _Rational.apply(u, coefficients, _kernel(u, coefficients, degree, name), (degree, name))
+
+
+def _check(shape: Sequence[int], coefficients: Sequence[int], degree: int) -> None:
+    """Raises ValueError if the groups do not divide the channels, or if Q has no coefficient."""
+    groups, count = coefficients
+    if not groups or shape[-1] % groups:
+        raise ValueError(f"{groups} groups do not divide {shape[-1]} channels")
     if not 0 < degree < count - 1:
         raise ValueError(f"{count} coefficients leave none for the denominator of a numerator of degree {degree}")
-    device = u.device.type
-    if torch.is_autocast_enabled(device):
-        u = cast(u, torch.get_autocast_dtype(device))
-    name = backend.chosen()
-    if name == "reference" or backend.transformed():
-        return rational_reference(u, coefficients, degree)
-    if name == "compile":
-        return _compiled_reference()(u, coefficients, degree)
-    if backend.traced(u, coefficients):
-        return _rational(u, coefficients, degree, name)
-    return _Rational.apply(u, coefficients, (degree, name))
 
 
 def rational_reference(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tensor:
@@ -68,73 +72,89 @@ def _polynomial(c: Tensor, x: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------- the op
-def _value(u: Tensor, coefficients: Tensor, degree: int, backend_name: str) -> Tensor:
-    how = backend.resolve_rational(backend_name, u, degree, coefficients.shape[1] - 1 - degree)
-    if how == "triton":
-        return _triton().forward(u.contiguous(), coefficients, degree)
-    flat, c = _prepare(u, coefficients, how)
-    v = (native.rational if how == "native" else _chunked)(flat, c, degree)
-    return cast(v, u.dtype).resize_(u.shape)
+def _kernel(u: Tensor, coefficients: Tensor, degree: int, backend_name: str) -> Any:
+    """The code that computes the op: `forward(u, coefficients)` returns v, `backward(dv, u, coefficients)` their gradients
+    first."""
+    plan = _triton_plan(u.dtype, u.shape, u.device, coefficients.shape, degree, backend_name)
+    if plan is not None:
+        return plan
+    _check(u.shape, coefficients.shape, degree)
+    below = coefficients.shape[1] - 1 - degree
+    return _ByRows(u.is_cpu and u.dtype != torch.float64 and native.rational_library(degree, below) is not None, degree)
 
 
-def _gradients(dv: Tensor, u: Tensor, coefficients: Tensor, degree: int, backend_name: str) -> tuple[Tensor, Tensor]:
-    how = backend.resolve_rational(backend_name, u, degree, coefficients.shape[1] - 1 - degree)
-    du: Any
-    dc: Any
-    if how == "triton":
-        du, dc = _triton().backward(cast(dv, u.dtype).contiguous(), u.contiguous(), coefficients, degree)
-    else:
-        flat, c = _prepare(u, coefficients, how)
-        du, dc = (native.rational_grad if how == "native" else _chunked_grad)(cast(as_matrix(dv), flat.dtype), flat, c, degree)
-        du = cast(du, u.dtype).view(u.shape)
+@functools.lru_cache(maxsize=1024)
+def _triton_plan(dtype: torch.dtype, shape: torch.Size, device: torch.device, coefficients: torch.Size, degree: int,
+                 backend_name: str) -> Any:
+    """Made once for a size and device; None if Triton does not compute the op."""
+    if not backend.takes_triton(backend_name, device.type, dtype, coefficients[1]):
+        return None
+    from vision_kan.kernels.triton_rational import Plan
+    _check(shape, coefficients, degree)
+    return Plan(dtype, shape, device, coefficients, degree)
+
+
+class _ByRows(NamedTuple):
+    """The op in C++ or in PyTorch, with u as a matrix."""
+    in_cpp: bool
+    degree: int
+
+    def forward(self, u: Tensor, coefficients: Tensor) -> Tensor:
+        v = (native.rational if self.in_cpp else _chunked)(*self._prepare(u, coefficients), self.degree)
+        return cast(v, u.dtype).resize_(u.shape)            # not a view: autograd restricts changing views in place
+
+    def backward(self, dv: Tensor, u: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        flat, c = self._prepare(u, coefficients)
+        du, dc = (native.rational_grad if self.in_cpp else _chunked_grad)(
+            cast(as_matrix(dv), flat.dtype), flat, c, self.degree)
+        return cast(du, u.dtype).view(u.shape), dc
+
+    def _prepare(self, u: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        """u [T, I] in a dtype that the path supports, and coefficients in the dtype of the computation."""
+        flat = as_matrix(u)
+        if self.in_cpp and u.dtype not in native.DTYPES:
+            flat = flat.float()
+        return flat, cast(coefficients, torch.float64 if u.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _gradients(kernel: Any, dv: Tensor, u: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    du, dc, *_ = kernel.backward(dv, u, coefficients)
     return du, cast(dc, coefficients.dtype)
 
 
-def _prepare(u: Tensor, coefficients: Tensor, how: str) -> tuple[Tensor, Tensor]:
-    """u [T, I] as the path takes it, and coefficients in the dtype of the maths."""
-    flat = as_matrix(u)
-    if how == "native" and u.dtype not in native.DTYPES:
-        flat = flat.float()
-    return flat, cast(coefficients, torch.float64 if u.dtype == torch.float64 else torch.float32).contiguous()
-
-
-@functools.lru_cache
-def _triton():
-    from vision_kan.kernels import triton_rational
-    return triton_rational
-
-
-def _backward(ctx, dv: Tensor):
-    u, coefficients = ctx.saved_tensors
-    if backend.differentiable_backward(dv):
-        du, dc = backend.gradients(lambda u, c: rational_reference(u, c, ctx.constants[0]), (u, coefficients),
-                                   ctx.needs_input_grad, dv)
-    elif backend.traced(dv, u):
-        du, dc = _rational_grad(dv, u, coefficients, *ctx.constants)
-    else:
-        du, dc = _gradients(dv, u, coefficients, *ctx.constants)
-    return du, dc, *ctx.no_gradients
-
-
 class _Rational(torch.autograd.Function):
-    """The op in eager mode, where nothing traces: see `backend.traced`."""
-    backward = staticmethod(_backward)
+    """The op in eager mode, when nothing is tracing: see `backend.traced`."""
 
     @staticmethod
-    def forward(ctx, u: Tensor, coefficients: Tensor, constants: tuple[int, str]) -> Tensor:
+    def forward(ctx, u: Tensor, coefficients: Tensor, kernel: Any, constants: tuple[int, str]) -> Tensor:
         ctx.save_for_backward(u, coefficients)
-        ctx.constants, ctx.no_gradients = constants, (None,)
-        return _value(u, coefficients, *constants)
+        ctx.kernel, ctx.constants = kernel, constants
+        return kernel.forward(u, coefficients)
+
+    @staticmethod
+    def backward(ctx, dv: Tensor):
+        u, coefficients = ctx.saved_tensors
+        if backend.traced(dv, u) or backend.differentiable_backward(dv):
+            return *_visible_gradients(ctx, dv, u, coefficients), None, None
+        return *_gradients(ctx.kernel, dv, u, coefficients), None, None
+
+
+def _visible_gradients(ctx, dv: Tensor, u: Tensor, coefficients: Tensor) -> Sequence[Tensor | None]:
+    """The gradients of u and coefficients, by operations that PyTorch can trace or differentiate."""
+    if backend.differentiable_backward(dv):
+        return backend.gradients(lambda u, c: rational_reference(u, c, ctx.constants[0]), (u, coefficients),
+                                 ctx.needs_input_grad, dv)
+    return _rational_grad(dv, u, coefficients, *ctx.constants)
 
 
 @custom_op("vision_kan::rational", mutates_args=())
 def _rational(u: Tensor, coefficients: Tensor, degree: int, backend_name: str) -> Tensor:
-    return _value(u, coefficients, degree, backend_name)
+    return _kernel(u, coefficients, degree, backend_name).forward(u, coefficients)
 
 
 @custom_op("vision_kan::rational_grad", mutates_args=())
 def _rational_grad(dv: Tensor, u: Tensor, coefficients: Tensor, degree: int, backend_name: str) -> tuple[Tensor, Tensor]:
-    return _gradients(dv, u, coefficients, degree, backend_name)
+    return _gradients(_kernel(u, coefficients, degree, backend_name), dv, u, coefficients)
 
 
 @_rational.register_fake
@@ -151,7 +171,10 @@ def _(dv, u, coefficients, degree, backend_name):
 def _save(ctx, inputs, output) -> None:
     u, coefficients, *ctx.constants = inputs
     ctx.save_for_backward(u, coefficients)
-    ctx.no_gradients = (None, None)
+
+
+def _backward(ctx, dv: Tensor):
+    return *_visible_gradients(ctx, dv, *ctx.saved_tensors), None, None
 
 
 _rational.register_autograd(_backward, setup_context=_save)

@@ -17,11 +17,7 @@ dR/dz = -S R^2, is S * (-2 R^2 (y/2 + R (x + w S))) + A * (w R^2). That is two e
 reciprocal, one reciprocal per four points. Any other grid, or h far below its spacing, needs an exponential and a reciprocal per
 point (`PAIRS` off).
 
-A tile is [N, VEC]: N vectors of VEC neighbouring columns, of 16 bytes if the groups allow it. Only axis 1 is contiguous, so every
-version of Triton gives a thread one whole vector. If VEC divides the columns of a group (`SHARED`), a thread keeps one set of
-coefficients and sums for all its columns, else one for each. Grid and width are compile-time constants, which become immediates.
-A program owns some columns and walks down some rows; the sums for dC stay in the thread until the program's last step. They go to
-an array of partial sums, which a second kernel adds in a fixed order: without atomics, with the same bits on every run.
+Grid and width are compile-time constants, which become immediates. Tiles, sums and launches: `triton_columns`.
 """
 import functools
 import math
@@ -29,27 +25,20 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from vision_kan.kernels.backend import cast
 from vision_kan.kernels.basis import BASES, MAX_POINTS, pair_constants
-from vision_kan.kernels.triton_common import (
-    AotCase,
-    Device,
-    Launch,
-    Work,
-    allocator,
-    device_at,
-    fast_exp2,
-    fast_reciprocal,
+from vision_kan.kernels.triton_columns import (
+    FINISH_BLOCK,
+    WARPS,
+    ColumnsPlan,
+    add_row,
+    choose_tile,
+    finish_kernel,
+    row_total,
+    store_total,
+    tile_vectors,
 )
-
-WARPS = 4
-# Programs per multiprocessor. 8 (forward) and 7 (backward) fit at a time; more are faster, because they do not end at the same
-# time. Measured on an H100, 25,216 x 768, bf16, forward + backward: 127 us with 8 and 7, 117 with 16, 118 with 24 and with 32.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24.0, 16.0
-FINISH_BLOCK = 1024
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from vision_kan.kernels.triton_common import AotCase, Device, Work, fast_exp2, fast_reciprocal
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 ROOT = tl.constexpr(math.sqrt(0.5 * math.log2(math.e)))         # exp(-u^2/2) = 2^-(ROOT u)^2
@@ -164,42 +153,6 @@ def _coefficients(c, group, mask, G: tl.constexpr, PAIRS: tl.constexpr):
 
 
 # ---------------------------------------------------------------- kernels
-@triton.jit
-def _vectors(vectors, per_group, N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SHARED: tl.constexpr):
-    """Of the N vectors of a tile: row in the tile, number in the row, whether there is such a number, and the group of
-    each, [N, 1], or of its columns, [N, VEC]. per_group: of a group the vectors (SHARED) or the columns."""
-    n = tl.arange(0, N)
-    vector = tl.program_id(0) * LANES + n % LANES
-    if SHARED:
-        group = (vector // per_group)[:, None]
-    else:
-        group = (vector[:, None] * VEC + tl.arange(0, VEC)[None, :]) // per_group
-    return n // LANES, vector, vector < vectors, group
-
-
-@triton.jit
-def _add_2(total, x):
-    first, second = tl.split(x)
-    return total + first + second
-
-
-@triton.jit
-def _add_4(total, x, N: tl.constexpr):
-    first, second = tl.split(tl.reshape(x, (N, 2, 2)))
-    return _add_2(_add_2(total, first), second)
-
-
-@triton.jit
-def _add_row(total, x, N: tl.constexpr, VEC: tl.constexpr):
-    """total [N] + the sum of x [N, VEC] over its columns, one after the other: what made x becomes part of an FMA, and
-    nothing leaves the thread, which tl.sum does not promise. Not one function that calls itself: Triton 3.3 knows none."""
-    if VEC == 4:
-        return _add_4(total, x, N)
-    else:
-        first, second = tl.split(tl.reshape(x, (N, 4, 2)))
-        return _add_4(_add_4(total, first, N), second, N)
-
-
 @triton.jit(do_not_specialize=["rows", "steps"])
 def forward_kernel(u, c, scale, v, rows, steps, vectors, per_group,
                    G: tl.constexpr, BASE: tl.constexpr, PAIRS: tl.constexpr, SCALED: tl.constexpr,
@@ -209,7 +162,7 @@ def forward_kernel(u, c, scale, v, rows, steps, vectors, per_group,
     """v. A program: LANES vectors wide, `steps` times UNROLL tiles of N/LANES rows high."""
     PAIRED: tl.constexpr = (G + 1) // 2
     ROWS: tl.constexpr = N // LANES
-    row, vector, there, group = _vectors(vectors, per_group, N, LANES, VEC, SHARED)
+    row, vector, there, group = tile_vectors(vectors, per_group, N, LANES, VEC, SHARED)
     own = _coefficients(c, group, there[:, None], G, PAIRS)
     if SCALED:
         s = tl.load(scale + group, mask=there[:, None], other=0.0)
@@ -257,14 +210,14 @@ def backward_kernel(dv, u, c, scale, du, partial, rows, steps, vectors, per_grou
                     G: tl.constexpr, BASE: tl.constexpr, PAIRS: tl.constexpr, SCALED: tl.constexpr,
                     RATE: tl.constexpr, SHIFT: tl.constexpr, PER_H: tl.constexpr, GRID: tl.constexpr,
                     N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, UNROLL: tl.constexpr, SHARED: tl.constexpr,
-                    APPROX: tl.constexpr, NEED_U: tl.constexpr, NEED_C: tl.constexpr):
+                    APPROX: tl.constexpr):
     """du, and partial[program, k, vector or column]: the sums over the program's rows for dC[., k], after them that for
     the scale. In the loop a pair's two are of dv times R^2 (1 + kappa A/2) and times R^2 S."""
     PAIRED: tl.constexpr = (G + 1) // 2
     ROWS: tl.constexpr = N // LANES
     SUMS: tl.constexpr = G + (1 if SCALED else 0)
     TERMS: tl.constexpr = (2 * PAIRED if PAIRS else G) + (1 if SCALED else 0)
-    row, vector, there, group = _vectors(vectors, per_group, N, LANES, VEC, SHARED)
+    row, vector, there, group = tile_vectors(vectors, per_group, N, LANES, VEC, SHARED)
     own = _coefficients(c, group, there[:, None], G, PAIRS)
     if SCALED:
         s = tl.load(scale + group, mask=there[:, None], other=0.0)
@@ -275,7 +228,7 @@ def backward_kernel(dv, u, c, scale, du, partial, rows, steps, vectors, per_grou
             weights = weights + ((-2.0 * PER_H * GRID[2 * j]) * own[2 * j],
                                  (16.0 * PER_H * GRID[2 * j + 1] * GRID[2 * j + 1]) * own[2 * j], -2.0 * w, w)
     sums = ()
-    for _k in tl.static_range(TERMS if NEED_C else 0):
+    for _k in tl.static_range(TERMS):
         if SHARED:
             sums = sums + (tl.zeros((N,), tl.float32),)
         else:
@@ -302,97 +255,52 @@ def backward_kernel(dv, u, c, scale, du, partial, rows, steps, vectors, per_grou
                 for j in tl.static_range(PAIRED):
                     r = all_r[j]
                     r2 = r * r
-                    if NEED_U:
-                        with_s += r2 * (weights[4 * j] + r * (weights[4 * j + 1] + weights[4 * j + 2] * sinh))
-                        with_a += r2 * weights[4 * j + 3]
-                    if NEED_C:
-                        shares = shares + (r2 * (g + (0.25 * GRID[2 * j]) * g_a), r2 * g_s)
+                    with_s += r2 * (weights[4 * j] + r * (weights[4 * j + 1] + weights[4 * j + 2] * sinh))
+                    with_a += r2 * weights[4 * j + 3]
+                    shares = shares + (r2 * (g + (0.25 * GRID[2 * j]) * g_a), r2 * g_s)
                 d = g_s * with_s + g_a * with_a
             else:
                 slope = tl.zeros_like(x)
                 for k in tl.static_range(G):
                     z, basis, q = _single(x, RATE, GRID[k], APPROX)
-                    if NEED_U:
-                        slope -= (own[k] * basis) * tl.where(z < 0.0, -q, q)
-                    if NEED_C:
-                        shares = shares + (g * basis,)
+                    slope -= (own[k] * basis) * tl.where(z < 0.0, -q, q)
+                    shares = shares + (g * basis,)
                 d = g * (PER_H * slope)
-            if NEED_U:
-                if BASE != "none":
-                    b = _base_slope(x, BASE, APPROX)
-                    if SCALED:
-                        b = s * b
-                    d += g * b
-                tl.store(du + at, d.to(du.dtype.element_ty), mask=mask)
-            if NEED_C:
+            if BASE != "none":
+                b = _base_slope(x, BASE, APPROX)
                 if SCALED:
-                    if BASE == "none":
-                        shares = shares + (tl.zeros_like(g),)
-                    else:
-                        shares = shares + (g * _base(x, BASE, APPROX),)
-                new = ()
-                for k in tl.static_range(TERMS):
-                    if SHARED:
-                        new = new + (_add_row(sums[k], shares[k], N, VEC),)
-                    else:
-                        new = new + (sums[k] + shares[k],)
-                sums = new
+                    b = s * b
+                d += g * b
+            tl.store(du + at, d.to(du.dtype.element_ty), mask=mask)
+            if SCALED:
+                if BASE == "none":
+                    shares = shares + (tl.zeros_like(g),)
+                else:
+                    shares = shares + (g * _base(x, BASE, APPROX),)
+            new = ()
+            for k in tl.static_range(TERMS):
+                if SHARED:
+                    new = new + (add_row(sums[k], shares[k], N, VEC),)
+                else:
+                    new = new + (sums[k] + shares[k],)
+            sums = new
         dv += vectors * (VEC * ROWS * UNROLL)
         u += vectors * (VEC * ROWS * UNROLL)
         du += vectors * (VEC * ROWS * UNROLL)
         left -= ROWS * UNROLL
-    if NEED_C:
-        if PAIRS:
-            for j in tl.static_range(PAIRED):
-                even = 8.0 * _total(sums[2 * j], N, LANES, VEC, SHARED)
-                odd = (4.0 * GRID[2 * j + 1]) * _total(sums[2 * j + 1], N, LANES, VEC, SHARED)
-                _store_total(partial, even + odd, G // 2 + j, vectors, SUMS, LANES, VEC, SHARED)
-                if G % 2 == 0 or j > 0:
-                    _store_total(partial, even - odd, (G - 1) // 2 - j, vectors, SUMS, LANES, VEC, SHARED)
-        else:
-            for k in tl.static_range(G):
-                _store_total(partial, _total(sums[k], N, LANES, VEC, SHARED), k, vectors, SUMS, LANES, VEC, SHARED)
-        if SCALED:
-            scales = _total(sums[TERMS - 1], N, LANES, VEC, SHARED)
-            _store_total(partial, scales, G, vectors, SUMS, LANES, VEC, SHARED)
-
-
-@triton.jit
-def _total(x, N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SHARED: tl.constexpr):
-    """A program's sum over its rows, [LANES] or [LANES, VEC]."""
-    if SHARED:
-        return tl.sum(tl.reshape(x, (N // LANES, LANES)), 0)
+    if PAIRS:
+        for j in tl.static_range(PAIRED):
+            even = 8.0 * row_total(sums[2 * j], N, LANES, VEC, SHARED)
+            odd = (4.0 * GRID[2 * j + 1]) * row_total(sums[2 * j + 1], N, LANES, VEC, SHARED)
+            store_total(partial, even + odd, G // 2 + j, vectors, SUMS, LANES, VEC, SHARED)
+            if G % 2 == 0 or j > 0:
+                store_total(partial, even - odd, (G - 1) // 2 - j, vectors, SUMS, LANES, VEC, SHARED)
     else:
-        return tl.sum(tl.reshape(x, (N // LANES, LANES, VEC)), 0)
-
-
-@triton.jit
-def _store_total(partial, total, k, vectors, SUMS: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
-                 SHARED: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64) * SUMS + k
-    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    if SHARED:
-        tl.store(partial + row * vectors + lane, total, mask=lane < vectors)
-    else:
-        column = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-        tl.store(partial + row * vectors * VEC + column, total, mask=(lane < vectors)[:, None])
-
-
-@triton.jit(do_not_specialize=["splits"])
-def finish_kernel(partial, dc, dscale, splits, columns, per_group, G: tl.constexpr, SUMS: tl.constexpr,
-                  BLOCK: tl.constexpr):
-    """partial [splits, sums, columns] -> dC [groups, G] and dscale [groups]. A program: one sum of a group."""
-    group, k = tl.program_id(0), tl.program_id(1)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, splits * per_group, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        row = (i // per_group).to(tl.int64) * SUMS + k
-        total += tl.load(partial + row * columns + group * per_group + i % per_group, mask=i < splits * per_group,
-                         other=0.0)
-    if k < G:
-        tl.store(dc + group * G + k, tl.sum(total, 0))
-    else:
-        tl.store(dscale + group, tl.sum(total, 0))
+        for k in tl.static_range(G):
+            store_total(partial, row_total(sums[k], N, LANES, VEC, SHARED), k, vectors, SUMS, LANES, VEC, SHARED)
+    if SCALED:
+        scales = row_total(sums[TERMS - 1], N, LANES, VEC, SHARED)
+        store_total(partial, scales, G, vectors, SUMS, LANES, VEC, SHARED)
 
 
 # ---------------------------------------------------------------- choices of the launchers
@@ -409,24 +317,7 @@ def _grid_constants(points: tuple[float, ...], h: float) -> dict[str, object]:
     return {"PAIRS": pairs, "RATE": rate, "SHIFT": -middle * rate, "PER_H": 2 / h, "GRID": tuple(grid)}
 
 
-def _tile(device: Device, itemsize: int, channels: int, groups: int, points: int, pairs: bool) -> dict[str, int | bool]:
-    """Constexprs of a tile."""
-    per_group, warp = channels // groups, 64 if device.backend == "hip" else 32
-    wide = 16 // itemsize
-    if points > 8 and not pairs:        # a wider vector would not fit into the registers
-        wide = 2 if device.family == "tcgen05" else min(wide, 4)
-    while wide > 4 and per_group % wide:
-        wide //= 2
-    shared = wide >= 4 and per_group % wide == 0
-    if not shared:
-        wide = 2 if channels % 2 == 0 else 1
-    vectors = channels // wide
-    # best are 128 bytes of a row, because narrow programs leave few partial sums; more if fewer lanes are idle then
-    lanes = min((8, 16, 32, 4), key=lambda lanes: -(-vectors // lanes) * lanes)
-    return {"N": warp * WARPS, "LANES": lanes, "VEC": wide, "UNROLL": 1 if shared else 8 // wide, "SHARED": shared}
-
-
-class Plan:
+class Plan(ColumnsPlan):
     """The op and its gradients, computed in float32, for one size, device and grid: what does not depend on the data.
 
     Args:
@@ -441,85 +332,12 @@ class Plan:
 
     def __init__(self, dtype: torch.dtype, shape: torch.Size, where: torch.device, coefficients: torch.Size, scaled: bool,
                  points: tuple[float, ...], h: float, base: str):
-        groups, g = coefficients
-        if dtype not in TYPES:
-            raise ValueError(f"u must be of float32, float16 or bfloat16, got {dtype}")
+        g = coefficients[1]
         if not 2 <= g <= MAX_POINTS or g != len(points) or base not in ("none", *BASES):
             raise ValueError(f"no kernel for {g} coefficients, {len(points)} points and base {base}")
-        if groups == 0 or shape[-1] % groups:
-            raise ValueError(f"{groups} groups do not divide {shape[-1]} channels")
-        rows, channels, sums = math.prod(shape[:-1]), shape[-1], g + scaled
-        device = device_at(where)
         constants = _grid_constants(points, h)
-        tile = _tile(device, dtype.itemsize, channels, groups, g, bool(constants["PAIRS"]))
-        vectors = channels // tile["VEC"]
-        columns = vectors if tile["SHARED"] else channels
-        blocks = -(-vectors // tile["LANES"])
-        tiles = -(-rows // (tile["N"] // tile["LANES"] * tile["UNROLL"]))
-
-        def steps_and_splits(programs: float) -> tuple[int, int]:
-            most = max(1, min(tiles, int(programs * device.processors) // max(1, blocks)))
-            steps = -(-tiles // most)
-            return steps, -(-tiles // max(1, steps))
-
-        values = {"rows": rows, "vectors": vectors, "per_group": columns // groups, "G": g, "BASE": base, "SCALED": scaled,
-                  "APPROX": device.approx, **constants, **tile}
-        self.index = where.index                    # of the GPU, which must be the current one for launches and memory
-        self.forward_launch: Launch | None = None   # None: nothing to compute
-        self.backward_launches: dict[tuple[bool, bool], Launch] = {}
-        steps, splits = steps_and_splits(BACKWARD_PROGRAMS)
-        self.like_u = allocator(shape, dtype, where)
-        self.like_c = allocator(coefficients, torch.float32, where)
-        self.like_scale = allocator((groups,), torch.float32, where) if scaled else None
-        self.partial = allocator((splits, sums, columns), torch.float32, where)
-        if rows * channels == 0:
-            return
-        self.backward_launches = {
-            needs: Launch(backward_kernel, (blocks, splits, 1), values | {
-                "steps": steps, "NEED_U": needs[0], "NEED_C": needs[1]}, WARPS)
-            for needs in ((True, True), (True, False), (False, True))}
-        size = splits * columns // groups
-        self.finish = Launch(finish_kernel, (groups, sums, 1), values | {
-            "splits": splits, "columns": columns, "SUMS": sums,
-            "BLOCK": min(FINISH_BLOCK, max(32, 1 << (size - 1).bit_length()))}, WARPS)
-        steps, splits = steps_and_splits(FORWARD_PROGRAMS)
-        self.forward_launch = Launch(forward_kernel, (blocks, splits, 1), values | {"steps": steps}, WARPS)
-
-    def forward(self, u: Tensor, coefficients: Tensor, scale: Tensor | None) -> Tensor:
-        """v [..., C] in u's dtype."""
-        if self.index is not None and self.index != torch.cuda.current_device():
-            with torch.cuda.device(self.index):
-                return self.forward(u, coefficients, scale)
-        v = self.like_u()
-        if self.forward_launch is not None:
-            u, c = u.contiguous(), cast(coefficients, torch.float32).contiguous()
-            s = c if scale is None else cast(scale, torch.float32).contiguous()
-            self.forward_launch((u.data_ptr() | c.data_ptr() | s.data_ptr()) % 16 == 0, u, c, s, v)
-        return v
-
-    def backward(self, dv: Tensor, u: Tensor, coefficients: Tensor, scale: Tensor | None, need_u: bool = True,
-                 need_c: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients from dv [..., C]: du [..., C] in u's dtype (None unless need_u), dC [groups, G] and dscale [groups] in
-        float32 (None unless need_c; dscale None without a scale). The same bits on every run."""
-        if self.index is not None and self.index != torch.cuda.current_device():
-            with torch.cuda.device(self.index):
-                return self.backward(dv, u, coefficients, scale, need_u, need_c)
-        du = self.like_u() if need_u else None
-        dc = self.like_c() if need_c else None
-        ds = self.like_scale() if need_c and self.like_scale is not None else None
-        launch = self.backward_launches.get((need_u, need_c))
-        if launch is not None:
-            dv, u, c = cast(dv, u.dtype).contiguous(), u.contiguous(), cast(coefficients, torch.float32).contiguous()
-            s = c if scale is None else cast(scale, torch.float32).contiguous()
-            partial = c if dc is None else self.partial()       # unused addresses may be any
-            launch((dv.data_ptr() | u.data_ptr() | c.data_ptr() | s.data_ptr()) % 16 == 0, dv, u, c, s, u if du is None else du,
-                   partial)
-            if dc is not None:
-                self.finish(True, partial, dc, dc if ds is None else ds)
-        elif dc is not None:            # sums over no rows
-            dc.zero_()
-            ds = None if ds is None else ds.zero_()
-        return du, dc, ds
+        super().__init__(dtype, shape, where, coefficients, scaled, (forward_kernel, backward_kernel),
+                         {"G": g, "BASE": base, "SCALED": scaled, **constants}, wide=g <= 8 or bool(constants["PAIRS"]))
 
 
 # ---------------------------------------------------------------- ahead of time
@@ -541,29 +359,21 @@ def _cases(device: Device, dtype: str, g: int, base: str, pairs: bool, scaled: b
     item = 4 if dtype == "fp32" else 2
     spread = 0.0 if pairs else 0.1          # moves a point, so that the grid is not symmetric
     constants = _grid_constants((*(float(k) for k in range(g - 1)), g - 1 + spread, ), 1.0)
-    tile = _tile(device, item, 8 * per_group, 8, g, pairs)
+    tile = choose_tile(device, item, 8 * per_group, 8, g <= 8 or pairs)
     words = (f"{dtype} G{g} {base}{' scale' if scaled else ''} {'pairs' if pairs else 'any grid'} "
              f"{tile['N']}x{tile['VEC']}{'' if tile['SHARED'] else ' each'}")
     quick = dtype == "bf16" and g == 8 and base == "gelu" and pairs and scaled and per_group == 96
     sizes = {"rows": "i32", "steps": "i32", "vectors": "i32", "per_group": "i32"}
     constexprs = {"G": g, "BASE": base, "SCALED": scaled, "APPROX": device.approx, **constants, **tile}
     cases = []
-    for name, needs in (("forward", None), ("backward", (True, True)), ("backward_u", (True, False)),
-                        ("backward_c", (False, True))):
-        if needs is not None and needs != (True, True) and not quick:
-            continue
+    for name in ("forward", "backward"):
         tensors = {"u": f"*{dtype}", "c": "*fp32", "scale": "*fp32"}
-        if needs is None:
-            signature, values = tensors | {"v": f"*{dtype}"} | sizes, constexprs
-        else:
-            signature = tensors | {"dv": f"*{dtype}", "du": f"*{dtype}", "partial": "*fp32"} | sizes
-            values = constexprs | {"NEED_U": needs[0], "NEED_C": needs[1]}
+        tensors |= {"v": f"*{dtype}"} if name == "forward" else {"dv": f"*{dtype}", "du": f"*{dtype}", "partial": "*fp32"}
         cases.append(AotCase(
-            f"rswaf_activation.{name}", words, forward_kernel if needs is None else backward_kernel, signature, values,
-            num_warps=WARPS, num_stages=1, quick=quick,
-            vector=int(tile["VEC"]) * item,
-            work=functools.partial(_work, specials=_specials(g, base, pairs, needs is not None), item=item,
-                                   arrays=2 + (needs is not None and needs[0]))))
+            f"rswaf_activation.{name}", words, forward_kernel if name == "forward" else backward_kernel, tensors | sizes,
+            constexprs, num_warps=WARPS, num_stages=1, quick=quick, vector=int(tile["VEC"]) * item,
+            work=functools.partial(_work, specials=_specials(g, base, pairs, name == "backward"), item=item,
+                                   arrays=2 if name == "forward" else 3)))
     return cases
 
 
