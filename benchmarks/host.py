@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from vision_kan import kernels
-from vision_kan.kernels import backend, triton_activation, triton_common, triton_linear
+from vision_kan.kernels import backend, triton_activation, triton_columns, triton_common, triton_linear
 from vision_kan.layers.group_kan import GroupActivation
 
 
@@ -37,11 +37,11 @@ class NoKernel:
 
 
 def without_kernels() -> None:
-    for module in (triton_activation, triton_linear):
+    for module in (triton_activation, triton_columns, triton_linear):
         for name, value in vars(module).items():
             if name.endswith("_kernel"):
                 setattr(module, name, NoKernel(value))
-    triton_activation.device_at = triton_linear.device_of = lambda where: triton_common.TARGETS["sm_90"]
+    triton_columns.device_at = triton_linear.device_of = lambda where: triton_common.TARGETS["sm_90"]
     triton_common.INTERPRETED = False           # compiled kernels are launched directly, as on a GPU
 
 

@@ -9,6 +9,7 @@ from helpers import ROOT
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
+ELEMENTWISE = {f"{op}.{way}" for op in ("rswaf_activation", "rational") for way in ("forward", "backward")}
 
 
 def compile_all(folder: Path, *options: str) -> list[dict]:
@@ -27,11 +28,11 @@ def test_one_tile_of_every_op_and_target(tmp_path):
     products = {"rswaf_linear.forward", "rswaf_linear.backward_u", "rswaf_linear.backward_weight"}
     assert {(row["kernel"], row["target"]) for row in rows} >= {
         (op, target) for target in matrix
-        for op in products | {"rswaf_activation.forward", "rswaf_activation.backward"}}
+        for op in products | ELEMENTWISE}
     for row in rows:
         assert int(row["registers"]) > 16 and not int(row["spills"]) and not int(row["stack"]) and not row["problems"]
         assert int(row["shared"]) <= int(row["limit"])
-        if row["kernel"] in ("rswaf_activation.forward", "rswaf_activation.backward"):
+        if row["kernel"] in ELEMENTWISE:
             assert row["narrowest"] == "16" and int(row["special"]) and row["shared_access"] == "0"
             assert row["target"] == "gfx942" or row["barrier"] == "0"       # AMD's count has waits for memory in it
         if row["kernel"] in products:

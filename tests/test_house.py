@@ -146,7 +146,7 @@ def copy_of_sources(target: Path) -> Path:
     """What git tracks; building in the clone itself would leave files there."""
     tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).suffix in (".py", ".toml", ".cpp", ".txt") or name == "README.md":
+        if (ROOT / name).suffix in (".py", ".toml", ".cpp", ".h", ".txt") or name == "README.md":
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
     return target

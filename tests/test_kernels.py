@@ -321,9 +321,9 @@ def test_the_ops_reach_their_triton_kernels():
 import torch
 from vision_kan import kernels
 from vision_kan.kernels import triton_linear
-from vision_kan.kernels.triton_activation import Plan
+from vision_kan.kernels.triton_columns import ColumnsPlan
 calls = []
-for module, names in ((Plan, ("forward", "backward")),
+for module, names in ((ColumnsPlan, ("forward", "backward")),
                       (triton_linear, ("forward", "backward_u", "backward_weight", "backward_grid"))):
     for name in names:
         def counted(*args, real=getattr(module, name), label=f"{module.__name__}.{name}", **kwargs):
@@ -340,6 +340,8 @@ def everything():
     out = [y, *torch.autograd.grad(y, [u, c, s], dy)]
     z = kernels.rswaf_linear(u, w, grid.detach(), h, True)
     out += [z, *torch.autograd.grad(z, [u, w], dz)]
+    y = kernels.rational(u, c.abs())
+    out += [y, *torch.autograd.grad(y, [u, c], dy)]
     z = kernels.rswaf_linear(u, w, grid, width)
     return out + [z, *torch.autograd.grad(z, [u, w, grid, width], dz)]
 kernels.use("triton")
@@ -352,7 +354,8 @@ kernels.use("reference")
 for a, b in zip(got, everything(), strict=True):
     assert a.shape == b.shape and a.dtype == b.dtype
     assert (a - b).abs().max() <= 2e-5 * b.abs().max(), (a - b).abs().max() / b.abs().max()
-assert {name.removeprefix("vision_kan.kernels.") for name in calls} == {"Plan.forward", "Plan.backward",
+assert calls.count("ColumnsPlan.backward") == 2
+assert {name.removeprefix("vision_kan.kernels.") for name in calls} == {"ColumnsPlan.forward", "ColumnsPlan.backward",
     "triton_linear.forward", "triton_linear.backward_u", "triton_linear.backward_weight", "triton_linear.backward_grid"}, calls
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,

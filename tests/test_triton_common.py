@@ -3,7 +3,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from vision_kan.kernels import triton_activation  # noqa: E402
+from vision_kan.kernels import triton_activation, triton_columns  # noqa: E402
 from vision_kan.kernels import triton_common as common  # noqa: E402
 
 
@@ -74,7 +74,7 @@ def test_everything_happens_on_the_gpu_of_the_tensors(monkeypatch):
             current[0] = self.before
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(triton_activation, "device_at", lambda where: common.TARGETS["sm_90"])
+    monkeypatch.setattr(triton_columns, "device_at", lambda where: common.TARGETS["sm_90"])
     u, c = torch.zeros(0, 16), torch.zeros(2, 3)
     plan = triton_activation.Plan(u.dtype, u.shape, u.device, c.shape, False, (-1.0, 0.0, 1.0), 1.0, "gelu")
     given = []
