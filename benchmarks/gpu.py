@@ -212,6 +212,8 @@ def check_ops(bench: Bench) -> None:
                                                   tuple(x / 2.5 for x in range(16)), 0.4),
                                                   ("not uniform", 96, 8, (-3.0, -1.0, 0.5, 3.0), 0.9)):
             _check_activation(bench, dtype, 21, channels, groups, "gelu", points, h, True, name)
+        for name, channels, groups in (("", 96, 8), ("a group a channel", 45, 45)):
+            _check_rational(bench, dtype, rows, channels, groups, name)
         for name, t, i, o, trained in (("", rows, 64, 96, False), ("odd sizes", 21, 45, 35, False),
                                        ("trained grid and h", rows, 64, 96, True)):
             _check_linear(bench, dtype, t, i, o, trained, name)
@@ -226,6 +228,13 @@ def _check_activation(bench: Bench, dtype: torch.dtype, rows: int, channels: int
     _compare(bench, f"activation {base}", note, dtype, (u, c, s), ("v", "du", "dC", "dscale"),
              lambda u, c, s: kernels.rswaf_activation(u, c, points, h, base=base, scale=s),
              lambda u, c, s: kernels.rswaf_activation_reference(u, c, points, h, base=base, scale=s))
+
+
+def _check_rational(bench: Bench, dtype: torch.dtype, rows: int, channels: int, groups: int, note: str) -> None:
+    torch.manual_seed(0)
+    u = (2 * torch.randn(rows, channels, device=bench.device)).to(dtype)
+    c = torch.cat([torch.randn(groups, 6, device=bench.device), torch.rand(groups, 4, device=bench.device)], 1)
+    _compare(bench, "rational", note, dtype, (u, c), ("v", "du", "dC"), kernels.rational, kernels.rational_reference)
 
 
 def _check_linear(bench: Bench, dtype: torch.dtype, rows: int, n_in: int, n_out: int, trained: bool, note: str) -> None:
@@ -297,6 +306,8 @@ def _time_activation(bench: Bench, tokens: int, width: int) -> None:
     if bench.compile:
         compiled = torch.compile(reference, dynamic=False)
         variants["reference compiled"] = (lambda: compiled(u, c, grid), [u, c])
+    a_b = torch.rand(GROUPS, 10, device=bench.device).requires_grad_()
+    variants["rational"] = (lambda: kernels.rational(u, a_b), [u, a_b])       # KAT's
     variants["GELU"] = (lambda: F.gelu(u), [u])
     _time(bench, "activation", variants, "GELU", width, torch.randn_like(u),
           {"forward": (0, 2 * 2 * tokens * width), "forward+backward": (0, 5 * 2 * tokens * width)})
@@ -344,10 +355,10 @@ def _time(bench: Bench, name: str, variants: dict[str, tuple[Callable[[], Tensor
 
 
 # ---------------------------------------------------------------- speed of training
-KINDS = ("GKAN", "ViT", "KAN")
+KINDS = ("GKAN", "ViT", "KAN", "KAT")
 SIZES = ("deit_tiny_patch16_224", "deit_base_patch16_224", "deit_small_patch16_224")     # the most important first
 COMPILED = ((SIZES[0], ("GKAN", "ViT")), (SIZES[1], ("GKAN", "ViT")), (SIZES[0], ("KAN",)), (SIZES[1], ("KAN",)),
-            (SIZES[2], KINDS))
+            (SIZES[2], ("GKAN", "ViT", "KAN")))
 
 
 def time_models(bench: Bench) -> None:

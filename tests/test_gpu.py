@@ -41,7 +41,7 @@ def test_csv_has_all_columns_and_the_machine(rows):
 def test_every_op_is_checked_in_every_dtype(rows):
     checks = [row for row in rows if row["part"] == "check"]
     assert {row["dtype"] for row in checks} == {"float32", "bfloat16", "float16"}
-    assert {row["name"].split()[0] for row in checks} == {"activation", "linear"}
+    assert {row["name"].split()[0] for row in checks} == {"activation", "rational", "linear"}
     assert all(float(row["error"]) <= float(row["bound"]) and not row["problem"] for row in checks)
 
 
@@ -57,7 +57,7 @@ def test_every_op_and_its_twin_is_timed(rows):
 @pytest.mark.slow
 def test_models_are_timed_against_their_twin(rows):
     steps = {row["variant"]: row for row in rows if row["part"] == "step"}
-    assert set(steps) == {"ViT", "GKAN", "KAN"} and float(steps["ViT"]["ratio"]) == 1
+    assert set(steps) == {"ViT", "GKAN", "KAN", "KAT"} and float(steps["ViT"]["ratio"]) == 1
     assert all(float(row["images_per_s"]) > 0 and row["phase"] == "eager" for row in steps.values())
 
 
@@ -74,7 +74,7 @@ def test_parts_in_order_of_their_weight_each_row_at_once(rows, tmp_path, monkeyp
         gpu.main(["--device", "cpu", "--quick", "--output", str(output), "--part", "models", "ops"])
     with open(output, newline="") as file:
         assert {row["part"] for row in csv.DictReader(file)} == {"step"}
-    assert output.with_suffix(".md").read_text().count("vit_nano_patch8_32") == 3
+    assert output.with_suffix(".md").read_text().count("vit_nano_patch8_32") == 4
 
 
 @pytest.mark.slow
@@ -89,7 +89,8 @@ def test_a_model_that_fails_is_a_row(monkeypatch):
     monkeypatch.setattr(gpu, "_steps", fails)
     bench = gpu.Bench("cpu", True, 60)
     gpu.time_models(bench)
-    assert {row["variant"]: bool(row.get("problem")) for row in bench.rows} == {"ViT": True, "GKAN": False, "KAN": False}
+    assert {row["variant"]: bool(row.get("problem")) for row in bench.rows} == {"ViT": True, "GKAN": False, "KAN": False,
+                                                                                "KAT": False}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
