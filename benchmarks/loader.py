@@ -4,10 +4,11 @@
 
 DIR holds train/CLASS/*.jpg and val/CLASS/*.jpg; without it, photographs that come with scikit-learn are written as
 500 x 375 JPEG files, about ImageNet's size, to a temporary folder. Five pipelines, each a DataLoader: the files decoded
-to RGB pixels and nothing else; decoded, cropped and resized; the whole training transform (DeiT's default augmentation);
-what is left of it to the loader processes by --augment-on device; the whole evaluation transform. Beside them what the
-device does with --augment-on device, on one thread of this CPU: it takes this time from no loader process where the device
-is a GPU, whose own time is not measured here. Prints a table and appends it to benchmarks/results/loader.csv.
+to RGB pixels, as torchvision's loader does, and nothing else; decoded, cropped and resized; the whole training transform
+(DeiT's default augmentation); what is left of it to the loader processes by --augment-on device; the whole evaluation
+transform. Beside them what the device does with --augment-on device, on one thread of this CPU: it takes this time from no
+loader process where the device is a GPU, whose own time is not measured here. Prints a table and
+appends it to benchmarks/results/loader.csv.
 """
 import argparse
 import csv
@@ -31,7 +32,6 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import build_loaders
 from vision_kan.common.process import Process
 from vision_kan.config.resolve import parse_args
-from vision_kan.data.images import load_image
 from vision_kan.data.transforms import Normalise
 
 DEVICE_PART = "train: the device's part, on a CPU"     # one thread of this process
@@ -48,7 +48,8 @@ class Decoded(Dataset):
         return len(self.names)
 
     def __getitem__(self, index):
-        image = load_image(self.names[index])
+        with Image.open(self.names[index]) as file:
+            image = file.convert("RGB")
         return self.then(image) if self.then else image.getpixel((0, 0))[0]
 
 

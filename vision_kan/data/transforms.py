@@ -36,6 +36,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     32-bit grey (TIFF) does not define white. It is the smallest of 1 (floating point only), 255 and 65535 that no value exceeds.
     Raises ValueError for values outside 0 .. 65535. Ignores the EXIF orientation.
     """
+    if image.mode == "RGB":
+        image.load()        # convert would copy the pixels
+        return image
     if not image.mode.startswith(("I", "F")):
         return image.convert("RGB")
     values = np.asarray(image)      # PIL would clip all at 255
