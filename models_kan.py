@@ -5,7 +5,7 @@ with the hidden width of each block. The sizes are those of DeiT (arXiv:2012.128
 ones for 32-pixel images. A new size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS` (see
 `vision_kan.layers.feed_forward`).
 """
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, NamedTuple
@@ -190,6 +190,12 @@ def own_options(spec: "ModelSpec") -> dict[str, Any]:
     if "hdim_kan" in own:
         own["hdim_kan"] = given.get("hdim_kan") or own["hdim_kan"] or 4 * spec.kwargs.get("embed_dim", size.embed_dim)
     return own
+
+
+def own_flags(name: str) -> Mapping[str, float]:
+    """The training flags whose defaults differ for a model."""
+    suffix = split_name(name)[1]
+    return FEED_FORWARDS[suffix].OWN_FLAGS if suffix else {}
 
 
 def models_with(option: str, name: str) -> list[str]:

@@ -150,9 +150,9 @@ def layers_table(found: Findings) -> list[list[str]]:
     for name, layer in found.measured.items():
         spread = ", ".join(f"{value:.2f}" for value in (layer.smallest, layer.p5, layer.p95, layer.largest))
         distances = ["–" if value is None else f"{value:.3g}" for value in (layer.distance, layer.furthest)]
-        rows.append([name, f"{layer.functions:,}", f"{layer.points} on [{layer.low:.3g}, {layer.high:.3g}]",
-                     f"{layer.mean:.2f} ± {layer.std:.2f}", spread, f"{layer.off_grid:.1%}",
-                     *distances, f"{layer.gain.min():.2g} to {layer.gain.max():.2g}",
+        grid, off = ("–", "–") if not layer.points else (f"{layer.points} on [{layer.low:.3g}, {layer.high:.3g}]",
+                                                         f"{layer.off_grid:.1%}")
+        rows.append([name, f"{layer.functions:,}", grid, f"{layer.mean:.2f} ± {layer.std:.2f}", spread, off, *distances, f"{layer.gain.min():.2g} to {layer.gain.max():.2g}",
                      f"{layer.dead} of {len(layer.gain)} {layer.units}"])
     return rows if found.measured else []
 

@@ -185,9 +185,13 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     if own.replace and own.replace.suffix != ".safetensors":
         raise UserError(f"--replace {own.replace} must end in .safetensors")
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
-    if own.replace and all(layer.per_edge for layer in function_layers(trained.model).values()):
+    layers = function_layers(trained.model).values()
+    if own.replace and all(layer.per_edge for layer in layers):
         raise UserError(f"--replace puts formulas in place of a group KAN's functions, and {trained.path} holds "
                         f"{trained.spec.name}: leave it out")
+    if own.replace and not all(layer.takes_weights for layer in layers):
+        raise UserError(f"--replace fits each function's coefficients to its formula, and in {trained.spec.name} all groups share "
+                        "some of theirs: leave it out")
     if own.replace and not trained.has_data:
         raise UserError("--replace evaluates the model before and after: name its data with --data-path DIR")
     images, rounds = _images(trained, own.images, own.limit)

@@ -39,16 +39,17 @@ def draw_edges(axes: Axes, name: str, layer: FunctionLayer, inputs: InputHistogr
 
 
 def _finish(axes: Axes, layer: FunctionLayer, inputs: InputHistogram | None, title: str, ylabel: str, legend: str) -> None:
-    for point in layer.grid_points().tolist():
+    for point in layer.grid_points().tolist() if layer.has_grid else ():
         axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
     axes.set_xlim(*drawn_range(layer, inputs)[[0, -1]].tolist())
-    xlabel = "input u (lines: grid points)"
+    lines = "lines: grid points" if layer.has_grid else ""
+    xlabel = f"input u ({lines})" if lines else "input u"
     if inputs is not None:
         p5, p95 = inputs.quantile(0.05), inputs.quantile(0.95)
-        title += f"\n{inputs.off_grid:.1%} of the inputs off the grid"
-        if (used := used_width(inputs.low, inputs.high, p5, p95)) < 1 / FAR_WIDER:
+        title += f"\n{inputs.off_grid:.1%} of the inputs off the grid" if layer.has_grid else ""
+        if layer.has_grid and (used := used_width(inputs.low, inputs.high, p5, p95)) < 1 / FAR_WIDER:
             title += f", nine in ten within {used:.0%} of its width"
-        xlabel = "input u\nlines: grid points; blue: histogram of the inputs, dotted: their 5th and 95th percentile"
+        xlabel = f"input u\n{lines and lines + '; '}blue: histogram of the inputs, dotted: their 5th and 95th percentile"
         for percentile in (p5, p95):
             axes.axvline(percentile, color="tab:blue", linestyle=":", linewidth=1.4)
         below = axes.twinx()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vision_kan.analysis.functions import deviations
+from vision_kan.analysis.functions import deviations, group_functions
 from vision_kan.analysis.inputs import FAR_WIDER, InputHistogram, used_width
 from vision_kan.layers.function_layer import FunctionLayer
 
@@ -19,9 +19,9 @@ class LayerStats:
     """Measures of a layer's functions over their inputs.
 
     functions: number of functions.
-    low, high, points: the grid.
+    low, high, points: the grid; 0 points without one.
     mean, std, smallest, largest, p5, p95: of the inputs; p5 and p95 are percentiles.
-    off_grid: share of the inputs beyond the grid.
+    off_grid: share of the inputs beyond the grid; 0 without one.
     distance: root mean square, over its inputs, of a function minus its base (in a full-edge KAN: of the spline without the base
         branch), the mean over the functions; furthest: the maximum. None without a base.
     units: "groups", or in a full-edge KAN "inputs".
@@ -50,7 +50,7 @@ class LayerStats:
 
     @property
     def too_wide(self) -> bool:
-        return self.used_width < 1 / FAR_WIDER
+        return self.points > 0 and self.used_width < 1 / FAR_WIDER
 
     @property
     def dead(self) -> int:
@@ -64,9 +64,10 @@ def measure(layer: FunctionLayer, inputs: InputHistogram) -> LayerStats:
     gain = edge_deviations(layer, shares, u).square().sum(0).sqrt() / _deviation(shares, u)
     distance = base_distances(layer, inputs)
     (mean, square), (smallest, largest) = _moments(inputs.shares(), u), inputs.extremes.tolist()
-    return LayerStats(weights.shape[:2].numel(), inputs.low, inputs.high, len(grid), float(mean),
+    return LayerStats(weights.shape[:2].numel(), inputs.low, inputs.high, len(grid) if layer.has_grid else 0, float(mean),
                       math.sqrt(max(0.0, float(square - mean ** 2))), smallest, largest, inputs.quantile(0.05),
-                      inputs.quantile(0.95), inputs.off_grid, None if distance is None else float(distance.mean()),
+                      inputs.quantile(0.95), inputs.off_grid if layer.has_grid else 0.0,
+                      None if distance is None else float(distance.mean()),
                       None if distance is None else float(distance.max()), "inputs" if layer.per_edge else "groups",
                       gain.nan_to_num(0.0, posinf=0.0))
 
@@ -90,6 +91,8 @@ def _basis_moments(layer: FunctionLayer, shares: Tensor, u: Tensor) -> tuple[Ten
 
 def edge_deviations(layer: FunctionLayer, shares: Tensor, u: Tensor) -> Tensor:
     """[O, I]: the standard deviation of each function, for inputs i that take the values u [N] with shares [I, N]."""
+    if not layer.per_edge:
+        return _deviation(shares, group_functions(layer, u)[1])[None]
     mean, second = _basis_moments(layer, shares, u)
     return deviations(layer.exact_weights(), second - mean.unsqueeze(2) * mean.unsqueeze(1))
 
@@ -99,6 +102,9 @@ def base_distances(layer: FunctionLayer, inputs: InputHistogram) -> Tensor | Non
     base = layer.base_weights()
     if base is None:
         return None
+    if not layer.per_edge:
+        base, values = group_functions(layer, inputs.centres)
+        return _moments(inputs.shares(len(values)), values - base)[1].sqrt()[None]
     weights = layer.exact_weights()
     _, second = _basis_moments(layer, inputs.shares(weights.shape[1]), inputs.centres)
     return deviations(weights - base, second)

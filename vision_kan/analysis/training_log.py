@@ -35,7 +35,8 @@ def log_functions(model: nn.Module, images: Tensor, folder: "RunFolder", epoch: 
 
     def write(board: "SummaryWriter") -> None:
         for name, found in measured.items():
-            board.add_scalar(f"kan_off_grid/{name}", found.off_grid, epoch)
+            if found.points:
+                board.add_scalar(f"kan_off_grid/{name}", found.off_grid, epoch)
             board.add_scalar(f"kan_dead_{found.units}/{name}", found.dead, epoch)
             if found.distance is not None:
                 board.add_scalar(f"kan_distance/{name}", found.distance, epoch)

@@ -9,6 +9,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from vision_kan.common.text import one_or_two
+from vision_kan.layers.feed_forward import beginnings
 
 
 def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str, Tensor]:
@@ -32,12 +33,10 @@ def rename_keys(state: dict[str, Tensor], own: Collection[str] = ()) -> dict[str
 
 
 def filter_state_dict(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's hook for loading weights into a model of this project. A group KAN accepts an MLP's weights, too."""
+    """timm's hook for loading weights into a model of this project. A group KAN and KAT accept an MLP's weights, too."""
     own = model.state_dict()
     state = rename_keys(state, own)
-    if not any(".mlp.phi" in key for key in state):
-        state |= {key: value for key, value in own.items()
-                  if ".mlp.phi" in key and key.rpartition(".mlp.phi")[0] + ".mlp.fc1.weight" in state}
+    state |= {key: own[key] for key in beginnings(model, state)}
     return checkpoint_filter_fn(state, model)       # type: ignore[arg-type]  # VisionTransformer's kin
 
 

@@ -11,6 +11,7 @@ import torch
 from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 
+from vision_kan.kernels import BASES
 from vision_kan.layers.function_layer import GELU_FLOPS, Flops, FunctionLayer, sum_flops
 
 
@@ -104,12 +105,16 @@ class FeedForward(nn.Module):
     FUNCTIONS: a clause on what shares a function, for messages.
     PRUNES: what can be pruned, of `analysis.pruning.plans.KINDS`.
     HOLDS_MLP: it has an MLP's parameters under the same names, and with an MLP's weights begins as that MLP.
-    FITS_MLP: `models.conversion` can fit it to an MLP."""
+    AS_MLP: a clause on how exactly, for the learned functions in a report.
+    FITS_MLP: `models.conversion` can fit it to an MLP.
+    OWN_FLAGS: training flags whose defaults differ for it."""
     TITLE: ClassVar[str]
     FUNCTIONS: ClassVar[str] = "every edge has a function of its own"
     PRUNES: ClassVar[tuple[str, ...]] = ()
     HOLDS_MLP: ClassVar[bool] = False
+    AS_MLP: ClassVar[str] = "begins as the MLP's activation"
     FITS_MLP: ClassVar[bool] = False
+    OWN_FLAGS: ClassVar[Mapping[str, float]] = {}
 
     @classmethod
     def with_options(cls, size: Any, *args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
@@ -176,6 +181,30 @@ class MLP(FeedForward):
     def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
         hidden = widths(blocks, "fc1.weight")
         return {"mlp_ratio": hidden / dim} if isinstance(hidden, int) and hidden != 4 * dim else {}
+
+
+_MLPS = {f"{linear}.{kind}" for linear in ("fc1", "fc2") for kind in ("weight", "bias")}
+
+
+def beginnings(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The parameters and buffers of learned functions that keep their beginning when the model takes over an MLP's weights,
+    which alone `state` has for their feed-forwards: key -> `FeedForward.AS_MLP`."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FeedForward) and module.HOLDS_MLP:
+            theirs = {key.removeprefix(f"{name}.") for key in state if key.startswith(f"{name}.")}
+            if "fc1.weight" in theirs and theirs <= _MLPS:
+                found |= {f"{name}.{key}": module.AS_MLP for key in module.state_dict() if key not in _MLPS}
+    return found
+
+
+def base_of(act_layer: Callable[[], nn.Module]) -> str:
+    """The key of `kernels.BASES` for an activation. Raises ValueError if it is none of them."""
+    activation, u = act_layer(), torch.linspace(-4, 4, 65, device="cpu")
+    for base, function in BASES.items():
+        if torch.allclose(activation(u.clone()), function(u), rtol=0, atol=1e-6):       # it may work in place
+            return base
+    raise ValueError(f"the activation {activation} is not one of {', '.join(BASES)}: choose one of them with base=")
 
 
 def mlp_flops(mlp: Mlp, tokens: int) -> Flops:

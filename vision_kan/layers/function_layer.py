@@ -37,6 +37,8 @@ BASE_FLOPS = {"identity": 0, "gelu": GELU_FLOPS, "silu": SILU_FLOPS, "relu": 1, 
 class FunctionLayer(nn.Module):
     """Base class of layers with learned functions; for the symbols see the module's docstring."""
     per_edge: ClassVar[bool] = True
+    has_grid: ClassVar[bool] = True             # the functions fade out beyond `grid_points`
+    takes_weights: ClassVar[bool] = True        # `set_function_weights` can write any function in the basis
 
     @property
     def has_base(self) -> bool:
@@ -57,7 +59,8 @@ class FunctionLayer(nn.Module):
         return None
 
     def grid_points(self) -> Tensor:
-        """The points [G] between which the basis is complete, in increasing order, float64 on the CPU."""
+        """The points [G] between which the basis is complete, in increasing order, float64 on the CPU; without a grid the two ends
+        of the range that matters."""
         raise NotImplementedError
 
     def basis(self, u: Tensor) -> Tensor:
@@ -82,7 +85,8 @@ class FunctionLayer(nn.Module):
 
     @property
     def for_kernels(self) -> tuple | None:
-        """The layer's facts that `kernels.describe` needs; None: --kan-backend has no effect on it."""
+        """The layer's facts that `kernels.describe` needs; () if the kernels take any such layer; None: --kan-backend has no
+        effect on it."""
         return None
 
     def copy_grid(self, old: "FunctionLayer") -> None:

@@ -26,7 +26,7 @@ from vision_kan.kernels import (
     rswaf_activation_reference,
     rswaf_basis,
 )
-from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, grid_range_of, widths
+from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, base_of, grid_range_of, widths
 from vision_kan.layers.function_layer import (
     BASE_FLOPS,
     BASIS_FLOPS,
@@ -147,15 +147,6 @@ class GroupActivation(FunctionLayer):
         return [self.coefficients]
 
 
-def _base_of(act_layer: Callable[[], nn.Module]) -> str:
-    """The key of `BASES` for an activation. Raises ValueError if it is none of them."""
-    activation, u = act_layer(), torch.linspace(-4, 4, 65, device="cpu")
-    for base, function in BASES.items():
-        if torch.allclose(activation(u.clone()), function(u), rtol=0, atol=1e-6):       # it may work in place
-            return base
-    raise ValueError(f"the activation {activation} is not one of {', '.join(BASES)}: choose one of them with base=")
-
-
 class GroupKAN(FeedForward):
     """The group KAN in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
 
@@ -183,7 +174,7 @@ class GroupKAN(FeedForward):
         super().__init__()
         hidden = hdim or hidden_features or in_features
         if base is None:
-            base = "gelu" if act_layer is None else _base_of(act_layer)
+            base = "gelu" if act_layer is None else base_of(act_layer)
         biases, drops = to_2tuple(bias), to_2tuple(drop)
         dd = {"device": device, "dtype": dtype}
         self.phi1 = GroupActivation(in_features, base="identity", **phi, **dd) if input_phi else nn.Identity()

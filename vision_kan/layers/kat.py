@@ -16,7 +16,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vision_kan.kernels import BASES, exporting, rational, rational_reference
-from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, widths
+from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, base_of, widths
 from vision_kan.layers.function_layer import Flops, FunctionLayer, function_layers, sum_flops
 
 DEGREE, BELOW = 5, 4        # of numerator and denominator
@@ -41,6 +41,8 @@ class GroupRational(FunctionLayer):
     Raises: ValueError if the groups do not divide the channels, or for another beginning.
     """
     per_edge = False
+    has_grid = False
+    takes_weights = False       # the groups share their numerator
 
     def __init__(self, channels: int, *, groups: int = 8, base: str = "identity", device=None, dtype=None):
         super().__init__()
@@ -48,7 +50,7 @@ class GroupRational(FunctionLayer):
         if groups < 0 or channels % groups:
             raise ValueError(f"{groups} groups do not divide {channels} channels")
         if base not in BEGINS:
-            raise ValueError(f"no rational is fitted to {base}, only to {', '.join(BEGINS)}")
+            raise ValueError(f"base {base} is not one of {', '.join(BEGINS)}, to which rationals are fitted")
         self.channels, self.base = channels, base
         self.weight_numerator = nn.Parameter(torch.empty(1, DEGREE + 1, device=device, dtype=dtype))
         self.weight_denominator = nn.Parameter(torch.empty(groups, BELOW, device=device, dtype=dtype))
@@ -82,8 +84,8 @@ class GroupRational(FunctionLayer):
         return Flops(0, (2 * DEGREE + 2 * BELOW + 2) * tokens * self.channels)
 
     def grid_points(self) -> Tensor:
-        """What the rationals are fitted on; they go on beyond it."""
-        return torch.linspace(-3, 3, 7, dtype=torch.float64)
+        """What the rationals begin as an activation on; they go on beyond it."""
+        return torch.tensor([-3.0, 3.0], dtype=torch.float64)
 
     @torch.no_grad()
     def basis(self, u: Tensor) -> Tensor:
@@ -98,13 +100,23 @@ class GroupRational(FunctionLayer):
         weights = torch.block_diag(*[self.weight_numerator] * groups)
         return torch.cat([weights, weights.new_zeros(groups, 1)], 1).unsqueeze(0)
 
-    @torch.no_grad()
-    def set_function_weights(self, weights: Tensor, bias: Tensor | None = None) -> None:
-        """The groups share their numerator: the first one's is taken."""
-        self.weight_numerator.copy_(weights[0, :1, :DEGREE + 1])
-
     def function_parameters(self) -> list[nn.Parameter]:
         return [self.weight_numerator, self.weight_denominator]
+
+    def scaled_parameters(self) -> list[nn.Parameter]:
+        return self.function_parameters()
+
+    @property
+    def for_kernels(self) -> tuple:
+        return ()
+
+
+def _nearest(numerator: Tensor, denominator: Tensor) -> str:
+    """The key of `BEGINS` that learned rationals [1, DEGREE + 1], [groups, BELOW] are nearest to."""
+    u = torch.linspace(-3, 3, 61, dtype=torch.float64)[:, None].expand(-1, len(denominator))
+    coefficients = torch.cat([numerator.expand(len(denominator), -1), denominator.abs()], 1)
+    values = rational_reference(u, coefficients.cpu().double(), DEGREE)
+    return min(BEGINS, key=lambda base: float((values - BASES[base](u)).square().sum()))
 
 
 class KAT(FeedForward):
@@ -113,20 +125,26 @@ class KAT(FeedForward):
     Args:
         in_features, hidden_features, out_features: widths; hidden and out default to in_features.
         hdim: the hidden width where it must differ from `hidden_features`, which timm always passes as mlp_ratio * dim.
-        groups: of `GroupRational`. base: what R2 begins as, a key of `BEGINS`.
+        groups: of `GroupRational`.
+        act_layer: the activation that R2 begins as, if `base` is None; None: GELU.
+        base: what R2 begins as, a key of `BEGINS`.
         bias: of W1 and W2, one choice or a pair. drop: dropout after R2 and after W2, one rate or a pair.
-        act_layer, norm_layer: accepted because timm passes them.
-    Raises: ValueError as `GroupRational`.
+        norm_layer: ignored; accepted because timm passes it.
+    Raises: ValueError as `GroupRational`, and for an `act_layer` whose function is not one of `kernels.BASES`.
     """
     TITLE = "KAT (an MLP with learned rationals before both linear maps, shared by groups of channels)"
     FUNCTIONS = "groups of channels share their functions"
     PRUNES = ("hidden",)
     HOLDS_MLP = True
+    AS_MLP = "begins as the MLP's activation to within 3.3e-3"
+    OWN_FLAGS = {"kan_lr_mult": 1.0, "kan_weight_decay": 0.05}      # as published
 
-    def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None, act_layer=None,
-                 norm_layer=None, bias: bool | Sequence[bool] = True, drop: float | Sequence[float] = 0.0, device=None,
-                 dtype=None, *, hdim: int | None = None, groups: int = 8, base: str = "gelu"):
+    def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
+                 act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True, drop: float | Sequence[float] = 0.0, device=None,
+                 dtype=None, *, hdim: int | None = None, groups: int = 8, base: str | None = None):
         super().__init__()
+        if base is None:
+            base = "gelu" if act_layer is None else base_of(act_layer)
         hidden = hdim or hidden_features or in_features
         biases, drops = to_2tuple(bias), to_2tuple(drop)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -161,5 +179,6 @@ class KAT(FeedForward):
             return None
         hidden = widths(blocks, "fc1.weight")
         groups = widths(blocks, "act2.weight_denominator")
-        options: dict[str, Any] = {"kan_groups": 0 if groups == hidden else groups}
+        options: dict[str, Any] = {"kan_groups": 0 if groups == hidden else groups,
+                                   "kan_base": _nearest(first["act2.weight_numerator"], first["act2.weight_denominator"])}
         return options if hidden == 4 * dim else options | {"hdim_kan": hidden}

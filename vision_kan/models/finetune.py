@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError
+from vision_kan.layers.feed_forward import beginnings
 from vision_kan.models.infer import load_into, sample_keys
 
 
@@ -72,7 +73,7 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
     """Load all of another model's weights that fit, and report what became of each tensor.
 
     Position and patch embeddings are resampled to the model's image and patch size. The head is dropped if the number of classes
-    differs. A group KAN takes over an MLP's weights; for other KANs they are dropped (`conversion.load_converted` fits them).
+    differs. A group KAN and KAT take over an MLP's weights; for other KANs they are dropped (`conversion.load_converted` fits them).
 
     Args:
         source: the other model's parameters.
@@ -90,7 +91,7 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
         state = checkpoint_filter_fn(state, model)
         if pos is not None:
             state["pos_embed"] = pos
-    taken = {}
+    taken, begun = {}, beginnings(model, state)
     for key, value in own.items():
         if key in state and state[key].shape == value.shape:
             taken[key] = state[key]
@@ -99,8 +100,8 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
                 report.resampled[key] = f"{tuple(before)} -> {tuple(value.shape)}"
             else:
                 report.loaded[key] = ""
-        elif ".mlp.phi" in key and key.rpartition(".mlp.phi")[0] + ".mlp.fc1.weight" in state:
-            report.converted[key] = "begins as the MLP's activation"
+        elif key in begun:
+            report.converted[key] = begun[key]
         else:
             report.initial[key] = ""
     for key, value in source.items():

@@ -211,7 +211,7 @@ def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> to
 def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: torch.device) -> None:
     """Choose --kan-backend for the model's KAN layers and print what runs. Raises UserError if it cannot run here."""
     name = config.args.kan_backend
-    grids: list[Any] = [layer.for_kernels for layer in function_layers(model).values() if layer.for_kernels]
+    grids: list[Any] = [layer.for_kernels for layer in function_layers(model).values() if layer.for_kernels is not None]
     if not grids:
         if _asked_for("kan_backend", config):
             raise _no_effect("kan_backend", spec.name)
@@ -220,7 +220,7 @@ def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: to
         kernels.use(name)
     except ValueError as error:
         raise UserError(f"--kan-backend {name}: {error}") from error
-    say(f"KAN layers ({name}): {kernels.describe(device.type, grids)}")
+    say(f"KAN layers ({name}): {kernels.describe(device.type, list(filter(None, grids)))}")
 
 
 def description(config: Config, spec: ModelSpec, loaders: Loaders) -> dict[str, Any]:

@@ -175,6 +175,8 @@ def effective_config(config: Config, start: Start) -> Config:
         elif config.args.data_set == "FOLDER" and not looks_like_imagenet(config.args.data_path):
             config = _with(config, exif_orientation=True, source="data folder")
     config = with_own_preparation(with_own_input_size(config), stored)
+    own = {} if config.args.eval else models_kan.own_flags(config.args.model)
+    config = _with(config, "model", **{dest: value for dest, value in own.items() if dest not in config.sources})
     if "num_workers" not in config.given:
         config = _with(config, num_workers=min(config.args.num_workers, cores()), source="machine")
     return config

@@ -69,6 +69,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         freeze_all_but_attention(model)
     _check_packages(args.opt.lower())
     kwargs: dict[str, Any] = {**optimizer_kwargs(args), "lr": lr}
+    scaled = {id(p) for layer in function_layers(model).values() for p in layer.scaled_parameters()}
     info = get_optimizer_info(args.opt.lower().split("_")[-1])     # without the prefix lookahead_
     if info.has_betas and len(args.opt_betas or ()) not in (0, info.num_betas):
         raise UserError(f"--opt {args.opt} takes {info.num_betas} --opt-betas, not {len(args.opt_betas)}")
@@ -77,7 +78,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
         # the loop. It also spares the loss scaler reading back whether a gradient was infinite.
         kwargs["fused"] = True
     if "muon" in info.name:     # Muon is for hidden matrices; AdamW updates the rest
-        kwargs["fallback_list"] = ("head*", "patch_embed*", "*.coefficients")
+        kwargs["fallback_list"] = ("head*", "patch_embed*", *(name for name, p in model.named_parameters() if id(p) in scaled))
     try:
         optimizer = create_optimizer_v2(model, **kwargs)
     except (TypeError, ValueError, AssertionError) as error:
@@ -86,7 +87,7 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     if getattr(optimizer, "is_second_order", False) and any(getattr(module, "fused_attn", False) for module in model.modules()):
         raise UserError(f"--opt {args.opt} needs second derivatives, which PyTorch's fused attention does not have: choose "
                         "another")
-    _split_coefficients(args, model, optimizer)
+    _split_coefficients(args, scaled, optimizer)
     if type(optimizer) is torch.optim.SGD and args.momentum:
         # the fused kernel creates its buffers in the first update, and leaves them unset if that one is skipped
         for group in optimizer.param_groups:
@@ -95,9 +96,9 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     return optimizer
 
 
-def _split_coefficients(args: Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Move the coefficients of learned functions into groups of their own, with --kan-lr-mult and --kan-weight-decay."""
-    coefficients = {id(p) for layer in function_layers(model).values() for p in layer.scaled_parameters()}
+def _split_coefficients(args: Namespace, coefficients: set[int], optimizer: torch.optim.Optimizer) -> None:
+    """Move the coefficients of learned functions, given by their ids, into groups of their own, with --kan-lr-mult and
+    --kan-weight-decay."""
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in coefficients]
         if not own:
