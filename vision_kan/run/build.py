@@ -25,6 +25,7 @@ from vision_kan.layers.function_layer import function_layers
 from vision_kan.models import conversion, vetting
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.models.infer import load_exactly, patch_grid
+from vision_kan.models.weight_init import init_mimetic
 from vision_kan.run.folder import versions
 from vision_kan.run.starting import Start, effective_config, suggest_model
 from vision_kan.training.criterion import Teacher, balanced
@@ -55,6 +56,9 @@ def model_of_run(config: Config, start: Start, num_classes: int, device: torch.d
     images: returns a batch to calibrate on. Raises UserError for flags that do not fit the model."""
     model, spec = build_model(model_spec(config, start, num_classes), config)
     choose_backend(config, spec, model, device)
+    if config.args.weight_init and start.purpose in (None, "finetune") and not init_mimetic(model):
+        raise UserError(f"--weight-init {config.args.weight_init} has no effect on --model {spec.name}, which has no attention "
+                        "with queries, keys and values in one map: leave it out")
     if table := load_start(model, spec, start, images):
         say(f"weights from {start.checkpoint.path}:\n{table}")
     if config.args.compile:

@@ -152,6 +152,20 @@ def _spec(checkpoint: Checkpoint, config: Config) -> ModelSpec:
         return infer_model(checkpoint.weights(), {"model": name, "input_size": size})
 
 
+def _inferred_flags(checkpoint: Checkpoint) -> dict[str, Any]:
+    """--model and its options, from weights with learned functions whose file names no model that is known here."""
+    name = checkpoint.flags.get("model")
+    if isinstance(name, str) and timm.is_model(name.split(".")[0]):
+        return {}
+    try:
+        with vetting.as_user_error(f"checkpoint {checkpoint.path}"):
+            spec = infer_model(checkpoint.weights(), {})
+    except UserError:
+        return {}       # of another architecture: --model must name it
+    own = {key: value for key, value in spec.kwargs.items() if key in models_kan.options_of(spec.name)}
+    return {"model": spec.name, **own} if own else {}
+
+
 # ---------------------------------------------------------------- the flags
 def effective_config(config: Config, start: Start) -> Config:
     """The flags in effect. A flag that was not given takes the value of the checkpoint, else of the data folder, the model or the
@@ -161,6 +175,8 @@ def effective_config(config: Config, start: Start) -> Config:
         shape = {"model": start.spec.name, "input_size": start.spec.kwargs.get("img_size")}
         shape |= {key: start.spec.kwargs.get(key) for key in KAN_OPTIONS}
         stored |= {key: value for key, value in shape.items() if value is not None}
+    if start.purpose == "finetune":
+        stored |= _inferred_flags(start.checkpoint)
     found = None
     if start.purpose != "resume" and "data_set" not in config.given:
         found = guess_data_set(config.args.data_path)
