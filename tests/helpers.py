@@ -12,9 +12,11 @@ from vision_kan.config.flags import get_args_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DEIT = json.loads((ROOT / "tests/data/deit_flags.json").read_text())       # its flags
-NANO, GKAN, EKAN, TWIN = (f"vit_nano_patch8_32_{suffix}" for suffix in ("KAN", "GKAN", "EKAN", "ViT"))
+NANO, GKAN, EKAN, KAT, TWIN = (f"vit_nano_patch8_32_{suffix}" for suffix in ("KAN", "GKAN", "EKAN", "KAT", "ViT"))
 RELEASED = ROOT.parent / "shared/reference/vision_kan_tiny_hdim20_64px.pth"      # of the original Vision-KAN
 needs_released = pytest.mark.skipif(not RELEASED.exists(), reason=f"{RELEASED.name} is not beside this checkout")
+RELEASED_KAT = RELEASED.with_name("kat_tiny_64px.pth")      # in the layout of KAT's own code
+needs_released_kat = pytest.mark.skipif(not RELEASED_KAT.exists(), reason=f"{RELEASED_KAT.name} is not beside this checkout")
 
 
 def sentence(call, *args, **kwargs) -> str:

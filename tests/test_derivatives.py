@@ -151,7 +151,7 @@ def test_a_scale_without_a_base():
     assert gradient is None or not gradient.any()
 
 
-@pytest.mark.parametrize("suffix", ["ViT", "GKAN", "KAN", "EKAN"])
+@pytest.mark.parametrize("suffix", ["ViT", "GKAN", "KAN", "EKAN", "KAT"])
 def test_feature_extractors_through_torch_fx(suffix):
     model = timm.create_model(f"vit_nano_patch8_32_{suffix}", num_classes=5, depth=2).eval()
     images, want = torch.randn(2, 3, 32, 32), []

@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 from e2e import QUICK, evaluation, run, write_digits
-from helpers import EKAN, GKAN, NANO, RELEASED, ROOT, every, needs_released
+from helpers import EKAN, GKAN, KAT, NANO, RELEASED, ROOT, every, needs_released
 from PIL import Image
 from safetensors.torch import save
 from timm.layers import to_2tuple
@@ -200,7 +200,7 @@ def test_a_model_of_timms(tmp_path):
 
 # ---------------------------------------------------------------- programs
 COVERING = {"kan_basis": "covering", "kan_second_norm": "static", "kan_base_branch": True}
-KINDS = [(GKAN, {"kan_trainable_base": True}), (NANO, {}), (NANO, COVERING), (EKAN, {}),
+KINDS = [(GKAN, {"kan_trainable_base": True}), (NANO, {}), (NANO, COVERING), (EKAN, {}), (KAT, {}),
          ("deit_tiny_distilled_patch16_224_ViT", {"img_size": 32}),
          ("deit3_small_patch16_224_KAN", {"img_size": 32, "hdim_kan": 24}), (GKAN, {"img_size": [24, 40]})]
 

@@ -424,6 +424,7 @@ EFFECTS = {
     "momentum": (optimizer, "--opt sgd --momentum 0.5", "--opt sgd"),
     "weight_decay": (optimizer, "--weight-decay 0.3", ""),
     "layer_decay": (optimizer, "--layer-decay 0.5", ""),
+    "weight_init": (initial_weights, "--weight-init mimetic", ""),
     "kan_lr_mult": (trained, f"{GROUPS} --kan-lr-mult 5", GROUPS),
     "kan_weight_decay": (optimizer, f"{GROUPS} --kan-weight-decay 0.3", GROUPS),
     # learning rate

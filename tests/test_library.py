@@ -15,11 +15,12 @@ import models_kan
 from faster_kan import FasterKAN
 from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
+from vision_kan.layers.kat import KAT
 from vision_kan.models.conversion import replace_mlps
 
 FEED_FORWARDS = list(models_kan.FEED_FORWARDS)
 COVERING = dict(grid_min=-3.0, grid_max=3.0, h=None, kan_bias=True, init_as_mlp=True)
-LAYERS = {"group": partial(GroupKAN, groups=4), "full-edge": partial(FasterKAN, hdim=16),
+LAYERS = {"group": partial(GroupKAN, groups=4), "rational": partial(KAT, groups=4), "full-edge": partial(FasterKAN, hdim=16),
           "covering": partial(FasterKAN, hdim=16, second_norm="static", **COVERING), "efficient": partial(EfficientKAN, hdim=16)}
 
 

@@ -27,6 +27,7 @@ from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError
 from vision_kan.layers.efficient_kan import EfficientKAN, uniform_knots
 from vision_kan.layers.group_kan import GroupKAN
+from vision_kan.layers.kat import KAT
 from vision_kan.models.cost import cost_mismatch, count_flops, count_parameters, twin_mismatch
 from vision_kan.models.finetune import load_finetune
 from vision_kan.models.infer import infer_model, load_exactly, patch_grid
@@ -37,7 +38,7 @@ SIZE_NAMES = [
     "deit_base_distilled_patch16_384", "deit3_small_patch16_224", "deit3_base_patch16_224",
     "vit_nano_patch8_32", "vit_nano_patch4_32", "vit_micro_patch4_32"]
 DEIT_NAMES = [name for name in SIZE_NAMES if name.startswith("deit")]
-FEED_FORWARDS = {"KAN": FasterKAN, "GKAN": GroupKAN, "EKAN": EfficientKAN, "ViT": timm.layers.Mlp}
+FEED_FORWARDS = {"KAN": FasterKAN, "GKAN": GroupKAN, "EKAN": EfficientKAN, "KAT": KAT, "ViT": timm.layers.Mlp}
 NAMES = [f"{name}_{suffix}" for name in SIZE_NAMES for suffix in FEED_FORWARDS]
 
 
@@ -128,7 +129,8 @@ def test_pretrained_is_refused(name):
 
 
 @pytest.mark.parametrize("size, suffix", [("deit_tiny_patch16_224", "GKAN"), ("deit_tiny_patch16_224", "ViT"),
-                                          ("deit_tiny_distilled_patch16_224", "GKAN"), ("deit3_small_patch16_224", "GKAN")])
+                                          ("deit_tiny_distilled_patch16_224", "GKAN"), ("deit3_small_patch16_224", "GKAN"),
+                                          ("deit_tiny_patch16_224", "KAT")])
 def test_pretrained_takes_timms_weights_of_the_size(size, suffix, tmp_path, monkeypatch):
     """Out of the Hub's cache, here: its client is asked for the twin's file, once, and only by pretrained=True."""
     small = dict(img_size=32, depth=2)
@@ -323,10 +325,10 @@ def test_options_of_a_group_kan():
                 timm.create_model(f"vit_nano_patch8_32_{suffix}", **option)
 
 
-@pytest.mark.parametrize("suffix", ["KAN", "EKAN", "GKAN"])
+@pytest.mark.parametrize("suffix", ["KAN", "EKAN", "GKAN", "KAT"])
 def test_a_width_for_each_block(suffix):
     def second(mlp):
-        return mlp.fc2.in_features if suffix == "GKAN" else mlp.layers[1].in_features
+        return mlp.fc2.in_features if suffix in ("GKAN", "KAT") else mlp.layers[1].in_features
 
     name, widths = f"vit_nano_patch8_32_{suffix}", [8, 24, 16, 8]
     model = spread(create(name, hdim_kan=widths, num_classes=7))
@@ -351,8 +353,8 @@ def test_a_width_for_each_block(suffix):
 def test_options_and_twins_of_a_name():
     for name in NAMES:
         options = models_kan.options_of(name)
-        assert ("kan_groups" in options) == name.endswith("_GKAN") and bool(options) != name.endswith("_ViT")
-        assert models_kan.models_with("kan_groups", name) == [f"{name.rpartition('_')[0]}_GKAN"]
+        assert ("kan_groups" in options) == name.endswith(("_GKAN", "_KAT")) and bool(options) != name.endswith("_ViT")
+        assert models_kan.models_with("kan_groups", name) == [f"{name.rpartition('_')[0]}_{suffix}" for suffix in ("GKAN", "KAT")]
     assert models_kan.options_of("resnet18") == models_kan.models_with("kan_groups", "resnet18") == []
     assert {o for name in NAMES for o in models_kan.options_of(name)} == set(models_kan.KAN_OPTIONS)
 
@@ -389,6 +391,9 @@ def test_small_models_are_twins(name):
     group = blank(f"{name}_GKAN", num_classes=10)
     assert count_parameters(group) - count_parameters(vit) == 2 * len(vit.blocks) * 8 * 8      # the coefficients
     assert count_flops(group).matmul == count_flops(vit).matmul and twin_mismatch(group, vit) is None
+    kat = blank(f"{name}_KAT", num_classes=10)
+    assert count_parameters(kat) - count_parameters(vit) == 2 * len(vit.blocks) * (6 + 8 * 4)  # numerator, 8 denominators
+    assert count_flops(kat).matmul == count_flops(vit).matmul and twin_mismatch(kat, vit) is None
 
 
 def test_models_of_other_sizes_are_no_twins():
@@ -413,6 +418,7 @@ def test_models_of_other_sizes_are_no_twins():
     ("deit3_small_patch16_224_KAN", {"img_size": 48, "depth": 2, "kan_grid_points": 5}),
     ("vit_nano_patch8_32_EKAN", {}), ("deit_tiny_patch16_224_EKAN", {"img_size": 48, "kan_grid_points": 5}),
     ("vit_nano_patch8_32_GKAN", {}), ("deit3_small_patch16_224_GKAN", {"img_size": 48, "depth": 2, "hdim_kan": 64}),
+    ("vit_nano_patch8_32_KAT", {}), ("deit3_small_patch16_224_KAT", {"img_size": 48, "depth": 2, "hdim_kan": 64}),
     ("deit_base_patch16_384_KAN", {"img_size": (32, 64), "depth": 1, "qkv_bias": False})]), ids=str)
 def test_flops_are_those_that_pytorch_counts(name, kwargs):
     model = create(name, **kwargs)
@@ -432,6 +438,8 @@ def test_elementwise_flops():
     assert count_flops(group).elementwise == 4 * tokens * (7 * 6 * 96 + (7 * 6 + 5) * 384)
     group = blank("vit_nano_patch8_32_GKAN", kan_input_phi=False)
     assert count_flops(group).elementwise == 4 * tokens * (7 * 8 + 5) * 384
+    kat = blank("vit_nano_patch8_32_KAT")       # two Horner schemes of degrees 5 and 4, |u|, a division
+    assert count_flops(kat).elementwise == 4 * tokens * 20 * (96 + 384)
     vit = blank("vit_nano_patch8_32_ViT")
     assert count_flops(vit).elementwise == 4 * tokens * 5 * 384                     # 5 a GELU
     distilled = blank("deit_tiny_distilled_patch16_224_ViT")
@@ -967,6 +975,7 @@ def test_a_timm_model_of_another_kind_can_be_the_target():
     ("deit_tiny_distilled_patch16_224_KAN", dict(img_size=32, depth=2, num_classes=7)),
     ("vit_nano_patch8_32_EKAN", dict(kan_grid_range=(-1.0, 2.5), kan_grid_points=5, num_classes=7)),
     ("vit_nano_patch8_32_GKAN", dict(kan_groups=4, kan_base="silu", kan_h=1.1, kan_grid_range=(-2.0, 2.5), num_classes=7)),
+    ("vit_nano_patch8_32_KAT", dict(kan_groups=4, kan_base="silu", num_classes=7)),
     ("vit_nano_patch8_32_ViT", dict(num_classes=7))], ids=str)
 @pytest.mark.parametrize("safe", every(2, [True, False]))
 def test_saved_for_hugging_face(name, kwargs, safe, tmp_path):
@@ -1013,7 +1022,7 @@ def test_features(name):
     assert small(name, num_classes=0)(x).shape == (2, model.embed_dim)
 
 
-@pytest.mark.parametrize("name", [NANO, "vit_nano_patch8_32_EKAN", "vit_nano_patch8_32_GKAN"])
+@pytest.mark.parametrize("name", [NANO, "vit_nano_patch8_32_EKAN", "vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAT"])
 def test_gradient_checkpointing_changes_nothing(name):
     grads = []
     for checkpointing in (False, True):
@@ -1026,7 +1035,7 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 
 @pytest.mark.parametrize("suffix, options", [
-    ("GKAN", {}), pytest.param("KAN", {}, marks=pytest.mark.slow), pytest.param("EKAN", {}, marks=pytest.mark.slow),
+    ("GKAN", {}), ("KAT", {}), pytest.param("KAN", {}, marks=pytest.mark.slow), pytest.param("EKAN", {}, marks=pytest.mark.slow),
     ("KAN", {"kan_basis": "covering", "kan_second_norm": "static", "kan_base_branch": True})])
 def test_export(suffix, options):
     """Exported with a free batch size, PyTorch's own operations alone."""
@@ -1043,7 +1052,7 @@ def test_export(suffix, options):
 
 
 # ---------------------------------------------------------------- what a training step keeps
-@pytest.mark.parametrize("suffix, options, most", [("GKAN", {}, 1.07), ("KAN", {"hdim_kan": 96}, 1.0),
+@pytest.mark.parametrize("suffix, options, most", [("GKAN", {}, 1.07), ("KAT", {}, 1.07), ("KAN", {"hdim_kan": 96}, 1.0),
                                                    ("KAN", {"hdim_kan": 192}, 1.0)])
 def test_bytes_kept_for_the_backward_pass_are_at_most_the_twins(suffix, options, most):
     """DeiT-tiny at 224 px; more for the group KAN, whose first learned function has an output beside its input."""

@@ -34,6 +34,8 @@ ROWS = {
     "cifar100_small_kan384": ("deit_small_patch16_224_KAN", 384, "CIFAR", "78.69", "94.73"),
     "cifar100_base_kan768": ("deit_base_patch16_224_KAN", 768, "CIFAR", "76.96", "94.36"),
 }
+# KAT's authors' table: file -> top-1, drop path
+KATS = {"imagenet_tiny_kat": ("74.6", 0.1), "imagenet_small_kat": ("81.2", 0.1), "imagenet_base_kat": ("82.3", 0.4)}
 # What is compared: name -> its feed-forwards, in files NAME_FEEDFORWARD.yaml (or PLAIN) that differ in nothing else
 PLAIN = {("finetune_folder", "gkan"): "finetune_folder"}
 ALL = ("gkan", "kan_full", "mlp")
@@ -92,7 +94,7 @@ def build(path: Path, model: str | None = None):
 
 def test_all_recipes_are_known():
     twins = {member(name, kind) for name, kinds in TWINS.items() for kind in kinds}
-    assert {path.stem for path in RECIPES} == ROWS.keys() | twins
+    assert {path.stem for path in RECIPES} == ROWS.keys() | KATS.keys() | twins
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -145,7 +147,7 @@ def accuracies(text: str) -> list[float]:
 def test_a_header_says_what_the_tables_say(path):
     """What a header calls measured is in docs/results.md, and nothing there is called unmeasured."""
     fields, (heading, figures) = header(path), tables().get(path.stem, ("", set()))
-    ours, theirs = heading == "The recipes' own runs", heading == "The original's figures"
+    ours, theirs = heading == "The recipes' own runs", heading in ("The original's figures", "KAT's figures")
     assert ours or theirs or not heading
     assert ("not measured" in fields["expected"]) == (not heading)
     known = figures if heading else {figure for _, row in tables().values() for figure in row}      # its twin's, say
@@ -175,6 +177,21 @@ def test_row(name):
     published = rf"deit/{model.rpartition('_')[0]}-[0-9a-f]{{8}}\.pth$"
     assert bool(re.search(published, args.finetune)) == (data_set == "CIFAR")
     assert args.eval_crop_ratio == (0.875 if name == "imagenet_tiny_mlp" else 1.0)
+
+
+@pytest.mark.parametrize("name", KATS)
+def test_kat(name):
+    """The authors' settings, as their script has them."""
+    (top1, drop_path), args = KATS[name], parse_args(["--config", str(recipe(name))]).args
+    size = name.split("_")[1]
+    assert header(recipe(name))["expected"].startswith(f"top-1 {top1} ")
+    assert (args.model, args.drop_path) == (f"deit_{size}_patch16_224_KAT", drop_path)
+    assert (args.lr, args.unscale_lr, args.weight_decay, args.kan_weight_decay, args.kan_lr_mult) == (1e-3, True, 0.05, 0.05, 1)
+    assert "nproc_per_node=8" in header(recipe(name))["command"] and args.batch_size * 8 * args.grad_accum == 1024
+    assert (args.kan_base, args.kan_groups, args.weight_init) == ("silu", 8, "mimetic")
+    assert (args.epochs, args.warmup_epochs, args.sched, args.opt, args.model_ema_decay) == (300, 5, "cosine", "adamw", 0.9999)
+    assert (args.mixup, args.cutmix, args.smoothing, args.reprob, args.aa) == (0.8, 1.0, 0.1, 0.25, "rand-m9-mstd0.5")
+    assert twin_mismatch(build(recipe(name)), build(recipe(name), f"deit_{size}_patch16_224_ViT")) is None
 
 
 @pytest.mark.parametrize("path", every(4, RECIPES), ids=lambda path: path.stem)

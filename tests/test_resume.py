@@ -24,6 +24,7 @@ WAYS = [
         "", "--augment-on device --repeated-aug --resplit", "--grad-accum 2 --clip-grad 0.5 --sched-on-updates",
         "--repeated-aug --resplit --mixup-mode elem",
         "--model vit_nano_patch8_32_GKAN --kan-groups 0 --grad-checkpointing",
+        "--model vit_nano_patch8_32_KAT --weight-init mimetic --kan-lr-mult 5",
         "--cutmix-minmax 0.2 0.6 --bce-loss --input-size 16 24", "--drop 0.2 --drop-path 0.3 --cosub --epochs 2",
         "--sched plateau --patience-epochs 0 --lr-noise 0.1 --opt momentum",
         "--mixup-mode pair --mixup-prob 0.5 --mixup-switch-prob 0.3", "--mixup 0 --cutmix 0 --smoothing 0",

@@ -143,7 +143,7 @@ def test_histogram_of_many_values_is_numpys():
     torch.testing.assert_close(inputs.shares(5).sum(1), torch.ones(5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("suffix, kwargs", [("KAN", {}), ("KAN", dict(kan_second_norm="none")), ("GKAN", {}), ("EKAN", {})],
+@pytest.mark.parametrize("suffix, kwargs", [("KAN", {}), ("KAN", dict(kan_second_norm="none")), ("GKAN", {}), ("EKAN", {}), ("KAT", {})],
                          ids=str)
 def test_collected_is_what_arrives(suffix, kwargs):
     """Against activations that are computed block by block."""
@@ -161,6 +161,8 @@ def test_collected_is_what_arrives(suffix, kwargs):
             n, mlp = block.norm2(x), block.mlp
             if suffix == "GKAN":
                 expected |= {f"blocks.{number}.mlp.phi1": n, f"blocks.{number}.mlp.phi2": mlp.fc1(mlp.phi1(n))}
+            elif suffix == "KAT":
+                expected |= {f"blocks.{number}.mlp.act1": n, f"blocks.{number}.mlp.act2": mlp.fc1(mlp.act1(n))}
             else:
                 first, second = mlp.layers
                 norms = [getattr(layer, "layernorm", nn.Identity()) for layer in mlp.layers]
