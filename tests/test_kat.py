@@ -16,9 +16,8 @@ from tools import convert, inspect_kan, predict, symbolic
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.config.resolve import parse_args
 from vision_kan.layers.feed_forward import beginnings
-from vision_kan.layers.kat import BEGINS
+from vision_kan.layers.kat import BEGINS, GroupRational
 from vision_kan.layers.kat import KAT as FeedForward
-from vision_kan.layers.kat import GroupRational
 from vision_kan.models import weight_init
 from vision_kan.models.finetune import load_finetune
 from vision_kan.models.infer import infer_model, load_exactly
@@ -130,7 +129,7 @@ def test_it_takes_an_mlp_over_up_to_the_fit():
     report = load_finetune(model, source.state_dict())
     assert not report.dropped and not report.initial
     assert {key for key in report.converted} == {key for key in model.state_dict() if ".act" in key}
-    assert set(report.converted.values()) == {"begins as the MLP's activation to within 3.3e-3"}
+    assert set(report.converted.values()) == {"begins as the MLP's activation to within 3.3e-3 on [-3, 3]"}
     assert beginnings(model, source.state_dict()) == report.converted
     mlp, kat, n = source.blocks[0].mlp, model.blocks[0].mlp, torch.randn(50, 96)
     with torch.no_grad():
@@ -184,7 +183,8 @@ def original():
 def test_logits_of_the_original_code(original):
     weights, arrays = original
     spec = infer_model(weights, {"model": "kat_tiny_patch16_224"})
-    assert spec == ModelSpec("deit_tiny_patch16_224_KAT", {"img_size": 64, "num_classes": 10, "kan_groups": 8, "kan_base": "silu"})
+    assert spec == ModelSpec("deit_tiny_patch16_224_KAT", {"img_size": 64, "num_classes": 10, "kan_groups": 8,
+                                                           "kan_base": "silu"})
     model, images = timm.create_model(spec.name, **spec.kwargs).eval(), torch.from_numpy(arrays["x"])
     load_exactly(model, weights, "the file")
     want = torch.from_numpy(arrays["model_fp64"])

@@ -143,8 +143,8 @@ def test_histogram_of_many_values_is_numpys():
     torch.testing.assert_close(inputs.shares(5).sum(1), torch.ones(5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("suffix, kwargs", [("KAN", {}), ("KAN", dict(kan_second_norm="none")), ("GKAN", {}), ("EKAN", {}), ("KAT", {})],
-                         ids=str)
+@pytest.mark.parametrize("suffix, kwargs", [("KAN", {}), ("KAN", dict(kan_second_norm="none")), ("GKAN", {}), ("EKAN", {}),
+                                            ("KAT", {})], ids=str)
 def test_collected_is_what_arrives(suffix, kwargs):
     """Against activations that are computed block by block."""
     model, images = learned(suffix, depth=2, **kwargs), torch.randn(6, 3, 32, 32)

@@ -152,7 +152,8 @@ def layers_table(found: Findings) -> list[list[str]]:
         distances = ["–" if value is None else f"{value:.3g}" for value in (layer.distance, layer.furthest)]
         grid, off = ("–", "–") if not layer.points else (f"{layer.points} on [{layer.low:.3g}, {layer.high:.3g}]",
                                                          f"{layer.off_grid:.1%}")
-        rows.append([name, f"{layer.functions:,}", grid, f"{layer.mean:.2f} ± {layer.std:.2f}", spread, off, *distances, f"{layer.gain.min():.2g} to {layer.gain.max():.2g}",
+        rows.append([name, f"{layer.functions:,}", grid, f"{layer.mean:.2f} ± {layer.std:.2f}", spread, off, *distances,
+                     f"{layer.gain.min():.2g} to {layer.gain.max():.2g}",
                      f"{layer.dead} of {len(layer.gain)} {layer.units}"])
     return rows if found.measured else []
 

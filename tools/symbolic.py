@@ -190,8 +190,8 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         raise UserError(f"--replace puts formulas in place of a group KAN's functions, and {trained.path} holds "
                         f"{trained.spec.name}: leave it out")
     if own.replace and not all(layer.takes_weights for layer in layers):
-        raise UserError(f"--replace fits each function's coefficients to its formula, and in {trained.spec.name} all groups share "
-                        "some of theirs: leave it out")
+        raise UserError(f"--replace fits each function's coefficients to its formula, and in {trained.spec.name} all groups "
+                        "share some of theirs: leave it out")
     if own.replace and not trained.has_data:
         raise UserError("--replace evaluates the model before and after: name its data with --data-path DIR")
     images, rounds = _images(trained, own.images, own.limit)

@@ -59,8 +59,8 @@ class FunctionLayer(nn.Module):
         return None
 
     def grid_points(self) -> Tensor:
-        """The points [G] between which the basis is complete, in increasing order, float64 on the CPU; without a grid the two ends
-        of the range that matters."""
+        """The points [G] between which the basis is complete, in increasing order, float64 on the CPU; without a grid the two
+        ends of the range that matters."""
         raise NotImplementedError
 
     def basis(self, u: Tensor) -> Tensor:

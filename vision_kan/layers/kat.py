@@ -51,7 +51,7 @@ class GroupRational(FunctionLayer):
             raise ValueError(f"{groups} groups do not divide {channels} channels")
         if base not in BEGINS:
             raise ValueError(f"base {base} is not one of {', '.join(BEGINS)}, to which rationals are fitted")
-        self.channels, self.base = channels, base
+        self.channels, self.groups, self.base = channels, groups, base
         self.weight_numerator = nn.Parameter(torch.empty(1, DEGREE + 1, device=device, dtype=dtype))
         self.weight_denominator = nn.Parameter(torch.empty(groups, BELOW, device=device, dtype=dtype))
         self.reset_parameters()
@@ -65,13 +65,13 @@ class GroupRational(FunctionLayer):
     def coefficients(self) -> Tensor:
         """[groups, DEGREE + 1 + BELOW], as the op takes them. |b| has the slope 1 at 0, where the identity begins."""
         sign = torch.where(self.weight_denominator < 0, -1.0, 1.0).to(self.weight_denominator)
-        return torch.cat([self.weight_numerator.expand(len(sign), -1), self.weight_denominator * sign], 1)
+        return torch.cat([self.weight_numerator.expand(self.groups, -1), self.weight_denominator * sign], 1)
 
     def forward(self, u: Tensor) -> Tensor:
         return (rational_reference if exporting() else rational)(u, self.coefficients(), DEGREE)
 
     def extra_repr(self) -> str:
-        return f"{self.channels} channels, {len(self.weight_denominator)} groups, base={self.base}"
+        return f"{self.channels} channels, {self.groups} groups, base={self.base}"
 
     # ------------------------------------------------------------ what it answers about itself
     # u^k/Q_g(u), of all groups one after the other: linear in the numerator as the other layers are in their weights.
@@ -96,9 +96,8 @@ class GroupRational(FunctionLayer):
         return torch.cat([values, BASES[self.base](u).unsqueeze(-1)], -1)
 
     def function_weights(self) -> Tensor:
-        groups = len(self.weight_denominator)
-        weights = torch.block_diag(*[self.weight_numerator] * groups)
-        return torch.cat([weights, weights.new_zeros(groups, 1)], 1).unsqueeze(0)
+        weights = torch.block_diag(*[self.weight_numerator] * self.groups)
+        return torch.cat([weights, weights.new_zeros(self.groups, 1)], 1).unsqueeze(0)
 
     def function_parameters(self) -> list[nn.Parameter]:
         return [self.weight_numerator, self.weight_denominator]
@@ -136,12 +135,13 @@ class KAT(FeedForward):
     FUNCTIONS = "groups of channels share their functions"
     PRUNES = ("hidden",)
     HOLDS_MLP = True
-    AS_MLP = "begins as the MLP's activation to within 3.3e-3"
+    AS_MLP = "begins as the MLP's activation to within 3.3e-3 on [-3, 3]"
     OWN_FLAGS = {"kan_lr_mult": 1.0, "kan_weight_decay": 0.05}      # as published
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
-                 act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True, drop: float | Sequence[float] = 0.0, device=None,
-                 dtype=None, *, hdim: int | None = None, groups: int = 8, base: str | None = None):
+                 act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True,
+                 drop: float | Sequence[float] = 0.0, device=None, dtype=None, *, hdim: int | None = None, groups: int = 8,
+                 base: str | None = None):
         super().__init__()
         if base is None:
             base = "gelu" if act_layer is None else base_of(act_layer)

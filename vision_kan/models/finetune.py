@@ -73,7 +73,8 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
     """Load all of another model's weights that fit, and report what became of each tensor.
 
     Position and patch embeddings are resampled to the model's image and patch size. The head is dropped if the number of classes
-    differs. A group KAN and KAT take over an MLP's weights; for other KANs they are dropped (`conversion.load_converted` fits them).
+    differs. A group KAN and KAT take over an MLP's weights; for other KANs they are dropped (`conversion.load_converted` fits
+    them).
 
     Args:
         source: the other model's parameters.
