@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, run, write_digits
-from helpers import KAT, RELEASED_KAT, TWIN, differences, needs_released_kat, sentence
+from helpers import KAT, RELEASED_KAT, TWIN, differences, every, needs_released_kat, sentence
 from models import nano, spread, trained
 from paths import BASES_BY_HAND, error, gradients
 from safetensors.torch import save_file
@@ -197,7 +197,7 @@ def test_logits_of_the_original_code(original):
 
 
 @needs_released_kat
-@pytest.mark.parametrize("kind", ["as released", pytest.param("plain.pth", marks=pytest.mark.slow), "plain.safetensors"])
+@pytest.mark.parametrize("kind", every(3, ["as released", "plain.pth", "plain.safetensors"]))
 def test_the_originals_files_work_as_they_are(kind, original, tmp_path, capsys):
     file = RELEASED_KAT if kind == "as released" else tmp_path / kind
     if kind == "plain.pth":
@@ -251,7 +251,7 @@ def test_its_rationals_are_trained_as_published_unless_told_otherwise(trained_ka
 
 def test_its_report_has_no_grid(trained_kat, tmp_path):
     data, checkpoint = trained_kat
-    assert inspect_kan.main([str(checkpoint), "--data-path", str(data), "--output", str(tmp_path)]) == 0
+    assert inspect_kan.main([str(checkpoint), "--data-path", str(data), "--layer", "blocks.3", "--output", str(tmp_path)]) == 0
     report = (tmp_path / "report.html").read_text()
     assert "blocks.3.mlp.act2" in report and "off its grid" not in report and "whose grid is" not in report
     tags = [path for path in checkpoint.parent.rglob("events*")]
