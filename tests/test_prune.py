@@ -31,7 +31,7 @@ from vision_kan.models.cost import count_parameters
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
 HERE = ("--num_workers", "0", "--device", "cpu")
-GKAN, KAN = "vit_nano_patch8_32_GKAN", "vit_nano_patch8_32_KAN"
+GKAN, KAN, KAT = (f"vit_nano_patch8_32_{suffix}" for suffix in ("GKAN", "KAN", "KAT"))
 # Learns real digits of four classes in seconds.
 TRAIN = ("--config", ROOT / "recipes/quickstart_mlp.yaml", "--data-set", "FOLDER", "--device", "cpu", "--batch-size", "8", "--lr",
          "7e-4", "--warmup-epochs", "1")
@@ -195,13 +195,14 @@ def plan_for(model, name, kwargs, what):
 @pytest.mark.parametrize("name, kwargs", [
     (GKAN, {"kan_groups": 2, "hdim_kan": 24}), (GKAN, {"kan_groups": 0, "hdim_kan": 24, "kan_trainable_base": True}),
     (GKAN, {"kan_input_phi": False, "hdim_kan": 24}), (KAN, {"kan_basis": "covering", "kan_second_norm": "static"}),
+    (KAT, {"kan_groups": 2, "hdim_kan": 24}), (KAT, {"kan_groups": 0, "hdim_kan": 24}), (KAT, {"hdim_kan": 24}),
     (KAN, {"kan_basis": "covering", "kan_second_norm": "none", "kan_base_branch": True}),
     (KAN, {"kan_second_norm": "static", "kan_trainable_h": True, "kan_trainable_grid": True})], ids=str)
 def test_units_that_do_nothing_go_first_and_are_not_missed(name, kwargs):
     kwargs = {"depth": 2, "num_classes": 5, "hdim_kan": 8, **kwargs}
     model = spread(timm.create_model(name, **kwargs).eval())
-    dead = {0: [1, 14 if name == GKAN else 6], 1: [0, 3, 15, 20] if name == GKAN else [2, 4, 5]}
-    if kwargs.get("kan_groups") != 0 and name == GKAN and kwargs.get("kan_groups") != 2:
+    dead = {0: [1, 14 if name != KAN else 6], 1: [0, 3, 15, 20] if name != KAN else [2, 4, 5]}
+    if kwargs.get("kan_groups") != 0 and name != KAN and kwargs.get("kan_groups") != 2:
         dead = {0: list(range(1, 24, 3)), 1: list(range(0, 24, 3))}         # one of the three of each of eight groups
     with torch.no_grad():
         for number, units in dead.items():
