@@ -197,13 +197,17 @@ def test_logits_of_the_original_code(original):
 
 
 @needs_released_kat
-@pytest.mark.parametrize("kind", every(3, ["as released", "plain.pth", "plain.safetensors"]))
+@pytest.mark.parametrize("kind", every(3, ["as released", "plain.pth", "plain.safetensors", "hub"]))
 def test_the_originals_files_work_as_they_are(kind, original, tmp_path, capsys):
     file = RELEASED_KAT if kind == "as released" else tmp_path / kind
     if kind == "plain.pth":
         torch.save(original[0], file)
     elif kind == "plain.safetensors":
         save_file(original[0], file)
+    elif kind == "hub":
+        file.mkdir()
+        save_file(original[0], file / "model.safetensors")
+        (file / "config.json").write_text('{"architecture": "kat_tiny_patch16_224", "num_classes": 10}')
     data = write_digits(tmp_path / "data", train=2, val=1, classes=10, size=64)
     image = next(data.glob("val/*/*.png"))
     assert run("--eval", "--resume", file, "--data-path", data, *HERE) == 0

@@ -12,11 +12,11 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from models_kan import ModelSpec
+from models_kan import ModelSpec, options_of
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError, one_line
-from vision_kan.models.infer import load_exactly
+from vision_kan.models.infer import infer_model, load_exactly
 
 # Arguments of `timm.create_model` itself, which a checkpoint must not set: one names a file to unpickle, others download.
 _CREATE_MODEL_ARGUMENTS = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
@@ -42,13 +42,15 @@ def as_user_error(what: str) -> Iterator[None]:
 
 # ---------------------------------------------------------------- the model
 def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
-    """The model that `model_args` describes, or None without them. Raises UserError for arguments that this program never
-    saves."""
+    """The model that `model_args` describes, or None without them; of a name that nobody here knows, the model that the weights
+    of a KAN show (`kan_of_weights`). Raises UserError for arguments that this program never saves."""
     stored = checkpoint.state.get("model_args")
     if stored is None:
         return None
     name, kwargs = (stored.get("name"), stored.get("kwargs") or {}) if isinstance(stored, Mapping) else (None, None)
     if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not timm.is_model(name.split(".")[0]):
+        if spec := kan_of_weights(checkpoint):
+            return spec
         raise UserError(f"checkpoint {checkpoint.path}: its model_args name no model that timm or this program knows "
                         f"({ascii(name)[:60]}): get it from its source again, or take its weights with --finetune")
     for key, value in kwargs.items():
@@ -56,6 +58,16 @@ def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
             raise UserError(f"checkpoint {checkpoint.path}: its model_args have {key!r}, which is not an argument of a model's "
                             "shape or out of range: get it from its source again, or take its weights with --finetune")
     return ModelSpec(name, dict(kwargs))
+
+
+def kan_of_weights(checkpoint: Checkpoint) -> ModelSpec | None:
+    """The model of weights with learned functions, of this program or in a layout that it knows; None for other weights."""
+    try:
+        with as_user_error(f"checkpoint {checkpoint.path}"):
+            spec = infer_model(checkpoint.weights(), {})
+    except UserError:
+        return None
+    return spec if options_of(spec.name) else None
 
 
 def _is_plain(value: object) -> bool:

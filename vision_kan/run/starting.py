@@ -157,13 +157,9 @@ def _inferred_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     name = checkpoint.flags.get("model")
     if isinstance(name, str) and timm.is_model(name.split(".")[0]):
         return {}
-    try:
-        with vetting.as_user_error(f"checkpoint {checkpoint.path}"):
-            spec = infer_model(checkpoint.weights(), {})
-    except UserError:
-        return {}       # of another architecture: --model must name it
-    own = {key: value for key, value in spec.kwargs.items() if key in models_kan.options_of(spec.name)}
-    return {"model": spec.name, **own} if own else {}
+    spec = vetting.kan_of_weights(checkpoint)       # None: of another architecture, which --model must name
+    return {} if spec is None else {
+        "model": spec.name, **{key: value for key, value in spec.kwargs.items() if key in KAN_OPTIONS}}
 
 
 # ---------------------------------------------------------------- the flags
