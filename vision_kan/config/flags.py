@@ -98,9 +98,9 @@ GROUPS = [
              rule=BELOW_1),
         Flag("--drop-path", 0.1, "training", "stochastic depth rate of the last block; 0: none", type=float,
              metavar="P", rule=BELOW_1),
-        Flag("--weight-init", "", "training",
-             "how attention begins: mimetic: alike to trained attention (arXiv:2305.09828); if not given, at random as in timm; "
-             "weights of --finetune come after it", choices=["", "mimetic"], metavar="KIND", ours=True),
+        Flag("--weight-init", "timm", "training",
+             "how attention begins: at random as in timm, or alike to trained attention (mimetic, arXiv:2305.09828); weights of "
+             "--finetune come after it", choices=["timm", "mimetic"], ours=True),
         Flag("--hdim_kan", None, "model", "hidden width of the KAN feed-forward", type=int, metavar="WIDTH",
              rule=at_least(1), one_or_each=True, ours=True),
         Flag("--kan-grid-range", None, "model", "first and last grid point", type=float, nargs=2,

@@ -56,8 +56,8 @@ def model_of_run(config: Config, start: Start, num_classes: int, device: torch.d
     images: returns a batch to calibrate on. Raises UserError for flags that do not fit the model."""
     model, spec = build_model(model_spec(config, start, num_classes), config)
     choose_backend(config, spec, model, device)
-    if config.args.weight_init and start.purpose in (None, "finetune") and not init_mimetic(model):
-        raise UserError(f"--weight-init {config.args.weight_init} has no effect on --model {spec.name}, which has no attention "
+    if config.args.weight_init == "mimetic" and start.purpose in (None, "finetune") and not init_mimetic(model):
+        raise UserError(f"--weight-init mimetic has no effect on --model {spec.name}, which has no attention "
                         "with queries, keys and values in one map: leave it out")
     if table := load_start(model, spec, start, images):
         say(f"weights from {start.checkpoint.path}:\n{table}")
