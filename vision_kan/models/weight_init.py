@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor, nn
 
-# Of vision transformers, section 3: products begin as SHARE_QK * (Z + I) and SHARE_VO * (Z - I), Z random.
+# Their constants for vision transformers: products begin as SHARE_QK * (Z + I) and SHARE_VO * (Z - I), Z random.
 SHARE_QK, SHARE_VO = 0.7, 0.4
 
 
