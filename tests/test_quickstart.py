@@ -1,6 +1,7 @@
 """tools/quickstart.py and tools/plot_run.py: the table, the picture, and both trainings end to end."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_end_to_end(tmp_path):
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=240)
     assert answer.returncode == 0, answer.stderr
-    lines = {line.split()[0]: line.split() for line in answer.stdout.splitlines() if line.split()}
+    lines = {line.split()[0]: line.split() for line in answer.stdout.splitlines() if re.match(r"(GKAN|MLP) +\d", line)}
     assert lines["GKAN"][2] == "469,290" and lines["MLP"][2] == "468,778"
     assert "not twins" not in answer.stdout
     assert colours(tmp_path / "out" / "quickstart.png") > 50

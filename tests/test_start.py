@@ -135,7 +135,8 @@ def test_resume_auto_falls_back_loudly_from_a_damaged_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change, reason", every(3, [
-    ({"model": {"cls_token": torch.zeros(1)}}, "does not fit the model"), ({"optimizer": None}, "'optimizer' is not"),
+    ({"args": None}, "has no 'args'"), ({"model": {"cls_token": torch.zeros(1)}}, "does not fit the model"),
+    ({"optimizer": None}, "has no 'optimizer'"),
     ({"epoch": -5}, "'epoch' is not"), ({"epoch": 10 ** 30}, "a number of 100 bits"),
     ({"epoch": 10 ** 9}, "'epoch' is not"), ({"epoch": "x"}, "'epoch' is not"),
     ({"step": -1}, "'step' is not"), ({"losses": [float("nan")]}, "'losses' is not"),

@@ -281,7 +281,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_loader_processes_that_are_started_anew(method, parquet, shards, folder, tmp_path):
     """fork is what all other tests have."""
-    kinds = [["--data-set", "DIGITS"], ["--data-path", folder], ["--data-set", "torch/image_folder", "--data-path", folder],
+    kinds = [["--data-set", "DIGITS"], ["--data-set", "FOLDER", "--data-path", folder],
+             ["--data-set", "torch/image_folder", "--data-path", folder],
              ["--data-set", f"hfds/{parquet}"], ["--data-set", f"hfids/{parquet}", "--data-split", *HFIDS_SPLIT],
              ["--data-set", "wds/digits", "--data-path", shards, "--data-split", *WDS_SPLIT, "--num-classes", 3]]
     words = [";".join(map(str, kind)) for kind in kinds]

@@ -95,10 +95,9 @@ class Checkpoint:
     def check_entries(self, complete: bool = False) -> None:
         """Raises UserError for an entry of another kind than a run writes; with `complete` also for a missing one."""
         for key, (test, kind, needed) in _ENTRIES.items():
-            if key not in self.state:
-                if complete and needed:
-                    raise UserError(f"checkpoint {self.path} has no key '{key}': a run of this program did not write it")
-            elif not test(self.state[key]):
+            if complete and needed and self.state.get(key) is None:
+                raise UserError(f"checkpoint {self.path} has no '{key}': a run of this program did not write it")
+            if key in self.state and not test(self.state[key]):
                 raise UserError(f"checkpoint {self.path}: its '{key}' is not {kind}, so it is damaged or of another program: "
                                 "copy it again, or take its weights with --finetune")
 

@@ -42,14 +42,14 @@ def as_user_error(what: str) -> Iterator[None]:
 
 # ---------------------------------------------------------------- the model
 def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
-    """The model that `model_args` describes, or None without them; of a name that nobody here knows, the model that the weights
-    of a KAN show (`kan_of_weights`). Raises UserError for arguments that this program never saves."""
+    """The model that `model_args` describes, or None without them; of a name that nobody here knows, the model that bare
+    weights of a KAN show (`kan_of_weights`). Raises UserError for arguments that this program never saves."""
     stored = checkpoint.state.get("model_args")
     if stored is None:
         return None
     name, kwargs = (stored.get("name"), stored.get("kwargs") or {}) if isinstance(stored, Mapping) else (None, None)
     if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not timm.is_model(name.split(".")[0]):
-        if spec := kan_of_weights(checkpoint):
+        if "optimizer" not in checkpoint.state and (spec := kan_of_weights(checkpoint)):       # a run names its own model
             return spec
         raise UserError(f"checkpoint {checkpoint.path}: its model_args name no model that timm or this program knows "
                         f"({ascii(name)[:60]}): get it from its source again, or take its weights with --finetune")
