@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, run, write_digits
-from helpers import ROOT
+from helpers import ROOT, every
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 import run_with_submitit
@@ -239,7 +239,7 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-@pytest.mark.parametrize("page, block", blocks("python"), ids=lambda value: value[:30])
+@pytest.mark.parametrize("page, block", every(3, blocks("python")), ids=lambda value: value[:30])
 def test_python(page, block, ground, folders, monkeypatch):
     monkeypatch.chdir(folders(page))
     block = block.replace('"checkpoint.pth"', repr(ground["CHECKPOINT"]))

@@ -197,7 +197,7 @@ def test_logits_of_the_original_code(original):
 
 
 @needs_released_kat
-@pytest.mark.parametrize("kind", every(3, ["as released", "plain.pth", "plain.safetensors", "hub"]))
+@pytest.mark.parametrize("kind", every(4, ["as released", "plain.pth", "plain.safetensors", "hub"]))
 def test_the_originals_files_work_as_they_are(kind, original, tmp_path, capsys):
     file = RELEASED_KAT if kind == "as released" else tmp_path / kind
     if kind == "plain.pth":
@@ -253,6 +253,7 @@ def test_its_rationals_are_trained_as_published_unless_told_otherwise(trained_ka
         assert (own.kan_lr_mult, own.kan_weight_decay) == (20.0, 0.0)
 
 
+@pytest.mark.slow
 def test_its_report_has_no_grid(trained_kat, tmp_path):
     data, checkpoint = trained_kat
     assert inspect_kan.main([str(checkpoint), "--data-path", str(data), "--layer", "blocks.3", "--output", str(tmp_path)]) == 0
@@ -329,6 +330,7 @@ def test_mimetic_attention(suffix, monkeypatch):
         assert off.std() == pytest.approx(0.4 / 96 ** 0.5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_mimetic_acts_at_the_start_of_a_training_alone(tmp_path, capsys):
     data = write_digits(tmp_path / "data", train=8, val=2)
     words = [word if word != QUICK[QUICK.index("--model") + 1] else TWIN for word in QUICK]

@@ -297,6 +297,7 @@ def deaf_steps(argv: list[str]) -> int:
 
 
 # ---------------------------------------------------------------- learned activations
+@slow
 def test_a_group_kan_from_training_to_evaluation(data, tmp_path, watched, capsys):
     """Its coefficients move at their own rate, are averaged and saved, and are there again for an evaluation."""
     out = tmp_path / "out"

@@ -103,7 +103,7 @@ WDS_SPLIT = ["train-{0..2}.tar|48", "val-{0..2}.tar|24"]
 HFIDS_SPLIT = ["train|48", "validation|24"]
 
 
-@pytest.fixture(params=every(3, ["hfds", "torch", "hfids", "wds"]))
+@pytest.fixture(params=every(4, ["wds", "torch", "hfids", "hfds"]))
 def flags(request, folder):
     """--data-set and what else is needed to read the folder's images in each way."""
     if request.param == "torch":

@@ -76,7 +76,11 @@ CHECKS = {
     "nan": not_a_number, "empty": empty, "twice": twice}
 
 
-def main() -> None:
+# The others take the interpreter most of a minute.
+QUICK = ("float32", "one-channel", "nan", "empty")
+
+
+def main(names: list[str]) -> None:
     from vision_kan.kernels import triton_columns as ops
 
     def filled(*args):
@@ -86,29 +90,32 @@ def main() -> None:
     real, ops.allocator = ops.allocator, filled         # what is not written shows
     ops.FORWARD_PROGRAMS = ops.BACKWARD_PROGRAMS = 4 / 68       # of the device that stands in: few, as on much data
     failed = {}
-    for name, check_ in CHECKS.items():
+    for name in names:
         try:
             torch.manual_seed(0)
-            check_()
+            CHECKS[name]()
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {error}"
     print(json.dumps(failed))
 
 
 @cache
-def failures() -> dict[str, str]:
-    done = subprocess.run([sys.executable, __file__], check=False, capture_output=True, text=True, cwd=ROOT, timeout=240,
+def failures(quick: bool) -> dict[str, str]:
+    """name -> error of the checks in `QUICK`, or of all others, run in one process."""
+    names = [name for name in CHECKS if (name in QUICK) == quick]
+    done = subprocess.run([sys.executable, __file__, *names], check=False, capture_output=True, text=True, cwd=ROOT, timeout=240,
                           env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CHECKS])
 def test_interpreted(name):
     pytest.importorskip("triton", reason="Triton is not installed")
-    assert name not in failures(), failures()[name]
+    failed = failures(name in QUICK)
+    assert name not in failed, failed[name]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    main(sys.argv[1:])
