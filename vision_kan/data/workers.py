@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from vision_kan.common.errors import UserError, one_line
@@ -67,7 +66,6 @@ def _start(loader: DataLoader) -> Iterator:
 def start_worker(number: int) -> None:
     """Set up a loader process. Launchers signal all processes of a run, but only the training process decides when to stop, and
     its current step still needs its batch: so the signals are ignored here."""
-    Image.core.set_blocks_max(4)        # memory of an image is used for the next: else its pages are cleared each time
     for stopping in set(STOPPING) - {signal.SIGTERM}:
         signal.signal(stopping, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):      # else SIGTERM keeps PyTorch's handler, which ends the process
