@@ -181,6 +181,7 @@ class _Rest(list):
         return self.n
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_through_main(tmp_path, monkeypatch, capsys):
     """The real program; its graphs are emulated."""
     data = write_digits(tmp_path / "data", train=32)         # 6 steps of 16 images

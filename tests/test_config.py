@@ -492,6 +492,7 @@ def test_what_the_two_above_would_notice(tmp_path, monkeypatch):
             hostile_recipes.outcome(argv, canary, seconds=0.5)
 
 
+@pytest.mark.slow
 @settings(FUZZ, max_examples=6)
 @given(data=st.data())
 def test_odd_runs(digits, tmp_path_factory, data):

@@ -252,6 +252,7 @@ def test_onnx(name, kwargs, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pth", "m.onnx"]
 
 
+@slow
 @pytest.mark.parametrize("name, kwargs", [KINDS[0], *(pytest.param(*kind, marks=slow) for kind in KINDS[2::4])], ids=str)
 def test_pt2(name, kwargs, tmp_path):
     trained = of_kind(name, kwargs, tmp_path)

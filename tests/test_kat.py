@@ -239,6 +239,7 @@ def trained_kat(tmp_path_factory):
     return data, folder / "run/checkpoint.pth"
 
 
+@pytest.mark.slow
 def test_its_rationals_are_trained_as_published_unless_told_otherwise(trained_kat):
     state = torch.load(trained_kat[1], weights_only=True)
     assert (state["args"]["kan_lr_mult"], state["args"]["kan_weight_decay"]) == (1.0, 0.05)

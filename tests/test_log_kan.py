@@ -103,6 +103,7 @@ def test_a_resumed_run_is_the_same_and_writes_each_epoch_once(runs, data):
     assert [event.step for event in events.Images("kan_functions/blocks.0")] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_every_so_many_epochs(data, tmp_path):
     assert run(*QUICK, *GROUP, "--data-path", data, "--epochs", 3, "--log-kan", 2, "--output_dir", tmp_path) == 0
     assert [step for step, _ in scalars(tmp_path)["kan_off_grid/blocks.0.mlp.phi1"]] == [1]

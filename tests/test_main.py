@@ -831,6 +831,7 @@ def server(tmp_path, monkeypatch):
         thread.join()
 
 
+@slow
 def test_finetune_from_an_address_with_a_hash(data, deit_tiny, server, tmp_path, capsys):
     folder, address = server
     buffer = io.BytesIO()
@@ -903,6 +904,7 @@ def test_bad_data_folders(data, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@slow
 def test_unreadable_images_are_named_counted_and_survived(data, tmp_path, capsys):
     copy = Path(shutil.copytree(data, tmp_path / "copy"))
     one = sorted((copy / "train/digit0").iterdir())[0]

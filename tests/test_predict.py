@@ -38,6 +38,7 @@ def fine_tuned(photos, tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_the_held_out_part_is_what_is_evaluated(photos, fine_tuned, tmp_path, capsys):
     content = checkpoint(fine_tuned)
     assert content["args"]["val_split"] == 0.2 and content["args"]["seed"] == 0
