@@ -206,14 +206,14 @@ def test_chunks_do_not_change_the_result(limit, monkeypatch):
     points, h = points_of("the models'")
     u, c, dy = inputs("the models'", (2, 15, 8), 4)
     whole = gradients(lambda: rswaf_activation(u, c, points, h, "gelu"), [u, c], dy)
-    monkeypatch.setattr(op, "CHUNK_VALUES", limit)
+    monkeypatch.setattr(backend, "CHUNK_INPUTS", limit)
     chunked = gradients(lambda: rswaf_activation(u, c, points, h, "gelu"), [u, c], dy)
     assert error(chunked[0], whole[0]) < 1e-15 and error(chunked[1], whole[1]) < 1e-15      # vector or scalar exp
     assert error(chunked[2], whole[2]) < 1e-14          # a sum in another order
 
 
 def test_chunks_cover_all_rows_and_hold_to_the_limit(monkeypatch):
-    monkeypatch.setattr(op, "CHUNK_VALUES", 20)
+    monkeypatch.setattr(backend, "CHUNK_INPUTS", 20)
     seen = []
     real = op._exponentials
 

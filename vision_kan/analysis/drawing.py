@@ -42,14 +42,14 @@ def _finish(axes: Axes, layer: FunctionLayer, inputs: InputHistogram | None, tit
     for point in layer.grid_points().tolist() if layer.has_grid else ():
         axes.axvline(point, color="grey", linewidth=0.5, alpha=0.5)
     axes.set_xlim(*drawn_range(layer, inputs)[[0, -1]].tolist())
-    lines = "lines: grid points" if layer.has_grid else ""
-    xlabel = f"input u ({lines})" if lines else "input u"
+    notes = ["lines: grid points"] if layer.has_grid else []
     if inputs is not None:
         p5, p95 = inputs.quantile(0.05), inputs.quantile(0.95)
-        title += f"\n{inputs.off_grid:.1%} of the inputs off the grid" if layer.has_grid else ""
-        if layer.has_grid and (used := used_width(inputs.low, inputs.high, p5, p95)) < 1 / FAR_WIDER:
-            title += f", nine in ten within {used:.0%} of its width"
-        xlabel = f"input u\n{lines and lines + '; '}blue: histogram of the inputs, dotted: their 5th and 95th percentile"
+        if layer.has_grid:
+            title += f"\n{inputs.off_grid:.1%} of the inputs off the grid"
+            if (used := used_width(inputs.low, inputs.high, p5, p95)) < 1 / FAR_WIDER:
+                title += f", nine in ten within {used:.0%} of its width"
+        notes.append("blue: histogram of the inputs, dotted: their 5th and 95th percentile")
         for percentile in (p5, p95):
             axes.axvline(percentile, color="tab:blue", linestyle=":", linewidth=1.4)
         below = axes.twinx()
@@ -59,7 +59,8 @@ def _finish(axes: Axes, layer: FunctionLayer, inputs: InputHistogram | None, tit
         axes.set_zorder(below.get_zorder() + 1)
         axes.patch.set_visible(False)
     axes.set_title(title, fontsize=9)
-    axes.set_xlabel(xlabel, fontsize=7)
+    words = "; ".join(notes)
+    axes.set_xlabel(f"input u\n{words}" if inputs is not None else f"input u ({words})" if words else "input u", fontsize=7)
     axes.set_ylabel(ylabel, fontsize=8)
     axes.legend(fontsize=7, title=legend, title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 

@@ -25,12 +25,20 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Values of the basis in memory at a time: on a CPU 1 MiB, about its L2 cache; on a GPU only a bound on memory.
 CHUNK_VALUES = {"cpu": 2 ** 18}
 CHUNK_VALUES_OTHER = 2 ** 27
+# Inputs of an elementwise op at a time on a CPU: a few arrays of this size fit into its L2 cache.
+CHUNK_INPUTS = 2 ** 17
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 _chosen = "auto"
 
 
 def chunk_values(device: str) -> int:
     return CHUNK_VALUES.get(device, CHUNK_VALUES_OTHER)
+
+
+def row_chunks(u: torch.Tensor) -> list[slice]:
+    """Slices of the rows of u [T, I] for an elementwise op to work on at a time; one of all rows on a GPU."""
+    step = max(1, CHUNK_INPUTS // max(1, u.shape[1])) if u.device.type == "cpu" else max(1, len(u))
+    return [slice(start, start + step) for start in range(0, len(u), step)]
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

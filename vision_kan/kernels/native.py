@@ -225,7 +225,7 @@ def basis_grad(values: Tensor, u: Tensor, points: tuple[float, ...], h: float, o
 def rational(u: Tensor, coefficients: Tensor, degree: int) -> Tensor:
     """v [T, C] in u's dtype from contiguous u [T, C] (`DTYPES`) and float32 coefficients [groups, m + 1 + n]."""
     v, library = torch.empty_like(u), rational_library(degree, coefficients.shape[1] - 1 - degree)
-    assert library is not None      # `backend.resolve_rational` has seen to that
+    assert library is not None      # `rational._kernel` has seen to that
     if u.numel():
         library.rational(u.data_ptr(), v.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(), len(coefficients))
     return v

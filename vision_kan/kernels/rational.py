@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from vision_kan.kernels import backend, native
-from vision_kan.kernels.backend import as_matrix, cast, math_dtype
-
-# Values of u that the PyTorch path works on at once on a CPU: the few arrays of this size stay in its L2 cache.
-CHUNK_VALUES = 2 ** 17
+from vision_kan.kernels.backend import as_matrix, cast, math_dtype, row_chunks
 
 
 def rational(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tensor:
@@ -114,7 +111,7 @@ class _ByRows(NamedTuple):
         flat = as_matrix(u)
         if self.in_cpp and u.dtype not in native.DTYPES:
             flat = flat.float()
-        return flat, cast(coefficients, torch.float64 if u.dtype == torch.float64 else torch.float32).contiguous()
+        return flat, cast(coefficients, math_dtype(u.dtype)).contiguous()
 
 
 def _gradients(kernel: Any, dv: Tensor, u: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +181,7 @@ _rational.register_autograd(_backward, setup_context=_save)
 def _chunked(u: Tensor, c: Tensor, degree: int) -> Tensor:
     v = torch.empty_like(u)
     own = c.T.repeat_interleave(u.shape[1] // len(c), 1)
-    for rows in _chunks(u):
+    for rows in row_chunks(u):
         v[rows] = _value_and_inverse(u[rows].to(c.dtype), own, degree)[0]
     return v
 
@@ -202,7 +199,7 @@ def _chunked_grad(dv: Tensor, u: Tensor, c: Tensor, degree: int) -> tuple[Tensor
     orders = torch.arange(1, max(degree + 1, len(own) - degree), dtype=c.dtype, device=c.device)[:, None]
     slope_p, slope_q = own[1:degree + 1] * orders[:degree], own[degree + 1:] * orders[:len(own) - degree - 1]
     du, dc = torch.empty_like(u), torch.zeros_like(own)
-    for rows in _chunks(u):
+    for rows in row_chunks(u):
         x, g = u[rows].to(c.dtype), dv[rows].to(c.dtype)
         v, inverse = _value_and_inverse(x, own, degree)
         absolute, share = x.abs(), g * inverse
@@ -216,9 +213,3 @@ def _chunked_grad(dv: Tensor, u: Tensor, c: Tensor, degree: int) -> tuple[Tensor
             below = below * absolute
             dc[k] += below.sum(0)
     return du, dc.view(len(own), groups, each).sum(2).T.contiguous()
-
-
-def _chunks(u: Tensor) -> list[slice]:
-    """Rows of u [T, I] to work on at once; all of them on a GPU."""
-    step = max(1, CHUNK_VALUES // max(1, u.shape[1])) if u.device.type == "cpu" else max(1, len(u))
-    return [slice(start, start + step) for start in range(0, len(u), step)]

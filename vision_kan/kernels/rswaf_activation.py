@@ -15,11 +15,8 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from vision_kan.kernels import backend, native
-from vision_kan.kernels.backend import as_matrix, cast
+from vision_kan.kernels.backend import as_matrix, cast, math_dtype, row_chunks
 from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
-
-# Values of u that the PyTorch path works on at a time on a CPU: a few arrays of this size fit into its L2 cache.
-CHUNK_VALUES = 2 ** 17
 
 
 def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
@@ -126,7 +123,7 @@ class _ByRows(NamedTuple):
         flat = as_matrix(u)
         if self.in_cpp and u.dtype not in native.DTYPES:
             flat = flat.float()
-        dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+        dtype = math_dtype(u.dtype)
         return flat, cast(coefficients, dtype).contiguous(), None if scale is None else cast(scale, dtype).contiguous()
 
 
@@ -209,7 +206,7 @@ _activation.register_autograd(_backward, setup_context=_save)
 def _chunked(u: Tensor, c: Tensor, scale: Tensor | None, points: tuple[float, ...], h: float, base: str) -> Tensor:
     v = torch.empty_like(u)
     c, scale = _by_channel(u, c, scale)
-    for rows in _chunks(u):
+    for rows in row_chunks(u):
         x, e, inv_e = _exponentials(u[rows], points, h)
         part = torch.zeros_like(e)
         if base != "none":
@@ -228,7 +225,7 @@ def _chunked_grad(dv: Tensor, u: Tensor, c: Tensor, scale: Tensor | None, points
     du, dc = torch.empty_like(u), torch.zeros_like(c)
     ds = torch.zeros_like(c[0]) if scale is not None else None
     weights = [(p, q, c_k * p, c_k * q, dc_k) for c_k, dc_k, (p, q) in zip(c, dc, _weights(points, h))]
-    for rows in _chunks(u):
+    for rows in row_chunks(u):
         x, e, inv_e = _exponentials(u[rows], points, h)
         g = dv[rows].to(e.dtype)
         p_sum, q_sum = torch.zeros_like(e), torch.zeros_like(e)
@@ -278,9 +275,3 @@ def _exponentials(u: Tensor, points: tuple[float, ...], h: float) -> tuple[Tenso
 
 def _denominator(e: Tensor, inv_e: Tensor, p: float, q: float) -> Tensor:
     return (e * p).add_(inv_e, alpha=q).add_(0.5)
-
-
-def _chunks(u: Tensor) -> list[slice]:
-    """Slices of the rows of u [T, I] to work on at a time; one of all rows on a GPU."""
-    step = max(1, CHUNK_VALUES // max(1, u.shape[1])) if u.device.type == "cpu" else max(1, len(u))
-    return [slice(start, start + step) for start in range(0, len(u), step)]

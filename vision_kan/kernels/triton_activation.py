@@ -31,9 +31,11 @@ from vision_kan.kernels.triton_columns import (
     FINISH_BLOCK,
     WARPS,
     ColumnsPlan,
-    add_row,
+    add_tile,
     choose_tile,
     finish_kernel,
+    first_tile,
+    no_sums,
     row_total,
     store_total,
     tile_vectors,
@@ -171,12 +173,9 @@ def forward_kernel(u, c, scale, v, rows, steps, vectors, per_group,
         for j in tl.static_range(PAIRED):
             weights = weights + (8.0 * own[2 * j], (2.0 * GRID[2 * j]) * own[2 * j],
                                  (4.0 * GRID[2 * j + 1]) * own[2 * j + 1])
-    first = tl.program_id(1) * (steps * (ROWS * UNROLL))
-    start = first.to(tl.int64) * vectors * VEC
+    start, offset, left = first_tile(rows, steps, row, vector, vectors, N, LANES, VEC, UNROLL)
     u += start
     v += start
-    offset = ((row * vectors + vector) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    left = rows - first - row
     for _ in range(steps):
         for part in tl.static_range(UNROLL):
             mask = ((left > part * ROWS) & there)[:, None]
@@ -227,19 +226,11 @@ def backward_kernel(dv, u, c, scale, du, partial, rows, steps, vectors, per_grou
             w = (4.0 * PER_H * GRID[2 * j + 1]) * own[2 * j + 1]
             weights = weights + ((-2.0 * PER_H * GRID[2 * j]) * own[2 * j],
                                  (16.0 * PER_H * GRID[2 * j + 1] * GRID[2 * j + 1]) * own[2 * j], -2.0 * w, w)
-    sums = ()
-    for _k in tl.static_range(TERMS):
-        if SHARED:
-            sums = sums + (tl.zeros((N,), tl.float32),)
-        else:
-            sums = sums + (tl.zeros((N, VEC), tl.float32),)
-    first = tl.program_id(1) * (steps * (ROWS * UNROLL))
-    start = first.to(tl.int64) * vectors * VEC
+    sums = no_sums(TERMS, N, VEC, SHARED)
+    start, offset, left = first_tile(rows, steps, row, vector, vectors, N, LANES, VEC, UNROLL)
     dv += start
     u += start
     du += start
-    offset = ((row * vectors + vector) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    left = rows - first - row
     for _ in range(steps):
         for part in tl.static_range(UNROLL):
             mask = ((left > part * ROWS) & there)[:, None]
@@ -277,13 +268,7 @@ def backward_kernel(dv, u, c, scale, du, partial, rows, steps, vectors, per_grou
                     shares = shares + (tl.zeros_like(g),)
                 else:
                     shares = shares + (g * _base(x, BASE, APPROX),)
-            new = ()
-            for k in tl.static_range(TERMS):
-                if SHARED:
-                    new = new + (add_row(sums[k], shares[k], N, VEC),)
-                else:
-                    new = new + (sums[k] + shares[k],)
-            sums = new
+            sums = add_tile(sums, shares, TERMS, N, VEC, SHARED)
         dv += vectors * (VEC * ROWS * UNROLL)
         u += vectors * (VEC * ROWS * UNROLL)
         du += vectors * (VEC * ROWS * UNROLL)

@@ -41,6 +41,38 @@ def tile_vectors(vectors, per_group, N: tl.constexpr, LANES: tl.constexpr, VEC: 
 
 
 @triton.jit
+def first_tile(rows, steps, row, vector, vectors, N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr,
+               UNROLL: tl.constexpr):
+    """A program's first element; from there the offsets of its first tile [N, VEC]; and the rows from each vector's on [N]."""
+    first = tl.program_id(1) * (steps * (N // LANES * UNROLL))
+    offset = ((row * vectors + vector) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    return first.to(tl.int64) * vectors * VEC, offset, rows - first - row
+
+
+@triton.jit
+def no_sums(COUNT: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr, SHARED: tl.constexpr):
+    sums = ()
+    for _k in tl.static_range(COUNT):
+        if SHARED:
+            sums = sums + (tl.zeros((N,), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((N, VEC), tl.float32),)
+    return sums
+
+
+@triton.jit
+def add_tile(sums, shares, COUNT: tl.constexpr, N: tl.constexpr, VEC: tl.constexpr, SHARED: tl.constexpr):
+    """Each sum, and its shares [N, VEC] of one tile."""
+    new = ()
+    for k in tl.static_range(COUNT):
+        if SHARED:
+            new = new + (_add_row(sums[k], shares[k], N, VEC),)
+        else:
+            new = new + (sums[k] + shares[k],)
+    return new
+
+
+@triton.jit
 def _add_2(total, x):
     first, second = tl.split(x)
     return total + first + second
@@ -53,7 +85,7 @@ def _add_4(total, x, N: tl.constexpr):
 
 
 @triton.jit
-def add_row(total, x, N: tl.constexpr, VEC: tl.constexpr):
+def _add_row(total, x, N: tl.constexpr, VEC: tl.constexpr):
     """total [N] + the sum of x [N, VEC] over its columns, one after the other: what made x becomes part of an FMA, and
     nothing leaves the thread, which tl.sum does not promise. Not one function that calls itself: Triton 3.3 knows none."""
     if VEC == 4:

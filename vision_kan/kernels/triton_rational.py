@@ -13,8 +13,10 @@ import triton.language as tl
 from vision_kan.kernels.triton_columns import (
     WARPS,
     ColumnsPlan,
-    add_row,
+    add_tile,
     choose_tile,
+    first_tile,
+    no_sums,
     row_total,
     store_total,
     tile_vectors,
@@ -59,12 +61,9 @@ def forward_kernel(u, c, v, rows, steps, vectors, per_group, G: tl.constexpr, AB
     row, vector, there, group = tile_vectors(vectors, per_group, N, LANES, VEC, SHARED)
     above = _coefficients(c, group, there[:, None], 0, ABOVE, G)
     below = _coefficients(c, group, there[:, None], ABOVE, G, G)
-    first = tl.program_id(1) * (steps * (ROWS * UNROLL))
-    start = first.to(tl.int64) * vectors * VEC
+    start, offset, left = first_tile(rows, steps, row, vector, vectors, N, LANES, VEC, UNROLL)
     u += start
     v += start
-    offset = ((row * vectors + vector) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    left = rows - first - row
     for _ in range(steps):
         for part in tl.static_range(UNROLL):
             mask = ((left > part * ROWS) & there)[:, None]
@@ -87,19 +86,11 @@ def backward_kernel(dv, u, c, du, partial, rows, steps, vectors, per_group, G: t
     row, vector, there, group = tile_vectors(vectors, per_group, N, LANES, VEC, SHARED)
     above = _coefficients(c, group, there[:, None], 0, ABOVE, G)
     below = _coefficients(c, group, there[:, None], ABOVE, G, G)
-    sums = ()
-    for _k in tl.static_range(G):
-        if SHARED:
-            sums = sums + (tl.zeros((N,), tl.float32),)
-        else:
-            sums = sums + (tl.zeros((N, VEC), tl.float32),)
-    first = tl.program_id(1) * (steps * (ROWS * UNROLL))
-    start = first.to(tl.int64) * vectors * VEC
+    sums = no_sums(G, N, VEC, SHARED)
+    start, offset, left = first_tile(rows, steps, row, vector, vectors, N, LANES, VEC, UNROLL)
     dv += start
     u += start
     du += start
-    offset = ((row * vectors + vector) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    left = rows - first - row
     for _ in range(steps):
         for part in tl.static_range(UNROLL):
             mask = ((left > part * ROWS) & there)[:, None]
@@ -115,19 +106,14 @@ def backward_kernel(dv, u, c, du, partial, rows, steps, vectors, per_group, G: t
             d = power * (_slope(above, x, ABOVE, 0) - falls)
             tl.store(du + at, d.to(du.dtype.element_ty), mask=mask)
             lower = -power * v                                              # times |u|^k, k = 1 .. n
-            new = ()
-            for k in tl.static_range(G):
-                if k >= ABOVE:
-                    lower = lower * size
-                    share = lower
-                else:
-                    share = power
-                    power = power * x
-                if SHARED:
-                    new = new + (add_row(sums[k], share, N, VEC),)
-                else:
-                    new = new + (sums[k] + share,)
-            sums = new
+            shares = ()
+            for _k in tl.static_range(ABOVE):
+                shares = shares + (power,)
+                power = power * x
+            for _k in tl.static_range(G - ABOVE):
+                lower = lower * size
+                shares = shares + (lower,)
+            sums = add_tile(sums, shares, G, N, VEC, SHARED)
         dv += vectors * (VEC * ROWS * UNROLL)
         u += vectors * (VEC * ROWS * UNROLL)
         du += vectors * (VEC * ROWS * UNROLL)
