@@ -234,8 +234,7 @@ def test_the_originals_files_work_as_they_are(kind, original, tmp_path, capsys):
 def trained_kat(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kat")
     data = write_digits(folder / "data")
-    words = [word if word != QUICK[QUICK.index("--model") + 1] else KAT for word in QUICK]
-    assert run(*words, "--data-path", data, "--epochs", 1, "--log-kan", 1, "--output_dir", folder / "run") == 0
+    assert run(*QUICK, "--model", KAT, "--data-path", data, "--epochs", 1, "--log-kan", 1, "--output_dir", folder / "run") == 0
     return data, folder / "run/checkpoint.pth"
 
 
@@ -334,8 +333,8 @@ def test_mimetic_attention(suffix, monkeypatch):
 @pytest.mark.slow
 def test_mimetic_acts_at_the_start_of_a_training_alone(tmp_path, capsys):
     data = write_digits(tmp_path / "data", train=8, val=2)
-    words = [word if word != QUICK[QUICK.index("--model") + 1] else TWIN for word in QUICK]
-    still = (*words, "--data-path", data, "--epochs", 1, "--lr", 1e-30, "--min-lr", 0, "--warmup-lr", 0, "--no-model-ema")
+    still = (*QUICK, "--model", TWIN, "--data-path", data, "--epochs", 1, "--lr", 1e-30, "--min-lr", 0, "--warmup-lr", 0,
+             "--no-model-ema")
 
     def attention(folder, *flags):
         assert run(*still, "--output_dir", tmp_path / folder, *flags) == 0

@@ -1,6 +1,6 @@
-"""The interface of feed-forwards, the base of two-layer KANs, and the MLP.
+"""The interface of feed-forwards, the bases of KANs with functions on edges and on channels, and the MLP.
 
-A new feed-forward is a module with a subclass of `FeedForward` (often of `TwoLayerKAN`) and a line in
+A new feed-forward is a module with a subclass of `FeedForward` (often of `TwoLayerKAN` or `ChannelMLP`) and a line in
 `models_kan.FEED_FORWARDS`. Then it can be trained, read back from a checkpoint, inspected, exported and counted; if it has
 `PRUNES`, it can be pruned.
 """
@@ -12,7 +12,7 @@ from timm.layers import Mlp, to_2tuple
 from torch import Tensor, nn
 
 from vision_kan.kernels import BASES
-from vision_kan.layers.function_layer import GELU_FLOPS, Flops, FunctionLayer, sum_flops
+from vision_kan.layers.function_layer import GELU_FLOPS, Flops, FunctionLayer, function_layers, sum_flops
 
 
 # ---------------------------------------------------------------- the two halves of a feed-forward
@@ -166,6 +166,46 @@ class TwoLayerKAN(FeedForward):
 
     def halves(self) -> tuple[Half, Half]:
         return EdgeHalf(self.layers[0]), EdgeHalf(self.layers[1])
+
+
+class ChannelMLP(FeedForward):
+    """y = W2 f2(W1 f1(x) + b1) + b2 in place of an MLP, with learned functions that groups of channels share. Dropout comes after
+    f2 and after W2.
+
+    NAMES: f1's and f2's, which begin the keys of their weights.
+    first: f1, whose channels are the inputs. second: f2, whose channels are the hidden units.
+    bias: of W1 and W2, one choice or a pair. drop: one rate or a pair."""
+    FUNCTIONS = "groups of channels share their functions"
+    HOLDS_MLP = True
+    NAMES: ClassVar[tuple[str, str]]
+
+    def __init__(self, first: nn.Module, second: nn.Module, in_features: int, hidden: int, out_features: int,
+                 bias: bool | Sequence[bool] = True, drop: float | Sequence[float] = 0.0, **dd: Any):
+        super().__init__()
+        biases, drops = to_2tuple(bias), to_2tuple(drop)
+        self.add_module(self.NAMES[0], first)
+        self.fc1 = nn.Linear(in_features, hidden, bias=biases[0], **dd)
+        self.add_module(self.NAMES[1], second)
+        self.drop1 = nn.Dropout(drops[0])
+        self.fc2 = nn.Linear(hidden, out_features, bias=biases[1], **dd)
+        self.drop2 = nn.Dropout(drops[1])
+
+    @property
+    def functions(self) -> tuple[Any, Any]:
+        """f1 and f2."""
+        return getattr(self, self.NAMES[0]), getattr(self, self.NAMES[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.functions
+        return self.drop2(self.fc2(self.drop1(second(self.fc1(first(x))))))
+
+    def flops(self, tokens: int) -> Flops:
+        linear = Flops(2 * tokens * (self.fc1.weight.numel() + self.fc2.weight.numel()), 0)
+        return sum_flops([linear, *(layer.flops(tokens) for layer in function_layers(self).values())])
+
+    def halves(self) -> tuple[Half, Half]:
+        first, second = self.functions
+        return ChannelHalf(first, self.fc1), ChannelHalf(second, self.fc2)
 
 
 class MLP(FeedForward):

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vision_kan.kernels import (
@@ -26,14 +25,12 @@ from vision_kan.kernels import (
     rswaf_activation_reference,
     rswaf_basis,
 )
-from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, base_of, grid_range_of, widths
+from vision_kan.layers.feed_forward import ChannelMLP, base_of, grid_range_of, widths
 from vision_kan.layers.function_layer import (
     BASE_FLOPS,
     BASIS_FLOPS,
     Flops,
     FunctionLayer,
-    function_layers,
-    sum_flops,
 )
 
 torch.fx.wrap("rswaf_activation")      # one call in a graph of torch.fx
@@ -147,7 +144,7 @@ class GroupActivation(FunctionLayer):
         return [self.coefficients]
 
 
-class GroupKAN(FeedForward):
+class GroupKAN(ChannelMLP):
     """The group KAN in place of a transformer block's MLP, called as timm calls `timm.layers.Mlp`.
 
     Args:
@@ -163,37 +160,20 @@ class GroupKAN(FeedForward):
     Raises: ValueError as `GroupActivation`, and for an `act_layer` whose function is not one of `BASES`.
     """
     TITLE = "group KAN (an MLP whose activations are learned functions, shared by groups of channels)"
-    FUNCTIONS = "groups of channels share their functions"
     PRUNES = ("hidden", "points", "groups")
-    HOLDS_MLP = True
+    NAMES = ("phi1", "phi2")
 
     def __init__(self, in_features: int, hidden_features: int | None = None, out_features: int | None = None,
                  act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True,
                  drop: float | Sequence[float] = 0.0, device=None, dtype=None, *, hdim: int | None = None,
                  base: str | None = None, input_phi: bool = True, **phi):
-        super().__init__()
         hidden = hdim or hidden_features or in_features
         if base is None:
             base = "gelu" if act_layer is None else base_of(act_layer)
-        biases, drops = to_2tuple(bias), to_2tuple(drop)
         dd = {"device": device, "dtype": dtype}
-        self.phi1 = GroupActivation(in_features, base="identity", **phi, **dd) if input_phi else nn.Identity()
-        self.fc1 = nn.Linear(in_features, hidden, bias=biases[0], **dd)
-        self.phi2 = GroupActivation(hidden, base=base, **phi, **dd)
-        self.drop1 = nn.Dropout(drops[0])
-        self.fc2 = nn.Linear(hidden, out_features or in_features, bias=biases[1], **dd)
-        self.drop2 = nn.Dropout(drops[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.phi2(self.fc1(self.phi1(x))))
-        return self.drop2(self.fc2(x))
-
-    def flops(self, tokens: int) -> Flops:
-        flops = Flops(2 * tokens * (self.fc1.weight.numel() + self.fc2.weight.numel()), 0)
-        return sum_flops([flops, *(layer.flops(tokens) for layer in function_layers(self).values())])
-
-    def halves(self) -> tuple[Half, Half]:
-        return ChannelHalf(self.phi1, self.fc1), ChannelHalf(self.phi2, self.fc2)
+        super().__init__(GroupActivation(in_features, base="identity", **phi, **dd) if input_phi else nn.Identity(),
+                         GroupActivation(hidden, base=base, **phi, **dd),
+                         in_features, hidden, out_features or in_features, bias, drop, **dd)
 
     @classmethod
     def with_options(cls, size: Any, *, hdim_kan: int | None = None, kan_groups: int = 8, kan_base: str = "gelu",

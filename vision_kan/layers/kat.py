@@ -12,12 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from vision_kan.kernels import BASES, exporting, rational, rational_reference
-from vision_kan.layers.feed_forward import ChannelHalf, FeedForward, Half, base_of, widths
-from vision_kan.layers.function_layer import Flops, FunctionLayer, function_layers, sum_flops
+from vision_kan.layers.feed_forward import ChannelMLP, base_of, widths
+from vision_kan.layers.function_layer import Flops, FunctionLayer
 
 DEGREE, BELOW = 5, 4        # of numerator and denominator
 # Numerator and denominator of the smallest maximum error near the origin. On [-3, 3]: GELU 3.3e-3, SiLU 8e-7.
@@ -118,7 +117,7 @@ def _nearest(numerator: Tensor, denominator: Tensor) -> str:
     return min(BEGINS, key=lambda base: float((values - BASES[base](u)).square().sum()))
 
 
-class KAT(FeedForward):
+class KAT(ChannelMLP):
     """KAT in the place of a block's MLP, called as timm calls `timm.layers.Mlp`.
 
     Args:
@@ -132,9 +131,8 @@ class KAT(FeedForward):
     Raises: ValueError as `GroupRational`, and for an `act_layer` whose function is not one of `kernels.BASES`.
     """
     TITLE = "KAT (an MLP with learned rationals before both linear maps, shared by groups of channels)"
-    FUNCTIONS = "groups of channels share their functions"
     PRUNES = ("hidden",)
-    HOLDS_MLP = True
+    NAMES = ("act1", "act2")
     AS_MLP = "begins as the MLP's activation to within 3.3e-3 on [-3, 3]"
     OWN_FLAGS = {"kan_lr_mult": 1.0, "kan_weight_decay": 0.05}      # as published
 
@@ -142,29 +140,12 @@ class KAT(FeedForward):
                  act_layer: Callable[[], nn.Module] | None = None, norm_layer=None, bias: bool | Sequence[bool] = True,
                  drop: float | Sequence[float] = 0.0, device=None, dtype=None, *, hdim: int | None = None, groups: int = 8,
                  base: str | None = None):
-        super().__init__()
+        hidden = hdim or hidden_features or in_features
         if base is None:
             base = "gelu" if act_layer is None else base_of(act_layer)
-        hidden = hdim or hidden_features or in_features
-        biases, drops = to_2tuple(bias), to_2tuple(drop)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.act1 = GroupRational(in_features, groups=groups, **dd)
-        self.fc1 = nn.Linear(in_features, hidden, bias=biases[0], **dd)
-        self.act2 = GroupRational(hidden, groups=groups, base=base, **dd)
-        self.drop1 = nn.Dropout(drops[0])
-        self.fc2 = nn.Linear(hidden, out_features or in_features, bias=biases[1], **dd)
-        self.drop2 = nn.Dropout(drops[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act2(self.fc1(self.act1(x))))
-        return self.drop2(self.fc2(x))
-
-    def flops(self, tokens: int) -> Flops:
-        flops = Flops(2 * tokens * (self.fc1.weight.numel() + self.fc2.weight.numel()), 0)
-        return sum_flops([flops, *(layer.flops(tokens) for layer in function_layers(self).values())])
-
-    def halves(self) -> tuple[Half, Half]:
-        return ChannelHalf(self.act1, self.fc1), ChannelHalf(self.act2, self.fc2)
+        super().__init__(GroupRational(in_features, groups=groups, **dd), GroupRational(hidden, groups=groups, base=base, **dd),
+                         in_features, hidden, out_features or in_features, bias, drop, **dd)
 
     @classmethod
     def with_options(cls, size: Any, *, hdim_kan: int | None = None, kan_groups: int = 8,
