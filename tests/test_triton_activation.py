@@ -1,26 +1,14 @@
-"""The group KAN's activation in Triton's interpreter, on a CPU, against float64 and autograd.
-
-The interpreter is chosen when Triton is imported, so this file runs itself once in a process of its own, and each test
-reads what became of one check.
-"""
-import json
-import os
-import subprocess
+"""The group KAN's activation in Triton's interpreter, on a CPU, against float64 and autograd: see `interpreted`."""
 import sys
-from functools import cache
-from pathlib import Path
 
+import interpreted
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from vision_kan.kernels import BASES, rswaf_basis  # noqa: E402
+from vision_kan.kernels import BASES, rswaf_basis
 
 UNIFORM = tuple(torch.linspace(-3, 3, 8, dtype=torch.float64).tolist())
 H = 6 / 7
-# Largest error allowed, relative to the largest value: float32 as computed, the others as rounded.
-TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 # ---------------------------------------------------------------- in the interpreter
@@ -57,10 +45,7 @@ def check(rows=21, channels=48, groups=3, points=UNIFORM, h=H, base="gelu", scal
         if got is None:
             assert name == "dscale" and scale is None
             continue
-        assert got.dtype == (torch.float32 if name in ("dC", "dscale") else dtype) and got.shape == right.shape, name
-        bound = TOLERANCE[torch.float32 if name in ("dC", "dscale") else dtype] * max(1.0, right.abs().max().item())
-        error = (got.double() - right).abs().max().item()       # NaN compares false
-        assert error <= bound, f"{name}: error {error:.2e} over {bound:.2e}"
+        interpreted.assert_near(name, got, right, torch.float32 if name in ("dC", "dscale") else dtype)
 
 
 def far() -> None:
@@ -165,48 +150,14 @@ CHECKS = {
     "approximate": approximate,
     "far": far, "nan": not_a_number, "empty": empty, "twice": twice,
     "not-contiguous": not_contiguous, "refused": refused}
-
-# The others take the interpreter most of a minute.
 QUICK = ("gelu-float32", "points-5", "not-uniform", "one-channel", "nan", "refused")
 
 
-def main(names: list[str]) -> None:
-    from vision_kan.kernels import triton_columns as ops
-
-    def filled(*args):
-        make = real(*args)
-        return lambda: make().fill_(float("nan"))
-
-    real, ops.allocator = ops.allocator, filled         # what is not written shows
-    ops.FORWARD_PROGRAMS = ops.BACKWARD_PROGRAMS = 4 / 68       # of the device that stands in: few, as on much data
-    failed = {}
-    for name in names:
-        try:
-            torch.manual_seed(0)
-            CHECKS[name]()
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {error}"
-    print(json.dumps(failed))
-
-
 # ---------------------------------------------------------------- the tests
-@cache
-def failures(quick: bool) -> dict[str, str]:
-    """name -> error of the checks in `QUICK`, or of all others, run in one process."""
-    names = [name for name in CHECKS if (name in QUICK) == quick]
-    done = subprocess.run([sys.executable, __file__, *names], capture_output=True, text=True, cwd=ROOT, timeout=240,
-                          env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CHECKS])
+@pytest.mark.parametrize("name", interpreted.cases(CHECKS, QUICK))
 def test_interpreted(name):
-    pytest.importorskip("triton", reason="Triton is not installed")
-    failed = failures(name in QUICK)
-    assert name not in failed, failed[name]
+    interpreted.passes(__file__, CHECKS, QUICK, name)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1:])
+    interpreted.main(CHECKS, sys.argv[1:])
