@@ -107,6 +107,7 @@ def test_a_teacher_in_the_graph():
     assert_same(*ends)
 
 
+@pytest.mark.slow
 def test_float16_and_its_scaler():
     case = {"amp_dtype": torch.float16, "clip_grad": 1.0, "accumulate": 2, "loader": lambda: batches(24),
             "scaler": lambda: torch.amp.GradScaler("cpu", init_scale=2.0 ** 24, growth_interval=3)}

@@ -113,16 +113,13 @@ def teacher(tmp_path_factory):
 DISTILLED = "--model deit_tiny_distilled_patch16_224_KAN --input-size 32 --hdim_kan 8"
 
 
+@slow
 @pytest.mark.parametrize("flags", [
     f"{DISTILLED} --distillation-type hard --teacher-model {NANO} --teacher-path {{teacher}}",
-    pytest.param("--attn-only", marks=slow), pytest.param(f"{DISTILLED}", marks=slow),
-    pytest.param("--cosub --grad-accum 2", marks=slow),
-    pytest.param("--grad-checkpointing", marks=slow), pytest.param("--grad-checkpointing --attn-only", marks=slow),
-    pytest.param("--model resnet18 --input-size 32", marks=slow), pytest.param("--no-train-mode", marks=slow),
-    pytest.param("--amp-dtype bfloat16 --clip-grad 1", marks=slow), pytest.param("--no-model-ema", marks=slow),
-    pytest.param("--model-ema-force-cpu --kan-trainable-grid --kan-trainable-h", marks=slow),
-    pytest.param("--sched plateau --bce-loss", marks=slow), pytest.param("--layer-decay 0.7 --opt lamb", marks=slow),
-    pytest.param("--model vit_nano_patch8_32_ViT --num_workers 1", marks=slow)])
+    "--attn-only", DISTILLED, "--cosub --grad-accum 2", "--grad-checkpointing", "--grad-checkpointing --attn-only",
+    "--model resnet18 --input-size 32", "--no-train-mode", "--amp-dtype bfloat16 --clip-grad 1", "--no-model-ema",
+    "--model-ema-force-cpu --kan-trainable-grid --kan-trainable-h", "--sched plateau --bce-loss",
+    "--layer-decay 0.7 --opt lamb", "--model vit_nano_patch8_32_ViT --num_workers 1"])
 def test_ways_of_training_in_two_processes(flags, data, teacher, tmp_path):
     out = finish(launch(tmp_path, *QUICK, "--epochs", 2, "--data-path", data, "--batch-size", 8, "--dist-eval",
                         *flags.format(teacher=teacher).split()))

@@ -121,7 +121,8 @@ DEIT = "--aa rand-m9-mstd0.5-inc1 --reprob 0.25 --repeated-aug"
 DEIT3 = "--ThreeAugment --src --color-jitter 0.3 --reprob 0.25 --repeated-aug"
 
 
-@pytest.mark.parametrize("model,augmentation,accumulate", every(2, [(GKAN, DEIT3, 2), (NANO, DEIT, 1)]))
+@pytest.mark.slow
+@pytest.mark.parametrize("model,augmentation,accumulate", [(GKAN, DEIT3, 2), (NANO, DEIT, 1)])
 def test_two_processes_equal_one(model, augmentation, accumulate, data, tmp_path):
     """Also where each process takes a quarter of an update's images at a time."""
     flags = (*QUICK, *ALIKE, "--epochs", 2, "--data-path", data, "--model", model, *augmentation.split())

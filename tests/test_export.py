@@ -47,7 +47,8 @@ def logits(model, images):
 
 
 # ---------------------------------------------------------------- weights with their description
-@pytest.mark.parametrize("weights", ["model", pytest.param("model_ema", marks=slow)])
+@slow
+@pytest.mark.parametrize("weights", ["model", "model_ema"])
 def test_safetensors(weights, trained_run, tmp_path, capsys):
     file, data = trained_run
     target = tmp_path / "deep" / "m.safetensors"

@@ -482,6 +482,7 @@ def test_evaluation_from_the_command_line_in_another_folder(whole, data, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@slow
 def test_evaluation_counts_each_image_whatever_the_batch(whole, data, tmp_path, capsys):
     odd = write_digits(tmp_path / "odd", val=7)
     for size in (1, 3, 64):
@@ -643,6 +644,7 @@ def test_resume_auto_begins_where_there_is_nothing(whole, data, tmp_path, capsys
     same_run(whole, tmp_path / "new")
 
 
+@slow
 def test_only_the_folders_are_needed_to_resume(copied, data, capsys):
     assert run("--resume", "auto", "--output_dir", copied, "--data-path", data, "--epochs", 4, "--device", "cpu") == 0
     assert f"model {NANO}" in capsys.readouterr().out

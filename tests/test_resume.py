@@ -90,8 +90,9 @@ def whole(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("where, position", [
-    ("the forward pass of step 1 of epoch 0", None), ("the update of step 3 of epoch 1", (1, 2)),
+    ("the update of step 3 of epoch 1", (1, 2)),
     *(pytest.param(*case, marks=slow) for case in (
+        ("the forward pass of step 1 of epoch 0", None),
         ("the backward pass of step 3 of epoch 0", (0, 2)), ("a batch of the evaluation (test)", (0, 2)),
         ("a batch of the evaluation (ema)", (0, 2)), ("the forward pass of step 1 of epoch 1", (1, 0))))])
 def test_killed_anywhere(where, position, whole, data, tmp_path, monkeypatch):

@@ -324,6 +324,7 @@ def test_more_processes_than_shards_share_the_records(kind, request, folder):
         assert sorted(sum(found, [])) == sorted(file.read_bytes() for file, _ in files_of(folder, "train"))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_stream(shards, tmp_path):
     words = [*QUICK, "--batch-size", 8, "--data-set", "wds/x", "--data-path", shards, "--data-split", *WDS_SPLIT, "--num-classes",
              3, "--epochs", 1, "--dist-eval", "--output_dir", tmp_path / "run"]

@@ -89,6 +89,7 @@ def test_forward_and_gradients(ops, shape, single_exp, dtype):
         assert torch.equal(value, again)
 
 
+@slow
 @interpreted
 def test_half_inputs(ops):
     u, weight, grid, h, dy = problem(SHAPES["odd"], torch.float16)
@@ -101,6 +102,7 @@ def test_half_inputs(ops):
                        ops.backward_weight(dy, u, weight, grid, h, True))
 
 
+@slow
 @interpreted
 @pytest.mark.parametrize("shape", some("three"))
 def test_grid_and_width(ops, shape):
