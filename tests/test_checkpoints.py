@@ -454,6 +454,7 @@ def test_builtin_types():
     assert {type(result[key]) for key in ("numpy", "int", "bool", "ordered", "size")} == {float, int, bool, dict, list}
 
 
+@pytest.mark.slow
 def test_any_program_loads_what_is_saved(tmp_path):
     state = to_builtin_types({"args": vars(Namespace(betas=(0.9, 0.99), path=Path("x"), lr=np.float64(1e-3))),
                    "best": np.float64(71.25), "groups": [OrderedDict(lr=1.0)]})

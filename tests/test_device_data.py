@@ -206,6 +206,7 @@ def test_a_resumed_epoch_is_the_rest_of_it_bit_by_bit(data, words, monkeypatch):
     assert not torch.equal(next(iter(whole.train))[0], images[0])
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images_of_one(data):
     words = ("--batch-size", "8", "--reprob", "0.5")
     one = loaders(data, "--batch-size", "16", *words[2:])

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from e2e import ALIKE, QUICK, Run, checkpoint, close, evaluation, finish, free_port, launch, log, run
-from helpers import NANO, ROOT, differences
+from helpers import NANO, ROOT, differences, every
 
 import engine
 import main as program
@@ -84,6 +84,7 @@ def test_the_processes_agree_on_the_weights(model, data, tmp_path):
     assert len(learned) == (8 if model.endswith("_GKAN") else 0) and all(value.abs().min() > 0 for value in learned)
 
 
+@slow
 @pytest.mark.parametrize("model", [pytest.param(NANO, marks=slow), "vit_nano_patch8_32_GKAN"])
 def test_accumulating_gradients_in_two_processes(model, data, tmp_path):
     flags = (*QUICK, *ALIKE, "--epochs", 1, "--data-path", data, "--model", model)
@@ -151,7 +152,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(data, tmp_path):
 
 
 # ---------------------------------------------------------------- evaluation
-@pytest.mark.parametrize("images", [7, pytest.param(8, marks=slow), pytest.param(9, marks=slow), 1])
+@pytest.mark.parametrize("images", every(4, [7, 8, 9, 1]))
 def test_evaluation_is_exact_for_any_number_of_images(images, data, tmp_path, capsys):
     """Also where the second process has none."""
     folder = tmp_path / "data"
@@ -258,6 +259,7 @@ def errors(runs: list[Run]) -> list[str]:
     return texts
 
 
+@slow
 def test_the_launch_must_match_what_is_asked_for(data, tmp_path, capsys):
     flags = (*QUICK, "--epochs", 1, "--data-path", data)
     for text in errors(launch(tmp_path, *flags, "--world_size", 4)):

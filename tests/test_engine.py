@@ -839,11 +839,11 @@ class Run:
 
 
 @pytest.mark.parametrize("argv", [
-    ("--sched-on-updates",), *(pytest.param(argv, marks=pytest.mark.slow) for argv in (
+    ("--model", "vit_nano_patch8_32_GKAN", "--kan-weight-decay", 0.01, "--sched-on-updates"),
+    *(pytest.param(argv, marks=pytest.mark.slow) for argv in (
         (), ("--opt", "lookahead_adamw"), ("--opt", "muon"), ("--opt", "sgd", "--layer-decay", 0.7),
-        ("--model", "vit_nano_patch8_32_GKAN", "--sched", "plateau", "--patience-epochs", 0, "--opt", "lookahead_adamw"))),
-    ("--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 0, "--lr-noise", 0.1, "--decay-rate", 0.5),
-    ("--model", "vit_nano_patch8_32_GKAN", "--kan-weight-decay", 0.01)])
+        ("--sched", "plateau", "--patience-epochs", 0, "--warmup-epochs", 0, "--lr-noise", 0.1, "--decay-rate", 0.5),
+        ("--model", "vit_nano_patch8_32_GKAN", "--sched", "plateau", "--patience-epochs", 0, "--opt", "lookahead_adamw")))])
 def test_resumed_equals_uninterrupted_to_the_last_bit(argv):
     whole = Run(*argv).epochs(2)
     resumed, done = whole.resumed(*argv), len(whole.rates)

@@ -542,7 +542,7 @@ def test_the_table_is_complete():
     assert EFFECTS.keys() == FLAGS.keys() and DEIT.keys() < EFFECTS.keys()
 
 
-@pytest.mark.parametrize("dest", every(5, EFFECTS))
+@pytest.mark.parametrize("dest", every(10, EFFECTS))
 def test_the_flag_has_an_effect(dest):
     look, with_it, without_it = EFFECTS[dest]
     assert differences(plain(look(with_it)), plain(look(without_it))), f"{with_it} changes nothing"

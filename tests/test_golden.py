@@ -95,6 +95,7 @@ def late(monkeypatch) -> None:
     monkeypatch.setattr(program, "build_state", shifted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", every(4, ["--lr 1.001e-3", "--seed 1", "--reprob 0", late]))
 def test_a_small_change_is_noticed(change, golden, monkeypatch):
     more = change.split() if isinstance(change, str) else change(monkeypatch) or ()

@@ -108,6 +108,7 @@ def test_killed_anywhere(where, position, whole, data, tmp_path, monkeypatch):
     assert differences(left(whole), left(tmp_path)) == []
 
 
+@slow
 def test_stopped_while_evaluating(whole, data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at(patch, "a batch of the evaluation (ema)", lambda: os.kill(os.getpid(), signal.SIGUSR2))
@@ -178,6 +179,7 @@ def test_another_batch_size_goes_on_where_the_order_was(data, tmp_path, monkeypa
     assert checkpoint(tmp_path / "parts")["step"] == 0
 
 
+@slow
 def test_the_clock_asks_for_a_checkpoint_and_keep_says_how_many(data, tmp_path):
     assert trained(data, tmp_path, "", "--save-interval-minutes", 1e-9, "--keep", 4) == 0
     names = ["checkpoint.pth", "checkpoint_previous.pth", "checkpoint_previous_2.pth", "checkpoint_previous_3.pth"]

@@ -263,6 +263,7 @@ def test_ideal_rate(monkeypatch):
     assert ideal_rate(10 ** 9, process, torch.bfloat16) is None
 
 
+@pytest.mark.slow
 def test_each_line_has_the_rate_and_where_it_is_known_the_utilisation(data, tmp_path, capsys, monkeypatch):
     options = (*QUICK, "--epochs", 2, "--data-path", data, "--print-freq", 1)
     assert run(*options) == 0

@@ -147,6 +147,7 @@ def test_each_image_is_evaluated_once_and_trained_on_as_from_the_folder(flags, f
         assert content(drawn) == whole
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_and_evaluated(flags, tmp_path, capfd):
     """Between epochs exactly so, also where it is a stream; the checkpoint knows the data and the classes."""
     words = [*QUICK, *flags]
