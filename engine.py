@@ -68,7 +68,7 @@ def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dic
     shown = progress(batches(loader), steps - first, f"epoch {epoch}", process)
     for step, (images, targets) in zip(range(first, steps), shown):
         where = f"step {step + 1} of epoch {epoch}"
-        peers.mark(f"the forward pass of {where}")
+        peers.progress(f"the forward pass of {where}")
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         state.position += len(images) * process.world_size
         seed_everything(training.seed, epoch, step, process.rank)
@@ -82,7 +82,7 @@ def train_one_epoch(training: Training, loader: DataLoader, hooks: Hooks) -> dic
             loss_sum += updater.add_gradients(images, targets, group, where)
         images_seen += len(images)
         if update:
-            peers.mark(f"the update of {where}")
+            peers.progress(f"the update of {where}")
             updater.update(step, hooks.requests())
             state.scheduler.step_update(updater.number_of(step))
             state.step = step + 1
@@ -175,7 +175,7 @@ def evaluate(model: nn.Module, loader: DataLoader, process: Process, *, amp_dtyp
         evaluator.update(outputs, targets)
         if on_batch is not None:
             on_batch(images, outputs, targets, readable)
-        peers.mark(f"a batch of the evaluation ({title})")
+        peers.progress(f"a batch of the evaluation ({title})")
         agree()
     for _ in range(rounds - len(loader)):       # other processes have one more batch
         agree()

@@ -20,7 +20,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vision_kan.kernels import MAX_HALF_RANGE, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
+from vision_kan.kernels import MAX_HALF_RANGE, check_grid, exporting, rswaf_basis, rswaf_linear, rswaf_linear_reference
 from vision_kan.layers.feed_forward import EdgeHalf, Half, TwoLayerKAN, grid_range_of, widths
 from vision_kan.layers.function_layer import BASIS_FLOPS, SILU_FLOPS, Flops, FunctionLayer
 from vision_kan.layers.least_squares import ridge_solve
@@ -105,9 +105,7 @@ class RSWAFGrid(nn.Module):
     def __init__(self, grid_min: float, grid_max: float, num_grids: int, h: float,
                  train_grid: bool = False, train_h: bool = False, device=None, dtype=None):
         super().__init__()
-        if num_grids < 2 or not grid_min < grid_max or not h > 0:
-            raise ValueError(f"a grid needs at least 2 points, min < max and h > 0, got {num_grids} points on "
-                             f"[{grid_min}, {grid_max}] with h = {h}")
+        check_grid(grid_min, grid_max, num_grids, h)
         self.grid_min, self.grid_max, self.num_grids, self.initial_h = grid_min, grid_max, num_grids, h
         grid = torch.empty(num_grids, device=device, dtype=dtype)
         if train_grid:

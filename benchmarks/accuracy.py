@@ -109,7 +109,7 @@ def parse_variant(text: str) -> tuple[str, str, dict[str, Any], dict[str, Any]]:
                      "mlp_ratio"):
             options[key] = parsed
         else:
-            sys.exit(f"error: --variants {text}: {key} is none of {', '.join((*recipe, *models_kan.KAN_OPTIONS))}")
+            sys.exit(f"error: --variants {text}: {key} is not one of {', '.join((*recipe, *models_kan.KAN_OPTIONS))}")
     return name, suffix, options, recipe
 
 

@@ -249,7 +249,7 @@ def at(monkeypatch, where: str, act) -> None:
         if doing == where:
             act()
 
-    monkeypatch.setattr(peers, "mark", mark)
+    monkeypatch.setattr(peers, "progress", mark)
 
 
 def trained(data: Path, out: Path, way: str, *more, teacher: Path | str = "") -> int:

@@ -235,7 +235,7 @@ def interrupted_without_reader(argv: list[str]) -> int:
             os.dup2(sender, 2)
             os.close(sender)
 
-    peers.mark = mark
+    peers.progress = mark
     return program.main(argv)
 
 
@@ -260,3 +260,15 @@ def test_a_mistyped_flag_of_a_tool(name, capsys):
     assert tool.main([*words, "--no-such-flag"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: unknown flag --no-such-flag") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, sentence", [
+    ("quickstart --epochs 0", "--epochs 0 must be at least 1"),
+    ("quickstart --epochs 1.5", "--epochs: '1.5' is not a whole number"),
+    ("prune a b --what hidden --max-loss x", "--max-loss: 'x' is not a number"),
+    ("prune a b --what hidden", "give one of --keep-parameters, --max-loss, --curve (see prune.py --help)"),
+    ("prune a b --what hidden --max-loss 1 --curve", "--curve cannot be combined with --max-loss")])
+def test_wrong_values_of_a_tool(words, sentence, capsys):
+    name, *argv = words.split()
+    assert importlib.import_module(f"tools.{name}").main(argv) == 2
+    assert capsys.readouterr() == ("", f"error: {sentence}\n")

@@ -328,7 +328,7 @@ def sent_to_rank_1_at(where: str, what: str):
     """The program; process 1 gets `what` when it marks that it reaches `where`."""
     def call(argv: list[str]) -> int:
         from vision_kan.common import peers
-        real, out = peers.mark, Path(argv[argv.index("--output_dir") + 1])
+        real, out = peers.progress, Path(argv[argv.index("--output_dir") + 1])
 
         def mark(doing: str) -> None:
             real(doing)
@@ -336,7 +336,7 @@ def sent_to_rank_1_at(where: str, what: str):
                 (out / "done").touch()
                 time.sleep(40) if what == "hang" else os.kill(os.getpid(), getattr(signal, what))
 
-        peers.mark = mark
+        peers.progress = mark
         return program.main(argv)
     return call
 
@@ -410,7 +410,7 @@ def test_the_number_of_processes_may_change_in_the_middle_of_an_epoch(before, af
 
 def stop_alone(argv: list[str]) -> int:
     from vision_kan.common import peers
-    peers.mark = lambda doing: os.kill(os.getpid(), signal.SIGTERM) if doing == "the update of step 2 of epoch 1" else None
+    peers.progress = lambda doing: os.kill(os.getpid(), signal.SIGTERM) if doing == "the update of step 2 of epoch 1" else None
     return program.main(argv)
 
 

@@ -262,7 +262,7 @@ def test_interrupts_are_answered_at_once_and_a_second_one_ends_the_run(deaf, dat
     process = Run(tmp_path, *three_epochs(data, out), "--epochs", 1000, call=deaf_steps if deaf else slow_steps)
     wait_for(out / "slow")
     os.kill(process.process.pid, signal.SIGINT)
-    wait_until(lambda: process.err.read_text() == "stopping after this step; again: at once\n")
+    wait_until(lambda: process.err.read_text() == "stopping after this step; press Ctrl-C again to stop now\n")
     assert process.process.is_alive()
     os.kill(process.process.pid, signal.SIGINT)
     assert process.wait() == 130
@@ -282,7 +282,7 @@ def slow_steps(argv: list[str], wait=time.sleep) -> int:
             (Path(argv[argv.index("--output_dir") + 1]) / "slow").touch()
             wait(1000)
 
-    peers.mark = mark
+    peers.progress = mark
     return program.main(argv)
 
 

@@ -54,9 +54,9 @@ def together(program, folder: Path, world: int = 2, timeout: float = 2.0, url: s
 def rounds(process, folder: Path, count: int = 3, before=lambda step: None) -> int:
     """Meet in `count` collectives, as the steps of a training do."""
     for step in range(count):
-        peers.mark(f"the forward pass of step {step}")
+        peers.progress(f"the forward pass of step {step}")
         before(step)
-        peers.mark(f"the update of step {step}")
+        peers.progress(f"the update of step {step}")
         number = torch.ones(1)
         dist.all_reduce(number)
         assert number == process.world_size
@@ -77,7 +77,7 @@ def test_all_is_well(url, tmp_path):
 
 
 @pytest.mark.parametrize("there, missing", every(2, [
-    ((0, 2), "process 1 of 3 did not come"), ((1, 2), "process 0 of 3, which keeps the")]))
+    ((0, 2), "process 1 of 3 did not start"), ((1, 2), "process 0 of 3, which keeps the")]))
 def test_one_that_does_not_come(there, missing, tmp_path):
     codes, errors, seconds = together(rounds, tmp_path, 3, timeout=1.0, only=there)
     assert set(codes.values()) == {EXIT_BAD_INPUT} and seconds < 6
@@ -121,7 +121,7 @@ def test_one_that_is_killed_between_meeting_and_the_group_is_named(tmp_path, mon
     monkeypatch.setattr(peers, "Peers", die_first)
     codes, errors, seconds = together(rounds, tmp_path, timeout=2.0)
     assert codes == {0: EXIT_FAILED, 1: -signal.SIGKILL} and seconds < 8
-    assert "process 1 of 2 gave no sign of life" in error_line(errors[0])
+    assert "process 1 of 2 has not responded" in error_line(errors[0])
 
 
 @pytest.mark.parametrize("how", every(2, ["is frozen", "hangs"]))

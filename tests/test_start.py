@@ -267,7 +267,7 @@ def test_a_model_on_the_hub_wherever_a_checkpoint_is_named(tmp_path, monkeypatch
     assert read_start(parse_args(["--finetune", "hf-hub:me/it"])).checkpoint.weights().keys() == model.state_dict().keys()
     for name in ("me/other", "no such name!"):
         text = sentence(read_start, parse_args(["--finetune", f"hf-hub:{name}"]))
-        assert f"hf-hub:{name} cannot be had from the Hub" in text and "connection" in text
+        assert f"hf-hub:{name} cannot be downloaded from the Hub" in text and "connection" in text
 
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])

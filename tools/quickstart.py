@@ -23,7 +23,7 @@ console.starting(__name__)
 import timm
 import torch
 
-from tools.common import command, tool_parser
+from tools.common import check_at_least_1, command, tool_parser
 from tools.logs import read_log
 from tools.plot_run import plot_runs
 from vision_kan.common.errors import UserError
@@ -183,6 +183,8 @@ def arguments() -> Parser:
 
 def run(args: argparse.Namespace, _: list[str]) -> int:
     extra = [] if args.epochs is None else ["--epochs", str(args.epochs)]
+    if args.epochs is not None:
+        check_at_least_1(args, "epochs")
     args.output_dir = prepare(args.output_dir)
     start = time.perf_counter()
     by_seed = [train(seed, args.output_dir, extra) for seed in args.seeds]

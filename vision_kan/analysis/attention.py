@@ -1,10 +1,11 @@
 """Attention maps of a vision transformer, and their rollout."""
 from collections.abc import Mapping
-from contextlib import ExitStack
+from copy import deepcopy
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from timm.utils import AttentionExtract
 from torch import Tensor, nn
 
 from vision_kan.common.errors import UserError
@@ -17,18 +18,17 @@ def attention_maps(model: nn.Module, images: Tensor) -> Tensor:
     It works for timm's vision transformers whose blocks all get one sequence of prefix tokens and patches. Raises UserError for a
     model without such attention."""
     tokens = _tokens(model)
-    seen: list[Tensor] = []
-    modules: list[Any] = [m for m in model.modules() if hasattr(m, "fused_attn") and hasattr(m, "attn_drop")]
-    was_training = model.training
-    with ExitStack() as stack:
-        stack.callback(model.train, was_training)
-        model.eval()
-        for module in modules:      # the fused kernel never materialises the map
-            stack.callback(setattr, module, "fused_attn", module.fused_attn)
-            module.fused_attn = False
-            stack.callback(module.attn_drop.register_forward_hook(lambda _, x, y: seen.append(y.float().cpu())).remove)
-        model.forward(images.to(next(model.parameters()).device))
-    maps = [map for map in seen if map.ndim == 4 and map.shape[-2:] == (tokens, tokens)]
+    copy: Any = deepcopy(model)     # timm's hooks stay
+    for module in copy.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False       # the fused kernel never materialises the map
+    try:
+        seen = AttentionExtract(copy, method="hook")(images.to(next(copy.parameters()).device))
+    except RuntimeError as error:
+        if "No module names found" not in str(error):
+            raise
+        seen = {}
+    maps = [map.float().cpu() for map in seen.values() if map.ndim == 4 and map.shape[-2:] == (tokens, tokens)]
     if not maps or any(map.shape != maps[0].shape for map in maps):
         raise UserError(f"{type(model).__name__} has no attention over one sequence of patches: only vision transformers have")
     return torch.stack(maps)

@@ -52,7 +52,7 @@ class InputSamples:
         self.smallest, self.largest = torch.full((functions,), math.inf), torch.full((functions,), -math.inf)
 
     def add(self, u: Tensor) -> None:
-        """Add a batch's inputs u [..., channels], of which equal runs of neighbouring channels belong to one function."""
+        """Add a batch's inputs u [..., channels], split into equal groups of neighbouring channels, one for each function."""
         u = u.detach().float().cpu().unflatten(-1, (self.functions, -1)).movedim(-2, 0).flatten(1)      # [functions, n]
         self.smallest = torch.minimum(self.smallest, u.amin(1))
         self.largest = torch.maximum(self.largest, u.amax(1))

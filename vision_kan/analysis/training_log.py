@@ -26,7 +26,7 @@ def log_functions(model: nn.Module, images: Tensor, folder: "RunFolder", epoch: 
     than `MAX_OFF_GRID` of a layer's inputs are off the grid. Changes neither the model nor any random number.
 
     images: [B, 3, H, W], normalised."""
-    peers.mark(f"the functions learned in epoch {epoch}")
+    peers.progress(f"the functions learned in epoch {epoch}")
     layers, inputs = function_layers(model), collect_inputs(model, images.split(32)).inputs
     measured = {name: measure(layers[name], inputs[name]) for name in inputs}
     blocks: dict[str, dict[str, FunctionLayer]] = {}

@@ -4,6 +4,8 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
@@ -86,8 +88,8 @@ def _from_hub(location: str) -> Path:
                     raise
         return config.parent
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{location} cannot be had from the Hub ({one_line(error)}): check the name and the connection, or "
-                        "give a downloaded folder") from error
+        raise UserError(f"{location} cannot be downloaded from the Hub ({one_line(error)}): check the name and the connection, "
+                        "or give a downloaded folder") from error
 
 
 def _download(location: str, target: Path, digest: str) -> None:
@@ -150,19 +152,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _local_write:
+@contextmanager
+def _local_write(location: str, folder: Path) -> Iterator[None]:
     """Raises an OSError inside as a UserError: it concerns the disk, not the connection."""
-
-    def __init__(self, location: str, folder: Path):
-        self.location, self.folder = location, folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, OSError):
-            raise UserError(f"{self.location} cannot be kept in {self.folder} ({error.strerror or error}): free some space "
-                            "there, or set TORCH_HOME to another folder") from error
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{location} cannot be kept in {folder} ({error.strerror or error}): free some space there, or set "
+                        "TORCH_HOME to another folder") from error
 
 
 class _Transfer(Thread):

@@ -25,7 +25,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     if (path / FOLDER_CONFIG).is_file():
         return _load_folder(path)
     if not path.is_file():
-        what = f"is a folder without {FOLDER_CONFIG}, so not a model" if path.is_dir() else \
+        what = f"is a folder without {FOLDER_CONFIG}" if path.is_dir() else \
             "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"checkpoint {path} {what}: check the path")
     try:

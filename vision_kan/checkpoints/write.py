@@ -3,7 +3,6 @@ import errno
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,21 +33,15 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 def save_checkpoint(checkpoint: dict[str, Any], folder: Path, also: tuple[str, ...] = (), keep: int = 2) -> None:
     """Write `checkpoint.pth`, keep the `keep` - 1 before it under the names of `saved_checkpoints`, and link the names in `also`
     to the new file. The earlier files stay intact if the process is killed or the disk fills up. Raises OSError."""
-    path = folder / CHECKPOINT
-    handle, temporary = tempfile.mkstemp(prefix=".checkpoint-", suffix=".tmp", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with replacing(folder / CHECKPOINT) as temporary:
+        with open(temporary, "wb") as file:
             _dump(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         for name in also:
             _link(temporary, folder / name)
         _age(folder, keep)
-        os.replace(temporary, path)
-        sync_folder(folder)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    sync_folder(folder)
 
 
 def _dump(checkpoint: dict[str, Any], file: BinaryIO) -> None:

@@ -68,7 +68,7 @@ class Interruption:
                 continue
             interrupts += 1
             if interrupts == 1 and self.speaks:
-                console.tell("stopping after this step; again: at once")
+                console.tell("stopping after this step; press Ctrl-C again to stop now")
             elif interrupts == 2 and not self.left.wait(self.GRACE_S):
                 self.on_repeat()
                 os._exit(console.EXIT_INTERRUPTED)

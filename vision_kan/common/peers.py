@@ -1,5 +1,4 @@
-"""How the processes of a run meet, and how each knows how far the others are: a process that dies, hangs or never comes is
-named instead of waited for in silence."""
+"""How the processes of a run find each other, and detect one that died, hangs or never started: the error names it."""
 import faulthandler
 import os
 import re
@@ -20,24 +19,24 @@ from vision_kan.common.launch import world_size_of_launch
 from vision_kan.common.process import Process, choose_device
 
 LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|socket")
-# torch's own limit of a collective lies a little above --dist-timeout: this module speaks first, and can name who is missing.
+# torch's own limit of a collective is a little above --dist-timeout, so that this module reports first and names the process.
 MARGIN_S = 60
-KEPT = "; the last checkpoint is whole, --resume auto goes on from it"
+KEPT = "; the last checkpoint is complete: continue with --resume auto"
 
 
 # ---------------------------------------------------------------- meeting
 def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
     """The store at --dist_url (env://, tcp://host:port, file:///path), once all processes are there.
 
-    Raises UserError that names those which did not come within `timeout` seconds."""
+    Raises UserError that names those that did not start within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     try:
-        # torchrun's own store lives on when it starts all processes again, and with it what those before have left
+        # torchrun's own store outlives a restart of all processes, with the keys of the earlier attempt
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", _store(url, rank, world_size, timeout))
         store.set(f"here/{rank}", socket.gethostname())
     except TimeoutError as error:
-        raise UserError(f"process 0 of {world_size}, which keeps the address {error}, did not come within --dist-timeout "
+        raise UserError(f"process 0 of {world_size}, which keeps the address {error}, did not start within --dist-timeout "
                         f"{timeout:g} s: check its log and its machine, MASTER_ADDR, MASTER_PORT and the firewall") from None
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = f"{error} is not set" if isinstance(error, KeyError) else one_line(error)
@@ -52,8 +51,8 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
         if not missing:
             return store
         if gone or time.monotonic() > deadline:
-            raise UserError(f"{names(missing)} of {world_size} did not come within --dist-timeout {timeout:g} s: check the log "
-                            "and the machine of what is missing, or raise --dist-timeout")
+            raise UserError(f"{names(missing)} of {world_size} did not start within --dist-timeout {timeout:g} s: check its log "
+                            "and its machine, or raise --dist-timeout")
         time.sleep(0.05)
 
 
@@ -63,6 +62,7 @@ def _cannot_meet(url: str, world_size: int, reason: str) -> UserError:
 
 
 def _store(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
+    """By hand, because `torch.distributed.rendezvous` waits for all processes without naming one that is missing."""
     parts = urlparse(url)
     if parts.scheme == "file":
         return dist.FileStore(parts.path, world_size)
@@ -79,7 +79,9 @@ def _store(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
 
 
 def _wait_for(host: str, port: int, timeout: float) -> None:
-    """Until somebody listens there: torch's own client may take twice the time, and prints its C++ stack. TimeoutError"""
+    """Wait until the port accepts connections. torch's own client may take twice the time, and prints its C++ stack.
+
+    Raises TimeoutError."""
     deadline = time.monotonic() + timeout
     while True:
         try:
@@ -101,16 +103,16 @@ def names(ranks: list[int]) -> str:
 @dataclass
 class _Seen:
     """What is known of another process."""
-    beat: int = -1
-    marks: int = 0
-    changed: float = 0.0        # when its beat last went on, on this process's clock
+    beat: int = -1              # grows as long as the process lives
+    reached: int = 0            # points where others may wait for it
+    changed: float = 0.0        # when its beat last grew, on this process's clock
 
 
 class Peers:
-    """A thread that tells the others how far this process is and looks how far they are.
+    """A thread that reports this process's progress and reads that of the others.
 
-    The training calls `mark` wherever a process may be waited for; the process that is behind when one has waited for
-    `timeout` seconds is the one that hangs. A process that ends with an error says so by `leave`.
+    The training calls `progress` wherever others may wait for it. Once a process has waited for `timeout` seconds, the one with
+    the least progress is reported as hung. A process that ends with an error calls `announce_exit`.
 
     Args:
         store: where they met. timeout: seconds. on_loss: called with the sentence before this process ends itself, because
@@ -123,7 +125,7 @@ class Peers:
         self.rank, self.world_size, self.timeout = rank, world_size, timeout
         self.interval = min(1.0, timeout / 10)
         self.on_loss: Callable[[str], None] = lambda reason: None
-        self.marks, self.marked, self.doing = 0, time.monotonic(), "starting"
+        self.reached, self.reached_at, self.doing = 0, time.monotonic(), "starting"
         self.seen = {other: _Seen(changed=time.monotonic()) for other in range(world_size) if other != rank}
         self.left: dict[int, str] = {}
         self.left_at = 0.0
@@ -134,20 +136,20 @@ class Peers:
         self.thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self.thread.start()
 
-    def mark(self, doing: str) -> None:
-        """The main thread has come so far; doing: what comes next, for the sentence."""
-        self.marks += 1
-        self.marked, self.doing = time.monotonic(), doing
+    def progress(self, doing: str) -> None:
+        """Record the main thread's progress. doing: its next step, for messages."""
+        self.reached += 1
+        self.reached_at, self.doing = time.monotonic(), doing
 
-    def leave(self, reason: str) -> None:
+    def announce_exit(self, reason: str) -> None:
         """Tell the others why this process ends."""
         try:
             self.store.set(f"left/{self.rank}", reason[:300])
         except (RuntimeError, OSError):
-            pass        # nobody is left to be told
+            pass        # the others have ended too
         deadline = time.monotonic() + 2.5 * self.interval
         while self.rank == 0 and len(self.left) < len(self.seen) and time.monotonic() < deadline:
-            self.look()         # with this process the store may end: let the others read it first
+            self.poll()         # the store may end with this process: let the others read it first
             time.sleep(0.02)
         self.close()
 
@@ -157,18 +159,18 @@ class Peers:
             self.thread.join(5)
 
     # ---- what is known
-    def look(self) -> None:
-        """Say where this process is and read where the others are."""
+    def poll(self) -> None:
+        """Report this process's progress and read that of the others."""
         with self.lock:
             now = time.monotonic()
             self.beat += 1
             try:
-                self.store.set(f"at/{self.rank}", f"{self.beat} {self.marks}")
+                self.store.set(f"at/{self.rank}", f"{self.beat} {self.reached}")
                 for other, seen in self.seen.items():
                     if self.store.check([f"at/{other}"]):
-                        beat, marks = map(int, self.store.get(f"at/{other}").split())
+                        beat, reached = map(int, self.store.get(f"at/{other}").split())
                         if beat != seen.beat:
-                            seen.beat, seen.marks, seen.changed = beat, marks, now
+                            seen.beat, seen.reached, seen.changed = beat, reached, now
                     if other not in self.left and self.store.check([f"left/{other}"]):
                         self.left[other] = self.store.get(f"left/{other}").decode()
                         self.left_at = self.left_at or now
@@ -176,8 +178,9 @@ class Peers:
             except (RuntimeError, OSError):
                 self.store_lost = self.store_lost or now
 
-    def missing(self, silence: float) -> str:
-        """A sentence on who is to blame for a wait, or '': left with a reason, silent for so many seconds, or behind."""
+    def blame(self, silence: float) -> str:
+        """A clause on the process that causes a wait: it has ended, shows no sign of life for `silence` seconds, or is behind.
+        '' if there is none."""
         now = time.monotonic()
         if self.left:
             other, reason = min(self.left.items())
@@ -187,24 +190,24 @@ class Peers:
                 if now - self.store_lost > silence else ""
         silent = [other for other, seen in self.seen.items() if now - seen.changed > silence]
         if silent:
-            return f"{names(silent)} of {self.world_size} gave no sign of life for {silence:.0f} s: killed, out of " \
+            return f"{names(silent)} of {self.world_size} has not responded for {silence:.0f} s: killed, out of " \
                    "memory, or cut off"
-        behind = [other for other, seen in self.seen.items() if seen.marks < self.marks]
-        if behind and now - self.marked > self.timeout:
-            return f"{names(behind)} of {self.world_size} did not come to where the others have waited for --dist-timeout " \
-                   f"{self.timeout:g} s ({self.doing})"
+        behind = [other for other, seen in self.seen.items() if seen.reached < self.reached]
+        if behind and now - self.reached_at > self.timeout:
+            return f"{names(behind)} of {self.world_size} did not reach the point where the others have waited for " \
+                   f"--dist-timeout {self.timeout:g} s ({self.doing})"
         return ""
 
     def explain(self, error: Exception) -> TrainingFailed | None:
-        """What a failed collective means: who is missing. None where the error is of another kind."""
+        """The error to raise after a failed collective: which process is missing. None if the error is of another kind."""
         if not LOST.search(str(error)) and not isinstance(error, dist.DistError):
             return None
         silence = 3.5 * self.interval
         deadline = time.monotonic() + silence + self.interval
         reason = ""
         while not reason and time.monotonic() < deadline:
-            self.look()
-            reason = self.missing(silence)
+            self.poll()
+            reason = self.blame(silence)
             time.sleep(self.interval / 4)
         reason = reason or f"the connection to the other processes was lost ({one_line(error)})"
         return TrainingFailed(reason + KEPT)
@@ -212,21 +215,21 @@ class Peers:
     # ---- the thread
     def _watch(self) -> None:
         while not self.closing.wait(self.interval):
-            self.look()
+            self.poll()
             now = time.monotonic()
-            waited = now - self.marked
+            waited = now - self.reached_at
             if self.left and now - self.left_at > self.GRACE_S and waited > self.GRACE_S:
-                self._end(self.missing(self.timeout))
+                self._end(self.blame(self.timeout))
             elif waited > self.timeout:
-                if reason := self.missing(self.timeout):
+                if reason := self.blame(self.timeout):
                     self._end(reason)
-                elif any(seen.marks > self.marks for seen in self.seen.values()):
-                    faulthandler.dump_traceback(sys.stderr)     # the others leave; where it hangs is worth knowing
+                elif any(seen.reached > self.reached for seen in self.seen.values()):
+                    faulthandler.dump_traceback(sys.stderr)     # the others end too; show where it hangs
                     self._end(f"this process, {self.rank} of {self.world_size}, has hung for --dist-timeout {self.timeout:g} s "
                               f"({self.doing}) while the others wait")
 
     def _end(self, reason: str) -> None:
-        """End this process from here: its main thread can no more be reached."""
+        """End this process from this thread, because its main thread no longer responds."""
         if self.closing.is_set():
             return
         whole = reason + KEPT
@@ -253,7 +256,7 @@ def init_process(device_name: str, dist_url: str = "env://", timeout: float = 60
     rank, world_size = int(os.environ["RANK"]), world_size_of_launch()
     device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
     store = meet(dist_url, rank, world_size, timeout)
-    _peers = Peers(store, rank, world_size, timeout)        # one may be lost while the group is made, too
+    _peers = Peers(store, rank, world_size, timeout)        # a process may also be lost while the group is made
     try:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("group", store),
                                 rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + MARGIN_S))
@@ -262,26 +265,26 @@ def init_process(device_name: str, dist_url: str = "env://", timeout: float = 60
     return Process(rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), device)
 
 
-def mark(doing: str) -> None:
-    """This process has come to a point where the others may wait for it; doing: what comes next."""
+def progress(doing: str) -> None:
+    """This process has reached a point where the others may wait for it. doing: its next step, for messages."""
     if _peers:
-        _peers.mark(doing)
+        _peers.progress(doing)
 
 
 def on_loss(call: Callable[[str], None]) -> None:
-    """Call `call(sentence)` before this process ends because others are gone."""
+    """Call `call(sentence)` before this process ends because another is lost."""
     if _peers:
         _peers.on_loss = call
 
 
 def lost(error: Exception) -> TrainingFailed | None:
-    """The error to raise in place of a collective's own that failed because a process is gone; None for another error."""
+    """The error to raise in place of a collective's, if that failed because a process is lost; else None."""
     return _peers.explain(error) if _peers else None
 
 
 def exit_code(program: Callable[[], int]) -> int:
-    """What `program` returns, or after an error, told in one sentence, that error's `exit_code`; 130 where Ctrl-C ended it, 141
-    where nobody reads its output any more. Leaves the process group, and tells the other processes why."""
+    """What `program` returns. After an error, prints it as one sentence and returns its `exit_code`; 130 after Ctrl-C, 141 if
+    nobody reads the output any more. Leaves the process group, and reports the reason to the other processes."""
     return console.guarded(lambda: _exit_code(program))
 
 
@@ -315,7 +318,7 @@ def _leave(code: int, text: str = "", reason: str = "", together: bool = False) 
         if together:
             _peers.close()
         else:
-            _peers.leave(one_line(reason or text.partition(": ")[2], 1000))
+            _peers.announce_exit(one_line(reason or text.partition(": ")[2], 1000))
         _peers = None
     if not alone:
         dist.destroy_process_group()

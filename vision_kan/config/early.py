@@ -9,7 +9,7 @@ from vision_kan.config.resolve import parse_args
 
 
 def answered(name: str) -> None:
-    """Called at the top of main.py with its `__name__`: ends the process if --help or an error is all there is to say. Until
+    """Called at the top of main.py with its `__name__`: ends the process after --help or an error. Until
     `console.guarded` takes over, Ctrl-C ends it with one line (`console.starting`)."""
     console.starting(name)
     if name == "__main__":

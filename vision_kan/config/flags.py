@@ -72,7 +72,7 @@ GROUPS = [
              on_resume=True),
         Flag("--batch-size", 64, "training", "images per process and step", type=int, metavar="N", rule=at_least(1),
              on_resume=True),
-        Flag("--grad-accum", 1, "training", "steps whose gradients are summed before an update", type=int, metavar="N",
+        Flag("--grad-accum", 1, "training", "batches whose gradients are averaged for one update", type=int, metavar="N",
              rule=at_least(1), on_resume=True, ours=True),
         Flag("--patience", 0, "training",
              "end training after N consecutive epochs without a new best top-1 of the model or its moving average; "
@@ -99,8 +99,8 @@ GROUPS = [
         Flag("--drop-path", 0.1, "training", "stochastic depth rate of the last block; 0: none", type=float,
              metavar="P", rule=BELOW_1),
         Flag("--weight-init", "timm", "training",
-             "how attention begins: at random as in timm, or alike to trained attention (mimetic, arXiv:2305.09828); weights of "
-             "--finetune come after it", choices=["timm", "mimetic"], ours=True),
+             "how attention begins: at random as in timm, or like trained attention (mimetic, arXiv:2305.09828); --finetune "
+             "overwrites it", choices=["timm", "mimetic"], ours=True),
         Flag("--hdim_kan", None, "model", "hidden width of the KAN feed-forward", type=int, metavar="WIDTH",
              rule=at_least(1), one_or_each=True, ours=True),
         Flag("--kan-grid-range", None, "model", "first and last grid point", type=float, nargs=2,

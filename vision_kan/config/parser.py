@@ -84,6 +84,11 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument ", "", on_one_line(message, 500))
         if absent := re.match(r"the following arguments are required: (.*)", message):
             message = f"missing on the command line: {absent[1]} (see {self.prog} --help)"
+        if number := re.match(r"(\S+): invalid (int|float) value: (.*)", message):
+            message = f"{number[1]}: {number[3]} is not a {'whole number' if number[2] == 'int' else 'number'}"
+        if several := re.match(r"one of the arguments (.*) is required", message):
+            message = f"give one of {several[1].replace(' ', ', ')} (see {self.prog} --help)"
+        message = message.replace(": not allowed with argument ", " cannot be combined with ")
         choice = re.match(r"(--\S+): invalid choice: '(.*?)' \(choose from", message)
         if choice:
             flag, value = choice.groups()

@@ -61,26 +61,21 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 # ---------------------------------------------------------------- values from checkpoint and model
 def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
-            model_defaults: dict | None = None, purpose: str | None = None, models_own: dict | None = None) -> Config:
-    """A flag that was not given takes the checkpoint's value, else the model's own, else its default.
+            purpose: str | None = None, models_own: dict | None = None) -> Config:
+    """A flag that was not given takes the checkpoint's value, else its default.
 
     checkpoint_args: the `args` of a checkpoint (ours, DeiT's or the original Vision-KAN's; other keys are ignored).
-    model_defaults: dest -> the model's own value, e.g. {"input_size": 32}.
     models_own: dest -> the checkpoint model's value, for flags that the checkpoint's args leave open.
     purpose decides what the checkpoint fills in (see `TAKEN`): "resume" everything but the scope "run", "eval" model and data,
     "finetune" the model unless --model names another one, and the preparation of images; None nothing.
     Returns a new Config. Raises `UserError` if a given flag contradicts the checkpoint that is resumed or evaluated; a flag that
     may change there (`Flag.on_resume`, `Flag.on_eval`) gets a note instead.
     """
-    model_defaults = model_defaults or {}
     stored, notes = _understood(checkpoint_args)
     taken = TAKEN[purpose]
     if purpose == "finetune" and "model" in config.given and config.args.model != stored.get("model"):
         taken = ()
     values, sources = dict(vars(config.args)), dict(config.given)
-    for dest, value in model_defaults.items():
-        if dest not in config.given:
-            values[dest], sources[dest] = value, "model"
     if purpose == "resume":
         besides = {"teacher_path"}
     elif purpose == "finetune":     # prepare images as for these weights; older checkpoints do not record how
@@ -96,7 +91,7 @@ def resolve(config: Config, checkpoint_args: dict | Namespace | None = None,
                 values[dest], sources[dest] = value, "checkpoint"
             continue
         if value is None and values[dest] is not None:  # null in args.yaml: it was trained with the model's own value
-            value = (models_own or {}).get(dest, model_defaults.get(dest))
+            value = (models_own or {}).get(dest)
         if values[dest] != value and flag.scope != "run":
             ours, where = show_value(values[dest]), config.given[dest]
             theirs = "none" if value is None else show_value(value)

@@ -138,8 +138,7 @@ class _Normalise:
 
 
 class DeviceAugmentation:
-    """What the device does to batches of training images: the flags' augmentation, drawn by (seed, epoch, position), and the
-    normalisation.
+    """Augments batches of training images on the device, by draws from (seed, epoch, position), and normalises them.
 
     crop: whether it also crops and flips them."""
 
@@ -165,7 +164,7 @@ class DeviceAugmentation:
 
 class AugmentingLoader:
     """Batches (float32 [B, 3, H, W], int64 [B]) of a DataLoader whose uint8 images [B, 3, H, W] are cropped; the device does the
-    rest of their augmentation. In the place of a DataLoader.
+    rest of their augmentation. It replaces that DataLoader.
 
     data: the same images with all of their augmentation."""
 

@@ -22,7 +22,7 @@ from vision_kan.data.images import ArrayImages, FileImages, Split, decode_image,
 from vision_kan.data.names import data_root
 
 VALIDATION = ("validation", "val", "valid", "test")     # names of a split to evaluate on, the first that is there
-# kind -> package and its oldest major version: `datasets` runs no scripts of strangers from 4 on
+# kind -> package and its oldest major version: from 4 on `datasets` runs no scripts of a data set
 PACKAGES = {"hfds": ("datasets", 4), "hfids": ("datasets", 4), "wds": ("webdataset", 0)}
 
 

@@ -41,6 +41,12 @@ def row_chunks(u: torch.Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(u), step)]
 
 
+def check_groups(groups: int, channels: int) -> None:
+    """Raises ValueError if the groups do not divide the channels."""
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{groups} groups do not divide {channels} channels")
+
+
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a basis is computed: at least float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -30,6 +30,13 @@ def rswaf_basis(u: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
     return 4 * e / (1 + e) ** 2
 
 
+def check_grid(low: float, high: float, points: int, h: float) -> None:
+    """Raises ValueError for a uniform grid that is none."""
+    if points < 2 or not low < high or not h > 0:
+        raise ValueError(f"a grid needs at least 2 points, min < max and h > 0, got {points} points on [{low}, {high}] with "
+                         f"h = {h}")
+
+
 @functools.lru_cache(maxsize=256)
 def pair_constants(points: tuple[float, ...], h: float) -> tuple[float, ...] | None:
     """Constants a, b, g, x, y, c of each pair of grid points, the outermost pair first; None for a grid without this form.

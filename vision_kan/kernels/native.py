@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-w")
 # The machine's own instructions and OpenMP, if the compiler supports them; the first that works.
 OPTIONS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-# Of what is called through ctypes.
+# Argument types for ctypes.
 POINTER: Any = ctypes.c_void_p      # lists of these hold several types
 INT, LONG = ctypes.c_int, ctypes.c_int64
 MATRIX: list[Any] = [LONG, LONG]
@@ -225,7 +225,7 @@ def basis_grad(values: Tensor, u: Tensor, points: tuple[float, ...], h: float, o
 def rational(u: Tensor, coefficients: Tensor, degree: int) -> Tensor:
     """v [T, C] in u's dtype from contiguous u [T, C] (`DTYPES`) and float32 coefficients [groups, m + 1 + n]."""
     v, library = torch.empty_like(u), rational_library(degree, coefficients.shape[1] - 1 - degree)
-    assert library is not None      # `rational._kernel` has seen to that
+    assert library is not None      # checked by `rational._kernel`
     if u.numel():
         library.rational(u.data_ptr(), v.data_ptr(), _half(u), *u.shape, coefficients.data_ptr(), len(coefficients))
     return v

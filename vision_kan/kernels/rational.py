@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from vision_kan.kernels import backend, native
-from vision_kan.kernels.backend import as_matrix, cast, math_dtype, row_chunks
+from vision_kan.kernels.backend import as_matrix, cast, check_groups, math_dtype, row_chunks
 
 
 def rational(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tensor:
@@ -42,8 +42,7 @@ def rational(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tensor:
 def _check(shape: Sequence[int], coefficients: Sequence[int], degree: int) -> None:
     """Raises ValueError if the groups do not divide the channels, or if Q has no coefficient."""
     groups, count = coefficients
-    if not groups or shape[-1] % groups:
-        raise ValueError(f"{groups} groups do not divide {shape[-1]} channels")
+    check_groups(groups, shape[-1])
     if not 0 < degree < count - 1:
         raise ValueError(f"{count} coefficients leave none for the denominator of a numerator of degree {degree}")
 

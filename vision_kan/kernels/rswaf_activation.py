@@ -15,7 +15,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from vision_kan.kernels import backend, native
-from vision_kan.kernels.backend import as_matrix, cast, math_dtype, row_chunks
+from vision_kan.kernels.backend import as_matrix, cast, check_groups, math_dtype, row_chunks
 from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
 
 
@@ -49,8 +49,7 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
 def _check(shape: Sequence[int], coefficients: Sequence[int], points: Sequence[float], h: float, base: str) -> None:
     """Raises ValueError if the shapes of u and of the coefficients and the constants don't fit together."""
     groups, num_points = coefficients
-    if shape[-1] % groups:
-        raise ValueError(f"{groups} groups do not divide {shape[-1]} channels")
+    check_groups(groups, shape[-1])
     if base != "none" and base not in BASES:
         raise ValueError(f"base {base} is not one of none, {', '.join(BASES)}")
     if len(points) != num_points or (points[-1] - points[0]) / 2 > MAX_HALF_RANGE * h * (1 + 1e-9):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vision_kan.kernels.backend import cast
+from vision_kan.kernels.backend import cast, check_groups
 from vision_kan.kernels.triton_common import Device, Launch, allocator, device_at
 
 WARPS = 4
@@ -30,7 +30,7 @@ TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 @triton.jit
 def tile_vectors(vectors, per_group, N: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, SHARED: tl.constexpr):
     """Of the N vectors of a tile: row in the tile, number in the row, whether there is such a number, and the group of
-    each, [N, 1], or of its columns, [N, VEC]. per_group: of a group the vectors (SHARED) or the columns."""
+    each, [N, 1], or of its columns, [N, VEC]. per_group: vectors in a group if SHARED, else columns."""
     n = tl.arange(0, N)
     vector = tl.program_id(0) * LANES + n % LANES
     if SHARED:
@@ -87,7 +87,7 @@ def _add_4(total, x, N: tl.constexpr):
 @triton.jit
 def _add_row(total, x, N: tl.constexpr, VEC: tl.constexpr):
     """total [N] + the sum of x [N, VEC] over its columns, one after the other: what made x becomes part of an FMA, and
-    nothing leaves the thread, which tl.sum does not promise. Not one function that calls itself: Triton 3.3 knows none."""
+    nothing leaves the thread, which tl.sum does not promise. Written out because Triton 3.3 has no recursion."""
     if VEC == 4:
         return _add_4(total, x, N)
     else:
@@ -168,8 +168,7 @@ class ColumnsPlan:
         groups, g = coefficients
         if dtype not in TYPES:
             raise ValueError(f"u must be of float32, float16 or bfloat16, got {dtype}")
-        if groups == 0 or shape[-1] % groups:
-            raise ValueError(f"{groups} groups do not divide {shape[-1]} channels")
+        check_groups(groups, shape[-1])
         forward_kernel, backward_kernel = kernels
         self.takes_scale = "scale" in forward_kernel.arg_names
         rows, channels, sums = math.prod(shape[:-1]), shape[-1], g + scaled

@@ -318,7 +318,7 @@ class Tile:
     """A block's product, [m, k] @ [k, n], in `parts` products of n/parts columns each.
 
     forward: m tokens, n outputs, k = points * inputs. backward_u: m tokens, n = points * inputs, k outputs.
-    backward_weight: m outputs, n = points * inputs, k tokens. Inputs are what is left after the points.
+    backward_weight: m outputs, n = points * inputs, k tokens. The number of inputs is n / points (k / points in `forward`).
     pure: let Triton repeat the basis in every thread that reads it (see `fast_reciprocal`): right where the warps of a
     warpgroup's product split only its rows."""
     m: int

@@ -227,8 +227,8 @@ _MLPS = {f"{linear}.{kind}" for linear in ("fc1", "fc2") for kind in ("weight", 
 
 
 def beginnings(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
-    """The parameters and buffers of learned functions that keep their beginning when the model takes over an MLP's weights,
-    which alone `state` has for their feed-forwards: key -> `FeedForward.AS_MLP`."""
+    """The parameters and buffers of learned functions that keep their initial values because `state` has only an MLP's weights
+    for their feed-forwards: key -> `FeedForward.AS_MLP`."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, FeedForward) and module.HOLDS_MLP:
@@ -239,7 +239,7 @@ def beginnings(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def base_of(act_layer: Callable[[], nn.Module]) -> str:
-    """The key of `kernels.BASES` for an activation. Raises ValueError if it is none of them."""
+    """The key of `kernels.BASES` for an activation. Raises ValueError if there is none."""
     activation, u = act_layer(), torch.linspace(-4, 4, 65, device="cpu")
     for base, function in BASES.items():
         if torch.allclose(activation(u.clone()), function(u), rtol=0, atol=1e-6):       # it may work in place

@@ -85,8 +85,8 @@ class FunctionLayer(nn.Module):
 
     @property
     def for_kernels(self) -> tuple | None:
-        """The layer's facts that `kernels.describe` needs; () if the kernels take any such layer; None: --kan-backend has no
-        effect on it."""
+        """The arguments of `kernels.describe`; () if every layer of this kind has a kernel; None: --kan-backend has no effect on
+        it."""
         return None
 
     def copy_grid(self, old: "FunctionLayer") -> None:

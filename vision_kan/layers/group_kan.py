@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from vision_kan.kernels import (
     BASES,
     MAX_HALF_RANGE,
+    check_grid,
+    check_groups,
     exporting,
     rswaf_activation,
     rswaf_activation_reference,
@@ -56,13 +58,10 @@ class GroupActivation(FunctionLayer):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         groups = groups or channels
-        if groups < 0 or channels % groups:
-            raise ValueError(f"{groups} groups do not divide {channels} channels")
+        check_groups(groups, channels)
         if base not in BASES:
             raise ValueError(f"base {base} is not one of {', '.join(BASES)}")
-        if num_grids < 2 or not grid_min < grid_max or (h is not None and not h > 0):
-            raise ValueError(f"a grid needs at least 2 points, min < max and h > 0, got {num_grids} points on "
-                             f"[{grid_min}, {grid_max}] with h = {h}")
+        check_grid(grid_min, grid_max, num_grids, 1.0 if h is None else h)
         self.h = (grid_max - grid_min) / (num_grids - 1) if h is None else h
         if (grid_max - grid_min) / 2 / self.h > MAX_HALF_RANGE:
             raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vision_kan.kernels import BASES, exporting, rational, rational_reference
+from vision_kan.kernels import BASES, check_groups, exporting, rational, rational_reference
 from vision_kan.layers.feed_forward import ChannelMLP, base_of, widths
 from vision_kan.layers.function_layer import Flops, FunctionLayer
 
@@ -46,8 +46,7 @@ class GroupRational(FunctionLayer):
     def __init__(self, channels: int, *, groups: int = 8, base: str = "identity", device=None, dtype=None):
         super().__init__()
         groups = groups or channels
-        if groups < 0 or channels % groups:
-            raise ValueError(f"{groups} groups do not divide {channels} channels")
+        check_groups(groups, channels)
         if base not in BEGINS:
             raise ValueError(f"base {base} is not one of {', '.join(BEGINS)}, to which rationals are fitted")
         self.channels, self.groups, self.base = channels, groups, base
@@ -83,7 +82,7 @@ class GroupRational(FunctionLayer):
         return Flops(0, (2 * DEGREE + 2 * BELOW + 2) * tokens * self.channels)
 
     def grid_points(self) -> Tensor:
-        """What the rationals begin as an activation on; they go on beyond it."""
+        """The range on which the initial rationals approximate the activation."""
         return torch.tensor([-3.0, 3.0], dtype=torch.float64)
 
     @torch.no_grad()

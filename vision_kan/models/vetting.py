@@ -42,8 +42,8 @@ def as_user_error(what: str) -> Iterator[None]:
 
 # ---------------------------------------------------------------- the model
 def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
-    """The model that `model_args` describes, or None without them; of a name that nobody here knows, the model that bare
-    weights of a KAN show (`kan_of_weights`). Raises UserError for arguments that this program never saves."""
+    """The model that `model_args` describes, or None without them. If their name is unknown, the model is inferred from
+    the weights (`kan_of_weights`). Raises UserError for arguments that this program never saves."""
     stored = checkpoint.state.get("model_args")
     if stored is None:
         return None

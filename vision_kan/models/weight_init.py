@@ -1,4 +1,4 @@
-"""--weight-init mimetic: attention that begins alike to trained attention (Trockman and Kolter, arXiv:2305.09828)."""
+"""--weight-init mimetic: attention that begins like trained attention (Trockman and Kolter, arXiv:2305.09828)."""
 import torch
 from torch import Tensor, nn
 

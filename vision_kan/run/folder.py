@@ -115,7 +115,7 @@ class RunFolder:
             "first_step": step, "commit": git_commit(), "processes": self.process.world_size,
             "device": str(self.process.device), "versions": versions()}
         with self._warn_on_os_error("args.yaml, run.yaml and log.txt"):
-            for leftover in self.folder.glob(".checkpoint-*.tmp"):     # left by a kill while saving
+            for leftover in self.folder.glob(".checkpoint*.tmp"):     # left by a kill while saving
                 leftover.unlink(missing_ok=True)
             for path in saved_checkpoints(self.folder):
                 if path.is_dir():       # it would block every checkpoint

@@ -123,7 +123,7 @@ def newest_start(output_dir: str, evaluate: bool) -> Start | None:
 
 def open_source(source: str) -> Checkpoint:
     """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights. Raises
-    UserError if it cannot be had."""
+    UserError if it cannot be read or downloaded."""
     if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists():
         return Checkpoint.open(source)
     if not timm.is_model(source.split(".")[0]):
@@ -135,8 +135,8 @@ def open_source(source: str) -> Checkpoint:
         model: Any = timm.create_model(source, pretrained=True)
         return Checkpoint(source, {"model": model.state_dict(), "args": preparation(source, model.pretrained_cfg)})
     except Exception as error:      # the hub's client raises many kinds
-        raise UserError(f"--finetune {source}: timm's weights cannot be had ({one_line(error).split('. ')[0]}): check the name "
-                        "and the connection, or give a downloaded file") from error
+        raise UserError(f"--finetune {source}: timm's weights cannot be downloaded ({one_line(error).split('. ')[0]}): check the "
+                        "name and the connection, or give a downloaded file") from error
 
 
 def _spec(checkpoint: Checkpoint, config: Config) -> ModelSpec:

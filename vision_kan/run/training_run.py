@@ -129,7 +129,7 @@ def open_folder(args: Namespace, start: Start, process: Process) -> RunFolder:
     """Open --output_dir. Raises UserError if it cannot be written to, or holds another run than the resumed one."""
     folder = RunFolder(args.output_dir, process, args.keep, args.save_interval_minutes, args.track or (), args.track_project)
     if folder.holds_another_run(start.checkpoint.path if start.purpose == "resume" else ""):
-        raise UserError(f"--output_dir {args.output_dir} holds a run already: go on with it by --resume auto, or choose another "
+        raise UserError(f"--output_dir {args.output_dir} holds a run already: continue it with --resume auto, or choose another "
                         "folder")
     return folder
 

@@ -38,7 +38,7 @@ def replay_non_finite(error: NonFinite, training: Training, kept: KeptBatches, f
                       lambda: autocast(process.device, training.amp_dtype), state.scaler.get_scale(),
                       (training.seed, state.epoch, process.rank), file)
     except (OSError, RuntimeError) as problem:
-        return f"--debug-nan: {file} could not be written, or the batch not replayed ({one_line(problem)})"
+        return f"--debug-nan: {file} could not be written, or the batch could not be replayed ({one_line(problem)})"
 
 
 def replay(model: nn.Module, criterion: Criterion, batches: list[tuple[int, Tensor, Tensor]], context,

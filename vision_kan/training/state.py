@@ -11,6 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vision_kan.checkpoints.read import BEST
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process, gather_number
 from vision_kan.common.text import to_builtin_types
@@ -62,9 +63,9 @@ class TrainState:
             return ""
         mean = sum(self.losses) / max(1, len(self.losses)) / max(1, self.step)
         self.step, self.losses = step, [mean * step] * process.world_size
-        return (f"the epoch goes on at image {self.position} of its order in other batches than before (--batch-size or the "
-                "number of processes): the order of the images and their augmentation stay; mixup, dropout and the updates "
-                "cannot be those of the run as it was")
+        return (f"the epoch continues at image {self.position} with different batches (--batch-size or the number of processes "
+                "has changed): the order of the images and their augmentation stay; mixup, dropout and the updates differ from "
+                "those of an uninterrupted run")
 
     def update_best(self, results: dict[str, dict[str, float]]) -> tuple[str, ...]:
         """Update the best accuracies. Returns the further names under which this epoch's checkpoint is kept.
@@ -73,10 +74,10 @@ class TrainState:
         names = []
         if results["test"]["acc1"] > self.max_accuracy:
             self.max_accuracy = results["test"]["acc1"]
-            names.append("best_checkpoint.pth")
+            names.append(BEST[0])
         if "ema_test" in results and results["ema_test"]["acc1"] > self.max_accuracy_ema:
             self.max_accuracy_ema = results["ema_test"]["acc1"]
-            names.append("best_ema_checkpoint.pth")
+            names.append(BEST[1])
         self.epochs_without_best = 0 if names else self.epochs_without_best + 1
         return tuple(names)
 

@@ -127,7 +127,7 @@ class Updater:
         """Forward and backward pass of one of the `group` batches of an update. Returns the loss, a scalar without gradient."""
         with autocast(self.process.device, self.amp_dtype):
             loss = loss_of(self.net, self.criterion, images, targets)
-        peers.mark(f"the backward pass of {where}")
+        peers.progress(f"the backward pass of {where}")
         self.state.scaler.scale(loss / group).backward(create_graph=getattr(self.state.optimizer, "is_second_order", False))
         loss = loss.detach()
         value = loss.float()
