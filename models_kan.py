@@ -4,7 +4,11 @@
 with the hidden width of each block. The sizes are those of DeiT (arXiv:2012.12877), DeiT-III (arXiv:2204.07118) and three small
 ones for 32-pixel images. A new size is one line in `SIZES`, a new feed-forward one line in `FEED_FORWARDS` (see
 `vision_kan.layers.feed_forward`).
+
+Any other timm model with MLPs takes a feed-forward's suffix too: after `register("swin_tiny_patch4_window7_224_GKAN")`, timm's
+`create_model` knows that name.
 """
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -12,7 +16,15 @@ from typing import Any, NamedTuple
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_pretrained_cfg,
+    load_pretrained,
+    model_entrypoint,
+    register_model,
+)
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -23,6 +35,7 @@ from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.feed_forward import MLP, FeedForward
 from vision_kan.layers.group_kan import GroupKAN
 from vision_kan.layers.kat import KAT
+from vision_kan.layers.replacement import mlps_of, nothing_to_replace, replace_mlps
 
 
 # ---------------------------------------------------------------- the two tables
@@ -71,20 +84,26 @@ KAN_OPTIONS = tuple(dict.fromkeys(option for options in _OPTIONS.values() for op
 
 
 # ---------------------------------------------------------------- registration
-def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
-           block_norm_eps: float | None = None, **kwargs) -> nn.Module:
+def _take_options(name: str, suffix: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Remove the feed-forward's options from a model's arguments. Raises ValueError for one that it does not have."""
     options = {key: kwargs.pop(key) for key in KAN_OPTIONS if key in kwargs}
     unused = [key for key in options if key not in _OPTIONS[suffix]]
     if unused:
         others = [other for other in FEED_FORWARDS if set(unused) <= set(_OPTIONS[other])]
         raise ValueError(f"{', '.join(unused)}: no effect on {name}"
                          + (f", choose {name.rpartition('_')[0]}_{' or _'.join(others)}" if others else ""))
+    return options
+
+
+def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
+           block_norm_eps: float | None = None, **kwargs) -> nn.Module:
+    options = _take_options(name, suffix, kwargs)
     if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
         kwargs["pretrained_cfg"] = _timm_weights_cfg(name, FEED_FORWARDS[suffix])
     depth = kwargs.get("depth", size.depth)
     settings: dict[str, Any] = dict(
         img_size=size.img_size, patch_size=size.patch_size, embed_dim=size.embed_dim, depth=size.depth,
-        num_heads=size.num_heads, mlp_layer=_mlp_layer(name, size, FEED_FORWARDS[suffix], options, depth))
+        num_heads=size.num_heads, mlp_layer=_mlp_layer(name, size, suffix, options, depth))
     if size.deit3:
         settings.update(no_embed_class=True, init_values=1e-6)
     model: Any = build_model_with_cfg(
@@ -97,31 +116,40 @@ def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
     return model
 
 
+_NO_WEIGHTS = "{} has no pretrained weights of its own: start from a checkpoint with --finetune"
+
+
 def _timm_weights_cfg(name: str, feed_forward: type[FeedForward]) -> dict[str, Any]:
     """The model's configuration with the source of timm's weights for its size. Raises ValueError if these, which are MLPs',
     do not fit its feed-forward."""
     timms = get_pretrained_cfg(SIZE_NAMES[name])
     if not feed_forward.HOLDS_MLP or timms is None or not timms.has_weights:
-        raise ValueError(f"{name} has no pretrained weights of its own: start from a checkpoint with --finetune")
+        raise ValueError(_NO_WEIGHTS.format(name))
     taken = {key: getattr(timms, key) for key in ("url", "hf_hub_id", "hf_hub_filename", "tag", "mean", "std", "interpolation",
                                                   "crop_pct", "num_classes")}
     return {**default_cfgs[name], "architecture": name, **{key: value for key, value in taken.items() if value is not None}}
 
 
-def _mlp_layer(name: str, size: Size, feed_forward: type[FeedForward], options: dict[str, Any], depth: int) -> Callable:
+def _mlp_layer(name: str, size: Size, suffix: str, options: dict[str, Any], depth: int) -> Callable:
     """The constructor of a feed-forward. timm calls it once for each block, in order, so that each block of a pruned model gets
     its own `hdim_kan`."""
-    widths = options.get("hdim_kan")
-    if not isinstance(widths, (list, tuple)):
-        return feed_forward.with_options(size, **options)
-    if len(widths) != depth or not all(type(width) is int and width > 0 for width in widths):
-        raise ValueError(f"hdim_kan is a whole number above 0, or a list of {depth}, one for each block of {name}, not {widths}")
-    layers = iter([feed_forward.with_options(size, **{**options, "hdim_kan": width}) for width in widths])
+    layers = iter([FEED_FORWARDS[suffix].with_options(size, **own) for own in _options_of_each(name, options, depth)])
     return lambda **kwargs: next(layers)(**kwargs)
 
 
-default_cfgs: dict[str, dict[str, Any]] = {}
-SIZE_NAMES: dict[str, str] = {}        # name -> key of SIZES, of every model registered here
+def _options_of_each(name: str, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The options of each of a model's feed-forwards. Raises ValueError for impossible hidden widths."""
+    widths = options.get("hdim_kan")
+    if not isinstance(widths, (list, tuple)):
+        return [options] * count
+    if len(widths) != count or not all(type(width) is int and width > 0 for width in widths):
+        raise ValueError(f"hdim_kan is a whole number above 0, or a list of {count}, one for each block of {name}, not {widths}")
+    return [options | {"hdim_kan": width} for width in widths]
+
+
+default_cfgs: dict[str, Any] = {}             # name -> what timm registers of it
+SIZE_NAMES: dict[str, str] = {}                # name -> key of SIZES, of this project's models
+ARCHITECTURES: dict[str, str] = {}             # name -> timm's architecture with MLPs, of the models that `register` has added
 
 
 def _register(size_name: str, size: Size, suffix: str, feed_forward: type[FeedForward]) -> None:
@@ -130,15 +158,20 @@ def _register(size_name: str, size: Size, suffix: str, feed_forward: type[FeedFo
     def entry(pretrained: bool = False, **kwargs) -> nn.Module:
         return _build(name, size, suffix, pretrained, **kwargs)
 
-    entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"{size_name} with feed-forward {suffix}: {feed_forward.TITLE}. {feed_forward.with_options.__doc__ or ''}"
-    globals()[name] = entry
-    default_cfgs[name] = {
+    SIZE_NAMES[name] = size_name
+    _add_entry(name, entry, f"{size_name} with feed-forward {suffix}: {feed_forward.TITLE}. "
+               f"{feed_forward.with_options.__doc__ or ''}", {
         "url": "", "num_classes": 1000, "input_size": (3, size.img_size, size.img_size), "pool_size": None,
         "crop_pct": 0.875 if size.img_size == 224 else 1.0, "interpolation": "bicubic", "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "patch_embed.proj",
-        "classifier": ("head", "head_dist") if size.distilled else "head", "license": "apache-2.0"}
-    SIZE_NAMES[name] = size_name
+        "classifier": ("head", "head_dist") if size.distilled else "head", "license": "apache-2.0"})
+
+
+def _add_entry(name: str, entry: Callable, doc: str, cfg: dict[str, Any] | DefaultCfg) -> None:
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = doc
+    globals()[name] = entry
+    default_cfgs[name] = cfg
     register_model(entry)
 
 
@@ -147,16 +180,83 @@ for _size_name, _size in SIZES.items():
         _register(_size_name, _size, _suffix, _feed_forward)
 
 
+# ---------------------------------------------------------------- feed-forwards on timm's models
+def _build_on(architecture: str, name: str, suffix: str, pretrained: bool = False, **kwargs) -> nn.Module:
+    """timm's model, and then KANs in the place of its MLPs. With group KANs it begins as that model, pretrained or not.
+
+    Pretrained weights are timm's of the architecture, or those of a folder or the Hub, which are this model's own."""
+    options = _take_options(name, suffix, kwargs)
+    own = pretrained and not isinstance(kwargs.get("pretrained_cfg"), (str, type(None)))
+    if pretrained and not own and not FEED_FORWARDS[suffix].HOLDS_MLP:
+        raise ValueError(_NO_WEIGHTS.format(name))
+    model = model_entrypoint(architecture)(pretrained=pretrained and not own, **kwargs)
+    mlps = mlps_of(model)
+    if not mlps:
+        raise ValueError(f"{architecture} has {nothing_to_replace(model)}")
+    layers = iter([_layer_on(suffix, own) for own in _options_of_each(name, options, len(mlps))])
+    replace_mlps(model, lambda **kwargs: next(layers)(**kwargs))
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": name}       # what timm writes into a folder for the Hub
+    if own:
+        load_pretrained(model, num_classes=model.num_classes, in_chans=kwargs.get("in_chans", 3))
+    return model
+
+
+def _layer_on(suffix: str, options: dict[str, Any]) -> Callable[..., nn.Module]:
+    """The constructor of a feed-forward in the place of an MLP of any width. By default it has as many parameters as the MLP, and
+    functions that begin as the MLP's activation."""
+    if "kan_base" in _OPTIONS[suffix]:
+        options = {"kan_base": None} | options
+
+    def layer(in_features: int, hidden_features: int, **kwargs) -> nn.Module:
+        # 8 parameters on each edge of a full-edge KAN, 10 of an efficient-KAN
+        size = Size(0, 0, in_features, 0, 0, kan_hidden=max(1, hidden_features // 8), ekan_hidden=max(1, hidden_features // 10))
+        return FEED_FORWARDS[suffix].with_options(size, **options)(
+            in_features=in_features, hidden_features=hidden_features, **kwargs)
+    return layer
+
+
+def register(name: str) -> bool:
+    """Whether `timm.create_model` knows a model, with or without a tag. A timm model's name with a KAN's suffix becomes known
+    by this call; whether that model has MLPs shows when it is built."""
+    name = name.split(".")[0]
+    if timm.is_model(name):
+        return True
+    architecture, _, suffix = name.rpartition("_")
+    if suffix == "ViT" or suffix not in FEED_FORWARDS or not timm.is_model(architecture):
+        return False
+
+    def entry(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _build_on(architecture, name, suffix, pretrained, **kwargs)
+
+    ARCHITECTURES[name] = architecture
+    cfgs = {cfg.tag or "": cfg for cfg in map(get_pretrained_cfg, [architecture, *timm.list_pretrained(f"{architecture}.*")])
+            if cfg is not None} or {"": PretrainedCfg()}
+    _add_entry(name, entry, f"{architecture} with feed-forward {suffix}: {FEED_FORWARDS[suffix].TITLE}.",
+               DefaultCfg(deque(cfgs), cfgs))
+    return True
+
+
+# ---------------------------------------------------------------- what a name says
 def registered_models() -> list[str]:
     """Names of this project's models, in the order of the tables."""
     return list(SIZE_NAMES)
 
 
 def split_name(name: str) -> tuple[Size | None, str | None]:
-    """`deit_tiny_patch16_224_KAN` -> its size and feed-forward suffix; (None, None) for a model of another source."""
-    if name not in SIZE_NAMES:
-        return None, None
-    return SIZES[SIZE_NAMES[name]], name.removeprefix(SIZE_NAMES[name] + "_")
+    """`deit_tiny_patch16_224_KAN` -> its size and feed-forward suffix. The size is None for an architecture of timm's; both are
+    None for a model of timm's as it is."""
+    name = name.split(".")[0]
+    if name in SIZE_NAMES:
+        return SIZES[SIZE_NAMES[name]], name.removeprefix(SIZE_NAMES[name] + "_")
+    return None, name.removeprefix(ARCHITECTURES[name] + "_") if name in ARCHITECTURES else None
+
+
+def with_feed_forward(name: str, suffix: str) -> str:
+    """The name of the model of the same size or architecture with another feed-forward. `name` may lack a suffix."""
+    register(name)
+    stem, dot, tag = name.partition(".")
+    stem = SIZE_NAMES.get(stem) or ARCHITECTURES.get(stem, stem)
+    return f"{stem}{dot}{tag}" if suffix == "ViT" and stem not in SIZES else f"{stem}_{suffix}{dot}{tag}"
 
 
 def options_of(name: str) -> list[str]:
@@ -172,12 +272,15 @@ _KEYWORDS = {"hdim_kan": "hdim", "kan_grid_points": "num_grids", "kan_h": "h", "
 
 
 def own_options(spec: "ModelSpec") -> dict[str, Any]:
-    """The value of each of the model's options (`options_of`), given in `spec` or its default; {} for a model of another
-    source."""
+    """The value of each of the model's options (`options_of`), given in `spec` or its default; {} for a model without. On an
+    architecture of timm's the default of `hdim_kan` and `kan_base` is None: it depends on each MLP."""
     size, suffix = split_name(spec.name)
-    if size is None or suffix is None or not _OPTIONS[suffix]:
+    if suffix is None or not _OPTIONS[suffix]:
         return {}
     given = {key: value for key, value in spec.kwargs.items() if key in _OPTIONS[suffix]}
+    if size is None:
+        size = Size(0, 0, 0, 0, 0, kan_hidden=0, ekan_hidden=0)
+        given = ({"kan_base": None} if "kan_base" in _OPTIONS[suffix] else {}) | given
     feed_forward = FEED_FORWARDS[suffix].with_options
     arguments: dict[str, Any] = getattr(
         feed_forward(size, **{key: given[key] for key in given if key != "hdim_kan"}), "keywords", {})
@@ -188,7 +291,7 @@ def own_options(spec: "ModelSpec") -> dict[str, Any]:
         if own.get("kan_h", 0) is None:
             own["kan_h"] = (arguments["grid_max"] - arguments["grid_min"]) / (arguments["num_grids"] - 1)
     if "hdim_kan" in own:
-        own["hdim_kan"] = given.get("hdim_kan") or own["hdim_kan"] or 4 * spec.kwargs.get("embed_dim", size.embed_dim)
+        own["hdim_kan"] = given.get("hdim_kan") or own["hdim_kan"] or 4 * spec.kwargs.get("embed_dim", size.embed_dim) or None
     return own
 
 
@@ -199,16 +302,16 @@ def own_flags(name: str) -> Mapping[str, float]:
 
 
 def models_with(option: str, name: str) -> list[str]:
-    """Models of the same size that have an option; [] for a model of another source."""
-    if name not in SIZE_NAMES:
-        return []
-    return [f"{SIZE_NAMES[name]}_{suffix}" for suffix in FEED_FORWARDS if option in _OPTIONS[suffix]]
+    """Models of the same size or architecture that have an option; [] for a model without learned functions of timm's."""
+    stem = SIZE_NAMES.get(name) or ARCHITECTURES.get(name.split(".")[0])
+    return [f"{stem}_{suffix}" for suffix in FEED_FORWARDS if option in _OPTIONS[suffix]] if stem else []
 
 
 def mlp_twin(spec: "ModelSpec") -> nn.Module:
     """The model of the same size and settings with MLPs as feed-forwards."""
     kwargs = {key: value for key, value in spec.kwargs.items() if key not in KAN_OPTIONS}
-    return timm.create_model(f"{SIZE_NAMES[spec.name]}_ViT", **kwargs)
+    name = f"{SIZE_NAMES[spec.name]}_ViT" if spec.name in SIZE_NAMES else ARCHITECTURES[spec.name.split(".")[0]]
+    return timm.create_model(name, **kwargs)
 
 
 # ---------------------------------------------------------------- a model's arguments

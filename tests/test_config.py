@@ -16,6 +16,7 @@ from helpers import DEIT, ROOT, sentence
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+import models_kan
 from tools import common
 from vision_kan import kernels
 from vision_kan.checkpoints import checkpoint as checkpoint_module
@@ -217,6 +218,7 @@ def test_the_flags_need_no_torch():
 
 def test_names_that_stand_in_the_table_and_elsewhere():
     assert flags_module.KAN_BACKENDS == list(kernels.BACKENDS) and flags_module.KAN_BASES == list(kernels.BASES)
+    assert set(flags_module.FFN_SUFFIXES.values()) == set(models_kan.FEED_FORWARDS)
     assert flags_module.IMAGENET_MEAN == timm.data.IMAGENET_DEFAULT_MEAN
     assert flags_module.IMAGENET_STD == timm.data.IMAGENET_DEFAULT_STD
     assert flags_module.TRACKERS == list(tracking.SERVICES) and common.WEIGHTS == checkpoint_module.WEIGHTS

@@ -390,6 +390,7 @@ EFFECTS = {
     "list_models": (printed, "--list-models", "--no-such-flag"),
     # model
     "model": (structure, "--model vit_nano_patch8_32_ViT", ""),
+    "ffn": (structure, "--model vit_nano_patch8_32 --ffn kat", ""),
     "input_size": (lambda line: images_of(line).shape, "--input-size 64", ""),
     "drop": (rates_of_dropout, "--drop 0.3", ""),
     "drop_path": (rates_of_dropout, "--drop-path 0.5", ""),

@@ -163,7 +163,7 @@ def test_convert_accepts_the_fits_error(tmp_path, capsys):
 
 
 def test_replacing_mlps_keeps_their_activation():
-    from vision_kan.models.conversion import replace_mlps
+    from vision_kan.layers.replacement import replace_mlps
     for activation, most in ((nn.GELU, 0.02), (nn.SiLU, 1e-5)):
         torch.manual_seed(0)
         model, x = nn.Sequential(Mlp(16, 32, act_layer=activation)).eval(), torch.randn(40, 16)

@@ -16,7 +16,7 @@ from faster_kan import FasterKAN
 from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
 from vision_kan.layers.kat import KAT
-from vision_kan.models.conversion import replace_mlps
+from vision_kan.layers.replacement import replace_mlps
 
 FEED_FORWARDS = list(models_kan.FEED_FORWARDS)
 COVERING = dict(grid_min=-3.0, grid_max=3.0, h=None, kan_bias=True, init_as_mlp=True)
@@ -291,10 +291,10 @@ def test_what_is_replaced():
     assert all(type(module) is Mlp for module in other)
     with pytest.raises(ValueError, match=r"^the model itself \(6 x 8\): 8 groups do not divide 6"):
         replace_mlps(Mlp(6, 8), GroupKAN)
-    with pytest.warns(UserWarning, match="nothing was replaced: Linear has no timm.layers.Mlp of linear maps$"):
+    with pytest.warns(UserWarning, match="nothing was replaced: Linear has no MLP of timm.layers with linear maps$"):
         assert replace_mlps(nn.Linear(2, 2), GroupKAN) == 0
     with pytest.warns(UserWarning, match=r"Sequential has no .* \(GluMlp, Mlp are left as they are\)"):
-        assert replace_mlps(nn.Sequential(GluMlp(8, 8), Mlp(8, 8, use_conv=True)), GroupKAN) == 0
+        assert replace_mlps(nn.Sequential(GluMlp(8, 8, use_conv=True), Mlp(8, 8, use_conv=True)), GroupKAN) == 0
 
 
 # ---------------------------------------------------------------- docs/library.md

@@ -46,7 +46,7 @@ from vision_kan.common.process import Process
 from vision_kan.common.text import say, shown_size, to_builtin_types, to_json
 from vision_kan.config.flags import FLAGS, PREPARATION
 from vision_kan.config.parser import Parser
-from vision_kan.models.cost import count_flops, count_parameters
+from vision_kan.models.cost import count_flops, count_parameters, measure_flops
 from vision_kan.run.folder import versions
 from vision_kan.run.trained import Pictures, Trained, describe_result, image_files, load_trained
 from vision_kan.training.state import result_of
@@ -249,7 +249,7 @@ def model_card(trained: Trained) -> str:
     """The `README.md` of a model on the Hub: results, model, data, recipe, versions, licence, use."""
     metadata = about(trained)
     flags, names = metadata["args"], metadata.get("class_names") or []
-    name, suffix = trained.spec.name, models_kan.split_name(trained.spec.name)[1]
+    name, (size, suffix) = trained.spec.name, models_kan.split_name(trained.spec.name)
     data = _one_word(str(flags.get("data_set") or "unknown"))
     recipe = {key: value for key, value in flags.items()
               if FLAGS[key].scope != "model" and value != to_builtin_types(FLAGS[key].default)}
@@ -268,8 +268,9 @@ def model_card(trained: Trained) -> str:
                            eval_results=evaluated)
     parts = [f"---\n{header.to_yaml()}\n---", f"# {name}"]
     if suffix:
-        flops = count_flops(trained.model)
-        parts.append(f"A vision transformer with the feed-forward {models_kan.FEED_FORWARDS[suffix].TITLE}. "
+        flops = count_flops(trained.model) if size else measure_flops(trained.model, to_2tuple(trained.args.input_size))
+        architecture = "A vision transformer" if size else f"`{models_kan.ARCHITECTURES[name.split('.')[0]]}` of timm"
+        parts.append(f"{architecture} with the feed-forward {models_kan.FEED_FORWARDS[suffix].TITLE}. "
                      f"{count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
                      f"FLOPs an image of {shown_size(trained.args.input_size, ' x ')} px.")
     parts += ["## Results", results,
@@ -279,16 +280,17 @@ def model_card(trained: Trained) -> str:
               "## Recipe", _recipe(recipe, metadata, finetuned_from),
               "## Versions", _block("yaml", _yaml({**metadata.get("versions", {}), "exported with": versions()})),
               "## Licence", "Apache-2.0.",
-              "## Use", _USE.format(place=PLACE)]
+              "## Use", _USE.format(
+                  place=PLACE, register="" if size or not suffix else f"\nmodels_kan.register({name.split('.')[0]!r})\n")]
     return "\n\n".join(parts) + "\n"
 
 
-_USE = """With the code of Vision-KAN on the path (its `models_kan` registers the architectures):
+_USE = """With the code of Vision-KAN on the path (its `models_kan` registers the models):
 
 ```python
 import timm
 import models_kan
-
+{register}
 model = timm.create_model("hf-hub:{place}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 ```

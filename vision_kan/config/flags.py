@@ -10,6 +10,7 @@ from vision_kan.config.parser import Parser, with_underscores
 
 # Copies of names whose sources need torch, which takes seconds to import; tests/test_config.py compares them.
 KAN_BACKENDS = ["auto", "reference", "cpu", "triton", "compile"]           # vision_kan.kernels.BACKENDS
+FFN_SUFFIXES = {"mlp": "ViT", "gkan": "GKAN", "kan": "KAN", "ekan": "EKAN", "kat": "KAT"}     # models_kan.FEED_FORWARDS
 KAN_BASES = ["identity", "gelu", "silu", "relu", "relu2"]                    # vision_kan.kernels.BASES
 COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]     # torch's, the first its own
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")        # these capture CUDA graphs
@@ -89,6 +90,9 @@ GROUPS = [
         Flag("--model", "deit_tiny_patch16_224_GKAN", "model",
              "one of --list-models, or any other classification model of timm's", type=str, metavar="NAME",
              deit=("deit_base_patch16_224", "the model that this project is about; its _ViT twin is the baseline")),
+        Flag("--ffn", None, "run",
+             "give --model, of this project or any of timm's with MLPs, this feed-forward: _GKAN, _KAN, _EKAN or _KAT is added "
+             "to its name", choices=list(FFN_SUFFIXES), one_shot=True, ours=True),
         Flag("--input-size", 224, "data",
              "side of the square input image, or height and width; if not given, the model's own", type=int,
              size=True, metavar=("PIXELS", "WIDTH"), rule=between(1, 16384)),

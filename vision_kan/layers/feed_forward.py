@@ -244,7 +244,7 @@ def base_of(act_layer: Callable[[], nn.Module]) -> str:
     for base, function in BASES.items():
         if torch.allclose(activation(u.clone()), function(u), rtol=0, atol=1e-6):       # it may work in place
             return base
-    raise ValueError(f"the activation {activation} is not one of {', '.join(BASES)}: choose one of them with base=")
+    raise ValueError(f"the activation {activation} is not one of {', '.join(BASES)}: choose one of them (base=, --kan-base)")
 
 
 def mlp_flops(mlp: Mlp, tokens: int) -> Flops:

@@ -11,10 +11,8 @@ Mean m and deviation s of every input and hidden unit, and the weights of the fi
 biases go into the layers' biases, the block norm's affine into W1 and b1.
 """
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,41 +42,6 @@ class BlockError:
     outside: float      # share of the inputs of both layers that lie off the grid
 
 
-def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
-    """Replace every `timm.layers.Mlp` of linear maps by a KAN, in a model of any architecture.
-
-    Args:
-        layer: the KAN's constructor, such as `GroupKAN` or `functools.partial(FasterKAN, hdim=96)`, called as timm calls an
-            `mlp_layer`. A group KAN takes over the MLP's weights, so that the model's outputs stay; others begin untrained.
-    Returns: the number of MLPs replaced; warns if there are none.
-    Raises: ValueError that names the module if the layer does not fit it; nothing is replaced then.
-    """
-    found: dict[nn.Module, nn.Module] = {}
-    for where, mlp in model.named_modules():
-        if type(mlp) is Mlp and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity):
-            weight = mlp.fc1.weight
-            try:
-                kan: Any = layer(in_features=mlp.fc1.in_features, hidden_features=mlp.fc1.out_features,
-                                 out_features=mlp.fc2.out_features, act_layer=partial(getattr, mlp, "act"), norm_layer=None,
-                                 bias=(mlp.fc1.bias is not None, mlp.fc2.bias is not None), drop=(mlp.drop1.p, mlp.drop2.p),
-                                 device=weight.device, dtype=weight.dtype)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{where or 'the model itself'} ({mlp.fc1.in_features} x {mlp.fc1.out_features}): "
-                                 f"{error}") from error
-            if getattr(kan, "HOLDS_MLP", False) and kan.fc1.weight.shape == weight.shape:
-                kan.load_state_dict(mlp.state_dict(), strict=False)
-            found[mlp] = kan.train(mlp.training)
-    if not found:
-        others = sorted({type(module).__name__ for module in model.modules() if "mlp" in type(module).__name__.lower()})
-        warnings.warn(f"nothing was replaced: {type(model).__name__} has no timm.layers.Mlp of linear maps"
-                      + (f" ({', '.join(others)} are left as they are)" if others else ""), stacklevel=2)
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():     # one MLP may be used in several places
-            if child in found:
-                setattr(parent, name, found[child])
-    return len(found)
-
-
 def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], images: Callable[[], Tensor],
                    grid: tuple[int, int] | None = None) -> tuple[LoadReport, list[BlockError]]:
     """Load another model's weights into `model`, converting MLPs to KANs where possible.
@@ -94,7 +57,7 @@ def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], 
     report = load_finetune(model, state, grid)
     blocks = getattr(model, "blocks", [])
     mlps = [key for key in report.dropped if re.search(r"\.mlp\.fc[12]\.", key)]
-    if not mlps or not any(getattr(block.mlp, "FITS_MLP", False) for block in blocks):
+    if not mlps or not any(getattr(getattr(block, "mlp", None), "FITS_MLP", False) for block in blocks):
         return report, []
     twin = models_kan.mlp_twin(spec)
     load_finetune(twin, state, grid)

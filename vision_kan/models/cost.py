@@ -1,12 +1,15 @@
 """Parameters and FLOPs of a model, and whether two models may be compared."""
 from typing import Any
 
+import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vision_kan.layers.feed_forward import FeedForward, mlp_flops
-from vision_kan.layers.function_layer import Flops, FunctionLayer, sum_flops
+from vision_kan.layers.function_layer import Flops, FunctionLayer, function_layers, sum_flops
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -35,6 +38,27 @@ def _block_flops(module: nn.Module, tokens: int) -> Flops:
         matmul = 2 * tokens * (module.qkv.weight.numel() + module.proj.weight.numel())
         matmul += 2 * 2 * tokens * tokens * module.num_heads * module.head_dim
     return sum_flops([Flops(matmul, 0), *(_block_flops(child, tokens) for child in module.children())])
+
+
+@torch.no_grad()
+def measure_flops(model: nn.Module, size: tuple[int, int]) -> Flops:
+    """As `count_flops`, for a model of any architecture, by a forward pass of one image of this size. Elementwise: the learned
+    functions alone."""
+    elementwise = []
+
+    def add(layer: FunctionLayer, args: tuple[Tensor], _) -> None:
+        elementwise.append(layer.flops(args[0].numel() // args[0].shape[-1]).elementwise)
+
+    hooks = [layer.register_forward_hook(add) for layer in function_layers(model).values()]
+    parameter, training = next(model.parameters()), model.training
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # it counts no fused attention
+            model.eval()(torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return Flops(counter.get_total_flops(), sum(elementwise))
 
 
 MAX_TWIN_DIFFERENCE = {"parameters": 0.02, "matmul FLOPs": 0.05}        # relative

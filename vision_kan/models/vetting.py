@@ -12,7 +12,7 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from models_kan import ModelSpec, options_of
+from models_kan import ModelSpec, options_of, register
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError, one_line
@@ -48,7 +48,7 @@ def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
     if stored is None:
         return None
     name, kwargs = (stored.get("name"), stored.get("kwargs") or {}) if isinstance(stored, Mapping) else (None, None)
-    if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not timm.is_model(name.split(".")[0]):
+    if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not register(name):
         if "optimizer" not in checkpoint.state and (spec := kan_of_weights(checkpoint)):       # a run names its own model
             return spec
         raise UserError(f"checkpoint {checkpoint.path}: its model_args name no model that timm or this program knows "

@@ -71,7 +71,7 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
 
     Any timm classification model can be built. Raises UserError for a given flag that has no effect on the model."""
     args = config.args
-    if not timm.is_model(spec.name.split(".")[0]):
+    if not models_kan.register(spec.name):
         raise UserError(f"--model {spec.name} is unknown{suggest_model(spec.name)}: --list-models prints this project's models, "
                         "timm.list_models() all others")
     model: Any
@@ -178,7 +178,7 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
     if args.distillation_type == "none":
         return None
     checkpoint = Checkpoint.open(args.teacher_path)
-    if not timm.is_model(args.teacher_model.split(".")[0]):
+    if not models_kan.register(args.teacher_model):
         raise UserError(f"--teacher-model {args.teacher_model} is not a timm model{suggest_model(args.teacher_model)}: check the "
                         "name")
     stored = vetting.spec_from_model_args(checkpoint)

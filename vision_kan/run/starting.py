@@ -21,7 +21,7 @@ from vision_kan.common.launch import world_size_of_launch
 from vision_kan.common.process import cores
 from vision_kan.common.text import one_or_two, say, to_builtin_types, warn
 from vision_kan.config.checks import validate
-from vision_kan.config.flags import PREPARATION, get_args_parser
+from vision_kan.config.flags import FFN_SUFFIXES, PREPARATION, get_args_parser
 from vision_kan.config.parser import nearest
 from vision_kan.config.resolve import Config, parse_args, resolve
 from vision_kan.data.class_folders import VAL_SPLIT
@@ -126,7 +126,7 @@ def open_source(source: str) -> Checkpoint:
     UserError if it cannot be read or downloaded."""
     if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists():
         return Checkpoint.open(source)
-    if not timm.is_model(source.split(".")[0]):
+    if not models_kan.register(source):
         raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm "
                         f"model{suggest_model(source)}: check it; a model on the Hub is written {HUB}OWNER/NAME")
     quiet_hub()
@@ -145,7 +145,7 @@ def _spec(checkpoint: Checkpoint, config: Config) -> ModelSpec:
         return spec
     name = config.args.model if "model" in config.given else flags.get("model")
     name = name if isinstance(name, str) else None
-    if name and models_kan.split_name(name)[0] is None and timm.is_model(name):
+    if name and models_kan.split_name(name)[0] is None and models_kan.register(name):
         return ModelSpec(name)
     with vetting.as_user_error(f"checkpoint {checkpoint.path}"):
         size = config.args.input_size if "input_size" in config.given else flags.get("input_size")
@@ -155,7 +155,7 @@ def _spec(checkpoint: Checkpoint, config: Config) -> ModelSpec:
 def _inferred_flags(checkpoint: Checkpoint) -> dict[str, Any]:
     """--model and its options, from weights with learned functions whose file names no model that is known here."""
     name = checkpoint.flags.get("model")
-    if isinstance(name, str) and timm.is_model(name.split(".")[0]):
+    if isinstance(name, str) and models_kan.register(name):
         return {}
     spec = vetting.kan_of_weights(checkpoint)       # None: of another architecture, which --model must name
     return {} if spec is None else {
@@ -163,6 +163,22 @@ def _inferred_flags(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- the flags
+def _with_feed_forward(config: Config, stored: Mapping[str, Any]) -> Config:
+    """--ffn: --model, or the checkpoint's, becomes the model with that feed-forward. Raises UserError where it contradicts."""
+    ffn, name = config.args.ffn, config.args.model
+    if ffn is None:
+        return config
+    if config.args.resume:
+        raise UserError(f"--ffn {ffn} has no effect with --resume, whose checkpoint names its model: leave it out")
+    if "model" not in config.given:
+        name = stored.get("model") or name
+    other = models_kan.with_feed_forward(name, FFN_SUFFIXES[ffn])
+    if config.given.get("model") == "command line" and models_kan.split_name(name)[1] and other != name:
+        raise UserError(f"--ffn {ffn} contradicts --model {name}: name one of them")
+    return replace(config, args=Namespace(**{**vars(config.args), "model": other, "ffn": None}),
+                   given={**config.given, "model": "command line"})
+
+
 def effective_config(config: Config, start: Start) -> Config:
     """The flags in effect. A flag that was not given takes the value of the checkpoint, else of the data folder, the model or the
     machine, else its default (see `resolve`)."""
@@ -173,6 +189,7 @@ def effective_config(config: Config, start: Start) -> Config:
         stored |= {key: value for key, value in shape.items() if value is not None}
     if start.purpose == "finetune":
         stored |= _inferred_flags(start.checkpoint)
+    config = _with_feed_forward(config, stored)
     found = None
     if start.purpose != "resume" and "data_set" not in config.given:
         found = guess_data_set(config.args.data_path)
@@ -202,7 +219,7 @@ def _with(config: Config, source: str, **values) -> Config:
 def with_own_input_size(config: Config) -> Config:
     """--input-size from the model, if neither the user nor the checkpoint sets it."""
     name = config.args.model
-    cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    cfg = get_pretrained_cfg(name) if models_kan.register(name) else None
     if cfg is None or "input_size" in config.sources:
         return config
     return _with(config, input_size=one_or_two(cfg.input_size[-2:]), source="model")
@@ -224,7 +241,7 @@ def with_own_preparation(config: Config, stored: Mapping[str, Any]) -> Config:
 
     stored: the checkpoint's flags. One that has some of these was trained with the defaults of the others."""
     name = config.args.model
-    cfg = get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+    cfg = get_pretrained_cfg(name) if models_kan.register(name) else None
     if cfg is None or any(stored.get(dest) for dest in PREPARATION):
         return config
     own = {dest: value for dest, value in preparation(name, cfg.to_dict()).items()

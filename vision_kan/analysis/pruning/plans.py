@@ -187,10 +187,12 @@ def coefficients_of(model: Model) -> int:
 # ---------------------------------------------------------------- choosing
 def check(spec: ModelSpec, what: str) -> None:
     """Raises UserError if the model has nothing of this kind to prune."""
-    feed_forward = FEED_FORWARDS.get(split_name(spec.name)[1] or "")
+    size, suffix = split_name(spec.name)
+    feed_forward = FEED_FORWARDS[suffix] if size and suffix else None
     if feed_forward is None or not feed_forward.PRUNES:
         able = sorted(f"_{suffix}" for suffix, kind in FEED_FORWARDS.items() if kind.PRUNES)
-        raise UserError(f"{spec.name} has no feed-forward that can be pruned: choose a checkpoint of a {' or '.join(able)} model")
+        raise UserError(f"{spec.name} has no feed-forward that can be pruned: choose a checkpoint of a {' or '.join(able)} model "
+                        "of --list-models")
     if what not in feed_forward.PRUNES:
         *others, last = feed_forward.PRUNES
         raise UserError(f"--what {what} means nothing for {spec.name}, where {feed_forward.FUNCTIONS}: choose "
