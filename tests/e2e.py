@@ -34,7 +34,7 @@ QUICK = ("--device", "cpu", "--num_workers", "0", "--model", NANO, "--batch-size
 # process rather than for each image is off.
 ALIKE = ("--opt", "momentum", "--mixup", "0", "--cutmix", "0", "--drop-path", "0", "--unscale-lr", "--lr", "0.1",
          "--model-ema-decay", "0.8", "--dist-eval")
-TIMES = ("epoch_seconds", "img_per_s", "mfu")
+TIMES = ("epoch_seconds", "img_per_s", "mfu", "memory_mib")
 LINE = re.compile(r"(model|model_ema): top-1 (\d+\.\d\d) top-5 (\d+\.\d\d) \((\d+) images\)")
 
 

@@ -240,7 +240,7 @@ def interrupted_without_reader(argv: list[str]) -> int:
 
 
 # ---------------------------------------------------------------- arguments of tools
-NEEDED = {"convert": "SOURCE, TARGET, --model", "evaluate": "CHECKPOINT", "export": "CHECKPOINT, TARGET",
+NEEDED = {"compare": "--ffn", "convert": "SOURCE, TARGET, --model", "evaluate": "CHECKPOINT", "export": "CHECKPOINT, TARGET",
           "inspect_kan": "CHECKPOINT", "plot_run": "FOLDER", "predict": "CHECKPOINT, IMAGE|FOLDER",
           "prune": "CHECKPOINT, TARGET, --what", "push_to_hub": "FOLDER, USER/NAME", "runs": "FOLDER", "symbolic": "CHECKPOINT"}
 
@@ -254,7 +254,7 @@ def test_a_tool_without_its_arguments_says_which(name, capsys):
 
 @pytest.mark.parametrize("name", [*NEEDED, "quickstart"])
 def test_a_mistyped_flag_of_a_tool(name, capsys):
-    given = {"--model": ["--model", "m"], "--what": ["--what", "hidden", "--curve"], "": []}
+    given = {"--model": ["--model", "m"], "--ffn": ["--ffn", "mlp"], "--what": ["--what", "hidden", "--curve"], "": []}
     words = [word for needed in NEEDED.get(name, "").split(", ") for word in given.get(needed, ["x"])]
     tool = importlib.import_module(f"tools.{name}")
     assert tool.main([*words, "--no-such-flag"]) == 2

@@ -179,11 +179,13 @@ def run_tool(name: str, words: list[str], ground: dict[str, str]) -> None:
         ground = {**ground, "CHECKPOINT": ground["FILE"]}
     if name == "runs":
         ground = {**ground, "FOLDER": ground["RUNS"]}
+    if name == "compare":
+        words = [*words, "--seeds", "1", *SMALL, *SHORT]
     assert load("tools", name).main(filled(words, ground)) == 0
 
 
 # Seconds each, and what reads their files. Most tests of these tools are run every time; of commands, the README's.
-LONG = re.compile(r"tools/(prune|symbolic|export|evaluate|inspect_kan)\.py|small\.pth|formulas\.safetensors|--track")
+LONG = re.compile(r"tools/(compare|prune|symbolic|export|evaluate|inspect_kan)\.py|small\.pth|formulas\.safetensors|--track")
 
 
 @pytest.mark.parametrize("page, command", [

@@ -212,7 +212,7 @@ def test_what_contradicts(mlp_run, data, tmp_path, capsys):
         assert run(*words, *common) == 2
         return capsys.readouterr().err
     assert "--ffn kat contradicts --model test_vit_GKAN: name one of them" in refused("--model", "test_vit_GKAN", "--ffn", "kat")
-    assert "--ffn kat has no effect with --resume, whose checkpoint names its model" in refused(
+    assert "--model test_vit_KAT (command line) contradicts the checkpoint, which has test_vit" in refused(
         "--eval", "--resume", mlp_run, "--ffn", "kat")
     assert "resnet18 has no MLP of timm.layers with linear maps" in refused("--model", "resnet18", "--ffn", "gkan")
     assert "test_coatnet has no MLP of timm.layers with linear maps (ConvMlp are left as they are)" in refused(

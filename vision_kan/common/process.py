@@ -1,5 +1,6 @@
-"""This process's place in the group, and its device."""
+"""This process: its place in the group, its device, its memory."""
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,11 @@ from torch import Tensor
 
 from vision_kan.common.device_names import DEVICE_NAME, NOT_A_DEVICE
 from vision_kan.common.errors import UserError
+
+try:
+    import resource
+except ImportError:         # Windows
+    resource = None         # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,16 @@ def cores() -> int:
     """The number of cores that this process may use: its share of the machine's if a launcher has started several here."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """The most memory so far, in MiB: of the tensors on a GPU; on a CPU of this process; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    if device.type != "cpu" or resource is None:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)        # bytes there, KiB elsewhere
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

@@ -46,6 +46,8 @@ class Start:
 
 def read_start(config: Config) -> Start:
     """Open the checkpoint of --resume or --finetune. Raises UserError if it cannot be used."""
+    if "model" in config.given:
+        config = _with_feed_forward(config, {})
     args = config.args
     if args.resume == "auto":
         start = newest_start(args.output_dir, args.eval)
@@ -168,8 +170,6 @@ def _with_feed_forward(config: Config, stored: Mapping[str, Any]) -> Config:
     ffn, name = config.args.ffn, config.args.model
     if ffn is None:
         return config
-    if config.args.resume:
-        raise UserError(f"--ffn {ffn} has no effect with --resume, whose checkpoint names its model: leave it out")
     if "model" not in config.given:
         name = stored.get("model") or name
     other = models_kan.with_feed_forward(name, FFN_SUFFIXES[ffn])

@@ -13,7 +13,7 @@ from models_kan import ModelSpec
 from vision_kan.common import console
 from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
 from vision_kan.common.interruption import UNREAD, Interruption, name_of
-from vision_kan.common.process import Process
+from vision_kan.common.process import Process, peak_memory_mib
 from vision_kan.common.text import say
 from vision_kan.config.recipes import dump_yaml
 from vision_kan.data.loaders import Loaders
@@ -99,13 +99,14 @@ class TrainingRun(Hooks):
     # ---- after an epoch
     def log(self, epoch: Epoch) -> None:
         """Write a line of log.txt, and the same numbers to TensorBoard and the trackers."""
-        args, trained = self.args, epoch.trained
+        args, trained, memory = self.args, epoch.trained, peak_memory_mib(self.training.updater.process.device)
         self.folder.log({
             "epoch": epoch.number, "train_loss": trained["loss"], "train_lr": trained["lr"],
             **{f"{name}_{key}": value for name, result in epoch.results.items() for key, value in result.items()},
             "train_unreadable": self.loaders.gather_unreadable_train(),
             "n_parameters": sum(parameter.numel() for parameter in self.training.updater.parameters),
             **({"epochs_without_best": self.training.state.epochs_without_best} if args.patience else {}),
+            **({} if memory is None else {"memory_mib": memory}),
             "epoch_seconds": trained["seconds"], **{key: trained[key] for key in ("img_per_s", "mfu") if key in trained}})
 
     def record_results(self, epoch: Epoch) -> tuple[str, ...]:
