@@ -10,7 +10,6 @@ Any other timm model with MLPs takes a feed-forward's suffix too: after `registe
 """
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from faster_kan import FasterKAN
+from vision_kan.checkpoints.checkpoint import ModelSpec
 from vision_kan.checkpoints.layouts import filter_state_dict
 from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.feed_forward import MLP, FeedForward
@@ -271,7 +271,7 @@ _KEYWORDS = {"hdim_kan": "hdim", "kan_grid_points": "num_grids", "kan_h": "h", "
              "kan_trainable_h": "train_h", "kan_base_branch": "base_branch", "kan_second_norm": "second_norm"}
 
 
-def own_options(spec: "ModelSpec") -> dict[str, Any]:
+def own_options(spec: ModelSpec) -> dict[str, Any]:
     """The value of each of the model's options (`options_of`), given in `spec` or its default; {} for a model without. On an
     architecture of timm's the default of `hdim_kan` and `kan_base` is None: it depends on each MLP."""
     size, suffix = split_name(spec.name)
@@ -307,16 +307,8 @@ def models_with(option: str, name: str) -> list[str]:
     return [f"{stem}_{suffix}" for suffix in FEED_FORWARDS if option in _OPTIONS[suffix]] if stem else []
 
 
-def mlp_twin(spec: "ModelSpec") -> nn.Module:
+def mlp_twin(spec: ModelSpec) -> nn.Module:
     """The model of the same size and settings with MLPs as feed-forwards."""
     kwargs = {key: value for key, value in spec.kwargs.items() if key not in KAN_OPTIONS}
     name = f"{SIZE_NAMES[spec.name]}_ViT" if spec.name in SIZE_NAMES else ARCHITECTURES[spec.name.split(".")[0]]
     return timm.create_model(name, **kwargs)
-
-
-# ---------------------------------------------------------------- a model's arguments
-@dataclass(frozen=True)
-class ModelSpec:
-    """Arguments of `timm.create_model`."""
-    name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)

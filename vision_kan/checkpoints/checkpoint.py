@@ -1,4 +1,5 @@
 """A checkpoint of this or another program, opened and checked once."""
+import inspect
 import math
 import sys
 from argparse import Namespace
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 
@@ -19,8 +21,18 @@ from vision_kan.common.text import say
 
 # The entries that a run resumes from. All others describe the checkpoint.
 _STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
+# Arguments of `timm.create_model` itself, which a checkpoint must not set: one names a file to unpickle, others download.
+_CREATE_MODEL_ARGUMENTS = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
+MAX_ARGUMENT = 2 ** 20
 # Flags that size an image: dest -> the largest value that is accepted.
 _LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Arguments of `timm.create_model`."""
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +76,21 @@ class Checkpoint:
         """The entries other than weights and training state; the flags as a dict."""
         about = {key: value for key, value in self.state.items() if key not in _STATE and not isinstance(value, Tensor)}
         return {**about, "args": self.flags} if "args" in about else about
+
+    @property
+    def spec(self) -> ModelSpec | None:
+        """The model that `model_args` describes; None without a description. Whether timm knows the name is not checked.
+
+        Raises: UserError for arguments that this program never saves."""
+        stored = self.state.get("model_args")
+        name, kwargs = (stored.get("name"), stored.get("kwargs") or {}) if isinstance(stored, Mapping) else (None, None)
+        if not isinstance(name, str) or not isinstance(kwargs, Mapping):
+            return None
+        for key, value in kwargs.items():
+            if not isinstance(key, str) or key in _CREATE_MODEL_ARGUMENTS or key.startswith("pretrained") or not is_plain(value):
+                raise UserError(f"checkpoint {self.path}: its model_args have {key!r}, which is not an argument of a model's "
+                                "shape or out of range: get it from its source again, or take its weights with --finetune")
+        return ModelSpec(name, dict(kwargs))
 
     # ---------------------------------------------------------------- what it holds
     def weights(self, key: str = "model") -> dict[str, Tensor]:
@@ -121,6 +148,15 @@ class Checkpoint:
         if not tensor.to(torch.float32).isfinite().all() and not _is_open_limit(name, tensor):
             raise UserError(f"checkpoint {self.path}: the weights {name} are not finite (infinite or nan), so it cannot be used: "
                             "take an earlier checkpoint of that run")
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a string, a number within bounds, None, or a short list of these."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 100 and all(map(is_plain, value))
+    if isinstance(value, (int, float)):
+        return abs(value) <= MAX_ARGUMENT       # False for nan
+    return value is None or isinstance(value, str)
 
 
 def _is_parameter(name: str, tensor: Tensor) -> bool:

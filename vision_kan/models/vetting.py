@@ -1,5 +1,4 @@
 """Checks of a checkpoint before a model is built or resumed from it: it may come from anyone."""
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,14 +12,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from models_kan import ModelSpec, options_of, register
-from vision_kan.checkpoints.checkpoint import Checkpoint
+from vision_kan.checkpoints.checkpoint import Checkpoint, is_plain
 from vision_kan.checkpoints.layouts import rename_keys
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.models.infer import infer_model, load_exactly
 
-# Arguments of `timm.create_model` itself, which a checkpoint must not set: one names a file to unpickle, others download.
-_CREATE_MODEL_ARGUMENTS = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
-MAX_ARGUMENT = 2 ** 20
 # The state that an optimizer keeps for each parameter.
 _REQUIRED_STATE = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq")}
 _SAME_SHAPE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")       # as the parameter
@@ -47,17 +43,13 @@ def spec_from_model_args(checkpoint: Checkpoint) -> ModelSpec | None:
     stored = checkpoint.state.get("model_args")
     if stored is None:
         return None
-    name, kwargs = (stored.get("name"), stored.get("kwargs") or {}) if isinstance(stored, Mapping) else (None, None)
-    if not isinstance(name, str) or not isinstance(kwargs, Mapping) or not register(name):
+    name = stored.get("name") if isinstance(stored, Mapping) else None
+    if not isinstance(name, str) or not register(name) or checkpoint.spec is None:
         if "optimizer" not in checkpoint.state and (spec := kan_of_weights(checkpoint)):       # a run names its own model
             return spec
         raise UserError(f"checkpoint {checkpoint.path}: its model_args name no model that timm or this program knows "
                         f"({ascii(name)[:60]}): get it from its source again, or take its weights with --finetune")
-    for key, value in kwargs.items():
-        if not isinstance(key, str) or key in _CREATE_MODEL_ARGUMENTS or key.startswith("pretrained") or not _is_plain(value):
-            raise UserError(f"checkpoint {checkpoint.path}: its model_args have {key!r}, which is not an argument of a model's "
-                            "shape or out of range: get it from its source again, or take its weights with --finetune")
-    return ModelSpec(name, dict(kwargs))
+    return checkpoint.spec
 
 
 def kan_of_weights(checkpoint: Checkpoint) -> ModelSpec | None:
@@ -68,15 +60,6 @@ def kan_of_weights(checkpoint: Checkpoint) -> ModelSpec | None:
     except UserError:
         return None
     return spec if options_of(spec.name) else None
-
-
-def _is_plain(value: object) -> bool:
-    """Whether a value is a string, a number within bounds, None, or a short list of these."""
-    if isinstance(value, (list, tuple)):
-        return len(value) <= 100 and all(map(_is_plain, value))
-    if isinstance(value, (int, float)):
-        return abs(value) <= MAX_ARGUMENT       # False for nan
-    return value is None or isinstance(value, str)
 
 
 def meta_model(spec: ModelSpec, tensors: int, what: str) -> nn.Module:
@@ -195,7 +178,7 @@ def same_kind(own: Any, theirs: Any) -> bool:
         return theirs == str(own)
     if own is None or theirs is None or isinstance(own, bool) or isinstance(theirs, bool):
         return all(value is None or isinstance(value, bool) for value in (own, theirs)) or \
-            None in (own, theirs) and _is_plain(theirs)
+            None in (own, theirs) and is_plain(theirs)
     if isinstance(own, (int, float)):
         return isinstance(theirs, (int, float)) and not math.isnan(theirs) and (math.isfinite(theirs) or not math.isfinite(own))
     if isinstance(own, (list, tuple)):
