@@ -140,11 +140,12 @@ def _mlp_layer(name: str, size: Size, suffix: str, options: dict[str, Any], dept
 def _options_of_each(name: str, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The options of each of a model's feed-forwards. Raises ValueError for impossible hidden widths."""
     widths = options.get("hdim_kan")
-    if not isinstance(widths, (list, tuple)):
+    each = [widths] * count if widths is None or type(widths) is int else widths
+    if widths is None:
         return [options] * count
-    if len(widths) != count or not all(type(width) is int and width > 0 for width in widths):
+    if not isinstance(each, (list, tuple)) or len(each) != count or not all(type(width) is int and width > 0 for width in each):
         raise ValueError(f"hdim_kan is a whole number above 0, or a list of {count}, one for each block of {name}, not {widths}")
-    return [options | {"hdim_kan": width} for width in widths]
+    return [options | {"hdim_kan": width} for width in each]
 
 
 default_cfgs: dict[str, Any] = {}             # name -> what timm registers of it
@@ -218,11 +219,20 @@ def _layer_on(suffix: str, options: dict[str, Any]) -> Callable[..., nn.Module]:
 def register(name: str) -> bool:
     """Whether `timm.create_model` knows a model, with or without a tag. A timm model's name with a KAN's suffix becomes known
     by this call; whether that model has MLPs shows when it is built."""
-    name = name.split(".")[0]
-    if timm.is_model(name):
-        return True
+    stem = name.split(".")[0]
+    if not timm.is_model(stem) and not _register_on(stem):
+        return False
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError:        # of a tag that it does not have
+        return False
+    return True
+
+
+def _register_on(name: str) -> bool:
     architecture, _, suffix = name.rpartition("_")
-    if suffix == "ViT" or suffix not in FEED_FORWARDS or not timm.is_model(architecture):
+    if suffix == "ViT" or suffix not in FEED_FORWARDS or not timm.is_model(architecture) or \
+            architecture in ARCHITECTURES or architecture in SIZE_NAMES:
         return False
 
     def entry(pretrained: bool = False, **kwargs) -> nn.Module:
@@ -252,11 +262,15 @@ def split_name(name: str) -> tuple[Size | None, str | None]:
 
 
 def with_feed_forward(name: str, suffix: str) -> str:
-    """The name of the model of the same size or architecture with another feed-forward. `name` may lack a suffix."""
-    register(name)
+    """The name of the model of the same size or architecture with another feed-forward. `name` may lack a suffix; an unknown one
+    stays as it is."""
     stem, dot, tag = name.partition(".")
+    if not register(name) and stem not in SIZES:
+        return name
     stem = SIZE_NAMES.get(stem) or ARCHITECTURES.get(stem, stem)
-    return f"{stem}{dot}{tag}" if suffix == "ViT" and stem not in SIZES else f"{stem}_{suffix}{dot}{tag}"
+    if stem in SIZES:
+        return f"{stem}_{suffix}"       # its own models have no tags
+    return f"{stem}{dot}{tag}" if suffix == "ViT" else f"{stem}_{suffix}{dot}{tag}"
 
 
 def options_of(name: str) -> list[str]:

@@ -7,16 +7,18 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 from e2e import QUICK, run
-from helpers import NANO, ROOT
+from helpers import NANO, ROOT, sentence
 from PIL import Image
 
 from tools import compare
 from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.common.process import peak_memory_mib
+from vision_kan.config.resolve import parse_args
 
 
 def log(*top1: float, rate: float = 100.0, memory: float | None = 50.0, ema: bool = True) -> list[dict]:
@@ -44,12 +46,30 @@ def test_the_table_by_hand():
 @pytest.mark.parametrize("words, sentence", [
     ("--ffn mlp mlp", "--ffn mlp mlp names one twice"), ("--ffn swiglu", "--ffn: 'swiglu' is not one of mlp, gkan"),
     ("", "missing on the command line: --ffn"), ("--ffn mlp --seeds 0", "--seeds 0 must be at least 1"),
-    ("--ffn mlp --seed 3", "--seed is not for a comparison"), ("--ffn mlp --resume auto", "--resume is not for a comparison"),
+    ("--ffn mlp --seed 3", "--seed (command line) is not for a comparison"), ("--ffn mlp --list-models", "--list-models"),
+    ("--ffn mlp kan --kan-groups 4", "--kan-groups has no effect on --ffn mlp kan: leave it out"),
+    ("--ffn mlp gkan --model test_convnext --input-size 32", "GELUTanh() is not one of identity"),
+    ("--ffn gkan --model no_such_model", "--model no_such_model is unknown"),
     ("--ffn mlp --epochs none", "--epochs: 'none' is not a whole number"), ("--ffn mlp --epoch 3", "unknown flag --epoch")])
 def test_what_is_refused(words, sentence, tmp_path, capsys):
     assert compare.main([*words.split(), "--output-dir", str(tmp_path / "none")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and sentence in err and err.count("\n") == 1 and not (tmp_path / "none").exists()
+
+
+def test_flags_of_one_feed_forward_and_of_earlier_runs(tmp_path):
+    config = parse_args(["--model", "test_convnext", "--kan-base", "gelu", "--kan-lr-mult", "5", "--epochs", "3"])
+    kan = {"model": "test_convnext_GKAN", "kan_base": "gelu", "kan_lr_mult": 5.0, "epochs": 3}
+    assert compare.recipe_of("gkan", config) == kan
+    assert compare.recipe_of("mlp", config) == {"model": "test_convnext", "epochs": 3}
+    for recipe in (kan, compare.recipe_of("mlp", config)):
+        compare.check("gkan", {**recipe, "input_size": 32})
+    file = tmp_path / "gkan.yaml"
+    compare.check_unchanged(file, kan)
+    file.write_text(compare.dump_yaml(Namespace(**kan)))
+    compare.check_unchanged(file, {**kan, "data_path": "/elsewhere"})
+    for other in ({**kan, "epochs": 4}, {key: kan[key] for key in ("model", "kan_base", "epochs")}, {**kan, "lr": 0.1}):
+        assert "give the flags of before, or another --output-dir" in sentence(compare.check_unchanged, file, other)
 
 
 def test_memory():
@@ -66,7 +86,7 @@ def test_a_run_with_ffn_resumes_by_the_same_command(data, tmp_path, capsys):
     capsys.readouterr()
     words[words.index("gkan")] = "kat"
     assert run(*words, "--epochs", 3) == 2
-    assert "--model vit_nano_patch8_32_KAT (command line) contradicts the checkpoint" in capsys.readouterr().err
+    assert "--model vit_nano_patch8_32_KAT (--ffn kat) contradicts the checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.slow

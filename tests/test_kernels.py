@@ -115,7 +115,7 @@ def test_what_a_run_says_is_what_its_layers_take(monkeypatch):
 def test_compiled_once_and_kept(fresh, monkeypatch):
     want = compute()
     files = sorted(fresh.iterdir())
-    assert [file.name.split("-")[:2] for file in files] == [["gelu", "8points"]]        # and nothing half-made beside it
+    assert [file.name.rpartition("-")[0] for file in files] == ["rswaf-8-gelu"]         # and nothing half-made beside it
     native.library.cache_clear()
     calls, run = [], subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: (calls.append(command), run(command, **kwargs))[1])

@@ -178,7 +178,7 @@ def naflex(layer):
 
 
 def kans_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, (GroupKAN, FasterKAN, EfficientKAN))]
+    return [module for module in model.modules() if isinstance(module, (GroupKAN, KAT, FasterKAN, EfficientKAN))]
 
 
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)

@@ -16,7 +16,7 @@ from models_kan import ModelSpec
 from tools import export, inspect_kan, predict, prune, symbolic
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
-from vision_kan.layers.replacement import replace_mlps
+from vision_kan.layers.replacement import other_mlps, replace_mlps
 from vision_kan.models.cost import count_flops, measure_flops
 
 slow = pytest.mark.slow
@@ -91,10 +91,22 @@ def test_gates():
         built("eva02_tiny_patch14_224_KAN", 28)
 
 
+def test_mlps_that_are_no_feed_forwards():
+    """Those of position biases map two coordinates to the heads."""
+    model = built("vit_relpos_small_patch16_224_GKAN", 32)
+    assert not [name for name in function_layers(model) if "rel_pos" in name]
+    assert len(function_layers(model)) == 24 and "RelPosMlp" in other_mlps(model)
+    assert not other_mlps(built("eva02_tiny_patch14_224_GKAN", 28))
+    for width in ("32", True, -1, [3]):
+        with pytest.raises(ValueError, match="hdim_kan is a whole number above 0, or a list of 6"):
+            built("test_vit_GKAN", 32, hdim_kan=width)
+
+
 def test_names():
     for name in ("resnet18", "vit_nano_patch8_32_KAN", "test_vit_GKAN", "test_vit_GKAN.r160_in1k"):
         assert models_kan.register(name) and models_kan.register(name)
-    for name in ("test_vit_ViT", "test_vit_X", "no_such_model_GKAN", "_GKAN", ""):
+    for name in ("test_vit_ViT", "test_vit_X", "no_such_model_GKAN", "_GKAN", "", "test_vit.nosuch", "test_vit_GKAN.nosuch",
+                 "vit_nano_patch8_32_KAN.nosuch", "test_vit_GKAN_GKAN", "vit_nano_patch8_32_ViT_GKAN"):
         assert not models_kan.register(name)
     assert models_kan.split_name("test_vit_GKAN") == (None, "GKAN") and models_kan.split_name("test_vit") == (None, None)
     assert models_kan.models_with("kan_h", "test_vit_GKAN") == ["test_vit_KAN", "test_vit_GKAN"]
@@ -105,11 +117,13 @@ def test_names():
     assert timm.get_pretrained_cfg("test_vit_GKAN.r160_in1k").url == timm.get_pretrained_cfg("test_vit.r160_in1k").url
     with pytest.raises(ValueError, match="test_vit_KAN has no pretrained weights of its own: start from a checkpoint"):
         timm.create_model("test_vit_KAN", pretrained=models_kan.register("test_vit_KAN"))
-    assert [models_kan.with_feed_forward(*pair) for pair in (
-        ("test_vit", "KAT"), ("test_vit_KAT", "ViT"), ("test_vit.r160_in1k", "GKAN"), ("vit_nano_patch8_32", "ViT"),
-        ("vit_nano_patch8_32_KAN", "GKAN"), ("deit_tiny_patch16_224", "ViT"))] == [
-        "test_vit_KAT", "test_vit", "test_vit_GKAN.r160_in1k", "vit_nano_patch8_32_ViT", "vit_nano_patch8_32_GKAN",
-        "deit_tiny_patch16_224_ViT"]
+    for name, suffix, expected in (
+            ("test_vit", "KAT", "test_vit_KAT"), ("test_vit_KAT", "ViT", "test_vit"), ("no_such_model", "KAT", "no_such_model"),
+            ("test_vit.r160_in1k", "GKAN", "test_vit_GKAN.r160_in1k"), ("vit_nano_patch8_32", "ViT", "vit_nano_patch8_32_ViT"),
+            ("vit_nano_patch8_32_KAN", "GKAN", "vit_nano_patch8_32_GKAN"),
+            ("deit_tiny_patch16_224.fb_in1k", "GKAN", "deit_tiny_patch16_224_GKAN"),
+            ("deit_tiny_patch16_224", "ViT", "deit_tiny_patch16_224_ViT")):
+        assert models_kan.with_feed_forward(name, suffix) == expected
 
 
 def test_flops_are_counted_as_pytorch_does():
@@ -212,9 +226,11 @@ def test_what_contradicts(mlp_run, data, tmp_path, capsys):
         assert run(*words, *common) == 2
         return capsys.readouterr().err
     assert "--ffn kat contradicts --model test_vit_GKAN: name one of them" in refused("--model", "test_vit_GKAN", "--ffn", "kat")
-    assert "--model test_vit_KAT (command line) contradicts the checkpoint, which has test_vit" in refused(
+    assert "--model test_vit_KAT (--ffn kat) contradicts the checkpoint, which has test_vit" in refused(
         "--eval", "--resume", mlp_run, "--ffn", "kat")
     assert "resnet18 has no MLP of timm.layers with linear maps" in refused("--model", "resnet18", "--ffn", "gkan")
+    assert "--model no_such_model is unknown" in refused("--model", "no_such_model", "--ffn", "gkan")
+    assert "--model test_vit.nosuch is unknown (its tags: test_vit.r160_in1k)" in refused("--model", "test_vit.nosuch")
     assert "test_coatnet has no MLP of timm.layers with linear maps (ConvMlp are left as they are)" in refused(
         "--model", "test_coatnet", "--ffn", "gkan")
     assert "stages.0.blocks.0.mlp (24 x 96): the activation GELUTanh() is not one of identity" in (

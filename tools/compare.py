@@ -3,8 +3,9 @@
     python tools/compare.py --data-path DIR --ffn mlp gkan kat kan [--seeds 3] [--output-dir FOLDER] [flags of main.py]
 
 Each run is main.py's, in FOLDER/FFN_seedN, one after the other and each seed with all feed-forwards in turn. Further flags are
-main.py's and hold for all runs: --model (of any size or timm architecture), --config, --epochs ... The same command continues
-after a stop. It prints a table, and writes compare.csv and the curves, compare.png, into FOLDER.
+main.py's and hold for all runs: --model (of any size or timm architecture), --config, --epochs ...; an option of KANs holds for
+those feed-forwards that have it. FOLDER/FFN.yaml is the recipe of a feed-forward's runs. The same command continues after a stop,
+also with more seeds or feed-forwards. It prints a table, and writes compare.csv and the curves, compare.png, into FOLDER.
 """
 import argparse
 import csv
@@ -13,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,40 +24,92 @@ sys.path.insert(0, str(ROOT))
 from vision_kan.common import console
 
 console.starting(__name__)
+import torch
 from matplotlib.figure import Figure
 from timm.layers import to_2tuple
 
+import models_kan
 from tools.common import check_at_least_1, command, save_picture, tool_parser
 from tools.logs import read_log
 from vision_kan.checkpoints.read import CHECKPOINT
-from vision_kan.common.errors import UserError
-from vision_kan.common.files import atomic_write
-from vision_kan.config.flags import FFN_SUFFIXES
-from vision_kan.config.parser import Parser
-from vision_kan.config.resolve import parse_args
+from vision_kan.common.errors import EXIT_PREEMPTED, TrainingFailed, UserError
+from vision_kan.common.files import atomic_write, replacing
+from vision_kan.config.checks import validate
+from vision_kan.config.flags import FFN_SUFFIXES, flag_name
+from vision_kan.config.parser import Parser, show_value
+from vision_kan.config.recipes import dump_yaml, load_recipe
+from vision_kan.config.resolve import Config, parse_args
 from vision_kan.models.cost import cost_mismatch, measure_flops
+from vision_kan.run.build import build_model, model_spec
+from vision_kan.run.starting import Start, effective_config
 from vision_kan.run.trained import load_trained
 
 OUTPUT = ROOT / "runs" / "compare"
-OWN_FLAGS = ("seed", "resume", "eval", "output_dir")      # of main.py, which this program sets or excludes
+OWN_FLAGS = ("seed", "resume", "eval", "output_dir", "list_models")     # of main.py, which this program sets or excludes
+OF_SHARED_FUNCTIONS = ("kan_lr_mult", "kan_weight_decay")
+MAY_CHANGE = ("data_path", "device", "num_workers")         # of main.py, between two calls
+
+
+# ---------------------------------------------------------------- recipes
+def recipe_of(ffn: str, config: Config) -> dict[str, Any]:
+    """The flags of a feed-forward's runs, dest -> value: those that the user gave and that have an effect on its model."""
+    name = models_kan.with_feed_forward(config.args.model, FFN_SUFFIXES[ffn])
+    own = models_kan.options_of(name) if models_kan.register(name) else models_kan.KAN_OPTIONS
+    without = {*models_kan.KAN_OPTIONS} - {*own} | ({*OF_SHARED_FUNCTIONS} if "kan_groups" not in own else set())
+    return {"model": name, **{dest: getattr(config.args, dest) for dest in config.given
+                              if dest not in without | {"model", "config"}}}
+
+
+def check(ffn: str, recipe: dict[str, Any]) -> None:
+    """Raises UserError if a run of this recipe cannot be built."""
+    args, given = Namespace(**{**vars(parse_args([]).args), **recipe}), dict.fromkeys(recipe, f"--ffn {ffn}")
+    config = effective_config(Config(args, given, dict(given)), Start())
+    validate(config.args)
+    with torch.device("meta"):
+        build_model(model_spec(config, Start(), 10), config)
+
+
+def check_unchanged(file: Path, recipe: dict[str, Any]) -> None:
+    """Raises UserError if the runs that a folder holds have other flags."""
+    if not file.exists():
+        return
+    before = load_recipe(str(file))
+    for dest in {**before, **recipe}:
+        if before.get(dest) != recipe.get(dest) and dest not in MAY_CHANGE:
+            raise UserError(f"{file} has {flag_name(dest)} {show_value(before.get(dest, 'not given'))}, the command "
+                            f"{show_value(recipe.get(dest, 'not given'))}: give the flags of before, or another --output-dir")
 
 
 # ---------------------------------------------------------------- training
-def train(ffn: str, seed: int, folder: Path, flags: list[str]) -> None:
+def train(ffn: str, seed: int, folder: Path, recipe: Path) -> None:
     """Run main.py to the last epoch; a complete run returns at once. Exits with main.py's code if that is not 0."""
     print(f"\n{ffn}, seed {seed}: {folder}", flush=True)
-    process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *flags, "--ffn", ffn, "--seed", str(seed), "--output_dir",
-                                str(folder), "--resume", "auto"])
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())      # main.py saves and ends
+    stopped = False
+
+    def stop(number, frame) -> None:        # main.py saves and ends
+        nonlocal stopped
+        stopped = True
+        process.terminate()
+
+    words = ["--config", str(recipe), "--seed", str(seed), "--output_dir", str(folder), "--resume", "auto"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "main.py"), *words])
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()          # it has the signal, too
+        try:
+            process.wait(timeout=2)         # a terminal sends the signal to both
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            process.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if code:
-        sys.exit(code)
+    if code < 0:
+        raise TrainingFailed(f"{ffn}, seed {seed} was killed (signal {-code}), perhaps for want of memory: the same command "
+                             "continues")
+    if code or stopped:
+        sys.exit(code or EXIT_PREEMPTED)
 
 
 # ---------------------------------------------------------------- results
@@ -167,15 +221,26 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     check_at_least_1(own, "seeds")
     if len(set(own.ffn)) < len(own.ffn):
         raise UserError(f"--ffn {' '.join(own.ffn)} names one twice: name each once")
-    given = parse_args(flags).given
+    config = parse_args(flags)
     for dest in OWN_FLAGS:
-        if given.get(dest) == "command line":
-            raise UserError(f"--{dest} is not for a comparison, whose runs are trained with --seeds and continue by themselves: "
-                            "leave it out")
-    folders = {ffn: [own.output_dir / f"{ffn}_seed{seed}" for seed in range(own.seeds)] for ffn in own.ffn}
+        if dest in config.given and (getattr(config.args, dest) or dest == "seed"):
+            raise UserError(f"{flag_name(dest)} ({config.given[dest]}) is not for a comparison, whose runs are trained with "
+                            "--seeds and continue by themselves: leave it out")
+    output = own.output_dir.expanduser()
+    recipes = {ffn: recipe_of(ffn, config) for ffn in own.ffn}
+    for dest in config.given:
+        if dest in (*models_kan.KAN_OPTIONS, *OF_SHARED_FUNCTIONS) and not any(dest in recipe for recipe in recipes.values()):
+            raise UserError(f"{flag_name(dest)} has no effect on --ffn {' '.join(own.ffn)}: leave it out")
+    for ffn, recipe in recipes.items():
+        check(ffn, recipe)
+        check_unchanged(output / f"{ffn}.yaml", recipe)
+    for ffn, recipe in recipes.items():
+        with replacing(make_folder(output) / f"{ffn}.yaml") as place:
+            place.write_text(dump_yaml(Namespace(**recipe)), encoding="utf-8")
+    folders = {ffn: [output / f"{ffn}_seed{seed}" for seed in range(own.seeds)] for ffn in own.ffn}
     for seed in range(own.seeds):
         for ffn in own.ffn:
-            train(ffn, seed, folders[ffn][seed], flags)
+            train(ffn, seed, folders[ffn][seed], output / f"{ffn}.yaml")
     logs = {ffn: [read_log(folder) for folder in of_ffn] for ffn, of_ffn in folders.items()}
     mflops, batch_size = {}, 1
     for ffn, (folder, *_) in folders.items():
@@ -183,10 +248,18 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         mflops[ffn] = measure_flops(trained.model, to_2tuple(trained.args.input_size)).matmul / 1e6
         batch_size = trained.args.batch_size
     found = rows(logs, mflops, batch_size)
-    write_csv(found, own.output_dir / "compare.csv")
-    save_picture(curves(logs), own.output_dir / "compare.png")
-    print(f"\n{table(found)}\nin {own.output_dir}: compare.csv, compare.png and a folder for each run")
+    write_csv(found, output / "compare.csv")
+    save_picture(curves(logs), output / "compare.png")
+    print(f"\n{table(found)}\nin {output}: compare.csv, compare.png and a folder for each run")
     return 0
+
+
+def make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be made ({error.strerror}): choose another folder") from error
+    return folder
 
 
 main = command(arguments, run, with_main=True)

@@ -8,11 +8,12 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import nn
 
 from vision_kan.layers.feed_forward import ChannelMLP
+from vision_kan.layers.function_layer import FunctionLayer
 
 
 def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
-    """Replace every `timm.layers.Mlp` of linear maps by a KAN. A gated one (`SwiGLU`, `GluMlp`) keeps its maps, and a learned
-    function takes the place of its gate's activation.
+    """Replace every `timm.layers.Mlp` of linear maps, with as many outputs as inputs, by a KAN. A gated one (`SwiGLU`, `GluMlp`)
+    keeps its maps, and a learned function takes the place of its gate's activation.
 
     Args:
         layer: the KAN's constructor, such as `GroupKAN` or `functools.partial(FasterKAN, hdim=96)`, called as timm calls an
@@ -41,16 +42,23 @@ def replace_mlps(model: nn.Module, layer: Callable[..., nn.Module]) -> int:
 
 
 def mlps_of(model: nn.Module) -> dict[str, Any]:
-    """name -> MLP that `replace_mlps` replaces, in the order of the model's modules."""
+    """name -> MLP that `replace_mlps` replaces, in the order of the model's modules: with as many outputs as inputs, unlike those
+    that compute position biases."""
     return {where: mlp for where, mlp in model.named_modules()
-            if type(mlp) in (Mlp, GluMlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity)
-            or type(mlp) is SwiGLU}
+            if (type(mlp) in (Mlp, GluMlp) and isinstance(mlp.fc1, nn.Linear) and isinstance(mlp.norm, nn.Identity)
+                or type(mlp) is SwiGLU) and mlp.fc2.out_features == _widths(mlp)[0]}
 
 
 def nothing_to_replace(model: nn.Module) -> str:
     """What a model without such MLPs has instead, after "has"."""
-    others = sorted({type(module).__name__ for module in model.modules() if "mlp" in type(module).__name__.lower()})
+    others = other_mlps(model)
     return "no MLP of timm.layers with linear maps" + (f" ({', '.join(others)} are left as they are)" if others else "")
+
+
+def other_mlps(model: nn.Module) -> list[str]:
+    """The types of the MLPs without learned functions."""
+    return sorted({type(module).__name__ for module in model.modules() if "mlp" in type(module).__name__.lower()
+                   and not any(isinstance(part, FunctionLayer) for part in module.modules())})
 
 
 def _widths(mlp: Any) -> tuple[int, int]:

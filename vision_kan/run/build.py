@@ -22,6 +22,7 @@ from vision_kan.config.resolve import Config, parse_args
 from vision_kan.data.images import ImageSet
 from vision_kan.data.loaders import Loaders
 from vision_kan.layers.function_layer import function_layers
+from vision_kan.layers.replacement import other_mlps
 from vision_kan.models import conversion, vetting
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.models.infer import load_exactly, patch_grid
@@ -55,6 +56,8 @@ def model_of_run(config: Config, start: Start, num_classes: int, device: torch.d
 
     images: returns a batch to calibrate on. Raises UserError for flags that do not fit the model."""
     model, spec = build_model(model_spec(config, start, num_classes), config)
+    if spec.name.split(".")[0] in models_kan.ARCHITECTURES and (others := other_mlps(model)):
+        say(f"left as they are in {spec.name}: {', '.join(others)}")
     choose_backend(config, spec, model, device)
     if config.args.weight_init == "mimetic" and start.purpose in (None, "finetune") and not init_mimetic(model):
         raise UserError(f"--weight-init mimetic has no effect on --model {spec.name}, which has no attention "

@@ -176,7 +176,7 @@ def _with_feed_forward(config: Config, stored: Mapping[str, Any]) -> Config:
     if config.given.get("model") == "command line" and models_kan.split_name(name)[1] and other != name:
         raise UserError(f"--ffn {ffn} contradicts --model {name}: name one of them")
     return replace(config, args=Namespace(**{**vars(config.args), "model": other, "ffn": None}),
-                   given={**config.given, "model": "command line"})
+                   given={**config.given, "model": f"--ffn {ffn}"})
 
 
 def effective_config(config: Config, start: Start) -> Config:
@@ -253,4 +253,6 @@ def suggest_model(name: str) -> str:
     """' (did you mean X?)' for the name of an unknown model, or ''."""
     architecture, dot, tag = name.partition(".")
     close = nearest(architecture, [*timm.list_models(), *models_kan.registered_models()])
+    if close == architecture:       # then the tag is unknown
+        return f" (its tags: {', '.join(tags[:5])})" if (tags := timm.list_pretrained(f"{close}.*")) else " (it has no tags)"
     return f" (did you mean {close}{dot}{tag}?)" if close else ""
