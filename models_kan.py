@@ -140,9 +140,9 @@ def _mlp_layer(name: str, size: Size, suffix: str, options: dict[str, Any], dept
 def _options_of_each(name: str, options: dict[str, Any], count: int) -> list[dict[str, Any]]:
     """The options of each of a model's feed-forwards. Raises ValueError for impossible hidden widths."""
     widths = options.get("hdim_kan")
-    each = [widths] * count if widths is None or type(widths) is int else widths
     if widths is None:
         return [options] * count
+    each = [widths] * count if type(widths) is int else widths
     if not isinstance(each, (list, tuple)) or len(each) != count or not all(type(width) is int and width > 0 for width in each):
         raise ValueError(f"hdim_kan is a whole number above 0, or a list of {count}, one for each block of {name}, not {widths}")
     return [options | {"hdim_kan": width} for width in each]
@@ -252,13 +252,19 @@ def registered_models() -> list[str]:
     return list(SIZE_NAMES)
 
 
+def architecture_of(name: str) -> str | None:
+    """timm's architecture, of a model that `register` has added; else None."""
+    return ARCHITECTURES.get(name.split(".")[0])
+
+
 def split_name(name: str) -> tuple[Size | None, str | None]:
     """`deit_tiny_patch16_224_KAN` -> its size and feed-forward suffix. The size is None for an architecture of timm's; both are
     None for a model of timm's as it is."""
     name = name.split(".")[0]
     if name in SIZE_NAMES:
         return SIZES[SIZE_NAMES[name]], name.removeprefix(SIZE_NAMES[name] + "_")
-    return None, name.removeprefix(ARCHITECTURES[name] + "_") if name in ARCHITECTURES else None
+    architecture = architecture_of(name)
+    return None, name.removeprefix(architecture + "_") if architecture else None
 
 
 def with_feed_forward(name: str, suffix: str) -> str:
@@ -317,12 +323,11 @@ def own_flags(name: str) -> Mapping[str, float]:
 
 def models_with(option: str, name: str) -> list[str]:
     """Models of the same size or architecture that have an option; [] for a model without learned functions of timm's."""
-    stem = SIZE_NAMES.get(name) or ARCHITECTURES.get(name.split(".")[0])
+    stem = SIZE_NAMES.get(name) or architecture_of(name)
     return [f"{stem}_{suffix}" for suffix in FEED_FORWARDS if option in _OPTIONS[suffix]] if stem else []
 
 
 def mlp_twin(spec: ModelSpec) -> nn.Module:
     """The model of the same size and settings with MLPs as feed-forwards."""
     kwargs = {key: value for key, value in spec.kwargs.items() if key not in KAN_OPTIONS}
-    name = f"{SIZE_NAMES[spec.name]}_ViT" if spec.name in SIZE_NAMES else ARCHITECTURES[spec.name.split(".")[0]]
-    return timm.create_model(name, **kwargs)
+    return timm.create_model(architecture_of(spec.name) or f"{SIZE_NAMES[spec.name]}_ViT", **kwargs)

@@ -38,7 +38,6 @@ import numpy as np
 import timm
 import torch
 import yaml
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
@@ -50,6 +49,7 @@ from faster_kan import FasterKANLayer
 from losses import build_criterion
 from models_kan import ModelSpec
 from samplers import RASampler
+from tools.common import half_interval
 from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.checkpoints.write import save_checkpoint
 from vision_kan.common.files import atomic_write
@@ -447,7 +447,7 @@ def interval(differences: list[float]) -> tuple[float, float]:
     n = len(differences)
     if n < 2:
         return differences[0], math.nan
-    return statistics.mean(differences), float(student_t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n ** 0.5
+    return statistics.mean(differences), half_interval(differences)
 
 
 def table(rows: list[dict[str, Any]], baseline: str) -> str:

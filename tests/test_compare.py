@@ -49,6 +49,7 @@ def test_the_table_by_hand():
     ("--ffn mlp --seed 3", "--seed (command line) is not for a comparison"), ("--ffn mlp --list-models", "--list-models"),
     ("--ffn mlp kan --kan-groups 4", "--kan-groups has no effect on --ffn mlp kan: leave it out"),
     ("--ffn mlp gkan --model test_convnext --input-size 32", "GELUTanh() is not one of identity"),
+    ("--ffn mlp --kan-backend cpu", "--kan-backend has no effect on --ffn mlp: leave it out"),
     ("--ffn gkan --model no_such_model", "--model no_such_model is unknown"),
     ("--ffn mlp --epochs none", "--epochs: 'none' is not a whole number"), ("--ffn mlp --epoch 3", "unknown flag --epoch")])
 def test_what_is_refused(words, sentence, tmp_path, capsys):
@@ -62,6 +63,10 @@ def test_flags_of_one_feed_forward_and_of_earlier_runs(tmp_path):
     kan = {"model": "test_convnext_GKAN", "kan_base": "gelu", "kan_lr_mult": 5.0, "epochs": 3}
     assert compare.recipe_of("gkan", config) == kan
     assert compare.recipe_of("mlp", config) == {"model": "test_convnext", "epochs": 3}
+    config = parse_args(["--kan-backend", "reference", "--log-kan", "1"])
+    assert compare.recipe_of("kat", config).keys() == {"model", "kan_backend", "log_kan"}
+    assert compare.recipe_of("mlp", config) == {"model": "deit_tiny_patch16_224_ViT"}
+    config = parse_args(["--model", "test_convnext", "--epochs", "3"])
     for recipe in (kan, compare.recipe_of("mlp", config)):
         compare.check("gkan", {**recipe, "input_size": 32})
     file = tmp_path / "gkan.yaml"
@@ -70,6 +75,19 @@ def test_flags_of_one_feed_forward_and_of_earlier_runs(tmp_path):
     compare.check_unchanged(file, {**kan, "data_path": "/elsewhere"})
     for other in ({**kan, "epochs": 4}, {key: kan[key] for key in ("model", "kan_base", "epochs")}, {**kan, "lr": 0.1}):
         assert "give the flags of before, or another --output-dir" in sentence(compare.check_unchanged, file, other)
+
+
+def test_a_runs_args_yaml_as_the_recipe(data, tmp_path, monkeypatch):
+    """It has every flag, also those without effect on the feed-forwards of the comparison, at their defaults."""
+    assert run(*QUICK, "--data-path", data, "--epochs", 1, "--output_dir", tmp_path / "kan") == 0
+    text = (tmp_path / "kan/args.yaml").read_text()
+    (tmp_path / "r.yaml").write_text("".join(line for line in text.splitlines(True)
+                                             if not line.startswith(("seed:", "output_dir:", "resume:"))))
+    trained = []
+    monkeypatch.setattr(compare, "train", lambda *given: trained.append(given[:2]) or sys.exit(5))
+    with pytest.raises(SystemExit):
+        compare.main(["--config", str(tmp_path / "r.yaml"), "--ffn", "mlp", "kat", "--output-dir", str(tmp_path / "out")])
+    assert trained == [("mlp", 0)] and compare.load_recipe(str(tmp_path / "out/kat.yaml"))["model"] == "vit_nano_patch8_32_KAT"
 
 
 def test_memory():

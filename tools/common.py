@@ -1,9 +1,10 @@
 """What all tools share: parsers, exit codes, pictures as PNG. Imports neither torch nor matplotlib."""
 import argparse
 import io
+import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,21 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(own, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
+
+
+def make_folder(folder: Path) -> Path:
+    """Make --output-dir, if it is not there. Raises UserError if it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be made ({error.strerror}): choose another folder") from error
+    return folder
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of the mean of two or more values, by Student's t."""
+    from scipy.stats import t as student_t  # slow to import
+    return float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def png(figure: "Figure", dpi: int = 110, **options) -> bytes:

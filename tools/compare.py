@@ -29,24 +29,24 @@ from matplotlib.figure import Figure
 from timm.layers import to_2tuple
 
 import models_kan
-from tools.common import check_at_least_1, command, save_picture, tool_parser
+from tools.common import check_at_least_1, command, half_interval, make_folder, save_picture, tool_parser
 from tools.logs import read_log
 from vision_kan.checkpoints.read import CHECKPOINT
 from vision_kan.common.errors import EXIT_PREEMPTED, TrainingFailed, UserError
-from vision_kan.common.files import atomic_write, replacing
+from vision_kan.common.files import atomic_write, write_text
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import FFN_SUFFIXES, flag_name
 from vision_kan.config.parser import Parser, show_value
 from vision_kan.config.recipes import dump_yaml, load_recipe
 from vision_kan.config.resolve import Config, parse_args
 from vision_kan.models.cost import cost_mismatch, measure_flops
-from vision_kan.run.build import build_model, model_spec
+from vision_kan.run.build import COEFFICIENT_FLAGS, asked_for, build_model, model_spec
 from vision_kan.run.starting import Start, effective_config
 from vision_kan.run.trained import load_trained
 
 OUTPUT = ROOT / "runs" / "compare"
 OWN_FLAGS = ("seed", "resume", "eval", "output_dir", "list_models")     # of main.py, which this program sets or excludes
-OF_SHARED_FUNCTIONS = ("kan_lr_mult", "kan_weight_decay")
+OF_ALL_KANS = ("kan_backend", "log_kan")
 MAY_CHANGE = ("data_path", "device", "num_workers")         # of main.py, between two calls
 
 
@@ -55,9 +55,10 @@ def recipe_of(ffn: str, config: Config) -> dict[str, Any]:
     """The flags of a feed-forward's runs, dest -> value: those that the user gave and that have an effect on its model."""
     name = models_kan.with_feed_forward(config.args.model, FFN_SUFFIXES[ffn])
     own = models_kan.options_of(name) if models_kan.register(name) else models_kan.KAN_OPTIONS
-    without = {*models_kan.KAN_OPTIONS} - {*own} | ({*OF_SHARED_FUNCTIONS} if "kan_groups" not in own else set())
-    return {"model": name, **{dest: getattr(config.args, dest) for dest in config.given
-                              if dest not in without | {"model", "config"}}}
+    without = {"model", "config", *models_kan.KAN_OPTIONS} - {*own}
+    without |= {*COEFFICIENT_FLAGS} if "kan_groups" not in own else set()
+    without |= {*OF_ALL_KANS} if not own else set()
+    return {"model": name, **{dest: getattr(config.args, dest) for dest in config.given if dest not in without}}
 
 
 def check(ffn: str, recipe: dict[str, Any]) -> None:
@@ -143,18 +144,10 @@ def rows(logs: dict[str, list[list[dict[str, Any]]]], mflops: dict[str, float], 
         found.append(Row(
             ffn, len(top1), statistics.mean(top1), statistics.stdev(top1) if len(top1) > 1 else None,
             statistics.mean(ema) if len(ema) == len(top1) else None, statistics.mean(differences) if number else None,
-            half_interval(differences) if number else None, of_seeds[0][-1]["n_parameters"], mflops[ffn],
+            half_interval(differences) if number and len(top1) > 1 else None, of_seeds[0][-1]["n_parameters"], mflops[ffn],
             statistics.median(1000 * batch_size / record["img_per_s"] for log in of_seeds for record in log),
             max(memory, default=None)))
     return found
-
-
-def half_interval(values: list[float]) -> float | None:
-    """Half of the 95% interval of the mean, by Student's t; None for one value."""
-    if len(values) < 2:
-        return None
-    from scipy.stats import t as student_t  # slow to import
-    return float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def table(found: list[Row]) -> str:
@@ -228,15 +221,14 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
                             "--seeds and continue by themselves: leave it out")
     output = own.output_dir.expanduser()
     recipes = {ffn: recipe_of(ffn, config) for ffn in own.ffn}
-    for dest in config.given:
-        if dest in (*models_kan.KAN_OPTIONS, *OF_SHARED_FUNCTIONS) and not any(dest in recipe for recipe in recipes.values()):
+    for dest in (*models_kan.KAN_OPTIONS, *COEFFICIENT_FLAGS, *OF_ALL_KANS):
+        if asked_for(dest, config) and not any(dest in recipe for recipe in recipes.values()):
             raise UserError(f"{flag_name(dest)} has no effect on --ffn {' '.join(own.ffn)}: leave it out")
     for ffn, recipe in recipes.items():
         check(ffn, recipe)
         check_unchanged(output / f"{ffn}.yaml", recipe)
     for ffn, recipe in recipes.items():
-        with replacing(make_folder(output) / f"{ffn}.yaml") as place:
-            place.write_text(dump_yaml(Namespace(**recipe)), encoding="utf-8")
+        write_text(make_folder(output) / f"{ffn}.yaml", dump_yaml(Namespace(**recipe)))
     folders = {ffn: [output / f"{ffn}_seed{seed}" for seed in range(own.seeds)] for ffn in own.ffn}
     for seed in range(own.seeds):
         for ffn in own.ffn:
@@ -252,14 +244,6 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     save_picture(curves(logs), output / "compare.png")
     print(f"\n{table(found)}\nin {output}: compare.csv, compare.png and a folder for each run")
     return 0
-
-
-def make_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be made ({error.strerror}): choose another folder") from error
-    return folder
 
 
 main = command(arguments, run, with_main=True)

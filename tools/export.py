@@ -269,7 +269,7 @@ def model_card(trained: Trained) -> str:
     parts = [f"---\n{header.to_yaml()}\n---", f"# {name}"]
     if suffix:
         flops = count_flops(trained.model) if size else measure_flops(trained.model, to_2tuple(trained.args.input_size))
-        architecture = "A vision transformer" if size else f"`{models_kan.ARCHITECTURES[name.split('.')[0]]}` of timm"
+        architecture = "A vision transformer" if size else f"`{models_kan.architecture_of(name)}` of timm"
         parts.append(f"{architecture} with the feed-forward {models_kan.FEED_FORWARDS[suffix].TITLE}. "
                      f"{count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
                      f"FLOPs an image of {shown_size(trained.args.input_size, ' x ')} px.")

@@ -23,7 +23,7 @@ console.starting(__name__)
 import timm
 import torch
 
-from tools.common import check_at_least_1, command, tool_parser
+from tools.common import check_at_least_1, command, half_interval, make_folder, tool_parser
 from tools.logs import read_log
 from tools.plot_run import plot_runs
 from vision_kan.common.errors import UserError
@@ -43,11 +43,7 @@ def prepare(folder: Path | None) -> Path:
     chosen = folder or next(path for path in chain([OUTPUT], numbered) if not _taken(path))
     if _taken(chosen):
         raise UserError(f"--output-dir {folder} is not empty, and nothing is overwritten: choose a new folder")
-    try:
-        chosen.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {chosen} cannot be made ({error.strerror}): choose another folder") from error
-    return chosen
+    return make_folder(chosen)
 
 
 def _taken(path: Path) -> bool:
@@ -160,8 +156,7 @@ def conclusion(results: dict[str, list[dict[str, float]]]) -> str:
                 f"points; the choice of images alone is worth ± {half:.2f}, 95%). One seed does not show which is better: "
                 "--seeds 0 1 2 3 4 pairs five.")
     else:
-        from scipy.stats import t as student_t  # slow to import
-        half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n ** 0.5
+        half = half_interval(differences)
         better = "GKAN" if mean > 0 else "MLP"
         verdict = "no difference is shown" if abs(mean) <= half else f"{better} is better on these digits"
         text = (f"GKAN - MLP: {mean:+.2f} points of top-1, 95% interval [{mean - half:+.2f}, {mean + half:+.2f}] (Student's t, "

@@ -32,6 +32,8 @@ from vision_kan.run.starting import Start, effective_config, suggest_model
 from vision_kan.training.criterion import Teacher, balanced
 from vision_kan.training.speed import compile_model
 
+COEFFICIENT_FLAGS = ("kan_lr_mult", "kan_weight_decay")     # without effect on models without `scaled_parameters`
+
 
 def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
     """The architecture: the checkpoint's to resume or evaluate it, else that of the flags. Raises UserError if the number of
@@ -56,7 +58,7 @@ def model_of_run(config: Config, start: Start, num_classes: int, device: torch.d
 
     images: returns a batch to calibrate on. Raises UserError for flags that do not fit the model."""
     model, spec = build_model(model_spec(config, start, num_classes), config)
-    if spec.name.split(".")[0] in models_kan.ARCHITECTURES and (others := other_mlps(model)):
+    if models_kan.architecture_of(spec.name) and (others := other_mlps(model)):
         say(f"left as they are in {spec.name}: {', '.join(others)}")
     choose_backend(config, spec, model, device)
     if config.args.weight_init == "mimetic" and start.purpose in (None, "finetune") and not init_mimetic(model):
@@ -93,15 +95,15 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
             key = unknown.group(1)
             if key in ("pos_drop_rate", "proj_drop_rate"):      # not a transformer: its only rate is the head's
                 kwargs["drop_rate"] = args.drop
-            elif key != "img_size" and _asked_for(flags.get(key, ""), config):
+            elif key != "img_size" and asked_for(flags.get(key, ""), config):
                 raise _no_effect(flags[key], spec.name) from error
             del kwargs[key]
         except (ValueError, AssertionError) as error:
             raise UserError(f"--model {spec.name} cannot be built ({one_line(error)}): check --model, "
                             f"--input-size {shown_size(args.input_size)} and the KAN options") from error
     if not args.eval and not any(layer.scaled_parameters() for layer in function_layers(model).values()):
-        for key in ("kan_lr_mult", "kan_weight_decay"):
-            if _asked_for(key, config):
+        for key in COEFFICIENT_FLAGS:
+            if asked_for(key, config):
                 raise _no_effect(key, spec.name, like="kan_groups")
     if args.log_kan and not args.eval and not function_layers(model):
         raise _no_effect("log_kan", spec.name, like="kan_grid_points")
@@ -149,7 +151,7 @@ def _options_with_effect(spec: ModelSpec, config: Config) -> dict[str, Any]:
     return {key: value for key, value in spec.kwargs.items() if key not in without}
 
 
-def _asked_for(dest: str, config: Config) -> bool:
+def asked_for(dest: str, config: Config) -> bool:
     """Whether the user set a flag: on the command line, or in a recipe to another value than the default (every run's args.yaml
     contains the defaults, too)."""
     where = config.given.get(dest)
@@ -220,7 +222,7 @@ def choose_backend(config: Config, spec: ModelSpec, model: nn.Module, device: to
     name = config.args.kan_backend
     grids: list[Any] = [layer.for_kernels for layer in function_layers(model).values() if layer.for_kernels is not None]
     if not grids:
-        if _asked_for("kan_backend", config):
+        if asked_for("kan_backend", config):
             raise _no_effect("kan_backend", spec.name)
         return
     try:
