@@ -30,7 +30,7 @@ from timm.layers import to_2tuple
 
 import models_kan
 from tools.common import check_at_least_1, command, half_interval, make_folder, save_picture, tool_parser
-from tools.logs import read_log
+from tools.logs import label_curves, read_log
 from vision_kan.checkpoints.read import CHECKPOINT
 from vision_kan.common.errors import EXIT_PREEMPTED, TrainingFailed, UserError
 from vision_kan.common.files import atomic_write, write_text
@@ -193,9 +193,7 @@ def curves(logs: dict[str, list[list[dict[str, Any]]]]) -> Figure:
             line, = axes.plot(epochs, [statistics.mean(values) for values in by_epoch], label=ffn, marker=".", markersize=3)
             axes.fill_between(epochs, [min(values) for values in by_epoch], [max(values) for values in by_epoch],
                               color=line.get_color(), alpha=0.2, linewidth=0)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.grid(alpha=0.3)
-        axes.legend()
+        label_curves(axes, label)
     return figure
 
 

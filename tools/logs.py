@@ -45,6 +45,11 @@ def draw_curve(axes: Axes, logs: dict[str, list[dict]], key: str, label: str, da
         if dashed:
             axes.plot([r["epoch"] + 1 for r in records], [r[dashed] for r in records], "--", color=line.get_color(),
                       label=f"{name} (training)")
+    label_curves(axes, label)
+
+
+def label_curves(axes: Axes, label: str) -> None:
+    """Name the axes of curves over the epochs, whose ticks are whole numbers."""
     axes.set_xlabel("epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)     # type: ignore[call-arg]  # of matplotlib's stubs
     axes.set_ylabel(label)
