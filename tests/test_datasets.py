@@ -4,6 +4,7 @@ import functools
 import gc
 import hashlib
 import http.server
+import io
 import json
 import multiprocessing
 import os
@@ -727,8 +728,8 @@ def test_epochs_differ_whatever_the_number_of_workers(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_does_not_read_ahead_into_the_next_epoch(folder, tmp_path, monkeypatch, workers):
     read = tmp_path / "read"
-    monkeypatch.setattr(images_module, "load_image", lambda path, *how, real=load_image: (
-        os.write(log, f"{path}\n".encode()), real(path, *how))[1])
+    monkeypatch.setattr(images_module, "load_image", lambda path, real=load_image, **how: (
+        os.write(log, f"{path}\n".encode()), real(path, **how))[1])
     log = os.open(read, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     loaders = build_loaders(make_args(folder, num_workers=workers), Process())
     for epoch in (0, 1):
@@ -981,7 +982,7 @@ def test_exif_orientation(tmp_path, quarters, orientation, kind):
 
 def test_a_turned_jpeg_is_decoded_small_all_the_same(tmp_path, quarters):
     path = write_turned(tmp_path / "x.jpg", 6, quarters.resize((2400, 1600), Image.Resampling.NEAREST))
-    image = load_image(str(path), 100, upright=True)
+    image = load_image(str(path), min_side=100, upright=True)
     assert image.size == (300, 200) and corners(image) == [0, 1, 2, 3]
 
 
@@ -990,6 +991,58 @@ def test_a_turned_jpeg_is_decoded_small_all_the_same(tmp_path, quarters):
 def test_an_image_with_damaged_metadata_is_read(tmp_path, quarters, exif):
     quarters.save(tmp_path / "x.jpg", exif=exif)
     assert corners(load_image(str(tmp_path / "x.jpg"), upright=True)) == [0, 1, 2, 3]
+
+
+JPEGS = [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30, "optimize": True},
+         {"restart_marker_blocks": 2}, {"keep_rgb": True}]
+
+
+@pytest.mark.parametrize("how", JPEGS, ids=str)
+def test_a_jpeg_decoded_to_a_tensor_has_pils_pixels(tmp_path, how):
+    for size in ((61, 43), (8, 8), (1, 1), (500, 375)):
+        picture(size=size).save(tmp_path / "x.jpg", **how)
+        pixels = load_image(str(tmp_path / "x.jpg"), min_side=792, upright=True, tensor=True)
+        assert isinstance(pixels, torch.Tensor)
+        assert np.array_equal(pixels.permute(1, 2, 0), load_image(str(tmp_path / "x.jpg")))
+
+
+@pytest.mark.parametrize("mode, name, how", [
+    ("L", "x.jpg", {}), ("CMYK", "x.jpg", {}), ("RGB", "x.png", {}), ("P", "x.gif", {}), ("RGB", "x.webp", {}),
+    ("RGB", "large.jpg", {"min_side": 100}), ("RGB", "turned.jpg", {"upright": True})], ids=str)
+def test_pil_decodes_what_is_not_a_plain_jpeg(tmp_path, mode, name, how):
+    exif = Image.Exif()
+    exif[0x0112] = 6 if name == "turned.jpg" else 1
+    picture(size=(400, 300)).convert(mode).save(tmp_path / name, exif=exif)
+    ours, theirs = (load_image(str(tmp_path / name), tensor=tensor, **how) for tensor in (True, False))
+    assert isinstance(ours, Image.Image) and ours.size == theirs.size and ours.tobytes() == theirs.tobytes()
+
+
+def test_a_damaged_jpeg_is_refused_or_decoded_as_by_pil(tmp_path):
+    """The loader's verdict does not depend on who decodes."""
+    whole, random = io.BytesIO(), np.random.default_rng(0)
+    picture(size=(120, 90)).save(whole, "jpeg")
+    whole = whole.getvalue()
+    files = [whole[:size] for size in (0, 2, 300, 700, *range(len(whole) - 40, len(whole)))]
+    for _ in range(150):
+        broken = bytearray(whole)
+        for place in random.integers(len(whole), size=3):
+            broken[place] = random.integers(256)
+        files.append(bytes(broken))
+    path, verdicts = tmp_path / "x.jpg", set()
+    for data in files:
+        path.write_bytes(data)
+        try:
+            theirs = load_image(str(path))
+        except Exception as error:
+            with pytest.raises(type(error)):
+                load_image(str(path), tensor=True)
+            verdicts.add("refused")
+        else:
+            ours = load_image(str(path), tensor=True)
+            verdicts.add(type(ours).__name__)
+            pixels = ours.permute(1, 2, 0) if isinstance(ours, torch.Tensor) else np.asarray(ours)
+            assert np.array_equal(pixels, theirs)
+    assert {"refused", "Tensor"} <= verdicts
 
 
 def test_32_bit_grey_is_told_once_and_refused_by_name(folder, capfd):

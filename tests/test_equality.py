@@ -29,7 +29,7 @@ SIZES, WORLDS = range(1, 65), range(1, 5)
 class SomeUnreadable(ArrayImages):
     """Every seventh image, index 6 first, is like a file that cannot be read."""
 
-    def load(self, index, min_side=0, upright=False):
+    def load(self, index, **how):
         if index % 7 == 6:
             raise OSError("unreadable")
         return super().load(index)

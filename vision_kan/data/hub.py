@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import create_dataset
 
@@ -123,16 +124,16 @@ class RecordImages(PicklesHuggingFace):
     def name(self, index: int) -> str:
         return f"{self.title}, record {self.chosen[index]}"
 
-    def load(self, index: int, min_side: int = 0, upright: bool = False) -> Image.Image:
-        return decode_record(self.data[int(self.chosen[index])][self.key], min_side, upright)
+    def load(self, index: int, **how) -> Image.Image | torch.Tensor:
+        return decode_record(self.data[int(self.chosen[index])][self.key], **how)
 
 
-def decode_record(image: dict[str, Any] | None, min_side: int, upright: bool) -> Image.Image:
-    """The image of a record of `datasets.Image(decode=False)`: {"bytes", "path"}; see `load_image`."""
+def decode_record(image: dict[str, Any] | None, **how) -> Image.Image | torch.Tensor:
+    """The image of a record of `datasets.Image(decode=False)`: {"bytes", "path"}. how: see `decode_image`."""
     if image and image.get("bytes"):
-        return decode_image(BytesIO(image["bytes"]), min_side, upright)
+        return decode_image(BytesIO(image["bytes"]), **how)
     if image and image.get("path"):
-        return load_image(image["path"], min_side, upright)
+        return load_image(image["path"], **how)
     raise ValueError("no image in this record")
 
 

@@ -153,10 +153,10 @@ class StreamImages:
         self.names = {index: record.name}
         return index
 
-    def load(self, index: int, min_side: int = 0, upright: bool = False) -> Image.Image:
+    def load(self, index: int, **how) -> Image.Image | torch.Tensor:
         if self.current is None:
             raise ValueError("a stream cannot be read by index")
-        return decode_record(self.current.image, min_side, upright)
+        return decode_record(self.current.image, **how)
 
 
 class StreamSet(ImageSet):
