@@ -288,7 +288,8 @@ def options_of(name: str) -> list[str]:
 # option -> the feed-forwards' argument, where the names differ
 _KEYWORDS = {"hdim_kan": "hdim", "kan_grid_points": "num_grids", "kan_h": "h", "kan_groups": "groups", "kan_base": "base",
              "kan_input_phi": "input_phi", "kan_trainable_base": "trainable_base", "kan_trainable_grid": "train_grid",
-             "kan_trainable_h": "train_h", "kan_base_branch": "base_branch", "kan_second_norm": "second_norm"}
+             "kan_trainable_h": "train_h", "kan_base_branch": "base_branch", "kan_second_norm": "second_norm",
+             "kan_function": "function"}
 
 
 def own_options(spec: ModelSpec) -> dict[str, Any]:

@@ -37,6 +37,6 @@ def spread(model: nn.Module, seed: int = 1) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in model.state_dict().items():
-            if not key.endswith((".grid", "rbf.h")):
+            if not key.endswith(("grid", "rbf.h")):
                 value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
     return model

@@ -218,6 +218,7 @@ def test_the_flags_need_no_torch():
 
 def test_names_that_stand_in_the_table_and_elsewhere():
     assert flags_module.KAN_BACKENDS == list(kernels.BACKENDS) and flags_module.KAN_BASES == list(kernels.BASES)
+    assert flags_module.KAN_FUNCTIONS == list(kernels.FUNCTIONS)
     assert set(flags_module.FFN_SUFFIXES.values()) == set(models_kan.FEED_FORWARDS)
     assert flags_module.IMAGENET_MEAN == timm.data.IMAGENET_DEFAULT_MEAN
     assert flags_module.IMAGENET_STD == timm.data.IMAGENET_DEFAULT_STD

@@ -405,6 +405,7 @@ EFFECTS = {
     "kan_second_norm": (structure, "--kan-second-norm static", ""),
     "kan_groups": (basis, f"{GROUPS} --kan-groups 2", GROUPS),
     "kan_base": (structure, f"{GROUPS} --kan-base relu2", GROUPS),
+    "kan_function": (structure, f"{GROUPS} --kan-function gaussian", GROUPS),
     "kan_input_phi": (basis, f"{GROUPS} --no-kan-input-phi", GROUPS),
     "kan_trainable_base": (basis, f"{GROUPS} --kan-trainable-base", GROUPS),
     "kan_backend": (backend, "--kan-backend reference", ""),

@@ -96,15 +96,18 @@ def test_what_a_run_says_is_what_its_layers_take(monkeypatch):
     seen = []
     resolve = backend.resolve
     monkeypatch.setattr(backend, "resolve", lambda *args: seen.append(resolve(*args)) or seen[-1])
-    words = {"native": "C++ kernels", "chunked": "chunked PyTorch, for a grid that the kernels don't take"}
-    for layer in (GroupKAN(16), GroupKAN(16, num_grids=17), FasterKAN(8), FasterKAN(8, train_grid=True),
-                  FasterKAN(8, train_h=True), FasterKAN(8, num_grids=20, h=0.5), FasterKAN(8, grid_min=-30, grid_max=30)):
+    words = {"native": "C++ kernels", "chunked": "chunked PyTorch, for a grid or a basis that the kernels don't take"}
+    for layer in (GroupKAN(16), GroupKAN(16, num_grids=17), GroupKAN(16, function="sech"), FasterKAN(8),
+                  FasterKAN(8, train_grid=True), FasterKAN(8, train_h=True), FasterKAN(8, num_grids=20, h=0.5),
+                  FasterKAN(8, grid_min=-30, grid_max=30)):
         said = described(layer)
         seen.clear()
         layer(torch.randn(2, layer.phi1.channels if isinstance(layer, GroupKAN) else 8))
         assert seen and (native.compiler() is None or said == words[seen[0]])
     assert described(GroupKAN(16), "cuda") == described(FasterKAN(8, train_grid=True), "cuda") == "Triton kernels"
     assert described(GroupKAN(16, num_grids=17), "cuda") == words["chunked"]
+    assert described(GroupKAN(16, function="sech"), "cuda") == (
+        "PyTorch through torch.compile, for a basis that the kernels don't take")
     both = nn.ModuleList([GroupKAN(16), FasterKAN(8, train_h=True)])
     assert native.compiler() is None or described(both) == f"{words['native']} and {words['chunked']}"
 

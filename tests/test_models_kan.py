@@ -617,13 +617,14 @@ def test_an_efficient_kan_tells_its_grid(name, kwargs):
 @pytest.mark.parametrize("name, kwargs", [
     ("vit_nano_patch8_32_GKAN", {}), ("vit_nano_patch4_32_GKAN", {"hdim_kan": 48, "kan_grid_points": 4, "kan_groups": 2}),
     ("vit_nano_patch8_32_GKAN", {"kan_groups": 0, "kan_input_phi": False}),
+    ("vit_nano_patch8_32_GKAN", {"kan_function": "fourier"}),
     ("deit_tiny_patch16_224_GKAN", {"depth": 2, "kan_grid_range": (-1.5, 0.7), "kan_trainable_base": True})], ids=str)
 def test_a_group_kan_tells_its_activations(name, kwargs):
     model = spread(create(name, num_classes=7, **kwargs))
     spec = infer_model(model.state_dict(), {})
     assert spec == ModelSpec(name, {"img_size": split_name(name)[0].img_size, "num_classes": 7, "kan_groups": 8,
                                     "kan_grid_points": 8, "kan_grid_range": (-3.0, 3.0), "kan_input_phi": True,
-                                    "kan_trainable_base": False, **kwargs})
+                                    "kan_trainable_base": False, "kan_function": "rswaf", **kwargs})
     other = create(spec.name, seed=5, **spec.kwargs)
     load_exactly(other, model.state_dict(), "the file")
     assert torch.equal(other(images(model)), model(images(model)))

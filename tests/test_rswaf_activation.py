@@ -238,7 +238,7 @@ def test_backward_keeps_u_and_the_parameters_only(path):
         storages, _ = saved(lambda: rswaf_activation(u, c, points, h, "gelu", s))
     assert storages == {t.untyped_storage().data_ptr(): 4 * t.numel() for t in (u, c, s)}
     reference, largest = saved(lambda: rswaf_activation_reference(u, c, points, h, "gelu", s))
-    assert largest == 8 * u.numel() and sum(reference.values()) > 30 * 4 * u.numel()     # what it is there for
+    assert largest == u.numel() and sum(reference.values()) > 30 * 4 * u.numel()     # what it is there for
     with torch.no_grad():
         assert saved(lambda: rswaf_activation(u, c, points, h)) == ({}, 0)
 

@@ -12,6 +12,7 @@ from vision_kan.config.parser import Parser, with_underscores
 KAN_BACKENDS = ["auto", "reference", "cpu", "triton", "compile"]           # vision_kan.kernels.BACKENDS
 FFN_SUFFIXES = {"mlp": "ViT", "gkan": "GKAN", "kan": "KAN", "ekan": "EKAN", "kat": "KAT"}     # models_kan.FEED_FORWARDS
 KAN_BASES = ["identity", "gelu", "silu", "relu", "relu2"]                    # vision_kan.kernels.BASES
+KAN_FUNCTIONS = ["rswaf", "gaussian", "sech", "rational", "bspline", "chebyshev", "fourier"]     # vision_kan.kernels.FUNCTIONS
 COMPILE_MODES = ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]     # torch's, the first its own
 OWN_GRAPHS = ("reduce-overhead", "max-autotune")        # these capture CUDA graphs
 TRACKERS = ["wandb", "mlflow"]
@@ -125,6 +126,9 @@ GROUPS = [
              metavar="N", rule=at_least(0), ours=True),
         Flag("--kan-base", None, "model", "activation from which the learned one starts (_GKAN; _KAT: identity, gelu or silu)",
              choices=KAN_BASES, ours=True),
+        Flag("--kan-function", None, "model",
+             "basis of the learned activations: FasterKAN's bumps (rswaf), or another, without a kernel of its own (_GKAN)",
+             choices=KAN_FUNCTIONS, ours=True),
         Flag("--kan-input-phi", None, "model", "also learn an activation before the first linear map (_GKAN)",
              type=bool, ours=True),
         Flag("--kan-trainable-base", None, "model", "learn the scale of the base function (_GKAN)", type=bool,

@@ -89,13 +89,16 @@ def takes_triton(name: str, device: str, dtype: torch.dtype, num_points: int) ->
 
 
 def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[float, ...] | None = None,
-            h: float | None = None, base: str | None = None) -> str:
-    """The code that computes an op on `tensor` with backend auto, cpu or triton: "native", "triton" or "chunked".
+            h: float | None = None, base: str | None = None, function: str = "rswaf") -> str:
+    """The code that computes an op on `tensor` with backend auto, cpu or triton: "native", "triton", "compiled" or "chunked".
 
     num_points: of the grid.
     points, h: the grid if it is fixed, else None.
-    base: the base function of an activation."""
+    base: the base function of an activation.
+    function: its basis."""
     device, dtype = tensor.device.type, tensor.dtype
+    if function != "rswaf":
+        return "compiled" if device == "cuda" and has_triton() else "chunked"
     if takes_triton(name, device, dtype, num_points):
         return "triton"
     if device == "cpu" and dtype != torch.float64 and points is not None and h is not None and native.supports(points, h) \
@@ -201,6 +204,7 @@ def describe(device: str, grids: Sequence[tuple] = ()) -> str:
     if not ways:
         ways = {"triton" if _is_for_triton(_chosen, device) else "native" if device == "cpu" else "chunked"}
     other = "chunked PyTorch" if device != "cpu" and not _is_for_triton(_chosen, device) else (
-        "chunked PyTorch, for a grid that the kernels don't take")
-    return " and ".join({"native": "C++ kernels", "triton": "Triton kernels", "chunked": other}[way]
+        "chunked PyTorch, for a grid or a basis that the kernels don't take")
+    return " and ".join({"native": "C++ kernels", "triton": "Triton kernels", "chunked": other,
+                         "compiled": "PyTorch through torch.compile, for a basis that the kernels don't take"}[way]
                         for way in sorted(ways, reverse=True))

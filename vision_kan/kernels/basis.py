@@ -1,4 +1,4 @@
-"""FasterKAN's basis: the reference, and the constants of the form that the CPU kernels use.
+"""FasterKAN's basis: the reference, and the constants of the form that the CPU kernels use. And other bases for group KANs.
 
     B_k(u) = 1 - tanh((u - g_k)/h)^2,    k = 1..G
 
@@ -7,7 +7,8 @@ of Kolmogorov-Arnold networks (Liu et al., arXiv:2404.19756).
 """
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,78 @@ def rswaf_basis(u: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
     return 4 * e / (1 + e) ** 2
 
 
+# ---------------------------------------------------------------- the bases of group KANs
+Values = Iterable[Tensor]       # G tensors, each of u's shape
+
+
+def _bumps(shape: Callable[[Tensor], Tensor]) -> Callable[..., Values]:
+    """The same shape(|u - g_k| / h) at every grid point."""
+    def values(u: Tensor, points: Sequence[float], h: float) -> Values:
+        z = u / h
+        return (shape((z - point / h).abs()) for point in points)
+
+    return values
+
+
+def _rswaf(t: Tensor) -> Tensor:
+    e = torch.exp(-2 * t)               # as in `rswaf_basis`
+    return 4 * e / (1 + e) ** 2
+
+
+def _sech(t: Tensor) -> Tensor:
+    e = torch.exp(-t)                   # cosh would overflow, and its gradient would be NaN
+    return 2 * e / (1 + e * e)
+
+
+def _bspline(t: Tensor) -> Tensor:
+    """Cubic, with knots at distance h: between the grid points the functions add up to 1."""
+    return (F.relu(2 - t) ** 3 - 4 * F.relu(1 - t) ** 3) / 6
+
+
+def _chebyshev(u: Tensor, points: Sequence[float], h: float) -> Values:
+    """T_0 to T_{G-1} of tanh, which takes u into [-1, 1]; its argument is +-1 at the ends of a grid of spacing h."""
+    x = torch.tanh(_from_middle(u, points, h))
+    before, now = x, torch.ones_like(x)         # T_-1 = T_1
+    for _ in points:
+        yield now
+        before, now = now, 2 * x * now - before
+
+
+def _fourier(u: Tensor, points: Sequence[float], h: float) -> Values:
+    """sin z, cos z, sin 2z, cos 2z, ...; z goes from -pi/2 to pi/2 over a grid of spacing h, so its ends are not tied."""
+    z = _from_middle(u, points, h) * (math.pi / 2)
+    for k in range(len(points)):
+        yield torch.cos((k // 2 + 1) * z) if k % 2 else torch.sin((k // 2 + 1) * z)
+
+
+def _from_middle(u: Tensor, points: Sequence[float], h: float) -> Tensor:
+    """0 at the middle of the grid, 1 at (G - 1)/2 widths from it."""
+    return (u - (points[0] + points[-1]) / 2) / (h * (len(points) - 1) / 2)
+
+
+class Basis(NamedTuple):
+    """A --kan-function.
+
+    values: B_1(u), ..., B_G(u), each of u's shape, from u, the G grid points and the width h.
+    flops: of one value.
+    fades: whether B_k is a bump at grid point k, and small far from it."""
+    values: Callable[[Tensor, Sequence[float], float], Values]
+    flops: int
+    fades: bool
+
+
+FUNCTIONS = {
+    "rswaf": Basis(_bumps(_rswaf), 5, True),            # subtract, divide, tanh, square, subtract from 1
+    "gaussian": Basis(_bumps(lambda t: torch.exp(-t * t)), 5, True),            # FastKAN's (arXiv:2405.06721)
+    "sech": Basis(_bumps(_sech), 6, True),
+    "rational": Basis(_bumps(lambda t: 1 / (1 + t * t)), 5, True),
+    "bspline": Basis(_bumps(_bspline), 12, True),       # KAN's (arXiv:2404.19756)
+    "chebyshev": Basis(_chebyshev, 3, False),           # Chebyshev KAN's (arXiv:2405.07200)
+    "fourier": Basis(_fourier, 2, False),
+}
+
+
+# ---------------------------------------------------------------- grids
 def check_grid(low: float, high: float, points: int, h: float) -> None:
     """Raises ValueError for a uniform grid that is none."""
     if points < 2 or not low < high or not h > 0:

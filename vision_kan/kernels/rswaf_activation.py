@@ -15,8 +15,9 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from vision_kan.kernels import backend, native
+from vision_kan.kernels.activation import activation_reference
 from vision_kan.kernels.backend import as_matrix, cast, check_groups, math_dtype, row_chunks
-from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE, rswaf_basis
+from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE
 
 
 def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
@@ -60,14 +61,7 @@ def _check(shape: Sequence[int], coefficients: Sequence[int], points: Sequence[f
 def rswaf_activation_reference(u: Tensor, coefficients: Tensor, points: Sequence[float], h: float, base: str = "none",
                                scale: Tensor | None = None) -> Tensor:
     """The same in PyTorch's operations, whose autograd keeps several arrays [..., I, G]."""
-    x = u.to(torch.promote_types(u.dtype, torch.float32))
-    each = u.shape[-1] // len(coefficients)
-    grid = torch.tensor(points, dtype=x.dtype, device=u.device)
-    v = (rswaf_basis(x, grid, h) * coefficients.to(x.dtype).repeat_interleave(each, 0)).sum(-1)
-    if base != "none":
-        b = BASES[base](x)
-        v = v + (b if scale is None else b * scale.to(x.dtype).repeat_interleave(each))
-    return v.to(u.dtype)
+    return activation_reference(u, coefficients, points, h, base, scale, "rswaf")
 
 
 @functools.lru_cache

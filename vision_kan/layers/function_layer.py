@@ -37,7 +37,7 @@ BASE_FLOPS = {"identity": 0, "gelu": GELU_FLOPS, "silu": SILU_FLOPS, "relu": 1, 
 class FunctionLayer(nn.Module):
     """Base class of layers with learned functions; for the symbols see the module's docstring."""
     per_edge: ClassVar[bool] = True
-    has_grid: ClassVar[bool] = True             # the functions fade out beyond `grid_points`
+    has_grid: bool = True                       # the functions fade out beyond `grid_points`
     takes_weights: ClassVar[bool] = True        # `set_function_weights` can write any function in the basis
 
     @property

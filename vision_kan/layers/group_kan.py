@@ -2,11 +2,11 @@
 
     y = W2 phi2(W1 phi1(n) + b1) + b2,    phi(u) = s * base(u) + sum_k C[g, k] * B_k(u)
 
-n is the block's LayerNorm output, g the group of u's channel, B_k FasterKAN's basis on a fixed grid; the base of phi1 is the
-identity, that of phi2 GELU. Every edge function is w_oi * phi_g(u_i): a Kolmogorov-Arnold network (arXiv:2404.19756, with its
-residual base function) whose edges share their shape within a group, as the rationals of the Kolmogorov-Arnold transformer do
-(arXiv:2409.10594). C begins at 0, so the network begins as the MLP and can use an MLP's weights: `fc1` and `fc2` are named as in
-`timm.layers.Mlp`.
+n is the block's LayerNorm output, g the group of u's channel, B_k FasterKAN's basis on a fixed grid or another one; the base of
+phi1 is the identity, that of phi2 GELU. Every edge function is w_oi * phi_g(u_i): a Kolmogorov-Arnold network (arXiv:2404.19756,
+with its residual base function) whose edges share their shape within a group, as the rationals of the Kolmogorov-Arnold
+transformer do (arXiv:2409.10594). C begins at 0, so the network begins as the MLP and can use an MLP's weights: `fc1` and `fc2`
+are named as in `timm.layers.Mlp`.
 
 Legend for shapes: T tokens (all leading dimensions flattened), I channels, G grid points.
 """
@@ -19,23 +19,26 @@ from torch import Tensor, nn
 
 from vision_kan.kernels import (
     BASES,
+    FUNCTIONS,
     MAX_HALF_RANGE,
+    activation,
+    activation_reference,
     check_grid,
     check_groups,
     exporting,
     rswaf_activation,
-    rswaf_activation_reference,
-    rswaf_basis,
 )
 from vision_kan.layers.feed_forward import ChannelMLP, base_of, grid_range_of, widths
 from vision_kan.layers.function_layer import (
     BASE_FLOPS,
-    BASIS_FLOPS,
     Flops,
     FunctionLayer,
 )
 
+# basis -> the buffer of the grid; the first is that of weights from before there were others
+GRID_NAMES = {function: "grid" if function == "rswaf" else f"{function}_grid" for function in FUNCTIONS}
 torch.fx.wrap("rswaf_activation")      # one call in a graph of torch.fx
+torch.fx.wrap("activation")
 
 
 class GroupActivation(FunctionLayer):
@@ -47,29 +50,32 @@ class GroupActivation(FunctionLayer):
         grid_min, grid_max, num_grids: the uniform grid.
         h: width of a bump; None: the grid's spacing.
         trainable_base: learn s (one per group, 1 at the start), else it is 1.
-    Raises: ValueError if the groups do not divide the channels, or for an impossible grid or base.
+        function: the basis, a key of `FUNCTIONS`.
+    Raises: ValueError if the groups do not divide the channels, or for an impossible grid, base or basis.
     """
     per_edge = False
-    grid: Tensor
 
     def __init__(self, channels: int, *, groups: int = 8, base: str = "gelu", grid_min: float = -3.0,
                  grid_max: float = 3.0, num_grids: int = 8, h: float | None = None, trainable_base: bool = False,
-                 device=None, dtype=None):
+                 function: str = "rswaf", device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         groups = groups or channels
         check_groups(groups, channels)
         if base not in BASES:
             raise ValueError(f"base {base} is not one of {', '.join(BASES)}")
+        if function not in FUNCTIONS:
+            raise ValueError(f"function {function} is not one of {', '.join(FUNCTIONS)}")
         check_grid(grid_min, grid_max, num_grids, 1.0 if h is None else h)
         self.h = (grid_max - grid_min) / (num_grids - 1) if h is None else h
         if (grid_max - grid_min) / 2 / self.h > MAX_HALF_RANGE:
             raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least "
                              f"{(grid_max - grid_min) / 2 / MAX_HALF_RANGE:g}")
-        self.channels, self.base = channels, base
-        # The layer computes with these numbers; the buffer only records them in checkpoints.
+        self.channels, self.base, self.function = channels, base, function
+        self.has_grid = FUNCTIONS[function].fades
+        # The layer computes with these numbers; the buffer only records them in checkpoints, and the basis by its name.
         self.points = tuple(torch.linspace(grid_min, grid_max, num_grids, dtype=torch.float64, device="cpu").tolist())
-        self.register_buffer("grid", torch.empty(num_grids, **dd))
+        self.register_buffer(GRID_NAMES[function], torch.empty(num_grids, **dd))
         self.coefficients = nn.Parameter(torch.empty(groups, num_grids, **dd))
         self.scale = nn.Parameter(torch.empty(groups, **dd)) if trainable_base else None
         self.reset_parameters()
@@ -77,7 +83,7 @@ class GroupActivation(FunctionLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Begin as the base function. timm calls it, also after `to_empty` from meta."""
-        self.grid.copy_(torch.tensor(self.points))
+        self.get_buffer(GRID_NAMES[self.function]).copy_(torch.tensor(self.points))
         nn.init.zeros_(self.coefficients)
         if self.scale is not None:
             nn.init.ones_(self.scale)
@@ -85,28 +91,34 @@ class GroupActivation(FunctionLayer):
     def forward(self, u: Tensor) -> Tensor:
         if exporting():
             return self.reference_forward(u)
-        return rswaf_activation(u, self.coefficients, self.points, self.h, self.base, self.scale)
+        if self.function == "rswaf":
+            return rswaf_activation(u, self.coefficients, self.points, self.h, self.base, self.scale)
+        return activation(u, self.coefficients, self.points, self.h, self.base, self.scale, self.function)
 
     @property
     def for_kernels(self) -> tuple:
-        return len(self.points), self.points, self.h, self.base
+        return len(self.points), self.points, self.h, self.base, self.function
 
     def reference_forward(self, u: Tensor) -> Tensor:
         """The same function in PyTorch's own operations."""
-        return rswaf_activation_reference(u, self.coefficients, self.points, self.h, self.base, self.scale)
+        return activation_reference(u, self.coefficients, self.points, self.h, self.base, self.scale, self.function)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs) -> None:
-        grid = state_dict.get(f"{prefix}grid")
-        if grid is not None and (grid.shape != self.grid.shape or not torch.allclose(
+        theirs = _function_of(state_dict, prefix)
+        if f"{prefix}coefficients" in state_dict and theirs != self.function:
+            error_msgs.append(f"{prefix}coefficients are of the basis {theirs} where the model has {self.function}")
+        grid = state_dict.get(f"{prefix}{GRID_NAMES[self.function]}")
+        if grid is not None and (grid.shape != (len(self.points),) or not torch.allclose(
                 grid.cpu(), torch.tensor(self.points, dtype=grid.dtype, device="cpu"), atol=1e-4)):
             error_msgs.append(f"{prefix}grid has {len(grid)} points from {grid[0]:g} to {grid[-1]:g} where the model has "
                               f"{len(self.points)} from {self.points[0]:g} to {self.points[-1]:g}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
-        return (f"{self.channels} channels, {len(self.coefficients)} groups, base={self.base}, {len(self.points)} "
-                f"points on [{self.points[0]:g}, {self.points[-1]:g}], h={self.h:.3g}")
+        what = "points" if self.function == "rswaf" else f"{self.function} functions"
+        return (f"{self.channels} channels, {len(self.coefficients)} groups, base={self.base}, {len(self.points)} {what} "
+                f"on [{self.points[0]:g}, {self.points[-1]:g}], h={self.h:.3g}")
 
     # ------------------------------------------------------------ what it answers about itself
     @property
@@ -114,7 +126,8 @@ class GroupActivation(FunctionLayer):
         return True
 
     def flops(self, tokens: int) -> Flops:
-        per_channel = (BASIS_FLOPS + 2) * len(self.points) + BASE_FLOPS[self.base]  # basis value, times coefficient, added
+        basis = FUNCTIONS[self.function].flops + 2       # of a value, times its coefficient, added
+        per_channel = basis * len(self.points) + BASE_FLOPS[self.base]
         return Flops(0, per_channel * tokens * self.channels)
 
     def grid_points(self) -> Tensor:
@@ -122,8 +135,7 @@ class GroupActivation(FunctionLayer):
 
     @torch.no_grad()
     def basis(self, u: Tensor) -> Tensor:
-        grid = torch.tensor(self.points, dtype=u.dtype, device=u.device)
-        return torch.cat([rswaf_basis(u, grid, self.h), BASES[self.base](u).unsqueeze(-1)], -1)
+        return torch.stack([*FUNCTIONS[self.function].values(u, self.points, self.h), BASES[self.base](u)], -1)
 
     def function_weights(self) -> Tensor:
         scale = torch.ones_like(self.coefficients[:, 0]) if self.scale is None else self.scale
@@ -141,6 +153,11 @@ class GroupActivation(FunctionLayer):
 
     def scaled_parameters(self) -> list[nn.Parameter]:
         return [self.coefficients]
+
+
+def _function_of(state: Mapping[str, Tensor], prefix: str) -> str:
+    """The basis of an activation with these weights."""
+    return next((function for function, name in GRID_NAMES.items() if f"{prefix}{name}" in state), "rswaf")
 
 
 class GroupKAN(ChannelMLP):
@@ -177,21 +194,24 @@ class GroupKAN(ChannelMLP):
     @classmethod
     def with_options(cls, size: Any, *, hdim_kan: int | None = None, kan_groups: int = 8, kan_base: str = "gelu",
                      kan_input_phi: bool = True, kan_trainable_base: bool = False, kan_grid_range=(-3.0, 3.0),
-                     kan_grid_points: int = 8, kan_h: float | None = None) -> Callable[..., nn.Module]:
+                     kan_grid_points: int = 8, kan_h: float | None = None,
+                     kan_function: str = "rswaf") -> Callable[..., nn.Module]:
         """Begins as the MLP, hidden width 4 x dim."""
         return partial(cls, hdim=hdim_kan, groups=kan_groups, base=kan_base, input_phi=kan_input_phi,
                        trainable_base=kan_trainable_base, grid_min=kan_grid_range[0], grid_max=kan_grid_range[1],
-                       num_grids=kan_grid_points, h=kan_h)
+                       num_grids=kan_grid_points, h=kan_h, function=kan_function)
 
     @classmethod
     def read_options(cls, blocks: Sequence[Mapping[str, Tensor]], dim: int) -> dict[str, Any] | None:
         first = blocks[0]
         if "phi2.coefficients" not in first:
             return None
+        function = _function_of(first, "phi2.")
         groups, points = first["phi2.coefficients"].shape
         hidden = widths(blocks, "fc1.weight")
         per_channel = widths(blocks, "phi2.coefficients") == hidden     # each channel has its own function
         options = {"kan_groups": 0 if per_channel else groups, "kan_grid_points": points,
-                   "kan_grid_range": grid_range_of(first["phi2.grid"]), "kan_input_phi": "phi1.coefficients" in first,
-                   "kan_trainable_base": "phi2.scale" in first}
+                   "kan_grid_range": grid_range_of(first[f"phi2.{GRID_NAMES[function]}"]),
+                   "kan_input_phi": "phi1.coefficients" in first, "kan_trainable_base": "phi2.scale" in first,
+                   "kan_function": function}
         return options if hidden == 4 * dim else options | {"hdim_kan": hidden}
