@@ -272,3 +272,9 @@ def test_wrong_values_of_a_tool(words, sentence, capsys):
     name, *argv = words.split()
     assert importlib.import_module(f"tools.{name}").main(argv) == 2
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
+
+
+def test_what_memory_cannot_hold_is_one_sentence(capsys):
+    assert console.exit_code(lambda: len(torch.empty(2 ** 46))) == console.EXIT_FAILED
+    assert capsys.readouterr().err == (
+        "stopped: out of memory: lower --batch-size (and raise --grad-accum), or take a smaller --model\n")

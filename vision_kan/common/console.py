@@ -88,6 +88,8 @@ def ending(error: BaseException) -> tuple[int, str] | None:
         return EXIT_INTERRUPTED, f"stopped: {str(error) or 'interrupted'}"
     if type(error).__name__ == "OutOfMemoryError":      # torch's; torch may not be imported
         return EXIT_FAILED, "stopped: out of GPU memory: lower --batch-size (and raise --grad-accum), or add --grad-checkpointing"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return EXIT_FAILED, "stopped: out of memory: lower --batch-size (and raise --grad-accum), or take a smaller --model"
     return None
 
 
