@@ -22,6 +22,7 @@ from vision_kan.kernels.basis import MAX_POINTS
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "compile")
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+CPU = torch.device("cpu")
 # Values of the basis in memory at a time: on a CPU 1 MiB, about its L2 cache; on a GPU only a bound on memory.
 CHUNK_VALUES = {"cpu": 2 ** 18}
 CHUNK_VALUES_OTHER = 2 ** 27
@@ -143,9 +144,14 @@ def traced(*tensors: torch.Tensor | None) -> bool:
     return False
 
 
+def device_type(tensor: torch.Tensor) -> str:
+    """`tensor.device.type`, which makes its string anew on every call: 8 us of a training step on the host."""
+    return "cuda" if tensor.is_cuda else "cpu" if tensor.device == CPU else tensor.device.type
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Autocast's dtype if it is on, else the tensor's own."""
-    device = "cuda" if tensor.is_cuda else tensor.device.type       # `type` makes a new string on every call
+    device = device_type(tensor)
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 

@@ -106,11 +106,13 @@ def _gradients(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h_tensor: Te
 def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: torch.dtype,
           backend_name: str) -> tuple[str, tuple[float, ...] | None]:
     """"native", "triton" or "chunked" (`backend.resolve`), and for native the grid points as numbers."""
-    points = None
-    if single_exp and u.device.type == "cpu" and not isinstance(h, Tensor) and grid.numel() <= native.MAX_POINTS \
+    device, count, points = backend.device_type(u), grid.numel(), None
+    if backend.takes_triton(backend_name, device, u.dtype, count):      # asked first: reading the points takes time
+        return "triton", None
+    if single_exp and device == "cpu" and not isinstance(h, Tensor) and count <= native.MAX_POINTS \
             and u.dtype in native.DTYPES and dtype in native.DTYPES:
         points = tuple(grid.tolist())
-    return backend.resolve(backend_name, u, grid.numel(), points, float(h) if points else None), points
+    return backend.resolve(backend_name, u, count, points, float(h) if points else None), points
 
 
 def _backward(ctx, dy: Tensor):

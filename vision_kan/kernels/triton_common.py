@@ -117,7 +117,7 @@ def _cuda_device(index: int) -> Device:
 
 def device_of(tensor: Tensor) -> Device:
     """The device on which a tensor's kernels run; for CPU tensors in the interpreter, one of the smallest."""
-    return device_at(tensor.device)
+    return _cuda_device(tensor.get_device()) if tensor.is_cuda else device_at(tensor.device)
 
 
 def device_at(where: torch.device) -> Device:
