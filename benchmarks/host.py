@@ -91,13 +91,13 @@ def main(argv=None) -> dict[str, float]:
     layers = {"gelu": torch.nn.GELU(), "custom op": layer, "eager": layer, "linear": mlp, "full-edge": FullEdge(16)}
     steps = {name: step_of(module, u, dv) for name, module in layers.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    plain = backend.traced
+    plain = backend.intercepted
     with torch.autocast("cpu", torch.bfloat16):
         for _ in range(args.rounds + 1):
             for name, step in steps.items():
-                backend.traced = (lambda *tensors: True) if name == "custom op" else plain
+                backend.intercepted = (lambda *tensors: True) if name == "custom op" else plain
                 times[name].append(microseconds(step, args.calls))
-    backend.traced = plain
+    backend.intercepted = plain
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}       # the first round warms up
     for name, values in times.items():
         low, _, high = statistics.quantiles(values[1:], n=4)

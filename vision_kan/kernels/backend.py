@@ -131,17 +131,22 @@ def _compiler_exports() -> bool:
     return tracer is not None and getattr(getattr(tracer.tls, "current_tx", None), "export", False)
 
 
-def traced(*tensors: torch.Tensor | None) -> bool:
-    """Whether an op on `tensors` must go through PyTorch's dispatcher, because something intercepts it there: torch.compile,
-    torch.jit.trace, a mode (FakeTensor, FLOP counter, make_fx), or a tensor subclass. Otherwise an autograd.Function around the
-    kernels computes the same at a fraction of a custom op's host time."""
+def intercepted(*tensors: torch.Tensor | None) -> bool:
+    """Whether something intercepts an op on `tensors` in PyTorch's dispatcher or differentiates through it: torch.compile,
+    torch.jit.trace, a mode (FakeTensor, FLOP counter, make_fx), a tensor subclass, or what `transformed` names. Otherwise an
+    autograd.Function around the kernels computes the same at a fraction of a custom op's host time."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() \
-            or torch._C._is_tracing():
+            or torch._C._is_tracing() or transformed():
         return True
     for tensor in tensors:
         if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg() or tensor._is_zerotensor()):
             return True
     return False
+
+
+def intercepted_backward(dy: torch.Tensor, *saved: torch.Tensor | None) -> bool:
+    """Whether a backward pass is `intercepted` or a `differentiable_backward`."""
+    return intercepted(dy, *saved) or torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy)
 
 
 def device_type(tensor: torch.Tensor) -> str:

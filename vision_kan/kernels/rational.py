@@ -29,7 +29,7 @@ def rational(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tensor:
     """
     u = cast(u, backend.autocast_dtype(u))
     name = backend.chosen()
-    if name in ("reference", "compile") or backend.transformed() or backend.traced(u, coefficients):
+    if name in ("reference", "compile") or backend.intercepted(u, coefficients):
         _check(u.shape, coefficients.shape, degree)
         if name == "reference" or backend.transformed():
             return rational_reference(u, coefficients, degree)
@@ -119,7 +119,7 @@ def _gradients(kernel: Any, dv: Tensor, u: Tensor, coefficients: Tensor) -> tupl
 
 
 class _Rational(torch.autograd.Function):
-    """The op in eager mode, when nothing is tracing: see `backend.traced`."""
+    """The op in eager mode, when nothing is tracing: see `backend.intercepted`."""
 
     @staticmethod
     def forward(ctx, u: Tensor, coefficients: Tensor, kernel: Any, constants: tuple[int, str]) -> Tensor:
@@ -130,7 +130,7 @@ class _Rational(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dv: Tensor):
         u, coefficients = ctx.saved_tensors
-        if backend.traced(dv, u) or backend.differentiable_backward(dv):
+        if backend.intercepted_backward(dv, u):
             return *_visible_gradients(ctx, dv, u, coefficients), None, None
         return *_gradients(ctx.kernel, dv, u, coefficients), None, None
 

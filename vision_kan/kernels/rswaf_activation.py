@@ -36,7 +36,7 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
     """
     u = cast(u, backend.autocast_dtype(u))
     name = backend.chosen()
-    if name in ("reference", "compile") or backend.transformed() or backend.traced(u, coefficients, scale):
+    if name in ("reference", "compile") or backend.intercepted(u, coefficients, scale):
         _check(u.shape, coefficients.shape, points, h, base)
         if name == "reference" or backend.transformed():
             return rswaf_activation_reference(u, coefficients, points, h, base, scale)
@@ -128,7 +128,7 @@ def _gradients(kernel: Any, dv: Tensor, u: Tensor, coefficients: Tensor, scale: 
 
 
 class _Activation(torch.autograd.Function):
-    """The op in eager mode, when nothing is tracing: see `backend.traced`."""
+    """The op in eager mode, when nothing is tracing: see `backend.intercepted`."""
 
     @staticmethod
     def forward(ctx, u: Tensor, coefficients: Tensor, scale: Tensor | None, kernel: Any, constants: tuple) -> Tensor:
@@ -139,7 +139,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dv: Tensor):
         u, coefficients, scale = ctx.saved_tensors
-        if backend.traced(dv, u) or backend.differentiable_backward(dv):
+        if backend.intercepted_backward(dv, u):
             return *_visible_gradients(ctx, dv, u, coefficients, scale), None, None
         return *_gradients(ctx.kernel, dv, u, coefficients, scale), None, None
 

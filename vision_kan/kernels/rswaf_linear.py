@@ -41,12 +41,12 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
                          "points")
     dtype = backend.autocast_dtype(u)
     name = backend.chosen()
-    if name == "reference" or backend.transformed():
-        return rswaf_linear_reference(u, weight, grid, h)
-    if name == "compile":
-        return _compiled_reference()(u, weight, grid, h)
     number, tensor = (0.0, h) if isinstance(h, Tensor) else (h, None)
-    if backend.traced(u, weight, grid, tensor):
+    if name in ("reference", "compile") or backend.intercepted(u, weight, grid, tensor):
+        if name == "reference" or backend.transformed():
+            return rswaf_linear_reference(u, weight, grid, h)
+        if name == "compile":
+            return _compiled_reference()(u, weight, grid, h)
         return _linear(u, weight, grid, tensor, number, single_exp, dtype, name)
     return _Linear.apply(u, weight, grid, tensor, (number, single_exp, dtype, name))
 
@@ -118,21 +118,21 @@ def _path(u: Tensor, grid: Tensor, h: float | Tensor, single_exp: bool, dtype: t
 def _backward(ctx, dy: Tensor):
     needs = ctx.needs_input_grad[:4]
     tensors = ctx.saved_tensors
-    if backend.differentiable_backward(dy):
+    if not backend.intercepted_backward(dy, tensors[0]):
+        found = _gradients(dy, *tensors, *ctx.constants, *needs)
+    elif backend.differentiable_backward(dy):
         number, _, dtype, _ = ctx.constants
         with torch.autocast(dy.device.type, enabled=False):
             found = backend.gradients(lambda u, weight, grid, h: _product_of(
                 u, weight.to(dtype), grid, number if h is None else h, dtype), tensors, needs, dy)
-    elif backend.traced(dy, tensors[0]):
+    else:
         found = [gradient if need else None for gradient, need in zip(
             _linear_grad(dy, *tensors, *ctx.constants, *needs), needs)]
-    else:
-        found = _gradients(dy, *tensors, *ctx.constants, *needs)
     return *found, *ctx.no_gradients
 
 
 class _Linear(torch.autograd.Function):
-    """The op in eager mode, when nothing is tracing: see `backend.traced`."""
+    """The op in eager mode, when nothing is tracing: see `backend.intercepted`."""
     backward = staticmethod(_backward)
 
     @staticmethod
