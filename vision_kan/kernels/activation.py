@@ -35,7 +35,7 @@ def activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: floa
     u = cast(u, backend.autocast_dtype(u))
     name = backend.chosen()
     constants = tuple(points), h, base, function
-    if name == "reference" or backend.transformed() or backend.traced(u, coefficients, scale):
+    if name == "reference" or backend.intercepted(u, coefficients, scale):
         return _reference(u, coefficients, scale, constants)
     if name == "compile" or backend.resolve(name, u, len(points), *constants) == "compiled":
         return _compiled()(u, coefficients, scale, constants)
