@@ -68,7 +68,7 @@ class GroupActivation(FunctionLayer):
             raise ValueError(f"function {function} is not one of {', '.join(FUNCTIONS)}")
         check_grid(grid_min, grid_max, num_grids, 1.0 if h is None else h)
         self.h = (grid_max - grid_min) / (num_grids - 1) if h is None else h
-        if (grid_max - grid_min) / 2 / self.h > MAX_HALF_RANGE:
+        if function == "rswaf" and (grid_max - grid_min) / 2 / self.h > MAX_HALF_RANGE:
             raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least "
                              f"{(grid_max - grid_min) / 2 / MAX_HALF_RANGE:g}")
         self.channels, self.base, self.function = channels, base, function

@@ -107,7 +107,7 @@ def load_into(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise UserError(f"{what} does not fit the model: {one_line(error, 300, line=-1)}: check --kan-grid-range "
+        raise UserError(f"{what} does not fit the model: {one_line(error, 300, line=-1)}: check --kan-function, --kan-grid-range "
                         "and --kan-grid-points") from error
 
 
