@@ -2,14 +2,14 @@
 from typing import Any
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, SwiGLU
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vision_kan.layers.feed_forward import FeedForward, mlp_flops
-from vision_kan.layers.function_layer import Flops, FunctionLayer, function_layers, sum_flops
+from vision_kan.layers.function_layer import SILU_FLOPS, Flops, FunctionLayer, function_layers, sum_flops
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -33,6 +33,9 @@ def _block_flops(module: nn.Module, tokens: int) -> Flops:
         return module.flops(tokens)
     if isinstance(module, Mlp):
         return mlp_flops(module, tokens)
+    if isinstance(module, SwiGLU):      # its gate: SiLU and a product
+        hidden, maps = module.fc1_g.out_features, (module.fc1_g, module.fc1_x, module.fc2)
+        return Flops(2 * tokens * sum(linear.weight.numel() for linear in maps), (SILU_FLOPS + 1) * tokens * hidden)
     matmul = 0
     if isinstance(module, Attention):
         matmul = 2 * tokens * (module.qkv.weight.numel() + module.proj.weight.numel())
