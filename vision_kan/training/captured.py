@@ -80,10 +80,13 @@ class Recorder(Protocol):
 
 
 class CudaGraphs:
-    """Records graphs that share one memory pool, because they are replayed one after the other."""
+    """Records graphs that share one memory pool, because they are replayed one after the other.
 
-    def __init__(self, device: torch.device):
-        self.device, self.pool = device, torch.cuda.graph_pool_handle()
+    stream: where they are recorded; None: PyTorch's stream for that. Graphs that are replayed at the same time must not share it,
+    because cuBLAS's workspace belongs to the stream."""
+
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None):
+        self.device, self.stream, self.pool = device, stream, torch.cuda.graph_pool_handle()
 
     def record(self, function: Callable[[], T]) -> tuple[Graph, T]:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
@@ -92,7 +95,7 @@ class CudaGraphs:
         gc.collect()        # freeing a tensor while recording would call CUDA
         try:
             # thread_local: a loader's pinning thread and NCCL's watchdog call CUDA meanwhile, which "global" forbids
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 result = function()
             if not _equal_states(_host_rng_states(), host_rng):
                 raise RuntimeError("it draws random numbers on the host, which would be the same ones in every step")
