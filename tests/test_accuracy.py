@@ -1,29 +1,46 @@
 """benchmarks/accuracy.py: what is compared is comparable, what is printed is what was run, a stop loses no run."""
 import csv
 import math
+import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from helpers import ROOT, sentence
 from PIL import Image
+from recorded import RecordedGraphs, assert_same
 from scipy import stats
 
 import engine
 from benchmarks import accuracy
+from benchmarks.trials import report, side_by_side, training, variants
+from benchmarks.trials.conversion import convert
+from benchmarks.trials.images import Batches, EvalBatches, normalise
+from benchmarks.trials.models import ScaledActivation, SquaredReLU, build, calibrate
+from benchmarks.trials.plan import read_plan
+from benchmarks.trials.side_by_side import train_side_by_side
+from benchmarks.trials.training import Smooth, begin, flags_of, train
+from benchmarks.trials.variants import RECIPE, Run, parse_variant
 from samplers import RASampler
+from vision_kan.checkpoints.read import load_file
+from vision_kan.common.process import Process
+from vision_kan.common.text import to_builtin_types
 from vision_kan.kernels import native
 from vision_kan.models.cost import twin_mismatch
+from vision_kan.training.updates import Updater
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
 
 
 def model(text: str, seed: int = 0):
-    _, suffix, options, _ = accuracy.parse_variant(text)
-    return accuracy.build(suffix, options, seed, 10, None)
+    return build(parse_variant(text), seed, 10)
 
 
 @pytest.mark.parametrize("text", ["gkan", "kan", "kan-original", "relu2", "silu", "gkan,kan_groups=32",
-                                  "kan,kan_grid_points=4,hdim_kan=96"])
+                                  "kan,kan_grid_points=4,hdim_kan=96", "swiglu", "kat",
+                                  "gkan,phi2_scale=learned"])
 def test_the_variants_are_fair_twins_of_the_mlp(text):
     assert twin_mismatch(model(text), model("mlp")) is None
 
@@ -32,7 +49,7 @@ def test_an_unfair_one_is_told():
     """efficient-KAN scales each edge's spline by a number that takes part in no product: 10 parameters, 9 FLOPs."""
     assert "FLOPs" in twin_mismatch(model("ekan"), model("mlp"))
     rows = [row("mlp", 0, 50.0), row("wide", 0, 55.0, parameters=110)]
-    assert accuracy.table(rows, "mlp").splitlines()[-1] == (
+    assert report.table(rows, "mlp").splitlines()[-1] == (
         "wide and mlp are not twins: 110 against 100 parameters, a difference of 9.1%")
 
 
@@ -54,7 +71,7 @@ def test_group_kan_begins_as_the_mlp():
 
 def test_squared_relu_and_other_places_of_phi():
     x = torch.tensor([-1.0, 0.0, 2.0])
-    assert accuracy.SquaredReLU()(x).tolist() == [0.0, 0.0, 4.0]
+    assert SquaredReLU()(x).tolist() == [0.0, 0.0, 4.0]
     images = torch.randn(2, 3, 32, 32)
     for text, n in (("gkan", 2), ("gkan,phi_qkv=true", 3), ("gkan,phi_out=true", 3), ("gkan,kan_input_phi=false", 1)):
         net = model(text)
@@ -64,48 +81,109 @@ def test_squared_relu_and_other_places_of_phi():
             torch.testing.assert_close(net.eval()(images), model("mlp").eval()(images), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["calibrated", "learned"])
+def test_scaled_functions(kind):
+    """They begin as the MLP; the factors are 1 over the deviation of the function's input; C acts on the scaled input."""
+    images = torch.randn(16, 3, 32, 32)
+    net = build(parse_variant(f"gkan,phi2_scale={kind}"), 0, 10, batch=images)
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(images), model("mlp").eval()(images), atol=1e-5, rtol=1e-5)
+    phi = net.blocks[0].mlp.phi2
+    assert isinstance(phi, ScaledActivation) and phi.input_scale.requires_grad == (kind == "learned")
+    kept = []
+    phi.register_forward_pre_hook(lambda layer, args: kept.append(args[0]))
+    calibrate(net, images)
+    torch.testing.assert_close(phi.input_scale * kept[0].std(), torch.ones(8))
+    torch.nn.init.normal_(phi.coefficients)
+    u = torch.randn(5, 384)
+    scaled = u * phi.input_scale[0]
+    wanted = torch.nn.functional.gelu(u) + phi.basis(scaled)[..., :-1].unflatten(1, (8, 48)).mul(
+        phi.coefficients[:, None]).sum(-1).flatten(1)
+    torch.testing.assert_close(phi(u), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_mimetic_attention_is_the_twins_too():
+    ours, theirs, plain = (model(text).blocks[0].attn.qkv.weight
+                           for text in ("gkan,weight_init=mimetic", "mlp,weight_init=mimetic", "mlp"))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, plain)
+
+
 @pytest.mark.parametrize("text, options, recipe", [
     ("gkan", {}, {}), ("gkan,kan_groups=16,lr=2e-3", {"kan_groups": 16}, {"lr": 2e-3}),
     ("kan,kan_grid_range=-4:4,kan_base_branch=true", {"kan_basis": "covering", "kan_grid_range": [-4.0, 4.0],
                                                       "kan_base_branch": True}, {}),
+    ("gkan,grid=-2:1.5", {"kan_grid_range": [-2.0, 1.5]}, {}), ("kat", {}, {"kan_lr_mult": 1.0, "kan_weight_decay": 0.05}),
     ("mlp,epochs=15,weight_decay=0", {}, {"epochs": 15, "weight_decay": 0})])
 def test_variants(text, options, recipe):
-    _, _, got, settings = accuracy.parse_variant(text)
-    assert got == options and settings == {**accuracy.RECIPE, **recipe}
+    variant = parse_variant(text)
+    assert variant.options == options and variant.recipe == {**RECIPE, **recipe}
 
 
-@pytest.mark.parametrize("text, sentence", [("kann", "is not one of"), ("gkan,lr", "lr=VALUE"), ("gkan,grups=3", "is none of")])
-def test_wrong_variants(text, sentence):
-    with pytest.raises(SystemExit, match=sentence):
-        accuracy.parse_variant(text)
+def test_a_variant_has_one_text_for_every_way_to_write_it():
+    assert {parse_variant(text).text for text in ("mlp", "mlp,lr=1e-3", "mlp,epochs=3,size=micro", "mlp,weight_decay=0.05")} == {
+        "mlp"}
+    assert parse_variant("gkan,lr=2e-3,grid=-4:4").text == parse_variant("gkan,lr=0.002,kan_grid_range=-4.0:4").text == (
+        "gkan,lr=0.002,kan_grid_range=-4:4")
+
+
+def test_long_ones():
+    cpu, gpu, own = (parse_variant("mlp", "long"), parse_variant("mlp", "long", device="cuda"),
+                     parse_variant("mlp,epochs=7,size=micro", "long", "nano", 9))
+    assert (cpu.recipe["epochs"], gpu.recipe["epochs"], own.recipe["epochs"], own.size) == (50, 100, 7, "micro")
+    assert parse_variant("mlp", "long", epochs=9).recipe["epochs"] == 9
+    assert (cpu.recipe["mixup"], cpu.recipe["cutmix"], cpu.recipe["drop_path"], cpu.recipe["smoothing"]) == (0.8, 1.0, 0.1, 0.1)
+    assert [block.drop_path1.drop_prob for block in build(cpu, 0, 10).blocks[1:]] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1])
+
+
+@pytest.mark.parametrize("text, part", [
+    ("kann", "kann is not one of mlp, "), ("gkan,lr", "lr=VALUE"), ("gkan,grups=3", "grups is none of"),
+    ("mlp,kan_groups=2", "kan_groups is none of"), ("gkan,lr=fast", "lr is not a number: fast"),
+    ("gkan,epochs=1.5", "epochs is not a whole number: 1.5"), ("gkan,size=huge", "size huge is not one of nano, micro"),
+    ("gkan,phi2_scale=2", "phi2_scale is one of calibrated, learned, not 2"), ("mlp,epochs=0", "epochs must be at least 1")])
+def test_wrong_variants(text, part):
+    assert part in sentence(parse_variant, text)
 
 
 def test_the_interval_is_students():
     differences = [5.0, 6.5, 4.0, 7.0, 5.5]
-    mean, half = accuracy.interval(differences)
+    mean, half = report.interval(differences)
     low, high = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((low, high))
-    assert math.isnan(accuracy.interval([1.0])[1])
+    assert math.isnan(report.interval([1.0])[1])
 
 
 def row(variant: str, seed: int, top1: float, **columns) -> dict:
     return {"setting": "scratch", "variant": variant, "seed": seed, "epochs": 3, "top1": top1, "top1_ema": top1 - 1,
-            "parameters": 100, "matmul_mflops": 1.0, "elementwise_mflops": 0.5, "step_ms": 10, **columns}
+            "train_loss": 1.5, "parameters": 100, "matmul_mflops": 1.0, "elementwise_mflops": 0.5, "step_ms": 10, **columns}
 
 
 def test_table_pairs_by_seed():
     rows = [row("mlp", 0, 50.0), row("mlp", 1, 40.0), row("gkan", 1, 46.0), row("gkan", 0, 58.0), row("kan", 2, 45.0)]
-    lines = accuracy.table(rows, "mlp").splitlines()
+    lines = report.table(rows, "mlp").splitlines()
     gkan = next(line for line in lines if line.startswith("| gkan"))
     assert "| 52.00 ± 8.49 | 2 | +7.00 [-5.71, +19.71] |" in gkan
     assert next(line for line in lines if line.startswith("| kan")).split("|")[4].strip() == ""
 
 
+def tensors(train: int, val: int = 20) -> dict[str, torch.Tensor]:
+    """Images of 10 classes."""
+    random = torch.Generator().manual_seed(0)
+    made = {}
+    for split, n in (("train", train), ("val", val)):
+        made[split] = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=random)
+        made[f"{split}_y"] = torch.arange(n) % 10
+    return made
+
+
+def batches_of(images, batch_size: int, seed: int) -> Batches:
+    return Batches(images, flags_of({**RECIPE, "batch_size": batch_size}, 1), seed, torch.device("cpu"))
+
+
 def test_batches_are_keyed_by_seed_and_epoch_and_hold_every_image_once():
-    images, targets = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8), torch.arange(20)
+    images = tensors(20, 1300) | {"train_y": torch.arange(20)}
 
     def epoch(seed, number):
-        batches = accuracy.Batches(images, targets, 5, seed)
+        batches = batches_of(images, 5, seed)
         batches.sampler.set_epoch(number)
         return [list(part) for part in zip(*batches)]
 
@@ -115,17 +193,16 @@ def test_batches_are_keyed_by_seed_and_epoch_and_hold_every_image_once():
     assert torch.cat(ta).tolist() == [key.index for key in RASampler(20, num_repeats=1, seed=0)]
     for other in (epoch(1, 0), epoch(0, 1)):
         assert torch.cat(other[1]).tolist() != torch.cat(ta).tolist()
-    still = accuracy.Batches(images, targets, 8, 0, augment=False)
-    assert len(still) == 3 and torch.equal(torch.cat([x for x, _ in still]), accuracy.normalise(images))
+    still = EvalBatches(images, torch.device("cpu"))
+    assert len(still) == 3 and torch.equal(torch.cat([x for x, _ in still]), normalise(images["val"]))
 
 
 def test_an_augmented_image_is_a_shifted_or_mirrored_one():
-    images = torch.arange(3 * 32 * 32, dtype=torch.float32).view(1, 3, 32, 32).repeat(64, 1, 1, 1) + 1
-    out = accuracy._augment(images, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(images[0], (4,) * 4)
-    allowed = [p[:, y:y + 32, x:x + 32] for p in (padded, torch.nn.functional.pad(images[0].flip(2), (4,) * 4))
-               for y in range(9) for x in range(9)]
-    found = {next(i for i, crop in enumerate(allowed) if torch.equal(crop, image)) for image in out}
+    image = tensors(1)["train"]
+    batch, _ = next(iter(batches_of({"train": image.repeat(64, 1, 1, 1), "train_y": torch.zeros(64).long()}, 64, 0)))
+    padded = torch.nn.functional.pad(torch.stack([image[0], image[0].flip(2)]), (4,) * 4)
+    allowed = normalise(torch.stack([p[:, y:y + 32, x:x + 32] for p in padded for y in range(9) for x in range(9)]))
+    found = {next(i for i, crop in enumerate(allowed) if torch.equal(crop, each)) for each in batch}
     assert len(found) > 20
 
 
@@ -144,30 +221,33 @@ def folder(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Two epochs of batches of 12, uncompiled."""
-    monkeypatch.setitem(accuracy.RECIPE, "epochs", 2)
-    monkeypatch.setitem(accuracy.RECIPE, "batch_size", 12)
-    monkeypatch.setitem(accuracy.RECIPE, "warmup_steps", 1)
-    monkeypatch.setattr(accuracy.shutil, "which", lambda name: None)
+    for key, value in (("epochs", 2), ("batch_size", 12), ("warmup_steps", 1)):
+        monkeypatch.setitem(variants.RECIPE, key, value)
+    monkeypatch.setitem(variants.LONG, "warmup_steps", 1)
+    monkeypatch.setattr(variants, "LONG_EPOCHS", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr(training.shutil, "which", lambda name: None)
     yield
     native.library.cache_clear()        # it has found no compiler either
 
 
 def run(setting: str, variant: str, folder, seed: int = 0) -> dict:
-    accuracy.run(setting, variant, seed, folder / "data", folder / "work", folder / "results")
+    accuracy.run_alone(Run(setting, parse_variant(variant, setting), seed), folder / "data", folder / "work", folder / "results")
     with open(folder / "results" / "runs.csv", newline="") as file:
         return list(csv.DictReader(file))[-1]
 
 
-def test_a_run_from_scratch_and_its_repetition(folder, small):
-    first = run("scratch", "gkan", folder)
+@pytest.mark.parametrize("setting", ["scratch", "long"])
+def test_a_run_and_its_repetition(folder, small, setting):
+    first = run(setting, "gkan", folder)
     assert first["variant"] == "gkan" and first["epochs"] == "2" and len(first["top1_by_epoch"].split()) == 2
+    assert (first["size"], first["device"], first["weight_decay"]) == ("nano", "cpu", "0.05") and float(first["train_loss"]) > 0
     (folder / "work").rename(folder / "elsewhere")
-    again = run("scratch", "gkan", folder)
+    again = run(setting, "gkan", folder)
     assert (again["top1"], again["train_loss"]) == (first["top1"], first["train_loss"])
 
 
 def test_a_stopped_run_goes_on_where_it_was(folder, small, monkeypatch):
-    whole = run("scratch", "gkan", folder)
+    whole = run("scratch", "gkan,kan_lr_end=1", folder)
     (folder / "work").rename(folder / "elsewhere")
     evaluate, calls = engine.evaluate, []
 
@@ -179,39 +259,76 @@ def test_a_stopped_run_goes_on_where_it_was(folder, small, monkeypatch):
 
     monkeypatch.setattr(engine, "evaluate", stop_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
-        run("scratch", "gkan", folder)
+        run("scratch", "gkan,kan_lr_end=1", folder)
     monkeypatch.setattr(engine, "evaluate", evaluate)
-    resumed = run("scratch", "gkan", folder)
+    resumed = run("scratch", "gkan,kan_lr_end=1", folder)
     for key in ("top1", "top1_ema", "top1_by_epoch", "train_loss"):
         assert resumed[key] == whole[key], key
 
 
+def test_time_is_up(folder, small):
+    """A run stops after its epoch, and goes on later."""
+    one = Run("scratch", parse_variant("mlp"), 0)
+    places = folder / "data", folder / "work", folder / "results"
+    assert not accuracy.run_alone(one, *places, seconds=0)
+    assert load_file(one.folder(folder / "work") / "checkpoint.pth")["epoch"] == 0 and not (folder / "results").exists()
+    assert accuracy.run_alone(one, *places)
+    assert report.finished(folder / "results").keys() == {one.key}
+
+
+def test_functions_rate_goes_to_its_end(small, tmp_path):
+    trial = begin(Run("scratch", parse_variant("gkan,epochs=5,kan_lr_mult=20,kan_lr_end=4"), 0), tensors(24), tmp_path, Process())
+    rates = []
+    for trial.state.epoch in range(5):
+        trial.set_function_rate()
+        trial.state.scheduler.step_update(100)
+        plain, function = ([g["lr"] for g in trial.state.optimizer.param_groups if ("kan_multiple" in g) == own][0]
+                           for own in (False, True))
+        rates.append(function / plain)
+    assert rates == pytest.approx([20, 16, 12, 8, 4])
+
+
+def test_a_penalty_on_second_differences(small, tmp_path):
+    trial = begin(Run("scratch", parse_variant("gkan,smooth=0.5"), 0), tensors(24), tmp_path, Process())
+    assert isinstance(trial.criterion, Smooth)
+    x, logits, y = torch.zeros(2, 3, 32, 32), torch.randn(2, 10), torch.tensor([1, 2])
+    plain = trial.criterion.criterion(x, logits, y)
+    c = trial.model.blocks[0].mlp.phi1.coefficients
+    c.data.copy_(torch.linspace(0, 5, 8))
+    torch.testing.assert_close(trial.criterion(x, logits, y), plain)
+    c.data[3, 4] += 1
+    torch.testing.assert_close(trial.criterion(x, logits, y), plain + 0.5 * (1 + 4 + 1))
+
+
 def test_transfer_begins_equal_and_pretrains_once(folder, small):
     mlp = run("transfer", "mlp", folder)
-    stamp = (folder / "work" / "transfer" / "pretrained-seed0" / "checkpoint.pth").stat().st_mtime_ns
+    pretrained = folder / "work/transfer/nano-cpu/pretrained-seed0/checkpoint.pth"
+    stamp = pretrained.stat().st_mtime_ns
     gkan = run("transfer", "gkan", folder)
     assert float(mlp["step0_error"]) == 0 and float(gkan["step0_error"]) <= 1e-5
-    assert (folder / "work" / "transfer" / "pretrained-seed0" / "checkpoint.pth").stat().st_mtime_ns == stamp
+    assert pretrained.stat().st_mtime_ns == stamp
 
 
 def test_fixed_shapes_come_from_learned_ones_and_stay(folder, small):
-    with pytest.raises(SystemExit, match="run --variants gkan first"):
-        run("scratch", "mean-shape", folder)
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        return load_file(folder / f"work/scratch/nano-cpu/{name}-2epochs-seed0/checkpoint.pth")["model"]
+
+    assert "run --variants gkan first" in sentence(run, "scratch", "mean-shape", folder)
     run("scratch", "gkan", folder)
     run("scratch", "mean-shape", folder)
-    learned = accuracy.load_file(folder / "work" / "scratch" / "gkan-2epochs-seed0" / "checkpoint.pth")["model"]
-    fixed = accuracy.load_file(folder / "work" / "scratch" / "mean-shape-2epochs-seed0" / "checkpoint.pth")["model"]
+    learned, fixed = weights("gkan"), weights("mean-shape")
     mean = torch.cat([value for key, value in learned.items() if key.endswith("phi2.coefficients")]).mean(0)
     assert mean.abs().max() > 0
     assert all(torch.equal(value[0], mean) for key, value in fixed.items() if key.endswith("phi2.coefficients"))
     assert not any("phi1" in key for key in fixed)
 
 
+@slow
 def test_conversion_of_finished_runs(folder, small, capsys):
-    with pytest.raises(SystemExit, match="run scratch --variants mlp --seeds 0 first"):
-        accuracy.convert([0], folder / "data", folder / "work", folder / "results")
+    assert "run scratch --variants mlp --seeds 0 first" in sentence(convert, [0], folder / "data", folder / "work",
+                                                                     folder / "results")
     run("scratch", "mlp", folder)
-    accuracy.convert([0], folder / "data", folder / "work", folder / "results")
+    convert([0], folder / "data", folder / "work", folder / "results")
     with open(folder / "results" / "conversion.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     errors = [max(map(float, row["block_errors"].split())) for row in rows]
@@ -220,17 +337,174 @@ def test_conversion_of_finished_runs(folder, small, capsys):
     assert "| [-4, 4] | spacing |" in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- side by side
+SIDE = ("mlp", "gkan,kan_lr_mult=5", "swiglu", "kat", "gkan,phi2_scale=learned,smooth=0.1")
+
+
+def side(texts, seeds, folder, setting: str = "long", **options) -> tuple[dict, list[str]]:
+    """Run.key -> trial, and the failures. Graphs are emulated."""
+    ended = {}
+    runs = [Run(setting, parse_variant(text, setting), seed) for seed in seeds for text in texts]
+    failures = train_side_by_side(runs, tensors(54), folder, Process(), lambda trial: ended.update({trial.run.key: trial}),
+                                  **{"recorder": RecordedGraphs, **options})
+    return ended, failures
+
+
+def numbers(trial) -> dict:
+    """What must be equal bit for bit."""
+    state = to_builtin_types(trial.state.state_dict())
+    return {key: state[key] for key in ("model", "model_ema", "optimizer")} | {
+        key: trial.progress[key] for key in ("curve", "loss", "top1_ema")}
+
+
+@pytest.mark.parametrize("text", [SIDE[1], *(pytest.param(text, marks=slow) for text in SIDE if text != SIDE[1])])
+def test_side_by_side_is_alone_is_main(text, small, tmp_path, monkeypatch):
+    """A run beside others of other seeds, batches and lengths, alone, and by main.py's loop: the same to the last bit."""
+    beside, failures = side([text, "mlp,epochs=1,batch_size=6"], [0, 1], tmp_path / "a", most=3)
+    alone, _ = side([text], [0], tmp_path / "b")
+    (key, one), = alone.items()
+    assert not failures and len(beside) == 4
+    assert_same(numbers(beside[key]), numbers(one))
+
+    monkeypatch.setattr(training, "Updater", lambda *args, **kwargs: Updater(*args, **kwargs, late=True))    # as on a GPU
+    images = tensors(54)
+    looped = begin(one.run, images, tmp_path / "c", Process())
+    assert train(looped, images)
+    assert_same(numbers(looped), numbers(one))
+
+
+def test_side_by_side_in_graphs(small, tmp_path):
+    """After three steps without: a replay for each step."""
+    made = []
+    ended, _ = side(["gkan"], [0], tmp_path, recorder=lambda *place: made.append(RecordedGraphs()) or made[-1])
+    assert [graph.replays for recorder in made for graph in recorder.graphs] == [2 * 4 - 3]
+    eager, _ = side(["gkan"], [0], tmp_path / "eager", recorder=lambda *place: None)
+    assert_same(*(numbers(next(iter(each.values()))) for each in (ended, eager)))
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_without(small, tmp_path, capsys):
+    class Refuses:
+        def record(self, function):
+            raise RuntimeError("no graphs here")
+
+    ended, failures = side(["mlp"], [0], tmp_path, recorder=lambda *place: Refuses())
+    assert len(ended) == 1 and not failures and "no CUDA graph, and so much slower: no graphs here" in capsys.readouterr().out
+
+
+def test_side_by_side_stops_in_time_and_goes_on(small, tmp_path):
+    whole, _ = side(["mlp", "gkan,kan_lr_end=1"], [0], tmp_path / "whole")
+    none, _ = side(["mlp", "gkan,kan_lr_end=1"], [0], tmp_path / "parts", deadline=time.monotonic() + 0.01)
+    assert not none and len(list((tmp_path / "parts").rglob("checkpoint.pth"))) == 2
+    rest, _ = side(["mlp", "gkan,kan_lr_end=1"], [0], tmp_path / "parts")
+    for key in whole:
+        assert_same(numbers(rest[key]), numbers(whole[key]))
+    again, _ = side(["mlp"], [0], tmp_path / "parts")       # finished without its row, when a program was killed
+    assert again[("long", "nano", "mlp", 2, 0, "cpu")].columns()["top1"] == whole[
+        ("long", "nano", "mlp", 2, 0, "cpu")].columns()["top1"]
+
+
+def test_one_that_fails_stops_no_other(small, tmp_path):
+    ended, failures = side(["mlp,lr=1e30,clip_grad=1e30,warmup_steps=0", "mean-shape", "mlp"], [0], tmp_path)
+    assert [key[2] for key in ended] == ["mlp"]
+    assert len(failures) == 2 and "run --variants gkan first" in failures[0] and "became" in failures[1]
+
+
+def test_the_gpu_command(folder, small, monkeypatch, capsys):
+    """Everything but the GPU."""
+    monkeypatch.setattr(accuracy, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(accuracy, "train_side_by_side", lambda *args, **kwargs: side_by_side.train_side_by_side(
+        *args, **kwargs, recorder=RecordedGraphs))
+    plan = folder / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"setting": "long", "epochs": 1, "seeds": [0], "stages": [
+        {"variants": [{"variant": "mlp", "lr": ["1e-3", 0.002]}, "gkan"]},
+        {"variants": [{"variant": "mlp", "lr": ["1e-3", 0.002]}], "best": True, "seeds": [0, 1]}]}))
+    command = ["--plan", str(plan), "--data", str(folder / "data"), "--device", "cuda", "--jobs", "2", "--work-dir",
+               str(folder / "work"), "--results", str(folder / "results")]
+    assert accuracy.main([*command, "--seconds", "0"]) == 0
+    assert accuracy.main(command) == 0
+    said = capsys.readouterr().out
+    assert "stage 1 of 2: 3 runs on a GPU" in said and "stage 2 of 2: 1 runs" in said
+    rows = report.read_rows(folder / "results" / "runs.csv")
+    assert len(rows) == 4 and {row["seed"] for row in rows if row["variant"] == "gkan"} == {0}
+    best = max((row for row in rows if row["seed"] == 0 and row["variant"] != "gkan"), key=lambda row: row["top1"])
+    assert [row["variant"] for row in rows if row["seed"] == 1] == [best["variant"]]
+    assert (folder / "results" / "long_1_epochs_GPU_curves.png").stat().st_size > 5000
+
+
+# ---------------------------------------------------------------- plans
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/plans").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_plans(file):
+    first, *others = read_plan(file)
+    assert len(first.runs("cuda", {})) >= 12 and others
+    assert all(stage.setting == "long" for stage in [first, *others])
+
+
+def test_a_plans_combinations(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text("setting: long\nseeds: [3]\nstages:\n- variants: [relu2, {variant: 'gkan,grid=-2:2', lr: [1e-3, 2e-3], "
+                    "weight_decay: [0.05, 0.1]}]\n  size: micro\n  epochs: 9\n")
+    runs = read_plan(file)[0].runs("cpu", {})
+    grid = "gkan,kan_grid_range=-2:2"
+    assert [run.variant.text for run in runs] == [
+        "relu2", grid, f"{grid},weight_decay=0.1", f"{grid},lr=0.002", f"{grid},lr=0.002,weight_decay=0.1"]
+    assert {(run.seed, run.variant.size, run.variant.recipe["epochs"]) for run in runs} == {(3, "micro", 9)}
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"setting": "longer"}, "setting longer is not one of scratch, transfer, long"),
+    ({"size": "huge"}, "size huge is not one of"), ({"epochs": "many"}, "epochs must be a whole number, not many"),
+    ({"epochs": 0}, "epochs must be at least 1"),
+    ({"seeds": [-1]}, "seeds must be whole numbers"), ({"seeds": []}, "seeds must be a list"),
+    ({"setings": 1}, "setings is none of setting, size,"), ({"setting": None}, "setting must be a name"),
+    ({"stages": []}, "stages must be a list of at least one"), ({"stages": [3]}, "stage 1: it must have keys such as variants"),
+    ({"stages": [{"seeds": [0]}]}, "stage 1: variants is missing"),
+    ({"stages": [{"variants": ["mlp"]}, {"variants": ["mpl"]}]}, "stage 2: variants: variant mpl: mpl is not one of"),
+    ({"stages": [{"variants": [{"lr": [1]}]}]}, "stage 1: variants: an entry is a text or has the key variant"),
+    ({"stages": [{"variants": [{"variant": "mlp", "rate": [1]}]}]}, "rate is none of")])
+def test_wrong_plans(change, said, tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump({"setting": "long", "stages": [{"variants": ["mlp"]}], **change}))
+    text = sentence(read_plan, file)
+    assert said in text and str(file) in text
+
+
+def test_plans_that_are_none(tmp_path):
+    assert "cannot be read" in sentence(read_plan, tmp_path / "none.yaml")
+    (tmp_path / "plan.yaml").write_text("stages: [")
+    assert "cannot be read" in sentence(read_plan, tmp_path / "plan.yaml")
+
+
+# ---------------------------------------------------------------- the command
+@slow
 def test_the_command_runs_what_is_missing_and_reports(folder, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")          # no compiler: the eager models start faster
-    command = ["scratch", "--data", str(folder / "data"), "--variants", "mlp,epochs=1,batch_size=12,warmup_steps=1", "--seeds",
-               "0", "1", "--baseline", "mlp,epochs=1,batch_size=12,warmup_steps=1", "--work-dir", str(folder / "work"),
-               "--results", str(folder / "results")]
+    variant = "mlp,batch_size=12,warmup_steps=1"
+    command = ["scratch", "--data", str(folder / "data"), "--variants", variant, "--seeds", "0", "1", "--epochs", "1",
+               "--baseline", variant, "--work-dir", str(folder / "work"), "--results", str(folder / "results"), "--device", "cpu"]
+    assert accuracy.main([*command, "--seconds", "0"]) == 0
+    assert "stopped after 0 s: the same command continues" in capsys.readouterr().out
     assert accuracy.main(command) == 0
     out = capsys.readouterr().out
-    assert out.count("done:") == 2 and "| mlp,epochs=1" in out
+    assert out.count("done:") == 2 and f"| {variant} | " in out
     assert (folder / "results" / "scratch_1_epochs.png").stat().st_size > 5000
     assert accuracy.main(command) == 0
     assert "done:" not in capsys.readouterr().out
+
+
+def test_rows_of_an_earlier_version_stay(tmp_path):
+    file = tmp_path / "runs.csv"
+    shutil.copy(ROOT / "benchmarks/results/accuracy/runs.csv", file)
+    before = report.read_rows(file)
+    old = [field for field in report.FIELDS if field not in ("size", "device", "weight_decay")]
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, old, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(before)
+    report.append(file, {"setting": "long", "variant": "mlp", "seed": 7, "epochs": 50, "top1": 1.0, "top1_ema": 2.0,
+                         "size": "micro", "device": "GPU"})
+    *rows, last = report.read_rows(file)
+    assert [report.key_of(row) for row in rows] == [report.key_of(row) for row in before] and len(rows) > 50
+    assert report.key_of(last) == ("long", "micro", "mlp", 50, 7, "cuda")
 
 
 def test_the_picture_of_the_readme(tmp_path, monkeypatch):
@@ -238,9 +512,9 @@ def test_the_picture_of_the_readme(tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
-    rows = [each for each in accuracy.read_rows(accuracy.ROOT / "benchmarks/results/accuracy/runs.csv")
+    rows = [each for each in report.read_rows(accuracy.ROOT / "benchmarks/results/accuracy/runs.csv")
             if (each["setting"], each["epochs"]) == ("scratch", 4)]
-    accuracy.plot(rows, tmp_path / "summary.png", "it", plain=True)
+    report.plot(rows, tmp_path / "summary.png", "it", plain=True)
     monkeypatch.undo()
     axes, = figures[0].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
@@ -249,8 +523,14 @@ def test_the_picture_of_the_readme(tmp_path, monkeypatch):
     plt.close(figures[0])
 
 
-def test_bad_folders(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="no folder train"):
-        accuracy.main(["scratch", "--data", str(tmp_path), "--variants", "mlp", "--work-dir", str(tmp_path / "w")])
-    with pytest.raises(SystemExit, match="no finished run"):
-        accuracy.main(["report", "--results", str(tmp_path)])
+@pytest.mark.parametrize("words, said", [
+    ("scratch --data {0} --variants mlp --work-dir {0}/w --results {0}", "has no folder train"),
+    ("report --results {0}", "holds no finished run yet"), ("scratch --data {0}", "give --variants, or --plan FILE"),
+    ("--data {0}", "give --plan FILE or one of scratch"), ("long --variants mlp", "give --data FOLDER"),
+    ("long --plan x --data {0}", "--plan names setting and variants"),
+    ("long --data {0} --variants mlp,lr=x", "lr is not a number: x"),
+    ("long --data {0} --epochs 0", "--epochs 0 must be at least 1")])
+def test_bad_input(words, said, tmp_path, capsys):
+    assert accuracy.main([word.format(tmp_path) for word in words.split()]) == 2
+    text = capsys.readouterr().err
+    assert said in text and text.startswith("error: ") and text.count("\n") == 1

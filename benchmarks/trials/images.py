@@ -1,0 +1,72 @@
+"""CIFAR-10's images in memory, augmented and normalised by main.py's code for images on the device."""
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+from samplers import RASampler
+from vision_kan.common.errors import UserError
+from vision_kan.common.files import atomic_write
+from vision_kan.data.device import CHUNK_BYTES, DeviceAugmentation, EvalLoader, TrainLoader, _Normalise
+
+MEAN, STD = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)
+# "train": uint8 [N, 3, 32, 32], "train_y": int64 [N], "val", "val_y"
+Images = dict[str, Tensor]
+
+
+def load_images(folder: Path, cache: Path) -> Images:
+    """The images of train/CLASS and val/CLASS, decoded once."""
+    file = cache / "images.npz"
+    if not file.exists():
+        arrays = {}
+        for split in ("train", "val"):
+            if not (folder / split).is_dir():
+                raise UserError(f"--data {folder} has no folder {split}: name the folder with train/CLASS and val/CLASS")
+            data = ImageFolder(str(folder / split))
+            with ThreadPoolExecutor() as pool:      # PIL releases Python's lock while it decodes
+                images = list(pool.map(lambda index, data=data: np.asarray(data[index][0]), range(len(data))))
+            arrays[split] = np.stack(images).transpose(0, 3, 1, 2)
+            arrays[f"{split}_y"] = np.asarray(data.targets)
+        with atomic_write(file) as temporary:
+            np.savez(temporary, **arrays)
+    with np.load(file) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def subset(images: Images, classes: range) -> Images:
+    out = {}
+    for split in ("train", "val"):
+        keep = (images[f"{split}_y"] >= classes.start) & (images[f"{split}_y"] < classes.stop)
+        out[split], out[f"{split}_y"] = images[split][keep], images[f"{split}_y"][keep] - classes.start
+    return out
+
+
+def normalise(images: Tensor) -> Tensor:
+    """float32 [N, 3, 32, 32] of uint8."""
+    return _Normalise(MEAN, STD, images.device)(images)
+
+
+class Batches(TrainLoader):
+    """A TrainLoader of tensors: an epoch's batches, each image mirrored at random and shifted by up to 4 pixels."""
+
+    def __init__(self, images: Images, args: Namespace, seed: int, device: torch.device):
+        self.pixels, self.targets = images["train"].to(device), images["train_y"].to(device)
+        self.batch_size = args.batch_size
+        self.sampler = RASampler(len(self.pixels), num_repeats=1, seed=seed)
+        self.augment = DeviceAugmentation(args, self.sampler, device, crop=True)
+        self.sources = np.arange(len(self.pixels))
+        chunk = CHUNK_BYTES // (4 * self.pixels[0].numel() * self.batch_size)
+        self.chunk = 1 if device.type == "cpu" else max(1, chunk)       # a CPU's caches hold one batch
+
+
+class EvalBatches(EvalLoader):
+    """An EvalLoader of tensors."""
+
+    def __init__(self, images: Images, device: torch.device):
+        self.pixels, self.targets = images["val"].to(device), images["val_y"]
+        self.shard, self.normalise = range(len(self.pixels)), _Normalise(MEAN, STD, device)
+        self.batch_size = 500 if device.type == "cpu" else 2500      # on a GPU launches take longer than small batches
