@@ -1,8 +1,10 @@
 """benchmarks/accuracy.py: what is compared is comparable, what is printed is what was run, a stop loses no run."""
 import csv
 import math
+import re
 import shutil
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -373,6 +375,25 @@ def test_side_by_side_is_alone_is_main(text, small, tmp_path, monkeypatch):
     assert_same(numbers(looped), numbers(one))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("text", SIDE)
+def test_side_by_side_on_a_gpu(text, small, tmp_path, capsys):
+    """In CUDA graphs beside others, in them alone, without them: the same to the last bit."""
+    process = Process(device=torch.device("cuda", 0))
+    ends = []
+    for name, options in (("beside", {}), ("alone", {}), ("eager", {"recorder": lambda *place: None})):
+        ended = {}
+        runs = [Run("long", parse_variant(each, "long"), seed, "cuda") for each, seed in (
+            (text, 0), *((("gkan,epochs=3", 1), ("mlp", 2), (text, 3)) if name == "beside" else ()))]
+        assert train_side_by_side(runs, tensors(150), tmp_path / name, process,
+                                  lambda trial, ended=ended: ended.update({trial.run.key: trial}), **options) == []
+        assert len(ended) == len(runs)
+        ends.append(numbers(ended[runs[0].key]))
+    assert "no CUDA graph" not in capsys.readouterr().out
+    assert_same(ends[0], ends[1])
+    assert_same(ends[1], ends[2])
+
+
 def test_side_by_side_in_graphs(small, tmp_path):
     """After three steps without: a replay for each step."""
     made = []
@@ -391,9 +412,13 @@ def test_a_step_that_cannot_be_recorded_goes_on_without(small, tmp_path, capsys)
     assert len(ended) == 1 and not failures and "no CUDA graph, and so much slower: no graphs here" in capsys.readouterr().out
 
 
-def test_side_by_side_stops_in_time_and_goes_on(small, tmp_path):
+def test_side_by_side_stops_in_time_and_goes_on(small, tmp_path, monkeypatch):
     whole, _ = side(["mlp", "gkan,kan_lr_end=1"], [0], tmp_path / "whole")
-    none, _ = side(["mlp", "gkan,kan_lr_end=1"], [0], tmp_path / "parts", deadline=time.monotonic() + 0.01)
+    with monkeypatch.context() as patch:        # the time is up within the first evaluation
+        evaluated = []
+        patch.setattr(side_by_side, "evaluate", lambda *args, **kwargs: evaluated.append(1) or engine.evaluate(*args, **kwargs))
+        patch.setattr(side_by_side, "time", SimpleNamespace(monotonic=lambda: 9 * len(evaluated), perf_counter=time.perf_counter))
+        none, _ = side(["mlp", "gkan,kan_lr_end=1"], [0], tmp_path / "parts", deadline=5)
     assert not none and len(list((tmp_path / "parts").rglob("checkpoint.pth"))) == 2
     rest, _ = side(["mlp", "gkan,kan_lr_end=1"], [0], tmp_path / "parts")
     for key in whole:
@@ -437,6 +462,11 @@ def test_the_plans(file):
     first, *others = read_plan(file)
     assert len(first.runs("cuda", {})) >= 12 and others
     assert all(stage.setting == "long" for stage in [first, *others])
+
+
+def test_plans_in_the_docs_are_there():
+    named = re.findall(r"--plan (\S+\.yaml)", (ROOT / "docs/results.md").read_text())
+    assert len(named) >= 2 and all((ROOT / name).is_file() for name in named)
 
 
 def test_a_plans_combinations(tmp_path):

@@ -36,11 +36,10 @@ class WholeStep(Updater):
     def __init__(self, trial: Trial, recorder: Recorder | None):
         super().__init__(trial.model, trial.state, trial.criterion, trial.process, amp_dtype=trial.amp_dtype,
                          clip_grad=trial.args.clip_grad, late=True)
-        self.recorder, self.graph, self.steps = recorder, None, 0
+        self.recorder, self.steps = recorder, 0
+        self.graph: Graph | None = None
         self.loss_sum = torch.zeros((), device=trial.process.device)
         self.report = torch.zeros(9, device=trial.process.device)       # of the last step, or the first that was skipped
-
-    graph: Graph | None
 
     def begin_epoch(self) -> None:
         self.begin()
@@ -112,6 +111,7 @@ class Lane:
             with torch.cuda.stream(self.stream):
                 yield
         finally:
+            self.random = self.generator.graphsafe_get_state()      # after a failed recording it is another one
             self.generator.graphsafe_set_state(before)
 
     @property

@@ -108,7 +108,7 @@ class Trial:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint({**self.state.state_dict(), **self.progress}, self.folder)
+        save_checkpoint({**self.state.state_dict(), **self.progress}, self.folder, keep=1)
 
     def columns(self) -> dict[str, Any]:
         """The row of a finished run."""
