@@ -108,6 +108,19 @@ def test_seed():
         assert len(set(generator)) == len(numbers)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is told the seed")
+def test_seeding_asks_no_device_that_is_not_there(monkeypatch):
+    """torch.manual_seed does, and writes a stack for each."""
+    seed_everything(0, 1, 2)
+    wanted = torch.rand(4)
+    monkeypatch.setattr("traceback.format_stack", lambda *args: pytest.fail("a stack was written"))
+    seed_everything(0, 1, 2)
+    assert torch.equal(torch.rand(4), wanted)
+    monkeypatch.undo()
+    torch.manual_seed(torch.initial_seed())
+    assert torch.equal(torch.rand(4), wanted)
+
+
 # ---------------------------------------------------------------- JSON
 @pytest.mark.parametrize("value", ["größe 猫 \"a\\b\n\u2028\"", os.fsdecode(b"\xff.png"), {"ä": [1, 2.5, None, True]}])
 def test_json_keeps_letters(value):
