@@ -91,6 +91,7 @@ class Lane:
     def __init__(self, trial: Trial, recorder: Callable[..., Recorder | None]):
         self.trial, device = trial, trial.process.device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.generator = torch.default_generator
         if self.stream is not None:     # graphs of one generator would share the memory of its seed
             self.generator = torch.cuda.default_generators[device.index or 0]
             self.random = self.generator.clone_state()
@@ -135,7 +136,7 @@ class Lane:
                 self.stream.wait_stream(torch.cuda.default_stream(self.trial.process.device))
                 for tensor in (images, targets):
                     tensor.record_stream(self.stream)
-            torch.manual_seed(seed)
+            self.generator.manual_seed(seed)
             self.updater.step(step, images, targets)
         self.trial.state.scheduler.step_update(self.trial.state.epoch * self.trial.steps + step + 1)
 

@@ -125,7 +125,7 @@ class Trial:
 
 def begin(run: Run, images: Images, work: Path, process: Process) -> Trial:
     """A trial of `scratch` or `long`."""
-    batch = normalise(images["train"][:: max(1, len(images["train"]) // 256)][:256])
+    batch = normalise(images["train"][:: max(1, len(images["train"]) // 256)][:256].cpu())     # where the model is made
     model = build(run.variant, run.seed, int(images["train_y"].max()) + 1, run.siblings(work), batch)
     return Trial(run, model, images, run.folder(work), process)
 
