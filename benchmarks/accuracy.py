@@ -89,7 +89,7 @@ def run_on_gpu(runs: list[Run], args: argparse.Namespace, deadline: float) -> li
 
 
 def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
-    """Returns a sentence for each run that failed."""
+    """Returns a sentence for each run or stage that failed."""
     deadline = time.monotonic() + args.seconds
     failures = []
     load_images(args.data, args.work_dir)
@@ -98,7 +98,11 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
         if on_gpu and stage.setting == "transfer":
             raise UserError("--device cuda: transfer runs on a CPU, give --device cpu")
         rows = finished(args.results)
-        runs = [run for run in stage.runs("cuda" if on_gpu else "cpu", rows) if run.key not in rows]
+        try:
+            runs = [run for run in stage.runs("cuda" if on_gpu else "cpu", rows) if run.key not in rows]
+        except UserError as error:      # it needs runs that have failed
+            failures.append(f"stage {number}: {error}")
+            continue
         if runs:
             print(f"stage {number} of {len(stages)}: {len(runs)} runs on {'a GPU' if on_gpu else 'a CPU'}", flush=True)
             failures += (run_on_gpu if on_gpu else run_on_cpu)(runs, args, deadline)

@@ -480,6 +480,23 @@ def test_a_plans_combinations(tmp_path):
     assert {(run.seed, run.variant.size, run.variant.recipe["epochs"]) for run in runs} == {(3, "micro", 9)}
 
 
+def test_the_best_of_what_is_finished(tmp_path):
+    """Compared by the seeds that all have; other settings, sizes, lengths and devices do not count."""
+    file = tmp_path / "plan.yaml"
+    file.write_text("setting: long\nseeds: [4]\nstages:\n- best: true\n  variants: [{variant: mlp, lr: [1e-3, 2e-3]}, relu2]\n")
+    stage, = read_plan(file)
+    assert "best: no run of mlp is finished" in sentence(stage.runs, "cpu", {})
+
+    def rows(*each: tuple[str, int, float], **columns):
+        made = [row(variant, seed, top1, setting="long", epochs=50, size="nano", device="cpu") | columns
+                for variant, seed, top1 in each]
+        return {report.key_of(one): one for one in made}
+
+    known = rows(("mlp", 0, 60.0), ("mlp,lr=0.002", 0, 61.0), ("mlp", 1, 99.0), ("relu2", 0, 50.0)) | rows(
+        ("mlp", 0, 99.0), size="micro") | rows(("mlp", 0, 99.0), device="GPU") | rows(("mlp", 0, 99.0), epochs=20)
+    assert [str(run) for run in stage.runs("cpu", known)] == ["mlp,lr=0.002 seed 4", "relu2 seed 4"]
+
+
 @pytest.mark.parametrize("change, said", [
     ({"setting": "longer"}, "setting longer is not one of scratch, transfer, long"),
     ({"size": "huge"}, "size huge is not one of"), ({"epochs": "many"}, "epochs must be a whole number, not many"),

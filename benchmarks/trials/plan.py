@@ -1,4 +1,5 @@
 """A plan of runs, from a YAML file or the command line."""
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -46,7 +47,7 @@ class Stage:
         found = {text: seeds for text, seeds in found.items() if seeds}
         shared = set.intersection(*map(set, found.values())) if found else set()
         if not shared:
-            raise UserError(f"best: no run of {entry[0].name} is finished that its combinations could be compared by")
+            raise UserError(f"best: no run of {entry[0].name} is finished by which to choose")
         best = max(found, key=lambda text: mean(found[text][seed] for seed in shared))
         return next(variant for variant in entry if variant.text == best)
 
@@ -86,7 +87,7 @@ def read_plan(file: Path) -> list[Stage]:
     return stages
 
 
-def _check(values: dict[str, Any], where: str, without: set[str] = frozenset()) -> None:
+def _check(values: dict[str, Any], where: str, without: Collection[str] = ()) -> None:
     allowed = [key for key in KEYS if key not in without]
     for key, value in values.items():
         if key not in allowed:
