@@ -434,6 +434,13 @@ def test_one_that_fails_stops_no_other(small, tmp_path):
     assert len(failures) == 2 and "run --variants gkan first" in failures[0] and "became" in failures[1]
 
 
+def test_one_that_raises_stops_no_other(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(Smooth, "forward", lambda *args: 1 / 0)
+    ended, failures = side(["gkan,smooth=1", "mlp"], [0], tmp_path)
+    assert [key[2] for key in ended] == ["mlp"]
+    assert failures == ["gkan,smooth=1 seed 0: step 1 of epoch 0: division by zero"]
+
+
 def test_the_gpu_command(folder, small, monkeypatch, capsys):
     """Everything but the GPU."""
     monkeypatch.setattr(accuracy, "choose_device", lambda name: torch.device("cpu"))

@@ -89,7 +89,7 @@ class Lane:
     """A trial with its stream and random numbers."""
 
     def __init__(self, trial: Trial, recorder: Callable[..., Recorder | None]):
-        self.trial, device = trial, trial.process.device
+        self.trial, self.error, device = trial, "", trial.process.device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.generator = torch.default_generator
         if self.stream is not None:     # graphs of one generator would share the memory of its seed
@@ -131,21 +131,28 @@ class Lane:
             self.updater.begin_epoch()
 
     def step(self, step: int, images: Tensor, targets: Tensor, seed: int) -> None:
-        with self.own():
-            if self.stream is not None:
-                self.stream.wait_stream(torch.cuda.default_stream(self.trial.process.device))
-                for tensor in (images, targets):
-                    tensor.record_stream(self.stream)
-            self.generator.manual_seed(seed)
-            self.updater.step(step, images, targets)
+        """An error ends this trial alone, at the end of the epoch."""
+        if self.error:
+            return
+        try:
+            with self.own():
+                if self.stream is not None:
+                    self.stream.wait_stream(torch.cuda.default_stream(self.trial.process.device))
+                    for tensor in (images, targets):
+                        tensor.record_stream(self.stream)
+                self.generator.manual_seed(seed)
+                self.updater.step(step, images, targets)
+        except Exception as error:
+            self.error = f"step {step + 1} of epoch {self.trial.state.epoch}: {one_line(error, 300)}"
         self.trial.state.scheduler.step_update(self.trial.state.epoch * self.trial.steps + step + 1)
 
-    def end_epoch(self, val: EvalBatches, began: float, beside: int) -> None:
-        """Evaluate. beside: models that were trained at the same time. Raises TrainingFailed."""
+    def end_epoch(self, val: EvalBatches, seconds: float, beside: int) -> None:
+        """Evaluate. seconds: of the epoch. beside: models that were trained in them. Raises TrainingFailed."""
+        if self.error:
+            raise TrainingFailed(self.error)
         trial, state = self.trial, self.trial.state
-        seconds = time.perf_counter() - began
         state.step = trial.steps        # for messages
-        complete_state(self.training, self.updater.loss_sum, began)
+        complete_state(self.training, self.updater.loss_sum, time.perf_counter() - seconds)
         loss = (self.updater.loss_sum / trial.steps).item()
         options: dict[str, Any] = {"amp_dtype": trial.amp_dtype}
         results = {"test": evaluate(trial.model, val, trial.process, **options)}
@@ -155,7 +162,7 @@ class Lane:
         trial.note(loss, results, seconds, 1000 * seconds / trial.steps / beside)
 
 
-def train_epoch(lanes: Sequence[Lane], batches: Batches, steps: int) -> Iterator[None]:
+def train_epoch(lanes: Sequence[Lane], batches: Batches) -> Iterator[None]:
     """An epoch of lanes with the same source, a step for each `next`."""
     first = lanes[0].trial
     seed, epoch = first.run.seed, first.state.epoch
@@ -171,19 +178,19 @@ def train_epoch(lanes: Sequence[Lane], batches: Batches, steps: int) -> Iterator
 
 
 def train_round(lanes: list[Lane], images: Images, process: Process) -> float:
-    """An epoch of every lane. Returns when it began, by time.perf_counter()."""
+    """An epoch of every lane. Returns its seconds."""
     sources = defaultdict(list)
     for lane in lanes:
         sources[lane.source].append(lane)
         lane.begin_epoch()
     began = time.perf_counter()
-    epochs = [train_epoch(each, Batches(images, each[0].trial.args, each[0].trial.run.seed, process.device), each[0].trial.steps)
+    epochs = [train_epoch(each, Batches(images, each[0].trial.args, each[0].trial.run.seed, process.device))
               for each in sources.values()]
     while epochs:
         epochs = [epoch for epoch in epochs if next(epoch, epoch) is None]
     if process.device.type == "cuda":
         torch.cuda.synchronize(process.device)
-    return began
+    return time.perf_counter() - began
 
 
 def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Process, finish: Callable[[Trial], None], *,
@@ -204,7 +211,7 @@ def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Pro
             run = waiting.pop(0)
             try:
                 trial = begin(run, images, work, process)
-            except (UserError, ValueError) as error:
+            except (UserError, ValueError, TypeError) as error:
                 failures.append(f"{run}: {one_line(error, 300)}")
                 continue
             if trial.done:      # its row was not written
@@ -215,11 +222,11 @@ def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Pro
             break
         if (prepared := time.perf_counter() - started) > 1:
             print(f"{len(lanes)} models ready after {prepared:.0f} s", flush=True)
-        began = train_round(lanes, images, process)
-        trained, beside, number = time.perf_counter() - began, len(lanes), number + 1
+        trained = train_round(lanes, images, process)
+        evaluating, beside, number = time.perf_counter(), len(lanes), number + 1
         for lane in list(lanes):
             try:
-                lane.end_epoch(val, began, beside)
+                lane.end_epoch(val, trained, beside)
             except TrainingFailed as error:
                 failures.append(f"{lane.trial.run}: {one_line(error, 300)}")
                 lanes.remove(lane)
@@ -233,6 +240,7 @@ def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Pro
         for lane in ended:
             finish(lane.trial)
             lanes.remove(lane)
-        print(f"round {number}: {beside} models trained in {trained:.1f} s, {time.perf_counter() - began:.1f} s in all; "
+        evaluated = time.perf_counter() - evaluating
+        print(f"round {number}: {beside} models, {trained:.1f} s of training, {evaluated:.1f} s of evaluation; "
               + ", ".join(f"{lane.trial.run} {lane.trial.progress['curve'][-1]}" for lane in [*ended, *lanes]), flush=True)
     return failures

@@ -136,4 +136,4 @@ def _value(text: str) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ":".join(f"{number:g}" for number in value)
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    return str(value).lower() if isinstance(value, bool) else f"{value:.12g}" if isinstance(value, (int, float)) else str(value)
