@@ -132,6 +132,7 @@ def test_long_ones():
     cpu, gpu, own = (parse_variant("mlp", "long"), parse_variant("mlp", "long", device="cuda"),
                      parse_variant("mlp,epochs=7,size=micro", "long", "nano", 9))
     assert (cpu.recipe["epochs"], gpu.recipe["epochs"], own.recipe["epochs"], own.size) == (50, 100, 7, "micro")
+    assert (gpu.recipe["warmup_steps"], cpu.recipe["warmup_steps"]) == (1755, 877)
     assert parse_variant("mlp", "long", epochs=9).recipe["epochs"] == 9
     assert (cpu.recipe["mixup"], cpu.recipe["cutmix"], cpu.recipe["drop_path"], cpu.recipe["smoothing"]) == (0.8, 1.0, 0.1, 0.1)
     assert [block.drop_path1.drop_prob for block in build(cpu, 0, 10).blocks[1:]] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1])
@@ -141,7 +142,9 @@ def test_long_ones():
     ("kann", "kann is not one of mlp, "), ("gkan,lr", "lr=VALUE"), ("gkan,grups=3", "grups is none of"),
     ("mlp,kan_groups=2", "kan_groups is none of"), ("gkan,lr=fast", "lr is not a number: fast"),
     ("gkan,epochs=1.5", "epochs is not a whole number: 1.5"), ("gkan,size=huge", "size huge is not one of nano, micro"),
-    ("gkan,phi2_scale=2", "phi2_scale is one of calibrated, learned, not 2"), ("mlp,epochs=0", "epochs must be at least 1")])
+    ("gkan,phi2_scale=2", "phi2_scale is one of calibrated, learned, not 2"),
+    ("mlp,epochs=0", "epochs and batch_size must be at least 1"),
+    ("mlp,batch_size=0", "epochs and batch_size must be at least 1")])
 def test_wrong_variants(text, part):
     assert part in sentence(parse_variant, text)
 
@@ -225,7 +228,7 @@ def small(monkeypatch):
     """Two epochs of batches of 12, uncompiled."""
     for key, value in (("epochs", 2), ("batch_size", 12), ("warmup_steps", 1)):
         monkeypatch.setitem(variants.RECIPE, key, value)
-    monkeypatch.setitem(variants.LONG, "warmup_steps", 1)
+    monkeypatch.setattr(variants, "LONG_WARMUP", 0.0001)
     monkeypatch.setattr(variants, "LONG_EPOCHS", {"cpu": 2, "cuda": 2})
     monkeypatch.setattr(training.shutil, "which", lambda name: None)
     yield

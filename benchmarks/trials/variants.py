@@ -8,6 +8,7 @@ import yaml
 import models_kan
 from vision_kan.common.errors import UserError
 
+TRAIN_IMAGES = 45_000       # of CIFAR-10's, the others are for validation
 SIZES = {"nano": "vit_nano_patch8_32", "micro": "vit_micro_patch4_32"}
 # name -> (model suffix, options). For `act`, `frozen` and other options that models do not have, see `models.build`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,7 +30,8 @@ RECIPE: dict[str, Any] = {
     "epochs": 4, "batch_size": 128, "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.05, "smoothing": 0.1, "clip_grad": 1.0,
     "warmup_steps": 200, "ema_decay": 0.99, "kan_lr_mult": 20.0, "kan_lr_end": 0.0, "kan_weight_decay": 0.0, "mixup": 0.0,
     "cutmix": 0.0, "drop_path": 0.0, "smooth": 0.0}
-LONG: dict[str, Any] = {"warmup_steps": 1750, "ema_decay": 0.998, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1}
+LONG: dict[str, Any] = {"ema_decay": 0.998, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1}
+LONG_WARMUP = 1 / 20        # of the run's steps, unless a variant says warmup_steps=
 LONG_EPOCHS = {"cpu": 50, "cuda": 100}
 SETTINGS = ("scratch", "transfer", "long")
 OPTIONS = ("act", "frozen", "gated", "phi_qkv", "phi_out", "phi2_scale", "gain", "whiten", "weight_init", "mlp_ratio")
@@ -115,8 +117,11 @@ def parse_variant(text: str, setting: str = "scratch", size: str = "nano", epoch
     if size not in SIZES:
         raise UserError(f"{where}: size {size} is not one of {', '.join(SIZES)}")
     recipe["epochs"] = found.pop("epochs", recipe["epochs"])
-    if recipe["epochs"] < 1:
-        raise UserError(f"{where}: epochs must be at least 1")
+    batch_size = found.get("batch_size", recipe["batch_size"])
+    if min(recipe["epochs"], batch_size) < 1:
+        raise UserError(f"{where}: epochs and batch_size must be at least 1")
+    if setting == "long":
+        recipe["warmup_steps"] = int(LONG_WARMUP * recipe["epochs"] * (TRAIN_IMAGES // batch_size))
     changed = {key: value for key, value in found.items() if value != {**options, **recipe}.get(key)}
     return Variant(",".join([name, *(f"{key}={_shown(value)}" for key, value in changed.items())]), name, suffix,
                    {**options, **{key: value for key, value in changed.items() if key not in recipe}},
