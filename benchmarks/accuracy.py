@@ -106,7 +106,8 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
         if runs:
             print(f"stage {number} of {len(stages)}: {len(runs)} runs on {'a GPU' if on_gpu else 'a CPU'}", flush=True)
             failures += (run_on_gpu if on_gpu else run_on_cpu)(runs, args, deadline)
-        if time.monotonic() > deadline:
+        left = number < len(stages) or not {run.key for run in runs} <= finished(args.results).keys()
+        if left and time.monotonic() > deadline:
             print(f"stopped after {args.seconds:g} s: the same command continues", flush=True)
             break
     return failures

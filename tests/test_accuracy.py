@@ -580,6 +580,24 @@ def test_the_picture_of_the_readme(tmp_path, monkeypatch):
     plt.close(figures[0])
 
 
+def test_curves(tmp_path, monkeypatch):
+    """Means over seeds, of the variants with the most seeds; the legend begins with the best."""
+    from matplotlib import pyplot as plt
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    rows = [row("mlp", 0, 40.0, top1_by_epoch="30.0 40.0"), row("mlp", 1, 44.0, top1_by_epoch="32.0 44.0"),
+            row("gkan", 0, 50.0, top1_by_epoch="31.0 50.0"), row("gkan", 1, 52.0, top1_by_epoch="33.0 52.0"),
+            row("kat", 0, 99.0, top1_by_epoch="98.0 99.0")]
+    report.plot_curves(rows, tmp_path / "curves.png", "it", most=2)
+    monkeypatch.undo()
+    axes, = figures[0].axes
+    assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
+        "gkan (n=2)": [32.0, 51.0], "mlp (n=2)": [31.0, 42.0]}
+    assert [text.get_text() for text in axes.get_legend().texts] == ["gkan (n=2)", "mlp (n=2)"]
+    assert axes.get_title() == "it, 2 of 3 variants"
+    plt.close(figures[0])
+
+
 @pytest.mark.parametrize("words, said", [
     ("scratch --data {0} --variants mlp --work-dir {0}/w --results {0}", "has no folder train"),
     ("report --results {0}", "holds no finished run yet"), ("scratch --data {0}", "give --variants, or --plan FILE"),
