@@ -40,6 +40,8 @@ from benchmarks.trials.variants import SETTINGS, SIZES, Run, parse_variant
 from vision_kan.common.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, UserError
 from vision_kan.common.process import Process, choose_device
 
+SEEDS = [0, 1, 2, 3, 4]
+
 
 def run_alone(run: Run, data: Path, work: Path, results: Path, seconds: float = float("inf")) -> bool:
     """Do one run on this process's only thread and append it to the results. Returns whether it is finished."""
@@ -116,11 +118,12 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", nargs="?", choices=[*SETTINGS, "convert", "report"])
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="a file of stages, in place of setting, variants and seeds")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="a file of stages, in place of setting, variants, seeds, size "
+                        "and epochs")
     parser.add_argument("--data", type=Path, help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--variants", nargs="+", metavar="V")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--size", choices=SIZES, default="nano", help="where a variant does not say size=")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 0 1 2 3 4")
+    parser.add_argument("--size", choices=SIZES, help="where a variant does not say size=; default: nano")
     parser.add_argument("--epochs", type=int, metavar="N", help="where a variant does not say epochs=; default: 4, of long 50 on "
                         "a CPU and 100 on a GPU")
     parser.add_argument("--baseline", default="mlp", metavar="V", help="the variant to compare the others with")
@@ -137,12 +140,13 @@ def parser() -> argparse.ArgumentParser:
 def stages_of(args: argparse.Namespace) -> list[Stage]:
     """Of the plan or the command line. Raises UserError."""
     if args.plan:
-        if args.setting or args.variants:
-            raise UserError("--plan names setting and variants: leave them out of the command")
+        for name in ("setting", "variants", "seeds", "size", "epochs"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--plan and {name}: the plan says that, leave it out of the command")
         return read_plan(args.plan)
     if not args.variants:
         raise UserError("give --variants, or --plan FILE")
-    stage = Stage(args.setting, [[text] for text in args.variants], args.seeds, args.size, args.epochs)
+    stage = Stage(args.setting, [[text] for text in args.variants], args.seeds or SEEDS, args.size or "nano", args.epochs)
     for text in args.variants:
         stage.parsed(text, "cpu")
     return [stage]
@@ -160,7 +164,7 @@ def command(args: argparse.Namespace) -> int:
     if not args.data:
         raise UserError("give --data FOLDER, with train/CLASS and val/CLASS")
     if args.setting == "convert":
-        convert(args.seeds, args.data, args.work_dir, args.results)
+        convert(args.seeds or SEEDS, args.data, args.work_dir, args.results)
         return 0
     if args.worker:
         run = Run(args.setting, parse_variant(args.variants[0], args.setting), args.seeds[0])

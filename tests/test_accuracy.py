@@ -602,7 +602,8 @@ def test_curves(tmp_path, monkeypatch):
     ("scratch --data {0} --variants mlp --work-dir {0}/w --results {0}", "has no folder train"),
     ("report --results {0}", "holds no finished run yet"), ("scratch --data {0}", "give --variants, or --plan FILE"),
     ("--data {0}", "give --plan FILE or one of scratch"), ("long --variants mlp", "give --data FOLDER"),
-    ("long --plan x --data {0}", "--plan names setting and variants"),
+    ("long --plan x --data {0}", "--plan and setting: the plan says that"),
+    ("--plan x --data {0} --epochs 3", "--plan and epochs: the plan says that"),
     ("long --data {0} --variants mlp,lr=x", "lr is not a number: x"),
     ("long --data {0} --epochs 0", "--epochs 0 must be at least 1")])
 def test_bad_input(words, said, tmp_path, capsys):
