@@ -15,7 +15,8 @@ from faster_kan import FasterKANLayer
 from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.common.errors import UserError
 from vision_kan.common.seeds import seed_everything
-from vision_kan.kernels import BASES, rswaf_activation, rswaf_activation_reference, rswaf_basis
+from vision_kan.kernels import BASES, rswaf_basis
+from vision_kan.layers.function_layer import BASE_FLOPS, Flops
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.models.weight_init import init_mimetic
 
@@ -107,21 +108,18 @@ class ScaledActivation(GroupActivation):
     s [groups] begins at 1 over the input's deviation (`calibrate`), so that the grid covers the input. trained: learn it."""
 
     def __init__(self, phi: GroupActivation, trained: bool):
-        super().__init__(phi.channels, groups=len(phi.coefficients), base=phi.base, grid_min=phi.points[0],
-                         grid_max=phi.points[-1], num_grids=len(phi.points), h=phi.h)
+        super().__init__(phi.channels, groups=len(phi.coefficients), base="identity", grid_min=phi.points[0],
+                         grid_max=phi.points[-1], num_grids=len(phi.points), h=phi.h, function=phi.function)
+        self.outer_base = phi.base
         self.input_scale = nn.Parameter(torch.ones(len(phi.coefficients)), requires_grad=trained)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self._with(rswaf_activation, u)
-
-    def reference_forward(self, u: Tensor) -> Tensor:
-        return self._with(rswaf_activation_reference, u)
-
-    def _with(self, function: Any, u: Tensor) -> Tensor:
         x = u.float()       # the identity is added and subtracted, which bfloat16 would round
         scaled = (x.unflatten(-1, (len(self.input_scale), -1)) * self.input_scale[:, None]).flatten(-2)
-        bumps = function(scaled, self.coefficients, self.points, self.h, "identity", None) - scaled
-        return (BASES[self.base](x) + bumps).to(u.dtype)
+        return (BASES[self.outer_base](x) + (super().forward(scaled) - scaled)).to(u.dtype)
+
+    def flops(self, tokens: int) -> Flops:
+        return Flops(0, super().flops(tokens).elementwise + BASE_FLOPS[self.outer_base] * tokens * self.channels)
 
 
 @torch.no_grad()
