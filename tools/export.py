@@ -243,22 +243,13 @@ def export(trained: Trained, target: Path, check: list[Path] | None = None) -> D
 
 # ---------------------------------------------------------------- the model card
 PLACE = "USER/NAME"         # the model's name on the Hub, which push_to_hub.py fills in
+WEIGHTS_TITLES = {"model": "trained weights", "model_ema": "moving average"}
 
 
 def model_card(trained: Trained) -> str:
-    """The `README.md` of a model on the Hub: results, model, data, recipe, versions, licence, use."""
-    metadata = about(trained)
-    flags, names = metadata["args"], metadata.get("class_names") or []
-    name, (size, suffix) = trained.spec.name, models_kan.split_name(trained.spec.name)
-    data = _one_word(str(flags.get("data_set") or "unknown"))
-    recipe = {key: value for key, value in flags.items()
-              if FLAGS[key].scope != "model" and value != to_builtin_types(FLAGS[key].default)}
-    finetuned_from = trained.about.get("args", {}).get("finetune")
-
-    title = {"model": "trained weights", "model_ema": "moving average"}[trained.weights]
-    evaluated, results = None, _NOT_EVALUATED
+    """The `README.md` of a model on the Hub."""
+    name, evaluated = trained.spec.name, None
     if measured := trained.results:
-        results = f"The {title}: {_one_word(describe_result(measured))}."
         on = _one_word(measured["data_set"])
         evaluated = [EvalResult(task_type="image-classification", dataset_type=on.lower(), dataset_name=on,
                                 dataset_split=measured["split"] or None, metric_type="accuracy", metric_name=f"top-{k}",
@@ -266,23 +257,42 @@ def model_card(trained: Trained) -> str:
     header = ModelCardData(license="apache-2.0", library_name="timm", pipeline_tag="image-classification", model_name=name,
                            tags=["image-classification", "timm", "kolmogorov-arnold-network", "vision-kan"],
                            eval_results=evaluated)
-    parts = [f"---\n{header.to_yaml()}\n---", f"# {name}"]
+    return f"---\n{header.to_yaml()}\n---\n\n" + markdown(name, card_parts(trained))
+
+
+def markdown(title: str, parts: dict[str, str]) -> str:
+    """A page of paragraphs under their headings."""
+    paragraphs = [f"## {heading}\n\n{text}" if heading else text for heading, text in parts.items()]
+    return "\n\n".join([f"# {title}", *paragraphs]) + "\n"
+
+
+def card_parts(trained: Trained) -> dict[str, str]:
+    """The paragraphs of a model card by their headings: results, model, data, recipe, versions, licence, use; first, under "",
+    what the model is."""
+    metadata = about(trained)
+    flags, names = metadata["args"], metadata.get("class_names") or []
+    name, (size, suffix) = trained.spec.name, models_kan.split_name(trained.spec.name)
+    data = _one_word(str(flags.get("data_set") or "unknown"))
+    recipe = {key: value for key, value in flags.items()
+              if FLAGS[key].scope != "model" and value != to_builtin_types(FLAGS[key].default)}
+    finetuned_from = trained.about.get("args", {}).get("finetune")
+    title = WEIGHTS_TITLES[trained.weights]
+    parts = {}
     if suffix:
         flops = count_flops(trained.model) if size else measure_flops(trained.model, to_2tuple(trained.args.input_size))
         architecture = "A vision transformer" if size else f"`{models_kan.architecture_of(name)}` of timm"
-        parts.append(f"{architecture} with the feed-forward {models_kan.FEED_FORWARDS[suffix].TITLE}. "
+        parts[""] = (f"{architecture} with the feed-forward {models_kan.FEED_FORWARDS[suffix].TITLE}. "
                      f"{count_parameters(trained.model):,} parameters, {flops.matmul / 1e6:,.1f} M matrix-product "
                      f"FLOPs an image of {shown_size(trained.args.input_size, ' x ')} px.")
-    parts += ["## Results", results,
-              "## Model", f"It holds the {title}.",
-              _block("yaml", _yaml({"name": name, **metadata["model_args"]["kwargs"]})),
-              "## Data", f"`{data}`, {trained.model.num_classes} classes{_few(names)}.",
-              "## Recipe", _recipe(recipe, metadata, finetuned_from),
-              "## Versions", _block("yaml", _yaml({**metadata.get("versions", {}), "exported with": versions()})),
-              "## Licence", "Apache-2.0.",
-              "## Use", _USE.format(
-                  place=PLACE, register="" if size or not suffix else f"\nmodels_kan.register({name.split('.')[0]!r})\n")]
-    return "\n\n".join(parts) + "\n"
+    parts["Results"] = f"The {title}: {_one_word(describe_result(trained.results))}." if trained.results else _NOT_EVALUATED
+    parts["Model"] = f"It holds the {title}.\n\n" + _block("yaml", _yaml({"name": name, **metadata["model_args"]["kwargs"]}))
+    parts["Data"] = f"`{data}`, {trained.model.num_classes} classes{_few(names)}."
+    parts["Recipe"] = _recipe(recipe, metadata, finetuned_from)
+    parts["Versions"] = _block("yaml", _yaml({**metadata.get("versions", {}), "exported with": versions()}))
+    parts["Licence"] = "Apache-2.0."
+    parts["Use"] = _USE.format(
+        place=PLACE, register="" if size or not suffix else f"\nmodels_kan.register({name.split('.')[0]!r})\n")
+    return parts
 
 
 _USE = """With the code of Vision-KAN on the path (its `models_kan` registers the models):
@@ -328,6 +338,15 @@ def _block(language: str, text: str) -> str:
 
 
 # ---------------------------------------------------------------- the command
+def measure(trained: Trained) -> None:
+    """Evaluate the model on the validation images of --data-path, print `trained.results` and keep them."""
+    loaders = loaders_of(trained)
+    measured = evaluate(trained.model, loaders.val, Process(device=trained.device))
+    loaders.check_unreadable(gather=True)
+    trained.results = result_of(measured, trained.args)
+    say(f"{trained.weights}: {describe_result(trained.results)}")
+
+
 def arguments() -> Parser:
     parser = model_parser("export.py", __doc__)
     parser.set_defaults(device="cpu")       # a program keeps the device on which it was exported
@@ -341,11 +360,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     files = image_files(own.check) if own.check else []
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
     if trained.args.data_path:
-        loaders = loaders_of(trained)
-        measured = evaluate(trained.model, loaders.val, Process(device=trained.device))
-        loaders.check_unreadable(gather=True)
-        trained.results = result_of(measured, trained.args)
-        say(f"{own.weights}: {describe_result(trained.results)}")
+        measure(trained)
     found = export(trained, own.target, files)
     same = "equal bit for bit" if chosen.exact else \
         f"equal up to {found.error:.1e} of the largest logit (PyTorch's float32 from its float64: {found.own:.1e})"
