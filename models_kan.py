@@ -7,6 +7,9 @@ ones for 32-pixel images. A new size is one line in `SIZES`, a new feed-forward 
 
 Any other timm model with MLPs takes a feed-forward's suffix too: after `register("swin_tiny_patch4_window7_224_GKAN")`, timm's
 `create_model` knows that name.
+
+A few small models come with trained weights, under a name with a tag (`vision_kan.checkpoints.shipped`):
+`timm.create_model("vit_nano_patch8_32_GKAN.cifar10", pretrained=True)`.
 """
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -31,6 +34,7 @@ from torch import nn
 from faster_kan import FasterKAN
 from vision_kan.checkpoints.checkpoint import ModelSpec
 from vision_kan.checkpoints.layouts import filter_state_dict
+from vision_kan.checkpoints.shipped import checked, shipped
 from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.feed_forward import MLP, FeedForward
 from vision_kan.layers.group_kan import GroupKAN
@@ -38,7 +42,7 @@ from vision_kan.layers.kat import KAT
 from vision_kan.layers.replacement import mlps_of, nothing_to_replace, replace_mlps
 
 
-# ---------------------------------------------------------------- the two tables
+# ---------------------------------------------------------------- the tables
 class Size(NamedTuple):
     img_size: int
     patch_size: int
@@ -78,6 +82,11 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "KAT": KAT,
     "ViT": MLP,
 }
+# tag of the weights that come with this code -> their classes
+TAGS = {
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
+
 _OPTIONS = {suffix: list(signature(kind.with_options).parameters)[1:] for suffix, kind in FEED_FORWARDS.items()}
 # Every option that some feed-forward has, each a flag of the same name.
 KAN_OPTIONS = tuple(dict.fromkeys(option for options in _OPTIONS.values() for option in options))
@@ -98,7 +107,12 @@ def _take_options(name: str, suffix: str, kwargs: dict[str, Any]) -> dict[str, A
 def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
            block_norm_eps: float | None = None, **kwargs) -> nn.Module:
     options = _take_options(name, suffix, kwargs)
-    if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
+    if isinstance(tag := kwargs.get("pretrained_cfg"), str):
+        if f"{name}.{tag}" not in shipped():
+            raise ValueError(f"{name}.{tag}: there are no such weights, only {', '.join(shipped()) or 'models without a tag'}")
+        if pretrained:
+            checked(f"{name}.{tag}")
+    elif pretrained and not (tag or kwargs.get("pretrained_cfg_overlay")):
         kwargs["pretrained_cfg"] = _timm_weights_cfg(name, FEED_FORWARDS[suffix])
     depth = kwargs.get("depth", size.depth)
     settings: dict[str, Any] = dict(
@@ -116,7 +130,10 @@ def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
     return model
 
 
-_NO_WEIGHTS = "{} has no pretrained weights of its own: start from a checkpoint with --finetune"
+def _no_weights(name: str) -> ValueError:
+    tagged = [known for known in shipped() if known.split(".")[0] == name]
+    return ValueError(f"{name} has no pretrained weights of its own: "
+                      + (f"choose {' or '.join(tagged)}" if tagged else "start from a checkpoint with --finetune"))
 
 
 def _timm_weights_cfg(name: str, feed_forward: type[FeedForward]) -> dict[str, Any]:
@@ -124,10 +141,11 @@ def _timm_weights_cfg(name: str, feed_forward: type[FeedForward]) -> dict[str, A
     do not fit its feed-forward."""
     timms = get_pretrained_cfg(SIZE_NAMES[name])
     if not feed_forward.HOLDS_MLP or timms is None or not timms.has_weights:
-        raise ValueError(_NO_WEIGHTS.format(name))
+        raise _no_weights(name)
     taken = {key: getattr(timms, key) for key in ("url", "hf_hub_id", "hf_hub_filename", "tag", "mean", "std", "interpolation",
                                                   "crop_pct", "num_classes")}
-    return {**default_cfgs[name], "architecture": name, **{key: value for key, value in taken.items() if value is not None}}
+    return {**default_cfgs[name].cfgs[""].to_dict(), "architecture": name,
+            **{key: value for key, value in taken.items() if value is not None}}
 
 
 def _mlp_layer(name: str, size: Size, suffix: str, options: dict[str, Any], depth: int) -> Callable:
@@ -148,7 +166,7 @@ def _options_of_each(name: str, options: dict[str, Any], count: int) -> list[dic
     return [options | {"hdim_kan": width} for width in each]
 
 
-default_cfgs: dict[str, Any] = {}             # name -> what timm registers of it
+default_cfgs: dict[str, DefaultCfg] = {}      # name -> what timm registers of it
 SIZE_NAMES: dict[str, str] = {}                # name -> key of SIZES, of this project's models
 ARCHITECTURES: dict[str, str] = {}             # name -> timm's architecture with MLPs, of the models that `register` has added
 
@@ -160,15 +178,20 @@ def _register(size_name: str, size: Size, suffix: str, feed_forward: type[FeedFo
         return _build(name, size, suffix, pretrained, **kwargs)
 
     SIZE_NAMES[name] = size_name
-    _add_entry(name, entry, f"{size_name} with feed-forward {suffix}: {feed_forward.TITLE}. "
-               f"{feed_forward.with_options.__doc__ or ''}", {
+    cfg: dict[str, Any] = {
         "url": "", "num_classes": 1000, "input_size": (3, size.img_size, size.img_size), "pool_size": None,
         "crop_pct": 0.875 if size.img_size == 224 else 1.0, "interpolation": "bicubic", "fixed_input_size": True,
         "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "patch_embed.proj",
-        "classifier": ("head", "head_dist") if size.distilled else "head", "license": "apache-2.0"})
+        "classifier": ("head", "head_dist") if size.distilled else "head", "license": "apache-2.0"}
+    cfgs = {"": PretrainedCfg(**cfg)}       # first, so that the bare name stays a model of 1000 classes without weights
+    for tag, classes in TAGS.items():
+        if file := shipped().get(f"{name}.{tag}"):
+            cfgs[tag] = PretrainedCfg(**{**cfg, "file": str(file), "num_classes": len(classes), "label_names": classes})
+    _add_entry(name, entry, f"{size_name} with feed-forward {suffix}: {feed_forward.TITLE}. "
+               f"{feed_forward.with_options.__doc__ or ''}", DefaultCfg(deque(cfgs), cfgs))
 
 
-def _add_entry(name: str, entry: Callable, doc: str, cfg: dict[str, Any] | DefaultCfg) -> None:
+def _add_entry(name: str, entry: Callable, doc: str, cfg: DefaultCfg) -> None:
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = doc
     globals()[name] = entry
@@ -189,7 +212,7 @@ def _build_on(architecture: str, name: str, suffix: str, pretrained: bool = Fals
     options = _take_options(name, suffix, kwargs)
     own = pretrained and not isinstance(kwargs.get("pretrained_cfg"), (str, type(None)))
     if pretrained and not own and not FEED_FORWARDS[suffix].HOLDS_MLP:
-        raise ValueError(_NO_WEIGHTS.format(name))
+        raise _no_weights(name)
     model = model_entrypoint(architecture)(pretrained=pretrained and not own, **kwargs)
     mlps = mlps_of(model)
     if not mlps:
@@ -269,13 +292,14 @@ def split_name(name: str) -> tuple[Size | None, str | None]:
 
 def with_feed_forward(name: str, suffix: str) -> str:
     """The name of the model of the same size or architecture with another feed-forward. `name` may lack a suffix; an unknown one
-    stays as it is."""
+    stays as it is. A tag stays if there are such weights."""
     stem, dot, tag = name.partition(".")
     if not register(name) and stem not in SIZES:
         return name
     stem = SIZE_NAMES.get(stem) or ARCHITECTURES.get(stem, stem)
     if stem in SIZES:
-        return f"{stem}_{suffix}"       # its own models have no tags
+        other = f"{stem}_{suffix}"
+        return f"{other}.{tag}" if f"{other}.{tag}" in shipped() else other
     return f"{stem}{dot}{tag}" if suffix == "ViT" else f"{stem}_{suffix}{dot}{tag}"
 
 
@@ -324,11 +348,11 @@ def own_flags(name: str) -> Mapping[str, float]:
 
 def models_with(option: str, name: str) -> list[str]:
     """Models of the same size or architecture that have an option; [] for a model without learned functions of timm's."""
-    stem = SIZE_NAMES.get(name) or architecture_of(name)
+    stem = SIZE_NAMES.get(name.split(".")[0]) or architecture_of(name)
     return [f"{stem}_{suffix}" for suffix in FEED_FORWARDS if option in _OPTIONS[suffix]] if stem else []
 
 
 def mlp_twin(spec: ModelSpec) -> nn.Module:
     """The model of the same size and settings with MLPs as feed-forwards."""
     kwargs = {key: value for key, value in spec.kwargs.items() if key not in KAN_OPTIONS}
-    return timm.create_model(architecture_of(spec.name) or f"{SIZE_NAMES[spec.name]}_ViT", **kwargs)
+    return timm.create_model(architecture_of(spec.name) or f"{SIZE_NAMES[spec.name.split('.')[0]]}_ViT", **kwargs)

@@ -242,7 +242,8 @@ def interrupted_without_reader(argv: list[str]) -> int:
 # ---------------------------------------------------------------- arguments of tools
 NEEDED = {"compare": "--ffn", "convert": "SOURCE, TARGET, --model", "evaluate": "CHECKPOINT", "export": "CHECKPOINT, TARGET",
           "inspect_kan": "CHECKPOINT", "plot_run": "FOLDER", "predict": "CHECKPOINT, IMAGE|FOLDER",
-          "prune": "CHECKPOINT, TARGET, --what", "push_to_hub": "FOLDER, USER/NAME", "runs": "FOLDER", "symbolic": "CHECKPOINT"}
+          "prune": "CHECKPOINT, TARGET, --what", "push_to_hub": "FOLDER, USER/NAME", "runs": "FOLDER", "ship": "CHECKPOINT, TAG",
+          "symbolic": "CHECKPOINT"}
 
 
 @pytest.mark.parametrize("name", NEEDED)

@@ -130,7 +130,7 @@ def test_models_beside_modules_of_everyday_names(code, foreign):
 
 
 def test_what_pip_installs(tmp_path):
-    """The wheel holds the package, two modules of our own names, the kernels' source, and nothing else."""
+    """The wheel holds the package, two modules of our own names, the kernels' source, the trained weights, and nothing else."""
     done = subprocess.run([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir",
                            str(tmp_path), str(copy_of_sources(tmp_path / "source"))], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
@@ -139,6 +139,7 @@ def test_what_pip_installs(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"vision_kan", "models_kan.py", "faster_kan.py"}
     ours = {str(path.relative_to(ROOT)) for path in ROOT.glob("vision_kan/**/*.py")} | {
         f"vision_kan/kernels/{name}" for name in ("rational.cpp", "rswaf.cpp", "simd.h")}
+    ours |= {str(path.relative_to(ROOT)) for path in ROOT.glob("vision_kan/pretrained/*.*")}
     assert ours <= set(names)
 
 
@@ -146,7 +147,7 @@ def copy_of_sources(target: Path) -> Path:
     """What git tracks; building in the clone itself would leave files there."""
     tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).suffix in (".py", ".toml", ".cpp", ".h", ".txt") or name == "README.md":
+        if (ROOT / name).suffix in (".py", ".toml", ".cpp", ".h", ".txt", ".safetensors", ".md"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_bytes((ROOT / name).read_bytes())
     return target

@@ -12,6 +12,7 @@ from helpers import ROOT
 
 import hubconf
 import models_kan
+from vision_kan.checkpoints.shipped import shipped
 from vision_kan.common.errors import UserError
 from vision_kan.run.trained import load_trained
 
@@ -52,7 +53,7 @@ def test_from_another_program(checkpoint, tmp_path):
 
 def test_every_registered_model_is_an_entry_point():
     entries = {name for name in vars(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
-    assert entries == {*models_kan.registered_models(), "checkpoint"}
+    assert entries == {*models_kan.registered_models(), *shipped(), "checkpoint"}
     model = hubconf.vit_nano_patch8_32_KAN(hdim_kan=20)
     assert model.blocks[0].mlp.layers[0].out_features == 20 and "feed-forward KAN" in hubconf.vit_nano_patch8_32_KAN.__doc__
 

@@ -32,6 +32,7 @@ import engine
 import main as program
 import models_kan
 from tools import inspect_kan, predict
+from vision_kan.checkpoints.shipped import shipped
 from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.models.cost import count_flops
 
@@ -857,6 +858,8 @@ def test_finetune_from_an_address_with_a_hash(data, deit_tiny, server, tmp_path,
 def test_list_models(capsys):
     assert run("--list-models") == 0
     head, *rows = capsys.readouterr().out.splitlines()
+    if shipped():
+        assert rows.pop().endswith(f": {', '.join(shipped())}")
     assert head.split() == ["model", "parameters", "matmul", "GFLOPs", "elementwise", "GFLOPs"]
     table = {row.split()[0]: row.split()[1:] for row in rows}
     assert list(table) == models_kan.registered_models()

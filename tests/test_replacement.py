@@ -122,6 +122,7 @@ def test_names():
             ("test_vit.r160_in1k", "GKAN", "test_vit_GKAN.r160_in1k"), ("vit_nano_patch8_32", "ViT", "vit_nano_patch8_32_ViT"),
             ("vit_nano_patch8_32_KAN", "GKAN", "vit_nano_patch8_32_GKAN"),
             ("deit_tiny_patch16_224.fb_in1k", "GKAN", "deit_tiny_patch16_224_GKAN"),
+            ("vit_nano_patch8_32_KAN.nosuch", "GKAN", "vit_nano_patch8_32_KAN.nosuch"),
             ("deit_tiny_patch16_224", "ViT", "deit_tiny_patch16_224_ViT")):
         assert models_kan.with_feed_forward(name, suffix) == expected
 

@@ -17,7 +17,9 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 import torch
 
 from vision_kan.checkpoints.read import FOLDER_CONFIG, FOLDER_WEIGHTS, load_file
+from vision_kan.checkpoints.shipped import checked, shipped
 from vision_kan.common.errors import UserError, one_line
+from vision_kan.common.files import sha256
 from vision_kan.common.text import say, warn
 
 try:
@@ -38,8 +40,9 @@ def quiet_hub() -> None:
 
 
 def fetch(location: str) -> Path:
-    """A local path for `location`: a file or folder; a URL, which is downloaded once; or timm's `hf-hub:OWNER/NAME[@REVISION]`, a
-    model's folder in the Hub's cache, and `local-dir:FOLDER`.
+    """A local path for `location`: a file or folder; the name of weights that come with this code (`shipped`), unless there is a
+    file or folder of that name; a URL, which is downloaded once; or timm's `hf-hub:OWNER/NAME[@REVISION]`, a model's folder in
+    the Hub's cache, and `local-dir:FOLDER`.
 
     DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked at every use. A file without
     them is kept only if it can be read as a checkpoint, because a server need not announce its length. Raises UserError."""
@@ -48,7 +51,8 @@ def fetch(location: str) -> Path:
     if location.startswith(LOCAL):
         return Path(location.removeprefix(LOCAL)).expanduser()
     if not is_url(location):
-        return Path(location).expanduser()
+        path = Path(location).expanduser()
+        return checked(location) if location in shipped() and not path.exists() else path
     url = urlparse(location)
     if url.scheme == "file":
         return Path(unquote(url.path))
@@ -59,7 +63,7 @@ def fetch(location: str) -> Path:
     # without a hash, two servers may offer different files under one name
     target = folder / (name if digest else f"{hashlib.sha256(location.encode()).hexdigest()[:12]}-{name}")
     if target.is_file():
-        if _sha256(target).startswith(digest):
+        if sha256(target).startswith(digest):
             return target
         warn(f"{target} is damaged: its SHA-256 is not the one in its name, so it is downloaded again")
     say(f"downloading {location} to {target}")
@@ -135,7 +139,7 @@ def _partial(target: Path) -> tuple[Path, int]:
 
 def _check(location: str, file: Path, digest: str) -> None:
     if digest:
-        actual = _sha256(file)
+        actual = sha256(file)
         if not actual.startswith(digest):
             raise UserError(f"{location} is not the file that its name promises (its SHA-256 is {actual}): nothing "
                             "was kept, check the address")
@@ -145,11 +149,6 @@ def _check(location: str, file: Path, digest: str) -> None:
     except UserError as error:
         raise UserError(f"{location} is not a complete checkpoint ({one_line(error.__cause__ or error)}): nothing was kept, "
                         "check the address and the connection") from error
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from vision_kan.checkpoints import untrusted
+from vision_kan.checkpoints.shipped import shipped
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import one_or_two
 
@@ -27,7 +28,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         what = f"is a folder without {FOLDER_CONFIG}" if path.is_dir() else \
             "is not a regular file" if path.exists() else "does not exist"
-        raise UserError(f"checkpoint {path} {what}: check the path")
+        names = "" if path.exists() else ", ".join(shipped())
+        raise UserError(f"checkpoint {path} {what}: check the path"
+                        + (f", or name weights that come with this code ({names})" if names else ""))
     try:
         content = untrusted.read(path)
     except PermissionError as error:

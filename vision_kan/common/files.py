@@ -1,5 +1,6 @@
-"""Atomic writes: files appear complete or not at all."""
+"""Atomic writes: files appear complete or not at all; the hash of a file."""
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
@@ -53,6 +54,12 @@ def write_text(target: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hexadecimal digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ import models_kan
 from models_kan import KAN_OPTIONS, ModelSpec
 from vision_kan import kernels
 from vision_kan.checkpoints.checkpoint import Checkpoint
+from vision_kan.checkpoints.shipped import shipped
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import one_or_two, printable, say, shown_size, to_builtin_types
 from vision_kan.config.checks import validate
@@ -240,11 +241,14 @@ def description(config: Config, spec: ModelSpec, loaders: Loaders) -> dict[str, 
 
 
 def model_table() -> str:
-    """--list-models: names, parameters and FLOPs of this project's models at their default sizes."""
+    """--list-models: names, parameters and FLOPs of this project's models at their default sizes; and the names with trained
+    weights."""
     lines = [f"{'model':42}{'parameters':>14}{'matmul GFLOPs':>16}{'elementwise GFLOPs':>20}"]
     for name in models_kan.registered_models():
         model = timm.create_model(name, device="meta", weight_init="skip")      # a quarter of the time
         flops = count_flops(model)
         lines.append(f"{name:42}{count_parameters(model):>14,}{flops.matmul / 1e9:>16.3f}"
                      f"{flops.elementwise / 1e9:>20.4f}")
+    if names := ", ".join(shipped()):
+        lines.append(f"with trained weights, for --resume, --finetune and every tool: {names}")
     return "\n".join(lines)

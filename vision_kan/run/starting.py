@@ -15,6 +15,7 @@ import models_kan
 from models_kan import KAN_OPTIONS, ModelSpec
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url, quiet_hub
+from vision_kan.checkpoints.shipped import shipped
 from vision_kan.checkpoints.write import saved_checkpoints
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.launch import world_size_of_launch
@@ -124,9 +125,9 @@ def newest_start(output_dir: str, evaluate: bool) -> Start | None:
 
 
 def open_source(source: str) -> Checkpoint:
-    """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a timm model with pretrained weights. Raises
-    UserError if it cannot be read or downloaded."""
-    if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists():
+    """--finetune: a file, a folder, a URL, a model on the Hub, or the name of a model with pretrained weights, this project's or
+    timm's. Raises UserError if it cannot be read or downloaded."""
+    if is_url(source) or source.startswith((HUB, LOCAL)) or Path(source).expanduser().exists() or source in shipped():
         return Checkpoint.open(source)
     if not models_kan.register(source):
         raise UserError(f"--finetune {source} is neither a file, a folder, a URL nor the name of a timm "

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from models_kan import ModelSpec
 from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url
+from vision_kan.checkpoints.shipped import shipped
 from vision_kan.common.errors import UserError
 from vision_kan.common.process import choose_device
 from vision_kan.common.text import to_builtin_types
@@ -80,7 +81,8 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
     """The model of a checkpoint.
 
     Args:
-        location: a file or folder of this project, of the original Vision-KAN or of DeiT, its URL, or hf-hub:OWNER/NAME.
+        location: a file or folder of this project, of the original Vision-KAN or of DeiT, its URL, hf-hub:OWNER/NAME, or the name
+            of weights that come with this code.
         weights: one of `checkpoints.WEIGHTS`.
         device: as --device.
         flags: further flags of main.py, such as --data-path DIR.
@@ -173,14 +175,15 @@ def denormalised(image: Tensor, args: Namespace) -> Tensor:
 
 
 def default_output(checkpoint: str, ending: str) -> Path:
-    """A tool's default output: beside the checkpoint, named like it with `ending` in place of the suffix; for a URL or a model on
-    the Hub in the current folder."""
+    """A tool's default output: beside the checkpoint, named like it with `ending` in place of the suffix; for a URL, a model on
+    the Hub or weights that come with this code in the current folder."""
     on_the_hub = checkpoint.startswith(HUB)
     if on_the_hub or is_url(checkpoint):
         path = Path(Path(urlparse(checkpoint).path).name)
     else:
         path = Path(checkpoint.removeprefix(LOCAL)).expanduser()
-    return path.with_name(f"{path.name if on_the_hub or path.is_dir() else path.stem}{ending}")
+    whole = on_the_hub or path.is_dir() or not path.exists() and checkpoint in shipped()
+    return path.with_name(f"{path.name if whole else path.stem}{ending}")
 
 
 def describe_result(results: Mapping[str, Any]) -> str:
