@@ -5,8 +5,9 @@
         --kan-basis covering --kan-second-norm static --kan-grid-range -4 4 --calibrate IMAGES [--check IMAGES]
 
 SOURCE is a DeiT checkpoint, one of ours, a .safetensors file, an exported folder, a URL, hf-hub:OWNER/NAME, or the name of a
-timm model. A group KAN computes what the MLP did; a full-edge KAN is fitted to it on images of --calibrate. Further flags are
-main.py's (--input-size, --kan-...). The target loads with `main.py --eval --resume`, `--resume` or `--finetune`.
+pretrained model, ours or timm's. A group KAN computes what the MLP did; a full-edge KAN is fitted to it on images of
+--calibrate. Further flags are main.py's (--input-size, --kan-...). The target loads with `main.py --eval --resume`, `--resume` or
+`--finetune`.
 """
 import argparse
 import sys

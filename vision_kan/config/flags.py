@@ -60,13 +60,13 @@ GROUPS = [
     Group("run", [
         Flag("--config", None, "run", "YAML file of flags; the command line overrides it", metavar="RECIPE",
              one_shot=True, ours=True),
-        Flag("--list-models", False, "run", "print this project's models and stop", type=bool, one_shot=True,
-             ours=True),
+        Flag("--list-models", False, "run", "print this project's models, and the names with weights, and stop",
+             type=bool, one_shot=True, ours=True),
         Flag("--output_dir", "", "run", "folder for checkpoints and logs; without it nothing is saved", metavar="DIR",
              path=True),
         Flag("--resume", "", "run",
-             "checkpoint to continue or to evaluate: a file, a folder, a URL or hf-hub:OWNER/NAME; auto: the newest in "
-             "--output_dir, if any", metavar="FILE", path=True),
+             "checkpoint to continue or to evaluate: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights "
+             "(--list-models); auto: the newest in --output_dir, if any", metavar="FILE", path=True),
         Flag("--start_epoch", 0, "run", "number of the first epoch, counted from 0, if the checkpoint has none",
              type=int, metavar="N", rule=EPOCHS),
         Flag("--eval", False, "run", "evaluate --resume or --finetune and stop", type=bool),
@@ -259,7 +259,8 @@ GROUPS = [
     ]),
     Group("distillation and co-training", [
         Flag("--teacher-model", "regnety_160", "training", "the teacher's name in timm", type=str, metavar="NAME"),
-        Flag("--teacher-path", "", "run", "the teacher's weights: a file, a folder, a URL or hf-hub:OWNER/NAME",
+        Flag("--teacher-path", "", "run", "the teacher's weights: a file, a folder, a URL, hf-hub:OWNER/NAME or a name "
+             "with weights",
              type=str, metavar="FILE", path=True),
         Flag("--distillation-type", "none", "training",
              "learn from the teacher's probabilities (soft) or from its top class (hard)", type=str,
@@ -272,8 +273,8 @@ GROUPS = [
     ]),
     Group("fine-tuning", [
         Flag("--finetune", "", "run",
-             "weights to start from: a file, a folder, a URL, hf-hub:OWNER/NAME or the name of a pretrained timm "
-             "model", metavar="FILE", path=True),
+             "weights to start from: a file, a folder, a URL, hf-hub:OWNER/NAME or the name of a pretrained model, ours or "
+             "timm's", metavar="FILE", path=True),
         Flag("--attn-only", False, "training", "train only attention, head and position embeddings", type=bool),
     ]),
     Group("data", [
