@@ -82,7 +82,7 @@ def box(tmp_path_factory, file, data):
     folder = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shipped, "FOLDER", folder)
-        assert ship.main([str(file), "cifar10", "--weights", "model_ema", "--data-path", str(data), "--trained-on", "a machine",
+        assert ship.main([str(file), "cifar10", "--weights", "model_ema", "--data-path", str(data), "--note", "On a machine.",
                           *LOCAL]) == 0
         register_again()
         yield folder
@@ -102,7 +102,7 @@ def test_what_is_written(box, file):
     state, own = Checkpoint.open(file).weights("model_ema"), Checkpoint.open(NAME).weights()
     assert all(torch.equal(own[key], value.half() if value.ndim > 1 else value) for key, value in state.items())
     card = (box / f"{NAME}.md").read_text()
-    for words in (f"# {NAME}\n", "The moving average: top-1", "20 images of CIFAR-10, validation", "top-1 12.34", "a machine",
+    for words in (f"# {NAME}\n", "The moving average: top-1", "20 images of CIFAR-10, validation", "top-1 12.34", "On a machine.",
                   "`python main.py --config recipes/cifar10_gkan.yaml --data-path DIR", "2 epochs done", "torch 2.7.0",
                   "name no licence", "Classes: airplane, automobile"):
         assert words in card, words

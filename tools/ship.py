@@ -1,6 +1,6 @@
 """Put a checkpoint's weights in the box: into vision_kan/pretrained, under the name of its model and a tag.
 
-    python tools/ship.py CHECKPOINT TAG --data-path DIR [--weights model_ema] [--trained-on "2 cores of a Xeon, 3 hours"]
+    python tools/ship.py CHECKPOINT TAG --data-path DIR [--weights model_ema] [--note "Trained in 3 hours on 2 cores."]
 
 TAG is one of models_kan.TAGS, which gives the classes. The matrices are rounded to half precision, and the result is evaluated on
 the validation images of --data-path. Written are NAME-HASH.safetensors, in place of an earlier one, and the model card NAME.md.
@@ -31,9 +31,9 @@ from vision_kan.run.trained import Trained, describe_result, load_trained
 
 # tag -> the name of the data, and what its card says of them
 DATA = {
-    "cifar10": ("CIFAR-10", "[CIFAR-10](https://www.cs.toronto.edu/~kriz/cifar.html) (Krizhevsky, 2009): 50,000 training and "
-                            "10,000 test images of 32 x 32 px. Its authors name no licence and ask to cite \"Learning Multiple "
-                            "Layers of Features from Tiny Images\". The images are not in this repository."),
+    "cifar10": ("CIFAR-10", "[CIFAR-10](https://www.cs.toronto.edu/~kriz/cifar.html) (Krizhevsky, 2009), photos of 32 x 32 px. "
+                            "Its authors name no licence and ask to cite \"Learning Multiple Layers of Features from Tiny "
+                            "Images\". The images are not in this repository."),
 }
 
 
@@ -50,9 +50,9 @@ def halved(trained: Trained) -> dict[str, Tensor]:
     return {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
 
 
-def card(name: str, trained: Trained, trained_on: str) -> str:
+def card(name: str, trained: Trained, note: str) -> str:
     """The model card: what tools/export.py says of a model, with the results of all of its checkpoint's weights, the command, the
-    machine and the licence of the data."""
+    note and the licence of the data."""
     parts, (title, data), args = card_parts(trained), DATA[name.partition(".")[2]], trained.about.get("args", {})
     before = [f"{WEIGHTS_TITLES[key]}: {describe_result({**results, 'data_set': title})}"
               for key, results in trained.about.get("results", {}).items() if key in WEIGHTS_TITLES]
@@ -63,8 +63,8 @@ def card(name: str, trained: Trained, trained_on: str) -> str:
     if args.get("config"):
         parts["Recipe"] = f"`python main.py --config recipes/{recipe} --data-path DIR --output_dir FOLDER`\n\n{parts['Recipe']}"
     parts["Versions"] = ", ".join(f"{key} {value}" for key, value in trained.about.get("versions", {}).items()) + "."
-    if trained_on:
-        parts["Recipe"] += f"\n\nTrained on {trained_on}."
+    if note:
+        parts["Recipe"] += f"\n\n{note}"
     parts["Licence"] = "The weights: Apache-2.0, as this code. The data: see above."
     parts["Use"] = (f"`timm.create_model(\"{name}\", pretrained=True)` after `import models_kan`; "
                     f"`python main.py --eval --resume {name} --data-path DIR`; `python tools/predict.py {name} IMAGE`.")
@@ -74,7 +74,7 @@ def card(name: str, trained: Trained, trained_on: str) -> str:
 def arguments() -> Parser:
     parser = model_parser("ship.py", __doc__)
     parser.add_argument("tag", choices=models_kan.TAGS, metavar="TAG", help=f"one of {', '.join(models_kan.TAGS)}")
-    parser.add_argument("--trained-on", default="", metavar="TEXT", help="machine and time, for the card")
+    parser.add_argument("--note", default="", metavar="TEXT", help="sentences for the card: images, machine, time")
     return parser
 
 
@@ -97,7 +97,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     folder, earlier = shipped.FOLDER, shipped.shipped().get(name)
     with atomic_write(folder / f"{name}.md") as place:
         target = write(folder, name, state, trained)
-        place.write_text(card(name, trained, own.trained_on), encoding="utf-8")
+        place.write_text(card(name, trained, own.note), encoding="utf-8")
     if earlier and earlier != target:
         earlier.unlink()
     say(f"{target}: {count_parameters(trained.model):,} parameters at {shown_size(trained.args.input_size)} px, "
