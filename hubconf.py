@@ -1,7 +1,7 @@
 """Entry points of `torch.hub`: every registered model, those that come with trained weights, and one for checkpoints.
 
     torch.hub.load(PATH_OF_THIS_CODE, "deit_tiny_patch16_224_GKAN", source="local", num_classes=10)
-    torch.hub.load(PATH_OF_THIS_CODE, "vit_nano_patch8_32_GKAN.cifar10", source="local", pretrained=True)
+    torch.hub.load(PATH_OF_THIS_CODE, "vit_nano_patch8_32_GKAN.digits", source="local", pretrained=True)
     torch.hub.load(PATH_OF_THIS_CODE, "checkpoint", FILE_OR_URL, source="local")
 """
 from functools import partial as _partial

@@ -9,7 +9,7 @@ Any other timm model with MLPs takes a feed-forward's suffix too: after `registe
 `create_model` knows that name.
 
 A few small models come with trained weights, under a name with a tag (`vision_kan.checkpoints.shipped`):
-`timm.create_model("vit_nano_patch8_32_GKAN.cifar10", pretrained=True)`.
+`timm.create_model("vit_nano_patch8_32_GKAN.digits", pretrained=True)`.
 """
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -84,7 +84,7 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
 }
 # tag of the weights that come with this code -> their classes
 TAGS = {
-    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "digits": tuple("0123456789"),
 }
 
 _OPTIONS = {suffix: list(signature(kind.with_options).parameters)[1:] for suffix, kind in FEED_FORWARDS.items()}

@@ -256,7 +256,7 @@ def test_a_tool_without_its_arguments_says_which(name, capsys):
 @pytest.mark.parametrize("name", [*NEEDED, "quickstart"])
 def test_a_mistyped_flag_of_a_tool(name, capsys):
     given = {"--model": ["--model", "m"], "--ffn": ["--ffn", "mlp"], "--what": ["--what", "hidden", "--curve"],
-             "TAG": ["cifar10"], "": []}
+             "TAG": ["digits"], "": []}
     words = [word for needed in NEEDED.get(name, "").split(", ") for word in given.get(needed, ["x"])]
     tool = importlib.import_module(f"tools.{name}")
     assert tool.main([*words, "--no-such-flag"]) == 2

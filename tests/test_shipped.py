@@ -22,7 +22,7 @@ from vision_kan.run.build import model_of_run
 from vision_kan.run.starting import read_start, suggest_model
 from vision_kan.run.trained import default_output, load_trained
 
-NAME, CLASSES = f"{GKAN}.cifar10", TAGS["cifar10"]
+NAME, CLASSES = f"{GKAN}.digits", TAGS["digits"]
 LOCAL = ("--device", "cpu", "--num_workers", "0")
 
 
@@ -82,7 +82,7 @@ def box(tmp_path_factory, file, data):
     folder = tmp_path_factory.mktemp("pretrained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shipped, "FOLDER", folder)
-        assert ship.main([str(file), "cifar10", "--weights", "model_ema", "--data-path", str(data), "--note", "On a machine.",
+        assert ship.main([str(file), "digits", "--weights", "model_ema", "--data-path", str(data), "--note", "On a machine.",
                           *LOCAL]) == 0
         register_again()
         yield folder
@@ -102,9 +102,10 @@ def test_what_is_written(box, file):
     state, own = Checkpoint.open(file).weights("model_ema"), Checkpoint.open(NAME).weights()
     assert all(torch.equal(own[key], value.half() if value.ndim > 1 else value) for key, value in state.items())
     card = (box / f"{NAME}.md").read_text()
-    for words in (f"# {NAME}\n", "The moving average: top-1", "20 images of CIFAR-10, validation", "top-1 12.34", "On a machine.",
+    for words in (f"# {NAME}\n", "The moving average: top-1", "20 images of scikit-learn's digits, validation", "top-1 12.34",
+                  "On a machine.",
                   "`python main.py --config recipes/cifar10_gkan.yaml --data-path DIR", "2 epochs done", "torch 2.7.0",
-                  "name no licence", "Classes: airplane, automobile"):
+                  "Alpaydin", "Classes: 0, 1, 2"):
         assert words in card, words
     assert "somewhere" not in card and "a-platform" not in card
     assert "somewhere" not in (text := path.read_bytes().decode(errors="ignore")) and "a-platform" not in text
@@ -115,7 +116,7 @@ def test_new_weights_replace_the_old(file, data, tmp_path, monkeypatch):
     paths = []
     for seed in (1, 2):
         place = checkpoint_of(TWIN, tmp_path / f"{seed}.pth", seed)
-        assert ship.main([str(place), "cifar10", "--data-path", str(data), *LOCAL]) == 0
+        assert ship.main([str(place), "digits", "--data-path", str(data), *LOCAL]) == 0
         paths += shipped.shipped().values()
     assert len(paths) == 2 and not paths[0].exists() and paths[1].exists()
 
@@ -126,9 +127,9 @@ def test_what_is_not_shipped(data, tmp_path, capsys):
     torch.save({"model": timm.create_model("test_vit", num_classes=10).state_dict(), "class_names": list(CLASSES),
                 "model_args": {"name": "test_vit", "kwargs": {"num_classes": 10}}, "args": {}}, foreign)
     full = checkpoint_of(GKAN, tmp_path / "full.pth")
-    for words, told in (([few, "cifar10"], "has the classes airplane, automobile, bird ..., which are not those of TAG cifar10"),
-                        ([foreign, "cifar10"], "holds test_vit: only models of --list-models"),
-                        ([full, "cifar10"], "give --data-path DIR"), ([full, "cifar11"], "cifar11")):
+    for words, told in (([few, "digits"], "has the classes 0, 1, 2 ..., which are not those of TAG digits"),
+                        ([foreign, "digits"], "holds test_vit: only models of --list-models"),
+                        ([full, "digits"], "give --data-path DIR"), ([full, "digit"], "digit")):
         assert ship.main([*map(str, words), *LOCAL]) == 2
         assert told in capsys.readouterr().err
 
@@ -201,7 +202,7 @@ def test_changed_files(box, file, tmp_path, monkeypatch):
 
 
 def test_unknown_tags(box):
-    for name in (f"{GKAN}.foo", f"{NANO}.cifar10"):
+    for name in (f"{GKAN}.foo", f"{NANO}.digits"):
         assert not models_kan.register(name)
         with pytest.raises(ValueError, match=f"^{name}: there are no such weights, only {NAME}$"):
             timm.create_model(name, pretrained=True)
@@ -215,7 +216,7 @@ def test_unknown_tags(box):
 def test_names(box):
     assert models_kan.register(NAME) and models_kan.split_name(NAME) == models_kan.split_name(GKAN)
     for name, suffix, expected in ((NAME, "GKAN", NAME), (NAME, "KAT", f"{GKAN[:-5]}_KAT"), (f"{TWIN}.nosuch", "GKAN",
-                                   f"{TWIN}.nosuch"), (f"{GKAN[:-5]}.cifar10", "GKAN", NAME)):
+                                   f"{TWIN}.nosuch"), (f"{GKAN[:-5]}.digits", "GKAN", NAME)):
         assert models_kan.with_feed_forward(name, suffix) == expected
     assert models_kan.models_with("kan_groups", NAME) == models_kan.models_with("kan_groups", GKAN) != []
     assert models_kan.options_of(NAME) == models_kan.options_of(GKAN)

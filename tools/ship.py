@@ -31,9 +31,9 @@ from vision_kan.run.trained import Trained, describe_result, load_trained
 
 # tag -> the name of the data, and what its card says of them
 DATA = {
-    "cifar10": ("CIFAR-10", "[CIFAR-10](https://www.cs.toronto.edu/~kriz/cifar.html) (Krizhevsky, 2009), photos of 32 x 32 px. "
-                            "Its authors name no licence and ask to cite \"Learning Multiple Layers of Features from Tiny "
-                            "Images\". The images are not in this repository."),
+    "digits": ("scikit-learn's digits",
+               "[The digits of scikit-learn](https://scikit-learn.org/stable/datasets/toy_dataset.html), 1,797 handwritten ones "
+               "of 8 x 8 px (Alpaydin and Kaynak, 1998, CC BY 4.0), enlarged to 32 x 32. They come with scikit-learn."),
 }
 
 
@@ -54,6 +54,7 @@ def card(name: str, trained: Trained, note: str) -> str:
     """The model card: what tools/export.py says of a model, with the results of all of its checkpoint's weights, the command, the
     note and the licence of the data."""
     parts, (title, data), args = card_parts(trained), DATA[name.partition(".")[2]], trained.about.get("args", {})
+    where = "" if trained.args.data_set == "DIGITS" else "--data-path DIR "
     before = [f"{WEIGHTS_TITLES[key]}: {describe_result({**results, 'data_set': title})}"
               for key, results in trained.about.get("results", {}).items() if key in WEIGHTS_TITLES]
     parts["Results"] += " These are the weights in the file, with matrices in half precision." + "".join(
@@ -61,13 +62,13 @@ def card(name: str, trained: Trained, note: str) -> str:
     parts["Data"] = f"{data}\n\nClasses: {', '.join(trained.class_names)}."
     recipe = Path(str(args.get("config"))).name
     if args.get("config"):
-        parts["Recipe"] = f"`python main.py --config recipes/{recipe} --data-path DIR --output_dir FOLDER`\n\n{parts['Recipe']}"
+        parts["Recipe"] = f"`python main.py --config recipes/{recipe} {where}--output_dir FOLDER`\n\n{parts['Recipe']}"
     parts["Versions"] = ", ".join(f"{key} {value}" for key, value in trained.about.get("versions", {}).items()) + "."
     if note:
         parts["Recipe"] += f"\n\n{note}"
     parts["Licence"] = "The weights: Apache-2.0, as this code. The data: see above."
     parts["Use"] = (f"`timm.create_model(\"{name}\", pretrained=True)` after `import models_kan`; "
-                    f"`python main.py --eval --resume {name} --data-path DIR`; `python tools/predict.py {name} IMAGE`.")
+                    f"`python main.py {where}--eval --resume {name}`; `python tools/predict.py {name} IMAGE`.")
     return markdown(name, parts)
 
 
@@ -87,7 +88,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     if tuple(trained.class_names) != models_kan.TAGS[own.tag]:
         raise UserError(f"checkpoint {own.checkpoint} has the classes {', '.join(trained.class_names[:5])} ..., which are not "
                         f"those of TAG {own.tag} in models_kan.TAGS")
-    if not trained.args.data_path:
+    if not trained.args.data_path and trained.args.data_set != "DIGITS":
         raise UserError("the card states the accuracy: give --data-path DIR")
     trained.about.get("versions", {}).pop("platform", None)      # of the machine, not of the weights
     state = halved(trained)

@@ -1,4 +1,4 @@
-"""Trained weights that come with this code, each under a model's name with a tag: `vit_nano_patch8_32_GKAN.cifar10`.
+"""Trained weights that come with this code, each under a model's name with a tag: `vit_nano_patch8_32_GKAN.digits`.
 
 The files lie in vision_kan/pretrained as NAME-HASH.safetensors, and tools/ship.py writes them. HASH begins the file's SHA-256, as
 in timm's names, so that a new file needs no change here."""
