@@ -3,6 +3,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from e2e import QUICK, checkpoint, refusal, run, write_digits
 from helpers import GKAN, every
@@ -10,6 +11,7 @@ from numpy.polynomial import chebyshev
 from paths import saved
 from scipy.interpolate import BSpline
 
+import models_kan
 from tools import export, inspect_kan, predict, prune, symbolic
 from vision_kan import kernels
 from vision_kan.kernels import FUNCTIONS, activation, activation_reference, backend
@@ -82,6 +84,10 @@ def test_value_and_derivatives(function):
         torch.testing.assert_close(value, exact, rtol=0, atol=1e-12)
     for one, other in zip(torch.autograd.grad(ours, inputs, dv), torch.autograd.grad(theirs, inputs, dv)):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    at_points = torch.tensor(POINTS, dtype=torch.float64)[None, [0, 3, 4, 7]].requires_grad_()
+    for plain in (lambda x: activation(x, c[:1], POINTS, H, "none", None, function),
+                  lambda x: activation_reference(x, c[:1], POINTS, H, "none", None, function)):
+        assert torch.autograd.gradgradcheck(plain, at_points)
     small = [t.detach()[:1, :6].clone().requires_grad_() if t is inputs[0] else t for t in inputs]
     assert torch.autograd.gradcheck(call(function), small) and torch.autograd.gradgradcheck(call(function), small)
     slope = torch.func.grad(lambda x: call(function)(x, c, s).sum())(u)
@@ -109,6 +115,70 @@ def test_only_u_and_the_parameters_are_kept_whatever_the_size(function):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_inputs_that_are_no_matrix_in_memory(frozen):
+    (u, c, s), _ = problem(torch.float32, (12, 10), groups=5)
+    c, s = (c.detach(), s.detach()) if frozen else (c, s)
+    for form in (lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1).chunk(2, 1)[1],
+                 lambda x: x[:, None].expand(-1, 3, -1)):
+        wanted = [t for t in (u, c, s) if t.requires_grad]
+        ours, theirs = (torch.autograd.grad(f(form(u), c, s).sin().sum(), wanted) for f in (call("sech"), reference("sech")))
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(one, other)
+
+
+def test_gradients_of_small_parameters_are_rounded_once():
+    """However many pieces they are summed from."""
+    (u, c, s), dv = problem(torch.float32, (3000, 768), groups=1)
+    small = [c.detach().bfloat16().requires_grad_(), s.detach().bfloat16().requires_grad_()]
+    assert len(backend.row_chunks(u)) > 10
+    ours = torch.autograd.grad(call("gaussian")(u, *small), small, dv)
+    wide = [p.detach().float().requires_grad_() for p in small]
+    exact = torch.autograd.grad(reference("gaussian")(u, *wide), wide, dv)
+    for one, other in zip(ours, exact):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.float(), other, rtol=0.005, atol=0.005 * float(other.abs().max()))
+
+
+def test_a_gated_model_of_timm_learns():
+    """Its gate is a part of a larger tensor."""
+    models_kan.register("eva02_tiny_patch14_224_GKAN")
+    model = timm.create_model("eva02_tiny_patch14_224_GKAN", img_size=28, kan_function="sech", num_classes=3)
+    model(torch.randn(2, 3, 28, 28)).sum().backward()
+    assert all(layer.coefficients.grad.any() for layer in function_layers(model).values())
+
+
+@pytest.mark.parametrize("function", ["rswaf", "sech"])
+def test_on_meta(function):
+    layer = GroupKAN(12, 24, groups=2, function=function, device="meta")
+    assert layer(torch.empty(5, 12, device="meta")).shape == (5, 12)
+
+
+def test_many_variants_are_compiled(monkeypatch):
+    """Dynamo gives up on a function after eight."""
+    seen = []
+    module = sys.modules[activation.__module__]
+    real = torch.compile
+
+    def counted(graph, inputs):
+        seen.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend=counted, **how))
+    module._compiled.cache_clear()
+    kernels.use("compile")
+    for function in OTHERS:
+        for base in ("gelu", "identity"):
+            for width in (12, 24):
+                u, c = torch.randn(4, width), torch.randn(3, 8)
+                before = len(seen)
+                torch.testing.assert_close(activation(u, c, POINTS, H, base, None, function),
+                                           activation_reference(u, c, POINTS, H, base, None, function))
+                assert len(seen) > before or width == 24
+    module._compiled.cache_clear()
+    torch._dynamo.reset()
+
+
 def test_no_rows_frozen_parameters_and_autocast():
     (u, c, s), _ = problem(torch.float32, (0, 12))
     grads = torch.autograd.grad(call("sech")(u, c, s).sum(), (u, c, s))
@@ -134,7 +204,7 @@ def test_the_backend_chooses_the_way(monkeypatch):
     inputs, _ = problem()
     ways = []
     module = sys.modules[activation.__module__]
-    monkeypatch.setattr(module, "_compiled", lambda: lambda *given: ways.append("compiled") or given[0])
+    monkeypatch.setattr(module, "_compiled", lambda *key: lambda *given: ways.append("compiled") or given[0])
     monkeypatch.setattr(module._ByRows, "apply", lambda *given: ways.append("rows") or given[0])
     for name in ("auto", "cpu", "compile", "reference"):
         kernels.use(name)

@@ -26,7 +26,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) * 255
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Photographs of many sizes and shapes, 36 to train on."""
+    """Photographs of many sizes and shapes, 36 to train on, half of them JPEG files."""
     folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for name in ("china", "flower"):
         photo = Image.fromarray(load_sample_image(f"{name}.jpg"))
@@ -35,7 +35,8 @@ def data(tmp_path_factory) -> Path:
             for number in range(count):
                 left, top = rng.integers(0, 300), rng.integers(0, 200)
                 box = (left, top, left + rng.integers(60, 340), top + rng.integers(60, 220))
-                photo.crop(box).resize(rng.integers(40, 120, 2).tolist()).save(folder / half / name / f"{number}.png")
+                photo.crop(box).resize(rng.integers(40, 120, 2).tolist()).save(
+                    folder / half / name / f"{number}.{('png', 'jpg')[number % 2]}")
     return folder
 
 
@@ -60,6 +61,9 @@ def test_the_same_crops_come_out(data, words, most, differing):
     """Bit by bit where PIL resizes, and to rounding where PyTorch does (docs/data.md)."""
     ours, theirs = (torch.cat(images_of(loaders(data, *STILL, *words, augment_on=on), epoch=2)) for on in ("device", "loader"))
     difference = ((ours - theirs).abs() * STD).round()
+    decoded = loaders(data, *STILL, *words).train.loader.dataset
+    kinds = {isinstance(decoded._load(index), torch.Tensor) for index in range(len(decoded))}
+    assert kinds == ({False} if words in (("--input-size", "32"), ("--src",)) else {False, True})
     assert difference.max() <= most and (difference > 0).float().mean() <= differing
     assert (difference > 1).float().mean() < 0.001
 

@@ -21,7 +21,7 @@ def seed_everything(*key: int) -> None:
 
 @cache
 def _seeds_of_devices() -> list[Callable[[int], None]]:
-    """Of the kinds of devices that are there. `torch.manual_seed` asks all that it knows, and prints a stack for each that is not
-    in use: over a millisecond a step."""
+    """Of the kinds of devices that are there. `torch.manual_seed` asks all that it knows, and formats a stack for each that is
+    not in use: over a millisecond a step."""
     return [seed for seed, there in ((torch.cuda.manual_seed_all, torch.cuda.is_available()),
                                      (torch.mps.manual_seed, torch.backends.mps.is_available())) if there]

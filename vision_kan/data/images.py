@@ -141,7 +141,7 @@ def _decode_jpeg(file: BinaryIO) -> torch.Tensor | None:
     """uint8 [3, H, W], laid out as the image is, of a JPEG file in RGB; None if PIL must say what is wrong with it."""
     file.seek(0)
     try:
-        return decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
+        return decode_jpeg(torch.frombuffer(file.read(), dtype=torch.uint8))
     except RuntimeError:    # the file is damaged, or this torchvision was built without libjpeg
         file.seek(0)
         return None

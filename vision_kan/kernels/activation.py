@@ -7,6 +7,7 @@ elsewhere PyTorch's operations on some rows at a time, so that only u and the pa
 """
 import functools
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: floa
     if name == "reference" or backend.intercepted(u, coefficients, scale):
         return _reference(u, coefficients, scale, constants)
     if name == "compile" or backend.resolve(name, u, len(points), *constants) == "compiled":
-        return _compiled()(u, coefficients, scale, constants)
+        return _compiled(constants, torch.is_grad_enabled())(u, coefficients, scale)
     return _ByRows.apply(u, coefficients, scale, constants)
 
 
@@ -60,9 +61,15 @@ def _reference(u: Tensor, coefficients: Tensor, scale: Tensor | None, constants:
     return activation_reference(u, coefficients, points, h, base, scale, function)
 
 
-@functools.lru_cache
-def _compiled() -> Any:
-    return torch.compile(_reference)
+@functools.cache
+def _compiled(constants: tuple, grad: bool) -> Any:
+    """`_reference` through torch.compile. Dynamo gives up on a code object after eight variants, and a process may have more:
+    so these constants, with and without gradients, have one of their own."""
+    def activation(u: Tensor, coefficients: Tensor, scale: Tensor | None) -> Tensor:
+        return _reference(u, coefficients, scale, constants)
+
+    own = FunctionType(activation.__code__.replace(), activation.__globals__, closure=activation.__closure__)
+    return torch.compile(own)
 
 
 class _ByRows(torch.autograd.Function):
@@ -80,14 +87,18 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dv: Tensor):
         u, coefficients, scale = ctx.saved_tensors
+        needs = ctx.needs_input_grad
 
-        def gradients(u: Tensor, dv: Tensor) -> list[Tensor | None]:
-            return backend.gradients(lambda u, c, s: _reference(u, c, s, ctx.constants), (u, coefficients, scale),
-                                     ctx.needs_input_grad, dv)
+        def gradients(*inputs: Tensor | None, dv: Tensor) -> list[Tensor | None]:
+            return backend.gradients(lambda u, c, s: _reference(u, c, s, ctx.constants), inputs, needs, dv)
 
         if backend.differentiable_backward(dv):
-            return *gradients(u, dv), None
-        flat, dv = as_matrix(u), as_matrix(dv)
-        parts = [gradients(flat[rows], dv[rows]) for rows in row_chunks(flat) or [slice(0)]]
+            return *gradients(u, coefficients, scale, dv=dv), None
+        # copies, which need gradients of their own; parameters in the computation's dtype, so that sums are not rounded
+        flat, dv = as_matrix(u.detach()), as_matrix(dv)
+        c, s = (None if parameter is None else parameter.detach().to(math_dtype(u.dtype)).requires_grad_(need)
+                for parameter, need in ((coefficients, needs[1]), (scale, needs[2])))
+        parts = [gradients(flat[rows].requires_grad_(needs[0]), c, s, dv=dv[rows]) for rows in row_chunks(flat) or [slice(0)]]
         du, dc, ds = ([part for part in column if part is not None] for column in zip(*parts))
-        return (torch.cat(du).view_as(u) if du else None, sum(dc) if dc else None, sum(ds) if ds else None, None)
+        return (torch.cat(du).view(u.shape) if du else None, sum(dc).to(coefficients.dtype) if dc else None,
+                sum(ds).to(scale.dtype) if ds else None, None)

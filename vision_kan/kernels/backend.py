@@ -157,6 +157,8 @@ def device_type(tensor: torch.Tensor) -> str:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Autocast's dtype if it is on, else the tensor's own."""
     device = device_type(tensor)
+    if device not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device):      # as on meta
+        return tensor.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 

@@ -1,4 +1,4 @@
-"""FasterKAN's basis: the reference, and the constants of the form that the CPU kernels use. And other bases for group KANs.
+"""FasterKAN's basis, the constants of the form that the CPU kernels use, and the other bases of group KANs.
 
     B_k(u) = 1 - tanh((u - g_k)/h)^2,    k = 1..G
 
@@ -36,26 +36,28 @@ Values = Iterable[Tensor]       # G tensors, each of u's shape
 
 
 def _bumps(shape: Callable[[Tensor], Tensor]) -> Callable[..., Values]:
-    """The same shape(|u - g_k| / h) at every grid point."""
-    def values(u: Tensor, points: Sequence[float], h: float) -> Values:
-        z = u / h
-        return (shape((z - point / h).abs()) for point in points)
-
-    return values
+    """The same shape(z) at every grid point, z = (u - g_k)/h."""
+    return lambda u, points, h: (shape((u - point) / h) for point in points)
 
 
-def _rswaf(t: Tensor) -> Tensor:
-    e = torch.exp(-2 * t)               # as in `rswaf_basis`
+def _size(z: Tensor) -> Tensor:
+    """|z|. The second derivative of `abs` is wrong at 0, where even functions of it have one."""
+    return torch.where(z < 0, -z, z)
+
+
+def _rswaf(z: Tensor) -> Tensor:
+    e = torch.exp(-2 * _size(z))        # as in `rswaf_basis`
     return 4 * e / (1 + e) ** 2
 
 
-def _sech(t: Tensor) -> Tensor:
-    e = torch.exp(-t)                   # cosh would overflow, and its gradient would be NaN
+def _sech(z: Tensor) -> Tensor:
+    e = torch.exp(-_size(z))            # cosh would overflow, and its gradient would be NaN
     return 2 * e / (1 + e * e)
 
 
-def _bspline(t: Tensor) -> Tensor:
-    """Cubic, with knots at distance h: between the grid points the functions add up to 1."""
+def _bspline(z: Tensor) -> Tensor:
+    """Cubic, with knots at distance h."""
+    t = _size(z)
     return (F.relu(2 - t) ** 3 - 4 * F.relu(1 - t) ** 3) / 6
 
 
@@ -93,9 +95,9 @@ class Basis(NamedTuple):
 
 FUNCTIONS = {
     "rswaf": Basis(_bumps(_rswaf), 5, True),            # subtract, divide, tanh, square, subtract from 1
-    "gaussian": Basis(_bumps(lambda t: torch.exp(-t * t)), 5, True),            # FastKAN's (arXiv:2405.06721)
+    "gaussian": Basis(_bumps(lambda z: torch.exp(-z * z)), 5, True),            # FastKAN's (arXiv:2405.06721)
     "sech": Basis(_bumps(_sech), 6, True),
-    "rational": Basis(_bumps(lambda t: 1 / (1 + t * t)), 5, True),
+    "rational": Basis(_bumps(lambda z: 1 / (1 + z * z)), 5, True),
     "bspline": Basis(_bumps(_bspline), 12, True),       # KAN's (arXiv:2404.19756)
     "chebyshev": Basis(_chebyshev, 3, False),           # Chebyshev KAN's (arXiv:2405.07200)
     "fourier": Basis(_fourier, 2, False),
