@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from e2e import QUICK, checkpoint, refusal, run, write_digits
-from helpers import GKAN, every
+from helpers import GKAN, every, sentence
 from numpy.polynomial import chebyshev
 from paths import saved
 from scipy.interpolate import BSpline
@@ -17,6 +17,7 @@ from vision_kan import kernels
 from vision_kan.kernels import FUNCTIONS, activation, activation_reference, backend
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
+from vision_kan.models.finetune import load_finetune
 from vision_kan.run.trained import load_trained
 
 POINTS, H = tuple(np.linspace(-3, 3, 8).tolist()), 6 / 7
@@ -244,9 +245,35 @@ def test_it_begins_as_the_mlp_and_its_weights_name_their_basis(function):
                 GroupKAN(12, 24, groups=2, function=other).load_state_dict(own)
 
 
+@torch.no_grad()
+def test_functions_of_another_basis_are_not_taken_over():
+    """Whether their grids are there, missing, doubled or odd."""
+    source = timm.create_model(GKAN, kan_function="fourier", num_classes=3)
+    for layer in function_layers(source).values():
+        layer.coefficients.normal_()
+    own = source.state_dict()
+    key = "blocks.0.mlp.phi2.fourier_grid"
+    for function in ("rswaf", "gaussian"):
+        model = timm.create_model(GKAN, kan_function=function, num_classes=3)
+        told = sentence(load_finetune, model, own)
+        assert f"are of the basis fourier where the model has {function}: check --kan-function" in told
+    without = {name: value for name, value in own.items() if "_grid" not in name}
+    assert "come without a grid where the model has gaussian" in sentence(load_finetune, model, without)
+    same = timm.create_model(GKAN, kan_function="fourier", num_classes=3)
+    assert "basis rswaf and fourier" in sentence(load_finetune, same, {**own, key.replace("fourier_grid", "grid"): own[key]})
+    for grid, told in ((own[key][0], "shape"), (own[key][None], "shape"), (own[key][:0], "shape"),
+                       (own[key] > 0, "evenly"), (own[key].abs(), "from 3 to 3 where the model has 8 from -3")):
+        with pytest.raises(RuntimeError, match=f"(?s)fourier_grid.*{told}"):
+            same.load_state_dict({**own, key: grid})
+    load_finetune(same, own)
+    assert all(torch.equal(value, own[name]) for name, value in same.state_dict().items())
+
+
 def test_an_unknown_basis_is_a_sentence():
     with pytest.raises(ValueError, match="function wavelet is not one of rswaf, gaussian, sech, rational"):
         GroupActivation(8, function="wavelet")
+    with pytest.raises(ValueError, match="h = 1e-08 is too narrow for the grid"):
+        GroupActivation(8, function="fourier", h=1e-8)
 
 
 # ---------------------------------------------------------------- the commands

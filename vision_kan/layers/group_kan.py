@@ -64,13 +64,14 @@ class GroupActivation(FunctionLayer):
         check_groups(groups, channels)
         if base not in BASES:
             raise ValueError(f"base {base} is not one of {', '.join(BASES)}")
-        if function not in FUNCTIONS:
+        if function not in list(FUNCTIONS):
             raise ValueError(f"function {function} is not one of {', '.join(FUNCTIONS)}")
         check_grid(grid_min, grid_max, num_grids, 1.0 if h is None else h)
         self.h = (grid_max - grid_min) / (num_grids - 1) if h is None else h
-        if function == "rswaf" and (grid_max - grid_min) / 2 / self.h > MAX_HALF_RANGE:
-            raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least "
-                             f"{(grid_max - grid_min) / 2 / MAX_HALF_RANGE:g}")
+        # other bases than rswaf need a limit only against functions that are 0 nearly everywhere
+        least = (grid_max - grid_min) / 2 / (MAX_HALF_RANGE if function == "rswaf" else 50 * num_grids)
+        if self.h < least * (1 - 1e-9):
+            raise ValueError(f"h = {self.h:g} is too narrow for the grid [{grid_min}, {grid_max}]: take at least {least:g}")
         self.channels, self.base, self.function = channels, base, function
         self.has_grid = FUNCTIONS[function].fades
         # The layer computes with these numbers; the buffer only records them in checkpoints, and the basis by its name.
@@ -105,14 +106,20 @@ class GroupActivation(FunctionLayer):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                               error_msgs) -> None:
-        theirs = _function_of(state_dict, prefix)
-        if f"{prefix}coefficients" in state_dict and theirs != self.function:
-            error_msgs.append(f"{prefix}coefficients are of the basis {theirs} where the model has {self.function}")
-        grid = state_dict.get(f"{prefix}{GRID_NAMES[self.function]}")
-        if grid is not None and (grid.shape != (len(self.points),) or not torch.allclose(
-                grid.cpu(), torch.tensor(self.points, dtype=grid.dtype, device="cpu"), atol=1e-4)):
-            error_msgs.append(f"{prefix}grid has {len(grid)} points from {grid[0]:g} to {grid[-1]:g} where the model has "
-                              f"{len(self.points)} from {self.points[0]:g} to {self.points[-1]:g}")
+        own = GRID_NAMES[self.function]
+        theirs = [function for function, name in GRID_NAMES.items() if f"{prefix}{name}" in state_dict]
+        if f"{prefix}coefficients" in state_dict and (theirs or ["rswaf"]) != [self.function]:
+            what = f"are of the basis {' and '.join(theirs)}" if theirs else "come without a grid"
+            error_msgs.append(f"{prefix}coefficients {what} where the model has {self.function}")
+        grid = state_dict.get(f"{prefix}{own}")
+        points = torch.tensor(self.points, device="cpu")
+        if isinstance(grid, Tensor) and grid.layout is torch.strided and not grid.is_meta and (
+                grid.shape != points.shape or not torch.allclose(
+                    grid.float().cpu(), points.to(grid.dtype if grid.is_floating_point() else torch.float32).float(), atol=1e-4)):
+            what = f"{len(grid)} points from {grid[0]:g} to {grid[-1]:g}" if grid.ndim == 1 and len(grid) else \
+                f"the shape {tuple(grid.shape)}"
+            error_msgs.append(f"{prefix}{own} has {what} where the model has {len(self.points)} from {self.points[0]:g} to "
+                              f"{self.points[-1]:g}, evenly spaced")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
@@ -153,11 +160,6 @@ class GroupActivation(FunctionLayer):
 
     def scaled_parameters(self) -> list[nn.Parameter]:
         return [self.coefficients]
-
-
-def _function_of(state: Mapping[str, Tensor], prefix: str) -> str:
-    """The basis of an activation with these weights."""
-    return next((function for function, name in GRID_NAMES.items() if f"{prefix}{name}" in state), "rswaf")
 
 
 class GroupKAN(ChannelMLP):
@@ -206,12 +208,15 @@ class GroupKAN(ChannelMLP):
         first = blocks[0]
         if "phi2.coefficients" not in first:
             return None
-        function = _function_of(first, "phi2.")
+        function = next((function for function, name in GRID_NAMES.items() if f"phi2.{name}" in first), None)
+        grid = first[f"phi2.{GRID_NAMES[function]}"] if function else None
+        if grid is None or grid.ndim != 1 or not len(grid):
+            raise ValueError("the learned functions have no grid")
         groups, points = first["phi2.coefficients"].shape
         hidden = widths(blocks, "fc1.weight")
         per_channel = widths(blocks, "phi2.coefficients") == hidden     # each channel has its own function
         options = {"kan_groups": 0 if per_channel else groups, "kan_grid_points": points,
-                   "kan_grid_range": grid_range_of(first[f"phi2.{GRID_NAMES[function]}"]),
+                   "kan_grid_range": grid_range_of(grid),
                    "kan_input_phi": "phi1.coefficients" in first, "kan_trainable_base": "phi2.scale" in first,
                    "kan_function": function}
         return options if hidden == 4 * dim else options | {"hdim_kan": hidden}

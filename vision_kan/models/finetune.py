@@ -119,5 +119,6 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
                        for key in attention if key in source), "")
         raise UserError(f"nothing of the checkpoint's attention fits this model{theirs}, so it would train from "
                         "random weights: choose a --model of the same width and depth")
-    load_into(model, taken, "the checkpoint")
+    # with what has no place, by which a layer knows functions of another basis
+    load_into(model, {**{key: value for key, value in state.items() if key not in own}, **taken}, "the checkpoint")
     return report
