@@ -94,11 +94,11 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
     """Returns a sentence for each run or stage that failed."""
     deadline = time.monotonic() + args.seconds
     failures = []
+    if args.device == "cuda" and any(stage.setting == "transfer" for stage in stages):
+        raise UserError("--device cuda: transfer runs on a CPU, give --device cpu")
     load_images(args.data, args.work_dir)
     for number, stage in enumerate(stages, 1):
         on_gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available() and stage.setting != "transfer"
-        if on_gpu and stage.setting == "transfer":
-            raise UserError("--device cuda: transfer runs on a CPU, give --device cpu")
         rows = finished(args.results)
         try:
             runs = [run for run in stage.runs("cuda" if on_gpu else "cpu", rows) if run.key not in rows]

@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,7 @@ from vision_kan.checkpoints.read import load_file
 from vision_kan.common.process import Process
 from vision_kan.common.text import to_builtin_types
 from vision_kan.kernels import native
+from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.models.cost import twin_mismatch
 from vision_kan.training.updates import Updater
 
@@ -81,6 +83,21 @@ def test_squared_relu_and_other_places_of_phi():
         assert len(coefficients) == n
         with torch.no_grad():
             torch.testing.assert_close(net.eval()(images), model("mlp").eval()(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, autocast", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+def test_scaled_functions_begin_as_their_base(dtype, autocast):
+    """Bit for bit, as the plain activation does; autocast takes fc1's output, which is in bfloat16 too."""
+    plain = GroupActivation(64)
+    scaled = ScaledActivation(plain, trained=True)
+    torch.nn.init.constant_(scaled.input_scale, 1.7)
+    u = torch.randn(50, 64).to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, theirs = scaled(u), plain(u)
+        single = scaled(u.float())
+    assert ours.dtype == theirs.dtype == dtype and single.dtype == (torch.bfloat16 if autocast else torch.float32)
+    assert torch.equal(ours, torch.nn.functional.gelu(u.float()).to(dtype))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["calibrated", "learned"])
@@ -143,10 +160,25 @@ def test_long_ones():
     ("mlp,kan_groups=2", "kan_groups is none of"), ("gkan,lr=fast", "lr is not a number: fast"),
     ("gkan,epochs=1.5", "epochs is not a whole number: 1.5"), ("gkan,size=huge", "size huge is not one of nano, micro"),
     ("gkan,phi2_scale=2", "phi2_scale is one of calibrated, learned, not 2"),
+    ("mlp,phi2_scale=learned", "mlp cannot have phi2_scale, which is for gkan, mean-shape, frozen"),
+    ("kat,phi2_scale=learned", "kat cannot have phi2_scale"), ("kan,gated=true", "kan cannot have gated, which is for mlp,"),
+    ("gkan,act=relu2", "gkan cannot have act"), ("kat,frozen=own", "kat cannot have frozen"),
+    ("swiglu,act=relu", "swiglu cannot have both act and gated"), ("relu2,gated=true", "relu2 cannot have both act and gated"),
+    ("mlp,gain=0.3", "mlp cannot have gain, which is for kan-original, kan"), ("ekan,whiten=pca", "ekan cannot have whiten"),
+    ("kan,phi_out=true", "kan cannot have phi_out"), ("ekan,phi_out=true", "ekan cannot have phi_out"),
     ("mlp,epochs=0", "epochs and batch_size must be at least 1"),
     ("mlp,batch_size=0", "epochs and batch_size must be at least 1")])
 def test_wrong_variants(text, part):
     assert part in sentence(parse_variant, text)
+
+
+@pytest.mark.parametrize("name", sorted(set(variants.VARIANTS) - {"mean-shape", "frozen"}))     # these need finished runs
+def test_what_a_variant_can_have_can_be_built(name):
+    suffix, options = variants.VARIANTS[name]
+    choices = {"act": "relu", "phi2_scale": "learned", "whiten": "pca", "gain": "0.5"}
+    for key in (*(key for key, suffixes in variants.ONLY_FOR.items() if suffix in suffixes), "phi_qkv"):
+        if key != "frozen" and not (key in ("act", "gated") and options):
+            assert model(f"{name},{key}={choices.get(key, 'true')}")(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_the_interval_is_students():
@@ -444,6 +476,25 @@ def test_one_that_raises_stops_no_other(small, tmp_path, monkeypatch):
     assert failures == ["gkan,smooth=1 seed 0: step 1 of epoch 0: division by zero"]
 
 
+@pytest.mark.parametrize("place", ["begin", "Lane", "evaluate"])
+def test_one_that_cannot_be_made_or_evaluated_stops_no_other(place, small, tmp_path, monkeypatch):
+    """Its sentence is among the failures. Ctrl-C passes."""
+    known, errors = getattr(side_by_side, place), [RuntimeError("no memory"), KeyboardInterrupt()]
+
+    def fails(*args, **kwargs):
+        if failing:
+            raise failing.pop()
+        return known(*args, **kwargs)
+
+    monkeypatch.setattr(side_by_side, place, fails)
+    failing = errors[:1]
+    ended, failures = side(["mlp", "relu2"], [0], tmp_path)
+    assert [key[2] for key in ended] == ["relu2"] and failures == ["mlp seed 0: no memory"]
+    failing = errors[1:]
+    with pytest.raises(KeyboardInterrupt):
+        side(["silu"], [0], tmp_path)
+
+
 def test_the_gpu_command(folder, small, monkeypatch, capsys):
     """Everything but the GPU."""
     monkeypatch.setattr(accuracy, "choose_device", lambda name: torch.device("cpu"))
@@ -464,6 +515,17 @@ def test_the_gpu_command(folder, small, monkeypatch, capsys):
     best = max((row for row in rows if row["seed"] == 0 and row["variant"] != "gkan"), key=lambda row: row["top1"])
     assert [row["variant"] for row in rows if row["seed"] == 1] == [best["variant"]]
     assert (folder / "results" / "long_1_epochs_GPU_curves.png").stat().st_size > 5000
+
+
+def test_transfer_is_refused_on_a_gpu_before_anything_runs(folder, capsys):
+    plan = folder / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"stages": [{"setting": "long", "variants": ["mlp"]},
+                                               {"setting": "transfer", "variants": ["mlp"]}]}))
+    assert accuracy.main(["--plan", str(plan), "--data", str(folder / "data"), "--device", "cuda", "--work-dir",
+                          str(folder / "work"), "--results", str(folder / "results")]) == 2
+    said = capsys.readouterr()
+    assert said.err == "error: --device cuda: transfer runs on a CPU, give --device cpu\n" and not said.out
+    assert not (folder / "work").exists()
 
 
 # ---------------------------------------------------------------- plans
@@ -505,6 +567,8 @@ def test_the_best_of_what_is_finished(tmp_path):
     known = rows(("mlp", 0, 60.0), ("mlp,lr=0.002", 0, 61.0), ("mlp", 1, 99.0), ("relu2", 0, 50.0)) | rows(
         ("mlp", 0, 99.0), size="micro") | rows(("mlp", 0, 99.0), device="GPU") | rows(("mlp", 0, 99.0), epochs=20)
     assert [str(run) for run in stage.runs("cpu", known)] == ["mlp,lr=0.002 seed 4", "relu2 seed 4"]
+    apart = rows(("mlp", 0, 60.0), ("mlp,lr=0.002", 1, 61.0))
+    assert "best: the finished combinations of mlp share no seed" in sentence(stage.runs, "cpu", apart)
 
 
 @pytest.mark.parametrize("change, said", [
@@ -517,6 +581,7 @@ def test_the_best_of_what_is_finished(tmp_path):
     ({"stages": [{"seeds": [0]}]}, "stage 1: variants is missing"),
     ({"stages": [{"variants": ["mlp"]}, {"variants": ["mpl"]}]}, "stage 2: variants: variant mpl: mpl is not one of"),
     ({"stages": [{"variants": [{"lr": [1]}]}]}, "stage 1: variants: an entry is a text or has the key variant"),
+    ({"stages": [{"variants": [{"variant": "mlp", "lr": []}]}]}, "stage 1: variants: lr of mlp must be a list of at least one"),
     ({"stages": [{"variants": [{"variant": "mlp", "rate": [1]}]}]}, "rate is none of")])
 def test_wrong_plans(change, said, tmp_path):
     file = tmp_path / "plan.yaml"
@@ -562,6 +627,66 @@ def test_rows_of_an_earlier_version_stay(tmp_path):
     *rows, last = report.read_rows(file)
     assert [report.key_of(row) for row in rows] == [report.key_of(row) for row in before] and len(rows) > 50
     assert report.key_of(last) == ("long", "micro", "mlp", 50, 7, "cuda")
+
+
+def test_a_kill_while_an_old_file_is_rewritten_loses_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "runs.csv"
+    shutil.copy(ROOT / "benchmarks/results/accuracy/runs.csv", file)
+    before = file.read_bytes()
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(csv.DictWriter, "writerows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            report.append(file, row("mlp", 9, 50.0))
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def test_many_append_to_an_old_file_at_once(tmp_path):
+    """Each one's row is there, also of those that wait while the first one rewrites the file."""
+    file = tmp_path / "runs.csv"
+    shutil.copy(ROOT / "benchmarks/results/accuracy/runs.csv", file)
+    before = len(report.read_rows(file))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: report.append(file, row("mlp", 100 + seed, 50.0)), range(24)))
+    rows = report.read_rows(file)
+    assert len(rows) == before + 24 and {each["seed"] for each in rows} >= set(range(100, 124))
+
+
+@pytest.mark.parametrize("text, setting, epochs, device", [
+    ("mlp,warmup_steps=877", "long", 100, "cuda"), ("mlp,warmup_steps=1755", "long", 50, "cpu"), ("mlp", "long", 9, "cpu"),
+    ("gkan,batch_size=64,warmup_steps=9", "scratch", 3, "cpu")])
+def test_a_row_is_read_as_the_run_that_wrote_it(text, setting, epochs, device, tmp_path):
+    one = Run(setting, parse_variant(text, setting, epochs=epochs, device=device), 5, device)
+    columns = row(one.variant.text, 5, 50.0, setting=setting, device={"cpu": "cpu", "cuda": "GPU"}[device], size="nano")
+    report.append(tmp_path / "runs.csv", {**columns, "epochs": epochs})
+    assert report.finished(tmp_path).keys() == {one.key}
+
+
+def test_a_baseline_is_that_of_its_epochs(tmp_path, capsys):
+    """warmup_steps=877 is what 50 epochs have anyway, but a change at 100."""
+    for variant, seed in (("mlp,warmup_steps=877", 0), ("gkan", 0)):
+        report.append(tmp_path / "runs.csv", row(variant, seed, 50.0, setting="long", device="GPU", lr=1e-3, torch="2", timm="1",
+                                                 weight_decay=0.05, top1_by_epoch="50.0") | {"epochs": 100})
+    report.report(tmp_path, "mlp,warmup_steps=877")
+    said = capsys.readouterr().out
+    assert "100 epochs, GPU, difference from mlp,warmup_steps=877\n" in said and "| gkan | 50.00 | 1 | +0.00 |" in said
+
+
+def test_old_rows_beside_new_ones_are_told(tmp_path):
+    """Older rows have no weight decay."""
+    file = tmp_path / "runs.csv"
+    shutil.copy(ROOT / "benchmarks/results/accuracy/runs.csv", file)
+
+    def said() -> str:
+        rows = report.read_rows(file)
+        return report.table([each for each in rows if (each["setting"], each["epochs"]) == ("scratch", 4)], "mlp")
+
+    assert "other crops" not in said()
+    report.append(file, {**row("gkan", 7, 60.0, weight_decay=0, device="cpu"), "epochs": 4})
+    assert said().splitlines()[-1].startswith("Some of these rows are from before images were augmented by the device's code")
 
 
 def test_the_picture_of_the_readme(tmp_path, monkeypatch):

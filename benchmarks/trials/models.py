@@ -16,6 +16,7 @@ from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.common.errors import UserError
 from vision_kan.common.seeds import seed_everything
 from vision_kan.kernels import BASES, rswaf_basis
+from vision_kan.kernels.backend import autocast_dtype
 from vision_kan.layers.function_layer import BASE_FLOPS, Flops
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.models.weight_init import init_mimetic
@@ -114,9 +115,11 @@ class ScaledActivation(GroupActivation):
         self.input_scale = nn.Parameter(torch.ones(len(phi.coefficients)), requires_grad=trained)
 
     def forward(self, u: Tensor) -> Tensor:
-        x = u.float()       # the identity is added and subtracted, which bfloat16 would round
-        scaled = (x.unflatten(-1, (len(self.input_scale), -1)) * self.input_scale[:, None]).flatten(-2)
-        return (BASES[self.outer_base](x) + (super().forward(scaled) - scaled)).to(u.dtype)
+        dtype = autocast_dtype(u)
+        with torch.autocast(u.device.type, enabled=False):      # the identity is added and subtracted, which bfloat16 would round
+            x = u.float()
+            scaled = (x.unflatten(-1, (len(self.input_scale), -1)) * self.input_scale[:, None]).flatten(-2)
+            return (BASES[self.outer_base](x) + (super().forward(scaled) - scaled)).to(dtype)
 
     def flops(self, tokens: int) -> Flops:
         return Flops(0, super().flops(tokens).elementwise + BASE_FLOPS[self.outer_base] * tokens * self.channels)

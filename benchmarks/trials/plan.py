@@ -45,9 +45,11 @@ class Stage:
             key = Run(self.setting, variant, 0, device).key
             found[variant.text] = {row["seed"]: row["top1"] for k, row in rows.items() if (*k[:4], k[5]) == (*key[:4], key[5])}
         found = {text: seeds for text, seeds in found.items() if seeds}
-        shared = set.intersection(*map(set, found.values())) if found else set()
-        if not shared:
+        if not found:
             raise UserError(f"best: no run of {entry[0].name} is finished by which to choose")
+        shared = set.intersection(*map(set, found.values()))
+        if not shared:
+            raise UserError(f"best: the finished combinations of {entry[0].name} share no seed by which to choose")
         best = max(found, key=lambda text: mean(found[text][seed] for seed in shared))
         return next(variant for variant in entry if variant.text == best)
 
@@ -110,5 +112,8 @@ def _combinations(entry: Any, where: str) -> list[str]:
     if not isinstance(entry, dict) or not isinstance(entry.get("variant"), str):
         raise UserError(f"{where}variants: an entry is a text or has the key variant with one, not {entry}")
     lists = {key: value if isinstance(value, list) else [value] for key, value in entry.items() if key != "variant"}
+    for key, values in lists.items():
+        if not values:
+            raise UserError(f"{where}variants: {key} of {entry['variant']} must be a list of at least one value")
     return [",".join([entry["variant"], *(f"{key}={value}" for key, value in zip(lists, values))])
             for values in product(*lists.values())]

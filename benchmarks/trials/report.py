@@ -2,6 +2,7 @@
 import csv
 import fcntl
 import math
+import os
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from benchmarks.trials.variants import RECIPE, parse_variant
 from tools.common import half_interval
 from vision_kan.common.errors import UserError
+from vision_kan.common.files import atomic_write
 from vision_kan.models.cost import cost_mismatch
 
 FIELDS = ["setting", "variant", "seed", "epochs", "lr", "top1", "top1_ema", "top1_by_epoch", "train_loss", "parameters",
@@ -22,17 +24,21 @@ Row = dict[str, Any]
 def append(file: Path, columns: Row) -> None:
     """Add a row. A file with fewer columns, of an earlier version, is rewritten with all of them."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a+", newline="") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.seek(0)
-        reader = csv.DictReader(stream)
-        writer = csv.DictWriter(stream, FIELDS)
-        if reader.fieldnames != FIELDS:
-            rows = list(reader)
-            stream.truncate(0)
-            writer.writeheader()
-            writer.writerows(rows)
-        writer.writerow(columns)
+    while True:
+        with open(file, "a+", newline="") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):      # another process has just rewritten it
+                continue
+            stream.seek(0)
+            reader = csv.DictReader(stream)
+            if reader.fieldnames == FIELDS:
+                csv.DictWriter(stream, FIELDS).writerow(columns)
+                return
+            with atomic_write(file) as temporary, open(temporary, "w", newline="") as rewritten:
+                writer = csv.DictWriter(rewritten, FIELDS)
+                writer.writeheader()
+                writer.writerows([*reader, columns])
+            return
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -40,9 +46,10 @@ def read_rows(file: Path) -> list[Row]:
     if not file.exists():
         return []
     with open(file, newline="") as stream:
-        return [{**row, "variant": parse_variant(row["variant"], row["setting"]).text, "seed": int(row["seed"]),
-                 "top1": float(row["top1"]), "top1_ema": float(row["top1_ema"]), "epochs": int(row["epochs"]),
-                 "size": row.get("size") or "nano", "device": row.get("device") or "cpu"} for row in csv.DictReader(stream)]
+        return [{**row, "variant": parse_variant(row["variant"], row["setting"], epochs=int(row["epochs"])).text,
+                 "seed": int(row["seed"]), "top1": float(row["top1"]), "top1_ema": float(row["top1_ema"]),
+                 "epochs": int(row["epochs"]), "size": row.get("size") or "nano", "device": row.get("device") or "cpu"}
+                for row in csv.DictReader(stream)]
 
 
 def kind(row: Row) -> str:
@@ -91,6 +98,9 @@ def table(rows: list[Row], baseline: str) -> str:
         lines.append(f"| {variant} | {_spread(top1)} | {len(runs)} | {difference} | {_spread(averaged)} | "
                      f"{statistics.mean(loss):.3f} | {int(first['parameters']):,} | {first['matmul_mflops']} | "
                      f"{first['elementwise_mflops']} | {step_ms:.{0 if step_ms >= 10 else 2}f} |")
+    if len({row.get("weight_decay") in (None, "") for row in rows}) > 1:       # older rows have no such column
+        notes.append("Some of these rows are from before images were augmented by the device's code: for the same seed they had "
+                     "other crops than the newer rows, so a difference between an old row and a new one is not paired")
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
@@ -179,7 +189,7 @@ def report(results: Path, baseline: str) -> None:
         chosen = [row for row in rows if (row["setting"], row["size"], row["epochs"], kind(row)) == group]
         setting, size, epochs, device = group
         place = f"{setting}{'' if size == 'nano' else f', {size}'}, {epochs} epochs{'' if device == 'cpu' else ', GPU'}"
-        reference = parse_variant(baseline, setting).text
+        reference = parse_variant(baseline, setting, epochs=epochs).text
         parts.append(f"## {place}, difference from {reference}\n\n{table(chosen, reference)}")
         stem = place.replace(",", "").replace(" ", "_")
         plot(chosen, results / f"{stem}.png", f"CIFAR-10, {place}")

@@ -17,7 +17,7 @@ from benchmarks.trials.images import Batches, EvalBatches, Images
 from benchmarks.trials.training import Trial, begin
 from benchmarks.trials.variants import Run
 from engine import complete_state, ema_model, evaluate
-from vision_kan.common.errors import TrainingFailed, UserError, one_line
+from vision_kan.common.errors import TrainingFailed, one_line
 from vision_kan.common.process import Process
 from vision_kan.common.seeds import seed_everything
 from vision_kan.training.captured import CudaGraphs, Graph, Recorder
@@ -196,7 +196,8 @@ def train_round(lanes: list[Lane], images: Images, process: Process) -> float:
 def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Process, finish: Callable[[Trial], None], *,
                        most: int = 12, deadline: float = float("inf"),
                        recorder: Callable[..., Recorder | None] = CudaGraphs) -> list[str]:
-    """Train `runs` in their order, `most` at a time, each from its checkpoint on. Returns a sentence for each that failed.
+    """Train `runs` in their order, `most` at a time, each from its checkpoint on. Returns a sentence for each that failed: an
+    error while a model is made, trained or evaluated ends that run alone.
 
     finish: called with each finished trial.
     deadline: by time.monotonic(); after the round that ends past it, all are saved.
@@ -211,13 +212,14 @@ def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Pro
             run = waiting.pop(0)
             try:
                 trial = begin(run, images, work, process)
-            except (UserError, ValueError, TypeError) as error:
+                lane = None if trial.done else Lane(trial, recorder)
+            except Exception as error:
                 failures.append(f"{run}: {one_line(error, 300)}")
                 continue
-            if trial.done:      # its row was not written
+            if lane is None:        # its row was not written
                 finish(trial)
             else:
-                lanes.append(Lane(trial, recorder))
+                lanes.append(lane)
         if not lanes:
             break
         if (prepared := time.perf_counter() - started) > 1:
@@ -227,7 +229,7 @@ def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Pro
         for lane in list(lanes):
             try:
                 lane.end_epoch(val, trained, beside)
-            except TrainingFailed as error:
+            except Exception as error:
                 failures.append(f"{lane.trial.run}: {one_line(error, 300)}")
                 lanes.remove(lane)
         ended = [lane for lane in lanes if lane.trial.done]

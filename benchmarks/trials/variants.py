@@ -37,6 +37,9 @@ SETTINGS = ("scratch", "transfer", "long")
 OPTIONS = ("act", "frozen", "gated", "phi_qkv", "phi_out", "phi2_scale", "gain", "whiten", "weight_init", "mlp_ratio")
 CHOICES = {"act": ("relu", "relu2", "silu"), "frozen": ("mean", "own"), "phi2_scale": ("calibrated", "learned"),
            "whiten": ("zca", "pca"), "weight_init": ("reset", "mimetic")}
+# option -> the model suffixes that can have it, where it is not all of them
+ONLY_FOR = {"act": ("ViT",), "gated": ("ViT",), "frozen": ("GKAN",), "phi2_scale": ("GKAN",), "phi_out": ("ViT", "GKAN", "KAT"),
+            "gain": ("KAN",), "whiten": ("KAN",)}
 SHORT = {"grid": "kan_grid_range"}
 
 
@@ -105,6 +108,9 @@ def parse_variant(text: str, setting: str = "scratch", size: str = "nano", epoch
             raise UserError(f"{where}: write {key}=VALUE")
         if key not in allowed:
             raise UserError(f"{where}: {key} is none of {', '.join(allowed)}")
+        if suffix not in ONLY_FOR.get(key, (suffix,)):
+            able = [other for other, (its, _) in VARIANTS.items() if its in ONLY_FOR[key]]
+            raise UserError(f"{where}: {name} cannot have {key}, which is for {', '.join(able)}")
         parsed = value if key in ("size", *CHOICES) else _value(value)
         if key in recipe and (isinstance(parsed, bool) or not isinstance(parsed, int if key in ("epochs", "batch_size",
                                                                                                   "warmup_steps")
@@ -120,6 +126,8 @@ def parse_variant(text: str, setting: str = "scratch", size: str = "nano", epoch
     batch_size = found.get("batch_size", recipe["batch_size"])
     if min(recipe["epochs"], batch_size) < 1:
         raise UserError(f"{where}: epochs and batch_size must be at least 1")
+    if found.get("gated", options.get("gated")) and "act" in {**options, **found}:
+        raise UserError(f"{where}: {name} cannot have both act and gated: SwiGLU has its own activation")
     if setting == "long":
         recipe["warmup_steps"] = int(LONG_WARMUP * recipe["epochs"] * (TRAIN_IMAGES // batch_size))
     changed = {key: value for key, value in found.items() if value != {**options, **recipe}.get(key)}
