@@ -142,7 +142,8 @@ def stages_of(args: argparse.Namespace) -> list[Stage]:
     if args.plan:
         for name in ("setting", "variants", "seeds", "size", "epochs"):
             if getattr(args, name) is not None:
-                raise UserError(f"--plan and {name}: the plan says that, leave it out of the command")
+                flag = name if name == "setting" else f"--{name}"
+                raise UserError(f"--plan and {flag}: the plan says that, leave it out of the command")
         return read_plan(args.plan)
     if not args.variants:
         raise UserError("give --variants, or --plan FILE")
@@ -161,6 +162,10 @@ def command(args: argparse.Namespace) -> int:
     for name, value in (("epochs", args.epochs), ("jobs", args.jobs)):
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
+    if not args.worker and not args.seconds >= 0:
+        raise UserError(f"--seconds {args.seconds:g} must be at least 0")
+    if any(seed < 0 for seed in args.seeds or ()):
+        raise UserError("--seeds must be whole numbers from 0 on")
     if not args.data:
         raise UserError("give --data FOLDER, with train/CLASS and val/CLASS")
     if args.setting == "convert":
@@ -169,7 +174,13 @@ def command(args: argparse.Namespace) -> int:
     if args.worker:
         run = Run(args.setting, parse_variant(args.variants[0], args.setting), args.seeds[0])
         return 0 if run_alone(run, args.data, args.work_dir, args.results, args.seconds) else EXIT_PREEMPTED
-    failures = run_stages(stages_of(args), args)
+    stages = stages_of(args)
+    try:
+        args.results.mkdir(parents=True, exist_ok=True)
+        open(args.results / "runs.csv", "a").close()
+    except OSError as error:
+        raise UserError(f"--results {args.results} cannot be written to ({error.strerror}): choose another folder") from error
+    failures = run_stages(stages, args)
     if finished(args.results):
         report(args.results, args.baseline)
     if failures:

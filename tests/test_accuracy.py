@@ -644,6 +644,24 @@ def test_a_kill_while_an_old_file_is_rewritten_loses_nothing(tmp_path, monkeypat
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
+def test_rows_survive_what_others_did_to_the_file(tmp_path):
+    """Another's column, a line that was cut off, a spreadsheet's mark; damage is told by its line."""
+    file = tmp_path / "runs.csv"
+    row = {"setting": "scratch", "variant": "mlp", "epochs": 4, "top1": 50.0, "top1_ema": 51.0}
+    for seed in (0, 1):
+        report.append(file, {**row, "seed": seed})
+    head, *lines = file.read_text().splitlines()
+    file.write_text("\n".join(["mine," + head.removesuffix(",weight_decay"), *("x," + line[:-1] for line in lines)]))
+    for seed in (2, 3):
+        report.append(file, {**row, "seed": seed})
+    assert [r["seed"] for r in report.read_rows(file)] == [0, 1, 2, 3]
+    assert [r["mine"] for r in csv.DictReader(open(file, newline=""))] == ["x", "x", "", ""]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b"scratch,ml")
+    assert sentence(report.read_rows, file).startswith(f"{file}: line 6 is damaged (")
+    file.write_text("no rows of ours\n1\n")
+    assert sentence(report.read_rows, file).startswith(f"{file}: line 2 is damaged (KeyError")
+
+
 def test_many_append_to_an_old_file_at_once(tmp_path):
     """Each one's row is there, also of those that wait while the first one rewrites the file."""
     file = tmp_path / "runs.csv"
@@ -728,7 +746,10 @@ def test_curves(tmp_path, monkeypatch):
     ("report --results {0}", "holds no finished run yet"), ("scratch --data {0}", "give --variants, or --plan FILE"),
     ("--data {0}", "give --plan FILE or one of scratch"), ("long --variants mlp", "give --data FOLDER"),
     ("long --plan x --data {0}", "--plan and setting: the plan says that"),
-    ("--plan x --data {0} --epochs 3", "--plan and epochs: the plan says that"),
+    ("long --variants mlp --data {0} --seconds nan", "--seconds nan must be at least 0"),
+    ("long --variants mlp --data {0} --seeds -1", "--seeds must be whole numbers from 0 on"),
+    ("long --variants mlp --data {0} --results /dev/null/x", "--results /dev/null/x cannot be written to ("),
+    ("--plan x --data {0} --epochs 3", "--plan and --epochs: the plan says that"),
     ("long --data {0} --variants mlp,lr=x", "lr is not a number: x"),
     ("long --data {0} --epochs 0", "--epochs 0 must be at least 1")])
 def test_bad_input(words, said, tmp_path, capsys):

@@ -5,12 +5,13 @@ import math
 import os
 import statistics
 from collections import defaultdict
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from benchmarks.trials.variants import RECIPE, parse_variant
 from tools.common import half_interval
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.files import atomic_write
 from vision_kan.models.cost import cost_mismatch
 
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 
 # ---------------------------------------------------------------- rows
 def append(file: Path, columns: Row) -> None:
-    """Add a row. A file with fewer columns, of an earlier version, is rewritten with all of them."""
+    """Add a row. A file with fewer columns, of an earlier version, is rewritten with all of them; other columns stay."""
     file.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with open(file, "a+", newline="") as stream:
@@ -30,26 +31,37 @@ def append(file: Path, columns: Row) -> None:
             if not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):      # another process has just rewritten it
                 continue
             stream.seek(0)
-            reader = csv.DictReader(stream)
-            if reader.fieldnames == FIELDS:
-                csv.DictWriter(stream, FIELDS).writerow(columns)
+            text = stream.read()
+            reader = csv.DictReader(StringIO(text, newline=""))
+            fields = list(dict.fromkeys([*(reader.fieldnames or ()), *FIELDS]))
+            if reader.fieldnames == fields:
+                stream.write("" if text.endswith("\n") else "\r\n")       # of a line that was cut off
+                csv.DictWriter(stream, fields).writerow(columns)
                 return
             with atomic_write(file) as temporary, open(temporary, "w", newline="") as rewritten:
-                writer = csv.DictWriter(rewritten, FIELDS)
+                writer = csv.DictWriter(rewritten, fields)
                 writer.writeheader()
                 writer.writerows([*reader, columns])
             return
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows, with variants as `Variant.text` has them: size and epochs are columns."""
+    """The rows, with variants as `Variant.text` has them: size and epochs are columns. Raises UserError for a damaged file."""
     if not file.exists():
         return []
-    with open(file, newline="") as stream:
-        return [{**row, "variant": parse_variant(row["variant"], row["setting"], epochs=int(row["epochs"])).text,
-                 "seed": int(row["seed"]), "top1": float(row["top1"]), "top1_ema": float(row["top1_ema"]),
-                 "epochs": int(row["epochs"]), "size": row.get("size") or "nano", "device": row.get("device") or "cpu"}
-                for row in csv.DictReader(stream)]
+    rows = []
+    with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
+        reader = csv.DictReader(stream)
+        try:
+            for row in reader:
+                epochs = int(row["epochs"])
+                rows.append({**row, "variant": parse_variant(row["variant"], row["setting"], epochs=epochs).text,
+                             "seed": int(row["seed"]), "top1": float(row["top1"]), "top1_ema": float(row["top1_ema"]),
+                             "epochs": epochs, "size": row.get("size") or "nano", "device": row.get("device") or "cpu"})
+        except (UserError, LookupError, TypeError, ValueError, AttributeError, csv.Error) as error:
+            why = f"{type(error).__name__}: {one_line(error, 200)}"
+            raise UserError(f"{file}: line {reader.line_num} is damaged ({why}): repair or remove it") from error
+    return rows
 
 
 def kind(row: Row) -> str:
