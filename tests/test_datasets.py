@@ -1408,12 +1408,13 @@ def test_a_worker_without_memory_is_one_sentence(tmp_path):
     write_image(tmp_path / "val" / "a" / "0.jpg")
     (tmp_path / "train" / "a").mkdir(parents=True)
     for i in range(4):
-        write_black_png(tmp_path / "train" / "a" / f"{i}.png", 12_000, 12_000)      # 576 MB
+        write_black_png(tmp_path / "train" / "a" / f"{i}.png", 13_300, 13_300)      # 708 MB
 
     def starve(workers):
         loader = build_loaders(make_args(tmp_path, num_workers=workers), Process()).train
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + (400 << 20),) * 2)
+        # much less than an image, because earlier tests may have left free memory to this process
+        resource.setrlimit(resource.RLIMIT_AS, (size + (150 << 20),) * 2)
         return sentence(list, batches(loader))
 
     for workers in (0, 1):
