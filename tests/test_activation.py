@@ -168,7 +168,7 @@ def test_many_variants_are_compiled(monkeypatch):
         return graph
 
     monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend=counted, **how))
-    module._compiled.cache_clear()
+    module.compiled.cache_clear()
     kernels.use("compile")
     for function in OTHERS:
         for base in ("gelu", "identity"):
@@ -178,7 +178,7 @@ def test_many_variants_are_compiled(monkeypatch):
                 torch.testing.assert_close(activation(u, c, POINTS, H, base, None, function),
                                            activation_reference(u, c, POINTS, H, base, None, function))
                 assert len(seen) > before or width == 24
-    module._compiled.cache_clear()
+    module.compiled.cache_clear()
     torch._dynamo.reset()
 
 
@@ -207,7 +207,7 @@ def test_the_backend_chooses_the_way(monkeypatch):
     inputs, _ = problem()
     ways = []
     module = sys.modules[activation.__module__]
-    monkeypatch.setattr(module, "_compiled", lambda *key: lambda *given: ways.append("compiled") or given[0])
+    monkeypatch.setattr(module, "compiled", lambda *key: lambda *given: ways.append("compiled") or given[0])
     monkeypatch.setattr(module._ByRows, "apply", lambda *given: ways.append("rows") or given[0])
     for name in ("auto", "cpu", "compile", "reference"):
         kernels.use(name)

@@ -39,7 +39,7 @@ def activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: floa
     if name == "reference" or backend.intercepted(u, coefficients, scale):
         return _reference(u, coefficients, scale, constants)
     if name == "compile" or backend.resolve(name, u, len(points), *constants) == "compiled":
-        return _compiled(constants, torch.is_grad_enabled())(u, coefficients, scale)
+        return compiled(constants, torch.is_grad_enabled())(u, coefficients, scale)
     return _ByRows.apply(u, coefficients, scale, constants)
 
 
@@ -62,7 +62,7 @@ def _reference(u: Tensor, coefficients: Tensor, scale: Tensor | None, constants:
 
 
 @functools.cache
-def _compiled(constants: tuple, grad: bool) -> Any:
+def compiled(constants: tuple, grad: bool) -> Any:
     """`_reference` through torch.compile. Dynamo gives up on a code object after eight variants, and a process may have more:
     so these constants, with and without gradients, have one of their own."""
     def activation(u: Tensor, coefficients: Tensor, scale: Tensor | None) -> Tensor:

@@ -22,13 +22,8 @@ BASES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def rswaf_basis(u: Tensor, grid: Tensor, h: float | Tensor) -> Tensor:
-    """Basis values B_k(u) = 1 - tanh((u - g_k)/h)^2, shape [..., I] -> [..., I, G].
-
-    Computed as 4e/(1+e)^2 with e = exp(-2|u - g|/h), because 1 - tanh^2 loses its tails to cancellation and exp(+2|u - g|/h)
-    overflows at |u| = 1e4."""
-    z = (u.unsqueeze(-1) - grid) / h                    # [..., I, G]
-    e = torch.exp(-2 * z.abs())                         # in (0, 1]
-    return 4 * e / (1 + e) ** 2
+    """Basis values B_k(u) = 1 - tanh((u - g_k)/h)^2, shape [..., I] -> [..., I, G]."""
+    return _rswaf((u.unsqueeze(-1) - grid) / h)
 
 
 # ---------------------------------------------------------------- the bases of group KANs
@@ -46,7 +41,8 @@ def _size(z: Tensor) -> Tensor:
 
 
 def _rswaf(z: Tensor) -> Tensor:
-    e = torch.exp(-2 * _size(z))        # as in `rswaf_basis`
+    """1 - tanh(z)^2, which would lose its tails to cancellation; exp(+2|z|) would overflow at |u| = 1e4."""
+    e = torch.exp(-2 * _size(z))        # in (0, 1]
     return 4 * e / (1 + e) ** 2
 
 

@@ -15,7 +15,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from vision_kan.kernels import backend, native
-from vision_kan.kernels.activation import activation_reference
+from vision_kan.kernels.activation import activation_reference, compiled
 from vision_kan.kernels.backend import as_matrix, cast, check_groups, math_dtype, row_chunks
 from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE
 
@@ -36,12 +36,13 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
     """
     u = cast(u, backend.autocast_dtype(u))
     name = backend.chosen()
-    if name in ("reference", "compile") or backend.intercepted(u, coefficients, scale):
+    intercepted = backend.intercepted(u, coefficients, scale)
+    if name in ("reference", "compile") or intercepted:
         _check(u.shape, coefficients.shape, points, h, base)
-        if name == "reference" or backend.transformed():
+        if name == "reference" or (name == "compile" and intercepted) or backend.transformed():
             return rswaf_activation_reference(u, coefficients, points, h, base, scale)
         if name == "compile":
-            return _compiled_reference()(u, coefficients, points, h, base, scale)
+            return compiled((tuple(points), h, base, "rswaf"), torch.is_grad_enabled())(u, coefficients, scale)
         return _activation(u, coefficients, scale, list(points), h, base, name)
     constants = tuple(points), h, base, name
     return _Activation.apply(u, coefficients, scale, _kernel(u, coefficients, scale, *constants), constants)
@@ -62,11 +63,6 @@ def rswaf_activation_reference(u: Tensor, coefficients: Tensor, points: Sequence
                                scale: Tensor | None = None) -> Tensor:
     """The same in PyTorch's operations, whose autograd keeps several arrays [..., I, G]."""
     return activation_reference(u, coefficients, points, h, base, scale, "rswaf")
-
-
-@functools.lru_cache
-def _compiled_reference():
-    return torch.compile(rswaf_activation_reference)
 
 
 # ---------------------------------------------------------------- the op

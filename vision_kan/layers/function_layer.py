@@ -14,6 +14,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vision_kan.kernels import FUNCTIONS
+
 
 class Flops(NamedTuple):
     """Floating-point operations of a forward pass."""
@@ -27,7 +29,7 @@ def sum_flops(parts: Iterable[Flops]) -> Flops:
 
 
 # FLOPs of one value
-BASIS_FLOPS = 5         # subtract, divide, tanh, square, subtract from 1
+BASIS_FLOPS = FUNCTIONS["rswaf"].flops
 BSPLINE_FLOPS = 13      # cubic: |s - k| 2, max(c - |s - k|, 0)^3 4 for both c, their weighted sum 3
 GELU_FLOPS = 5          # x * 1/sqrt(2), erf, + 1, * x, * 1/2
 SILU_FLOPS = 4          # x / (1 + exp(-x))
