@@ -82,9 +82,18 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "KAT": KAT,
     "ViT": MLP,
 }
-# tag of the weights that come with this code -> their classes
+class Tag(NamedTuple):
+    """Of trained weights that come with this code: classes, preparation of images, arguments of their architecture."""
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    kwargs: Mapping[str, Any] = {}
+
+
 TAGS = {
-    "digits": tuple("0123456789"),
+    "digits": Tag(tuple("0123456789")),
+    "cifar10": Tag(("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+                   (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616), {"class_token": False, "global_pool": "avg"}),
 }
 
 _OPTIONS = {suffix: list(signature(kind.with_options).parameters)[1:] for suffix, kind in FEED_FORWARDS.items()}
@@ -108,10 +117,11 @@ def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
            block_norm_eps: float | None = None, **kwargs) -> nn.Module:
     options = _take_options(name, suffix, kwargs)
     if isinstance(tag := kwargs.get("pretrained_cfg"), str):
-        if f"{name}.{tag}" not in shipped():
+        if tag not in TAGS or f"{name}.{tag}" not in shipped():
             raise ValueError(f"{name}.{tag}: there are no such weights, only {', '.join(shipped()) or 'models without a tag'}")
         if pretrained:
             checked(f"{name}.{tag}")
+        kwargs = {**TAGS[tag].kwargs, **kwargs}
     elif pretrained and not (tag or kwargs.get("pretrained_cfg_overlay")):
         kwargs["pretrained_cfg"] = _timm_weights_cfg(name, FEED_FORWARDS[suffix])
     depth = kwargs.get("depth", size.depth)
@@ -184,9 +194,10 @@ def _register(size_name: str, size: Size, suffix: str, feed_forward: type[FeedFo
         "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "patch_embed.proj",
         "classifier": ("head", "head_dist") if size.distilled else "head", "license": "apache-2.0"}
     cfgs = {"": PretrainedCfg(**cfg)}       # first, so that the bare name stays a model of 1000 classes without weights
-    for tag, classes in TAGS.items():
+    for tag, (classes, mean, std, _) in TAGS.items():
         if file := shipped().get(f"{name}.{tag}"):
-            cfgs[tag] = PretrainedCfg(**{**cfg, "file": str(file), "num_classes": len(classes), "label_names": classes})
+            cfgs[tag] = PretrainedCfg(**{**cfg, "file": str(file), "num_classes": len(classes), "label_names": classes,
+                                         "mean": mean, "std": std})
     _add_entry(name, entry, f"{size_name} with feed-forward {suffix}: {feed_forward.TITLE}. "
                f"{feed_forward.with_options.__doc__ or ''}", DefaultCfg(deque(cfgs), cfgs))
 

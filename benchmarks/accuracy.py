@@ -8,7 +8,8 @@
     python benchmarks/accuracy.py report
 
 `scratch` trains a small ViT (`vit_nano_patch8_32`: 32 px, patch 8, width 96, depth 4) from random weights, 4 epochs.
-`transfer` trains the MLP ViT on classes 0-4, converts it, and fine-tunes every variant in the same way on classes 5-9.
+`transfer` trains the MLP ViT on classes 0-4, 4 epochs (`transfer-long`: 20), converts it, and fine-tunes every variant in the
+same way on classes 5-9.
 `long` trains with mixup, cutmix and drop path, 50 epochs on a CPU and 100 on a GPU.
 `convert` turns the MLPs of finished `scratch --variants mlp` runs into full-edge KANs, without training.
 A variant is a name and changes to it: `gkan,kan_groups=16,lr=2e-3` (trials/variants.py). For a given seed, what two variants
@@ -36,7 +37,7 @@ from benchmarks.trials.plan import Stage, read_plan
 from benchmarks.trials.report import append, finished, report
 from benchmarks.trials.side_by_side import train_side_by_side
 from benchmarks.trials.training import Trial, begin, begin_transfer, train
-from benchmarks.trials.variants import SETTINGS, SIZES, Run, parse_variant
+from benchmarks.trials.variants import PRETRAIN_EPOCHS, SETTINGS, SIZES, Run, parse_variant
 from vision_kan.common.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, UserError
 from vision_kan.common.process import Process, choose_device
 
@@ -48,7 +49,7 @@ def run_alone(run: Run, data: Path, work: Path, results: Path, seconds: float = 
     torch.set_num_threads(1)
     deadline = time.monotonic() + seconds
     images, columns = load_images(data, work), {}
-    if run.setting == "transfer":
+    if run.setting in PRETRAIN_EPOCHS:
         trial, images, columns["step0_error"] = begin_transfer(run, images, work, Process())
     else:
         trial = begin(run, images, work, Process())
@@ -94,11 +95,12 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
     """Returns a sentence for each run or stage that failed."""
     deadline = time.monotonic() + args.seconds
     failures = []
-    if args.device == "cuda" and any(stage.setting == "transfer" for stage in stages):
-        raise UserError("--device cuda: transfer runs on a CPU, give --device cpu")
+    if args.device == "cuda" and any(stage.setting in PRETRAIN_EPOCHS for stage in stages):
+        raise UserError(f"--device cuda: {' and '.join(PRETRAIN_EPOCHS)} run on a CPU, give --device cpu")
     load_images(args.data, args.work_dir)
     for number, stage in enumerate(stages, 1):
-        on_gpu = args.device == "cuda" or args.device == "auto" and torch.cuda.is_available() and stage.setting != "transfer"
+        on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()
+                                           and stage.setting not in PRETRAIN_EPOCHS)
         rows = finished(args.results)
         try:
             runs = [run for run in stage.runs("cuda" if on_gpu else "cpu", rows) if run.key not in rows]

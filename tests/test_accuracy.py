@@ -11,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from e2e import evaluation
+from e2e import run as run_main
 from helpers import ROOT, sentence
 from PIL import Image
 from recorded import RecordedGraphs, assert_same
 from scipy import stats
 
+import benchmarks.trials.images
 import engine
 from benchmarks import accuracy
 from benchmarks.trials import report, side_by_side, training, variants
 from benchmarks.trials.conversion import convert
-from benchmarks.trials.images import Batches, EvalBatches, normalise
+from benchmarks.trials.images import Batches, EvalBatches, Images, load_images, normalise
 from benchmarks.trials.models import ScaledActivation, SquaredReLU, build, calibrate
 from benchmarks.trials.plan import read_plan
 from benchmarks.trials.side_by_side import train_side_by_side
@@ -33,6 +36,8 @@ from vision_kan.common.text import to_builtin_types
 from vision_kan.kernels import native
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.models.cost import twin_mismatch
+from vision_kan.run.folder import versions
+from vision_kan.run.trained import load_trained
 from vision_kan.training.updates import Updater
 
 slow = pytest.mark.slow
@@ -202,14 +207,14 @@ def test_table_pairs_by_seed():
     assert next(line for line in lines if line.startswith("| kan")).split("|")[4].strip() == ""
 
 
-def tensors(train: int, val: int = 20) -> dict[str, torch.Tensor]:
+def tensors(train: int, val: int = 20) -> Images:
     """Images of 10 classes."""
     random = torch.Generator().manual_seed(0)
     made = {}
     for split, n in (("train", train), ("val", val)):
         made[split] = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=random)
         made[f"{split}_y"] = torch.arange(n) % 10
-    return made
+    return Images(made, list("0123456789"))
 
 
 def batches_of(images, batch_size: int, seed: int) -> Batches:
@@ -313,6 +318,38 @@ def test_time_is_up(folder, small):
     assert report.finished(folder / "results").keys() == {one.key}
 
 
+@pytest.mark.parametrize("text", ["mlp", "gkan,kan_groups=4,kan_lr_mult=5", "kat"])
+def test_its_checkpoint_is_one_of_mains(text, folder, small, capsys):
+    row = run("long", text, folder)
+    place = next((folder / "work").rglob("checkpoint.pth"))
+    assert run_main("--eval", "--resume", place, "--data-path", folder / "data", "--device", "cpu", "--num_workers", "0") == 0
+    found = evaluation(capsys.readouterr().out)
+    assert float(found["model"][0]) == pytest.approx(float(row["top1"]), abs=0.005)
+    assert float(found["model_ema"][0]) == pytest.approx(float(row["top1_ema"]), abs=0.005)
+    trained = load_trained(str(place), device="cpu")
+    assert trained.class_names == list("0123456789") and (trained.args.mixup, trained.args.drop_path) == (0.8, 0.1)
+    assert trained.results["acc1"] == pytest.approx(float(row["top1"]), abs=0.005)
+    assert trained.results["images"] == 20 and trained.about["versions"] == versions()
+
+
+@pytest.mark.parametrize("text", ["relu2", "swiglu", "gkan,phi2_scale=learned", "gkan,phi_out=true"])
+def test_a_checkpoint_of_another_model_is_refused(text, folder, small):
+    """It would be evaluated as another function."""
+    run("long", text, folder)
+    place = next((folder / "work").rglob("checkpoint.pth"))
+    assert " with " in (told := sentence(load_trained, str(place), device="cpu")) and "\n" not in told
+
+
+def test_images_of_another_folder_are_not_taken_from_the_cache(folder, monkeypatch):
+    first = load_images(folder / "data", folder / "work")
+    (folder / "data").rename(folder / "other")
+    Image.new("RGB", (32, 32)).save(folder / "other/train/0/0.png")
+    second = load_images(folder / "other", folder / "work")
+    assert first["train"][0].any() and not second["train"][0].any() and second.classes == list("0123456789")
+    monkeypatch.setattr(benchmarks.trials.images, "ImageFolder", None)       # nothing is decoded again
+    assert torch.equal(load_images(folder / "other", folder / "work")["train"], second["train"])
+
+
 def test_functions_rate_goes_to_its_end(small, tmp_path):
     trial = begin(Run("scratch", parse_variant("gkan,epochs=5,kan_lr_mult=20,kan_lr_end=4"), 0), tensors(24), tmp_path, Process())
     rates = []
@@ -335,6 +372,12 @@ def test_a_penalty_on_second_differences(small, tmp_path):
     torch.testing.assert_close(trial.criterion(x, logits, y), plain)
     c.data[3, 4] += 1
     torch.testing.assert_close(trial.criterion(x, logits, y), plain + 0.5 * (1 + 4 + 1))
+
+
+def test_pretraining_is_as_long_as_its_setting_says(folder, small, monkeypatch):
+    monkeypatch.setitem(variants.PRETRAIN_EPOCHS, "transfer-long", 3)
+    assert run("transfer-long", "gkan", folder)["epochs"] == "2"
+    assert load_file(folder / "work/transfer-long/nano-cpu/pretrained-seed0/checkpoint.pth")["epoch"] == 2
 
 
 def test_transfer_begins_equal_and_pretrains_once(folder, small):
@@ -524,7 +567,7 @@ def test_transfer_is_refused_on_a_gpu_before_anything_runs(folder, capsys):
     assert accuracy.main(["--plan", str(plan), "--data", str(folder / "data"), "--device", "cuda", "--work-dir",
                           str(folder / "work"), "--results", str(folder / "results")]) == 2
     said = capsys.readouterr()
-    assert said.err == "error: --device cuda: transfer runs on a CPU, give --device cpu\n" and not said.out
+    assert said.err == "error: --device cuda: transfer and transfer-long run on a CPU, give --device cpu\n" and not said.out
     assert not (folder / "work").exists()
 
 
@@ -572,7 +615,7 @@ def test_the_best_of_what_is_finished(tmp_path):
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"setting": "longer"}, "setting longer is not one of scratch, transfer, long"),
+    ({"setting": "longer"}, "setting longer is not one of scratch, transfer, transfer-long, long"),
     ({"size": "huge"}, "size huge is not one of"), ({"epochs": "many"}, "epochs must be a whole number, not many"),
     ({"epochs": 0}, "epochs must be at least 1"),
     ({"seeds": [-1]}, "seeds must be whole numbers"), ({"seeds": []}, "seeds must be a list"),

@@ -1,5 +1,6 @@
 """Trained weights that come with this code: known by name in the place of a checkpoint, checked, written by tools/ship.py."""
 import warnings
+from types import MappingProxyType
 
 import pytest
 import timm
@@ -22,7 +23,7 @@ from vision_kan.run.build import model_of_run
 from vision_kan.run.starting import read_start, suggest_model
 from vision_kan.run.trained import default_output, load_trained
 
-NAME, CLASSES = f"{GKAN}.digits", TAGS["digits"]
+NAME, CLASSES = f"{GKAN}.digits", TAGS["digits"].classes
 LOCAL = ("--device", "cpu", "--num_workers", "0")
 
 
@@ -63,14 +64,14 @@ def file(tmp_path_factory):
     return checkpoint_of(GKAN, tmp_path_factory.mktemp("run") / "checkpoint.pth")
 
 
-def checkpoint_of(name, place, seed: int = 1, classes=CLASSES):
+def checkpoint_of(name, place, seed: int = 1, classes=CLASSES, kwargs=MappingProxyType({}), flags=MappingProxyType({})):
     torch.manual_seed(seed)
-    model = spread(timm.create_model(name, num_classes=len(classes)), seed)
+    model = spread(timm.create_model(name, num_classes=len(classes), **kwargs), seed)
     result = {"acc1": 12.34, "acc5": 56.78, "images": 20, "data_set": "FOLDER", "split": "validation"}
     torch.save({
         "model": model.state_dict(), "model_ema": model.state_dict(),
-        "model_args": {"name": name, "kwargs": {"num_classes": len(classes), "img_size": 32}},
-        "args": {"model": name, "input_size": 32, "data_set": "FOLDER", "epochs": 2,
+        "model_args": {"name": name, "kwargs": {"num_classes": len(classes), "img_size": 32, **kwargs}},
+        "args": {**flags, "model": name, "input_size": 32, "data_set": "FOLDER", "epochs": 2,
                  "config": "/somewhere/recipes/cifar10_gkan.yaml"},
         "epoch": 1, "class_names": list(classes), "results": {"model": result, "model_ema": result},
         "versions": {"torch": "2.7.0", "platform": "a-platform"}}, place)
@@ -133,6 +134,35 @@ def test_what_is_not_shipped(data, tmp_path, capsys):
                         ([full, "digits"], "give --data-path DIR"), ([full, "digit"], "digit")):
         assert ship.main([*map(str, words), *LOCAL]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_a_tag_with_its_own_architecture_and_preparation(tmp_path, monkeypatch, capsys):
+    """The name alone creates the model, with the arguments and the preparation that the tag has."""
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "box")
+    tag = TAGS["cifar10"]
+    own = {"classes": tag.classes, "kwargs": tag.kwargs, "flags": {"mean": list(tag.mean), "std": list(tag.std)}}
+    place = checkpoint_of(GKAN, tmp_path / "a.pth", **own)
+    data = write_digits(tmp_path / "data", train=1, val=1, names=list(tag.classes))
+    grey = {"mean": [0.5] * 3, "std": list(tag.std)}
+    for changed, told in (({"kwargs": {"global_pool": "avg"}}, "class_token None, not False"),
+                          ({"kwargs": {**tag.kwargs, "kan_groups": 4}}, "kan_groups 4, not None"),
+                          ({"flags": grey}, "mean (0.5, 0.5, 0.5), not (0.4914, 0.4824, 0.4467)")):
+        other = checkpoint_of(GKAN, tmp_path / "b.pth", **{**own, **changed})
+        assert ship.main([str(other), "cifar10", "--data-path", str(data), *LOCAL]) == 2
+        assert f"differs from TAG cifar10 in models_kan.TAGS: {told}" in capsys.readouterr().err
+    assert not shipped.FOLDER.exists()
+    assert ship.main([str(place), "cifar10", "--data-path", str(data), *LOCAL]) == 0
+    register_again()
+    try:
+        name = f"{GKAN}.cifar10"
+        model = timm.create_model(name, pretrained=True).eval()
+        same_model(load_trained(name, device="cpu"), model)
+        assert model.cls_token is None and model.global_pool == "avg" and model.pretrained_cfg["mean"] == tag.mean
+        assert timm.create_model(name).cls_token is None and timm.create_model(GKAN).cls_token is not None
+        assert timm.create_model(name, pretrained=True, num_classes=3).head.out_features == 3
+    finally:
+        monkeypatch.undo()
+        register_again()
 
 
 # ---------------------------------------------------------------- the name in the place of a checkpoint

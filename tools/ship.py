@@ -2,9 +2,9 @@
 
     python tools/ship.py CHECKPOINT TAG --data-path DIR [--weights model_ema] [--note "Trained in 3 hours on 2 cores."]
 
-TAG is one of models_kan.TAGS, which gives the classes. The matrices are rounded to half precision, and the result is evaluated on
-the validation images of --data-path. Written are NAME-HASH.safetensors, in place of an earlier one, and the model card NAME.md.
-Further flags are main.py's.
+TAG is one of models_kan.TAGS, which gives classes, preparation of images and arguments of the architecture. The matrices are
+rounded to half precision, and the result is evaluated on the validation images of --data-path. Written are NAME-HASH.safetensors,
+in place of an earlier one, and the model card NAME.md. Further flags are main.py's.
 """
 import argparse
 import sys
@@ -34,6 +34,10 @@ DATA = {
     "digits": ("scikit-learn's digits",
                "[The digits of scikit-learn](https://scikit-learn.org/stable/datasets/toy_dataset.html), 1,797 handwritten ones "
                "of 8 x 8 px (Alpaydin and Kaynak, 1998, CC BY 4.0), enlarged to 32 x 32. They come with scikit-learn."),
+    "cifar10": ("CIFAR-10",
+                "[CIFAR-10](https://www.cs.toronto.edu/~kriz/cifar.html), photos of 32 x 32 px (Alex Krizhevsky, Learning "
+                "Multiple Layers of Features from Tiny Images, 2009); its page names no licence. Here they were JPEG files, "
+                "45,000 for training and 5,000 for validation. They do not come with this code."),
 }
 
 
@@ -85,9 +89,17 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     size, _ = models_kan.split_name(name)
     if size is None:
         raise UserError(f"checkpoint {own.checkpoint} holds {trained.spec.name}: only models of --list-models can be shipped")
-    if tuple(trained.class_names) != models_kan.TAGS[own.tag]:
+    tag = models_kan.TAGS[own.tag]
+    if tuple(trained.class_names) != tag.classes:
         raise UserError(f"checkpoint {own.checkpoint} has the classes {', '.join(trained.class_names[:5])} ..., which are not "
                         f"those of TAG {own.tag} in models_kan.TAGS")
+    kwargs = {key: value for key, value in trained.spec.kwargs.items() if key not in ("num_classes", "img_size")}
+    own_config = {**trained.data_config, **kwargs}
+    tags_config = {**trained.data_config, "mean": tag.mean, "std": tag.std, **tag.kwargs}
+    if own_config != tags_config:
+        raise UserError(f"checkpoint {own.checkpoint} differs from TAG {own.tag} in models_kan.TAGS: "
+                        + ", ".join(f"{key} {own_config.get(key)}, not {tags_config.get(key)}"
+                                    for key in {**own_config, **tags_config} if own_config.get(key) != tags_config.get(key)))
     if not trained.args.data_path and trained.args.data_set != "DIGITS":
         raise UserError("the card states the accuracy: give --data-path DIR")
     trained.about.get("versions", {}).pop("platform", None)      # of the machine, not of the weights

@@ -1,5 +1,6 @@
 """CIFAR-10's images in memory, augmented and normalised by main.py's code for images on the device."""
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,21 +9,29 @@ import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
+from models_kan import TAGS
 from samplers import RASampler
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.data.device import CHUNK_BYTES, DeviceAugmentation, EvalLoader, TrainLoader, _Normalise
 
-MEAN, STD = (0.4914, 0.4824, 0.4467), (0.2471, 0.2435, 0.2616)
-# "train": uint8 [N, 3, 32, 32], "train_y": int64 [N], "val", "val_y"
-Images = dict[str, Tensor]
+MEAN, STD = TAGS["cifar10"].mean, TAGS["cifar10"].std
+KEYS = ("train", "train_y", "val", "val_y")
+
+
+class Images(dict[str, Tensor]):
+    """"train": uint8 [N, 3, 32, 32], "train_y": int64 [N], "val", "val_y"; and the names of the classes."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], classes: Sequence[str]):
+        super().__init__(tensors)
+        self.classes = list(classes)
 
 
 def load_images(folder: Path, cache: Path) -> Images:
     """The images of train/CLASS and val/CLASS, decoded once."""
-    file = cache / "images.npz"
-    if not file.exists():
-        arrays = {}
+    file, source = cache / "images.npz", str(folder.resolve())
+    if not file.exists() or _source(file) != source:
+        arrays: dict[str, np.ndarray] = {"source": np.array(source)}
         for split in ("train", "val"):
             if not (folder / split).is_dir():
                 raise UserError(f"--data {folder} has no folder {split}: name the folder with train/CLASS and val/CLASS")
@@ -30,11 +39,17 @@ def load_images(folder: Path, cache: Path) -> Images:
             with ThreadPoolExecutor() as pool:      # PIL releases Python's lock while it decodes
                 images = list(pool.map(lambda index, data=data: np.asarray(data[index][0]), range(len(data))))
             arrays[split] = np.stack(images).transpose(0, 3, 1, 2)
-            arrays[f"{split}_y"] = np.asarray(data.targets)
+            arrays[f"{split}_y"], arrays["classes"] = np.asarray(data.targets), np.array(data.classes)
         with atomic_write(file) as temporary:
             np.savez(temporary, **arrays)
     with np.load(file) as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return Images({key: torch.from_numpy(arrays[key]) for key in KEYS}, arrays["classes"].tolist())
+
+
+def _source(file: Path) -> str:
+    """The folder whose images a file of `load_images` holds; "" of a file from before this was noted."""
+    with np.load(file) as arrays:
+        return str(arrays["source"]) if "source" in arrays.files else ""
 
 
 def subset(images: Images, classes: range) -> Images:
@@ -42,7 +57,7 @@ def subset(images: Images, classes: range) -> Images:
     for split in ("train", "val"):
         keep = (images[f"{split}_y"] >= classes.start) & (images[f"{split}_y"] < classes.stop)
         out[split], out[f"{split}_y"] = images[split][keep], images[f"{split}_y"][keep] - classes.start
-    return out
+    return Images(out, images.classes[classes.start:classes.stop])
 
 
 def normalise(images: Tensor) -> Tensor:

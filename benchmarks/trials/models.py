@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from benchmarks.trials.variants import SIZES, Variant, run_name
 from faster_kan import FasterKANLayer
+from models_kan import TAGS, ModelSpec, options_of
 from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.common.errors import UserError
 from vision_kan.common.seeds import seed_everything
@@ -21,7 +22,8 @@ from vision_kan.layers.function_layer import BASE_FLOPS, Flops
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.models.weight_init import init_mimetic
 
-MODEL = {"class_token": False, "global_pool": "avg", "weight_init": "reset"}      # PyTorch's initialisation
+MODEL = {**TAGS["cifar10"].kwargs, "weight_init": "reset"}      # PyTorch's initialisation
+WEIGHTS_ONLY = {"frozen", "gain", "weight_init"}      # options that change no architecture
 
 
 def build(variant: Variant, seed: int, num_classes: int, functions: Path | None = None, batch: Tensor | None = None) -> nn.Module:
@@ -72,6 +74,15 @@ def build(variant: Variant, seed: int, num_classes: int, functions: Path | None 
     if frozen:
         _load_functions(model, frozen, functions, variant.recipe["epochs"])
     return model
+
+
+def spec_of(variant: Variant, num_classes: int) -> ModelSpec:
+    """The model as timm creates it. One that it cannot create has a name that it does not know."""
+    own = {"mlp_ratio", *options_of(variant.model)}
+    only_here = [f"{key}={value}" for key, value in variant.options.items() if key not in own | WEIGHTS_ONLY]
+    kwargs = {**TAGS["cifar10"].kwargs, "num_classes": num_classes,
+              **{key: value for key, value in variant.options.items() if key in own}}
+    return ModelSpec(" with ".join([variant.model, *only_here]), kwargs)
 
 
 # ---------------------------------------------------------------- feed-forwards

@@ -202,7 +202,7 @@ def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Pro
     finish: called with each finished trial.
     deadline: by time.monotonic(); after the round that ends past it, all are saved.
     recorder: called with the device and a stream."""
-    images = {key: value.to(process.device) if key != "val_y" else value for key, value in images.items()}
+    images = Images({key: value.to(process.device) if key != "val_y" else value for key, value in images.items()}, images.classes)
     val = EvalBatches(images, process.device)
     waiting, lanes, failures, saved = list(runs), [], [], time.monotonic()
     number = 0

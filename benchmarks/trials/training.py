@@ -11,22 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.trials.images import MEAN, STD, Batches, EvalBatches, Images, normalise, subset
-from benchmarks.trials.models import build
-from benchmarks.trials.variants import Run, parse_variant
+from benchmarks.trials.models import build, spec_of
+from benchmarks.trials.variants import PRETRAIN_EPOCHS, Run, parse_variant
 from engine import train_epochs
 from losses import build_criterion
 from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.checkpoints.write import save_checkpoint
 from vision_kan.common.process import Process
 from vision_kan.common.seeds import seed_everything
+from vision_kan.common.text import to_builtin_types
 from vision_kan.config.resolve import parse_args
 from vision_kan.data.transforms import build_mixup
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.models.cost import count_flops, count_parameters
 from vision_kan.models.finetune import load_finetune
+from vision_kan.run.folder import versions
 from vision_kan.training.criterion import Criterion
 from vision_kan.training.optim import build_state
 from vision_kan.training.precision import choose_amp_dtype
+from vision_kan.training.state import result_of
 from vision_kan.training.training import Hooks, Training
 from vision_kan.training.updates import Updater
 
@@ -38,12 +41,21 @@ def flags_of(recipe: dict[str, Any], updates: int) -> Namespace:
     args = parse_args(["--data-set", "FOLDER", "--input-size", "32", "--unscale-lr", "--sched-on-updates", "--aa", "none",
                        "--color-jitter", "0", "--reprob", "0"]).args
     for key in ("epochs", "batch_size", "lr", "min_lr", "weight_decay", "smoothing", "clip_grad", "kan_lr_mult",
-                "kan_weight_decay", "mixup", "cutmix"):
+                "kan_weight_decay", "mixup", "cutmix", "drop_path"):
         setattr(args, key, recipe[key])
     args.mean, args.std = MEAN, STD
     args.model_ema, args.model_ema_decay = recipe["ema_decay"] > 0, recipe["ema_decay"]
     args.warmup_epochs = recipe["warmup_steps"] / updates       # timm turns it into updates again
     return args
+
+
+def description(run: Run, args: Namespace, classes: list[str]) -> dict[str, Any]:
+    """The entries of a checkpoint besides the state, as main.py writes them: it and every tool take the checkpoint. A model that
+    this library does not have is under a name that they refuse."""
+    spec = spec_of(run.variant, len(classes))
+    flags = {**vars(args), "model": spec.name, "seed": run.seed, "nb_classes": len(classes)}
+    return {"args": to_builtin_types(flags), "model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}),
+            "class_names": classes, "versions": versions()}
 
 
 class Smooth(Criterion):
@@ -67,6 +79,7 @@ class Trial:
         self.run, self.recipe, self.folder, self.process = run, run.variant.recipe, folder, process
         self.steps = len(images["train"]) // self.recipe["batch_size"]     # of an epoch
         self.args = flags_of(self.recipe, self.steps)
+        self.about = description(run, self.args, images.classes)
         self.flops, self.parameters = count_flops(model), count_parameters(model)
         self.amp_dtype = choose_amp_dtype("auto", process.device)
         self.model = model.to(process.device)
@@ -104,11 +117,13 @@ class Trial:
         self.progress["step_ms"].append(step_ms)
         self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": loss,
                           "top1_ema": results["ema_test"]["acc1"] if self.state.ema else top1}
+        self.state.results = {key: result_of(results[name], self.args)
+                              for key, name in (("model", "test"), ("model_ema", "ema_test")) if name in results}
         self.set_function_rate()
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint({**self.state.state_dict(), **self.progress}, self.folder, keep=1)
+        save_checkpoint({**self.state.state_dict(), **self.progress, **self.about}, self.folder, keep=1)
 
     def columns(self) -> dict[str, Any]:
         """The row of a finished run."""
@@ -153,7 +168,7 @@ def train(trial: Trial, images: Images, deadline: float = float("inf")) -> bool:
 def begin_transfer(run: Run, images: Images, work: Path, process: Process) -> tuple[Trial, Images, float]:
     """The trial with the weights of an MLP ViT trained on the first classes and a new head; the images of the other classes; and
     the largest difference of its logits from the MLP's, relative to the largest logit, before any training."""
-    mlp = Run(run.setting, parse_variant("mlp", size=run.variant.size), run.seed)
+    mlp = Run(run.setting, parse_variant("mlp", size=run.variant.size, epochs=PRETRAIN_EPOCHS[run.setting]), run.seed)
     folder = run.siblings(work) / f"pretrained-seed{run.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     twin: Any = build(mlp.variant, run.seed, len(CLASSES_A))

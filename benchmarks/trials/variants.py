@@ -33,7 +33,8 @@ RECIPE: dict[str, Any] = {
 LONG: dict[str, Any] = {"ema_decay": 0.998, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1}
 LONG_WARMUP = 1 / 20        # of the run's steps, unless a variant says warmup_steps=
 LONG_EPOCHS = {"cpu": 50, "cuda": 100}
-SETTINGS = ("scratch", "transfer", "long")
+PRETRAIN_EPOCHS = {"transfer": 4, "transfer-long": 20}
+SETTINGS = ("scratch", *PRETRAIN_EPOCHS, "long")
 OPTIONS = ("act", "frozen", "gated", "phi_qkv", "phi_out", "phi2_scale", "gain", "whiten", "weight_init", "mlp_ratio")
 CHOICES = {"act": ("relu", "relu2", "silu"), "frozen": ("mean", "own"), "phi2_scale": ("calibrated", "learned"),
            "whiten": ("zca", "pca"), "weight_init": ("reset", "mimetic")}
