@@ -21,14 +21,20 @@ its model compiled if there is a C++ compiler; on a GPU all runs are in one proc
 """
 import argparse
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from vision_kan.common import console
+
+console.starting(__name__)
 import torch
 
 from benchmarks.trials.conversion import convert
@@ -38,7 +44,7 @@ from benchmarks.trials.report import append, finished, report
 from benchmarks.trials.side_by_side import train_side_by_side
 from benchmarks.trials.training import Trial, begin, begin_transfer, train
 from benchmarks.trials.variants import PRETRAIN_EPOCHS, SETTINGS, SIZES, Run, parse_variant
-from vision_kan.common.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, UserError
+from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
 from vision_kan.common.process import Process, choose_device
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -59,26 +65,41 @@ def run_alone(run: Run, data: Path, work: Path, results: Path, seconds: float = 
 
 
 def run_on_cpu(runs: list[Run], args: argparse.Namespace, deadline: float) -> list[str]:
-    """--jobs runs at a time, a process each. Returns a sentence for each that failed."""
-    failures = []
+    """--jobs runs at a time, a process each; they end with this one. Returns a sentence for each that failed."""
+    failures: list[str] = []
+    running: set[subprocess.Popen] = set()
+    lock, stopped = threading.Lock(), threading.Event()
 
     def work(run: Run) -> None:
-        if time.monotonic() > deadline:
-            return
         log = run.folder(args.work_dir) / "log.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         limit = [] if deadline == float("inf") else ["--seconds", str(deadline - time.monotonic())]
         with open(log, "a") as stream:
-            code = subprocess.call(
-                [sys.executable, __file__, run.setting, "--worker", "--data", str(args.data), "--variants", run.words, "--seeds",
-                 str(run.seed), "--work-dir", str(args.work_dir), "--results", str(args.results), "--device", "cpu", *limit],
-                stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            with lock:
+                if stopped.is_set() or time.monotonic() > deadline:
+                    return
+                process = subprocess.Popen(
+                    [sys.executable, __file__, run.setting, "--worker", "--data", str(args.data), "--variants", run.words,
+                     "--seeds", str(run.seed), "--work-dir", str(args.work_dir), "--results", str(args.results), "--device",
+                     "cpu", *limit], stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                running.add(process)
+            code = process.wait()
+            running.discard(process)
+        if stopped.is_set():
+            return
         if code not in (0, EXIT_PREEMPTED):
             failures.append(f"{run} (exit code {code}, see {log})")
         print(f"{ {0: 'done', EXIT_PREEMPTED: 'stopped'}.get(code, 'failed')}: {run}", flush=True)
 
     with ThreadPoolExecutor(args.jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)) as pool:
-        list(pool.map(work, runs))
+        try:
+            list(pool.map(work, runs))
+        except BaseException:
+            with lock:
+                stopped.set()
+                for process in running:
+                    process.terminate()
+            raise
     return failures
 
 
@@ -182,7 +203,11 @@ def command(args: argparse.Namespace) -> int:
         open(args.results / "runs.csv", "a").close()
     except OSError as error:
         raise UserError(f"--results {args.results} cannot be written to ({error.strerror}): choose another folder") from error
-    failures = run_stages(stages, args)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        failures = run_stages(stages, args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if finished(args.results):
         report(args.results, args.baseline)
     if failures:
@@ -190,13 +215,12 @@ def command(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def stop(number: int, frame) -> NoReturn:
+    raise Preempted("SIGTERM: the same command continues after each run's last saved epoch")
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        return command(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return console.exit_code(lambda: command(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

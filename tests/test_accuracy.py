@@ -1,8 +1,12 @@
 """benchmarks/accuracy.py: what is compared is comparable, what is printed is what was run, a stop loses no run."""
 import csv
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -654,6 +658,33 @@ def test_the_command_runs_what_is_missing_and_reports(folder, capsys, monkeypatc
     assert (folder / "results" / "scratch_1_epochs.png").stat().st_size > 5000
     assert accuracy.main(command) == 0
     assert "done:" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="signals of POSIX")
+@pytest.mark.parametrize("number, code, told", [
+    (signal.SIGTERM, 75, "stopped: SIGTERM: the same command continues after each run's last saved epoch"),
+    pytest.param(signal.SIGINT, 130, "stopped: interrupted", marks=slow)])
+def test_a_stop_from_outside_ends_all_runs(number, code, told, folder):
+    """No run that is waiting begins, none goes on alone."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks/accuracy.py"), "scratch", "--data", str(folder / "data"), "--variants",
+         "mlp,batch_size=12,warmup_steps=1", "--seeds", "0", "1", "--epochs", "100000", "--jobs", "1", "--device", "cpu",
+         "--work-dir", str(folder / "work"), "--results", str(folder / "results")],
+        env={**os.environ, "PATH": ""}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        while not list((folder / "work").rglob("checkpoint.pth")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code and err.strip().splitlines()[-1] == told and "Traceback" not in err, err
+    logs = sorted((folder / "work").rglob("log.txt"))
+    assert len(logs) == 1 and "seed0" in str(logs[0])
+    size = logs[0].stat().st_size
+    time.sleep(0.5)
+    assert logs[0].stat().st_size == size       # it prints a line for each evaluation
 
 
 def test_rows_of_an_earlier_version_stay(tmp_path):
