@@ -14,7 +14,16 @@ from scipy.interpolate import BSpline
 import models_kan
 from tools import export, inspect_kan, predict, prune, symbolic
 from vision_kan import kernels
-from vision_kan.kernels import FUNCTIONS, activation, activation_reference, backend
+from vision_kan.kernels import (
+    FUNCTIONS,
+    activation,
+    activation_reference,
+    backend,
+    rational,
+    rational_reference,
+    rswaf_linear,
+    rswaf_linear_reference,
+)
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.layers.group_kan import GroupActivation, GroupKAN
 from vision_kan.models.finetune import load_finetune
@@ -160,7 +169,6 @@ def test_on_meta(function):
 def test_many_variants_are_compiled(monkeypatch):
     """Dynamo gives up on a function after eight."""
     seen = []
-    module = sys.modules[activation.__module__]
     real = torch.compile
 
     def counted(graph, inputs):
@@ -168,7 +176,7 @@ def test_many_variants_are_compiled(monkeypatch):
         return graph
 
     monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend=counted, **how))
-    module.compiled.cache_clear()
+    backend._compiled.cache_clear()
     kernels.use("compile")
     for function in OTHERS:
         for base in ("gelu", "identity"):
@@ -178,7 +186,13 @@ def test_many_variants_are_compiled(monkeypatch):
                 torch.testing.assert_close(activation(u, c, POINTS, H, base, None, function),
                                            activation_reference(u, c, POINTS, H, base, None, function))
                 assert len(seen) > before or width == 24
-    module.compiled.cache_clear()
+    x, w, grid, c = torch.randn(4, 6), torch.randn(5, 6 * 8), torch.tensor(POINTS), torch.rand(2, 12)
+    for number in range(1, 11):
+        before = len(seen)
+        torch.testing.assert_close(rswaf_linear(x, w, grid, number / 3), rswaf_linear_reference(x, w, grid, number / 3))
+        torch.testing.assert_close(rational(x, c, number), rational_reference(x, c, number))
+        assert len(seen) == before + 2
+    backend._compiled.cache_clear()
     torch._dynamo.reset()
 
 

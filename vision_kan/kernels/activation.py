@@ -5,10 +5,7 @@
 FasterKAN's bumps have kernels of their own (`rswaf_activation`). This is the way of all other bases: torch.compile on a GPU,
 elsewhere PyTorch's operations on some rows at a time, so that only u and the parameters are kept for the backward pass.
 """
-import functools
 from collections.abc import Sequence
-from types import FunctionType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +36,7 @@ def activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: floa
     if name == "reference" or backend.intercepted(u, coefficients, scale):
         return _reference(u, coefficients, scale, constants)
     if name == "compile" or backend.resolve(name, u, len(points), *constants) == "compiled":
-        return compiled(constants, torch.is_grad_enabled())(u, coefficients, scale)
+        return backend.compiled(_reference, constants)(u, coefficients, scale)
     return _ByRows.apply(u, coefficients, scale, constants)
 
 
@@ -59,17 +56,6 @@ def activation_reference(u: Tensor, coefficients: Tensor, points: Sequence[float
 def _reference(u: Tensor, coefficients: Tensor, scale: Tensor | None, constants: tuple) -> Tensor:
     points, h, base, function = constants
     return activation_reference(u, coefficients, points, h, base, scale, function)
-
-
-@functools.cache
-def compiled(constants: tuple, grad: bool) -> Any:
-    """`_reference` through torch.compile. Dynamo gives up on a code object after eight variants, and a process may have more:
-    so these constants, with and without gradients, have one of their own."""
-    def activation(u: Tensor, coefficients: Tensor, scale: Tensor | None) -> Tensor:
-        return _reference(u, coefficients, scale, constants)
-
-    own = FunctionType(activation.__code__.replace(), activation.__globals__, closure=activation.__closure__)
-    return torch.compile(own)
 
 
 class _ByRows(torch.autograd.Function):

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -106,6 +106,20 @@ def resolve(name: str, tensor: torch.Tensor, num_points: int, points: tuple[floa
             and native.library(len(points), base) is not None:
         return "native"
     return "chunked"
+
+
+def compiled(function: Callable, *constants: Any) -> Any:
+    """`function` of tensors, and of these hashable constants after them, through torch.compile. Dynamo gives up on a code object
+    after eight variants, and a process may have more: so each of these, with and without gradients, has one of its own."""
+    return _compiled(function, constants, torch.is_grad_enabled())
+
+
+@functools.cache
+def _compiled(function: Callable, constants: tuple, grad: bool) -> Any:
+    def call(*tensors: torch.Tensor | None) -> torch.Tensor:
+        return function(*tensors, *constants)
+
+    return torch.compile(FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__))
 
 
 def _constant_in_graphs(function: Callable) -> Callable:

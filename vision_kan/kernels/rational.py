@@ -29,12 +29,13 @@ def rational(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tensor:
     """
     u = cast(u, backend.autocast_dtype(u))
     name = backend.chosen()
-    if name in ("reference", "compile") or backend.intercepted(u, coefficients):
+    intercepted = backend.intercepted(u, coefficients)
+    if name in ("reference", "compile") or intercepted:
         _check(u.shape, coefficients.shape, degree)
-        if name == "reference" or backend.transformed():
+        if name == "reference" or (name == "compile" and intercepted) or backend.transformed():
             return rational_reference(u, coefficients, degree)
         if name == "compile":
-            return _compiled_reference()(u, coefficients, degree)
+            return backend.compiled(rational_reference, degree)(u, coefficients)
         return _rational(u, coefficients, degree, name)
     return _Rational.apply(u, coefficients, _kernel(u, coefficients, degree, name), (degree, name))
 
@@ -52,11 +53,6 @@ def rational_reference(u: Tensor, coefficients: Tensor, degree: int = 5) -> Tens
     x = u.to(math_dtype(u.dtype))
     c = coefficients.to(x.dtype).repeat_interleave(u.shape[-1] // len(coefficients), 0).T
     return (_polynomial(c[:degree + 1], x) / (1 + _polynomial(c[degree + 1:], x.abs()) * x.abs())).to(u.dtype)
-
-
-@functools.lru_cache
-def _compiled_reference():
-    return torch.compile(rational_reference)
 
 
 def _polynomial(c: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ It saves u and the parameters for the backward pass. Nothing of size [T, I, G] o
 
 Legend for shapes: T tokens (all leading dimensions flattened), I inputs, O outputs, G grid points.
 """
-import functools
 import math
 from typing import Any
 
@@ -42,11 +41,13 @@ def rswaf_linear(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, sin
     dtype = backend.autocast_dtype(u)
     name = backend.chosen()
     number, tensor = (0.0, h) if isinstance(h, Tensor) else (h, None)
-    if name in ("reference", "compile") or backend.intercepted(u, weight, grid, tensor):
-        if name == "reference" or backend.transformed():
+    intercepted = backend.intercepted(u, weight, grid, tensor)
+    if name in ("reference", "compile") or intercepted:
+        if name == "reference" or (name == "compile" and intercepted) or backend.transformed():
             return rswaf_linear_reference(u, weight, grid, h)
         if name == "compile":
-            return _compiled_reference()(u, weight, grid, h)
+            given, constants = ((u, weight, grid), (h,)) if tensor is None else ((u, weight, grid, tensor), ())
+            return backend.compiled(rswaf_linear_reference, *constants)(*given)
         return _linear(u, weight, grid, tensor, number, single_exp, dtype, name)
     return _Linear.apply(u, weight, grid, tensor, (number, single_exp, dtype, name))
 
@@ -59,11 +60,6 @@ def rswaf_linear_reference(u: Tensor, weight: Tensor, grid: Tensor, h: float | T
 def _product_of(u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor, dtype: torch.dtype) -> Tensor:
     basis = rswaf_basis(u.to(math_dtype(u.dtype)), grid, h)            # [..., I, G]
     return F.linear(basis.flatten(-2).to(dtype), weight)                # [..., I*G] @ [I*G, O] -> [..., O]
-
-
-@functools.lru_cache
-def _compiled_reference():
-    return torch.compile(rswaf_linear_reference)
 
 
 # ---------------------------------------------------------------- the op
