@@ -175,8 +175,10 @@ def test_long_ones():
     ("swiglu,act=relu", "swiglu cannot have both act and gated"), ("relu2,gated=true", "relu2 cannot have both act and gated"),
     ("mlp,gain=0.3", "mlp cannot have gain, which is for kan-original, kan"), ("ekan,whiten=pca", "ekan cannot have whiten"),
     ("kan,phi_out=true", "kan cannot have phi_out"), ("ekan,phi_out=true", "ekan cannot have phi_out"),
-    ("mlp,epochs=0", "epochs and batch_size must be at least 1"),
-    ("mlp,batch_size=0", "epochs and batch_size must be at least 1")])
+    ("mlp,epochs=0", "epochs must be from 1 to 1000000"),
+    ("mlp,batch_size=0", "batch_size must be at least 1"),
+    ("gkan,drop_path=2", "drop_path must be at least 0 and less than 1"), ("gkan,kan_groups=-1", "kan_groups must be at least 0"),
+    ("gkan,kan_groups=many", "kan_groups must be a whole number"), ("mlp,mlp_ratio=0", "mlp_ratio must be above 0")])
 def test_wrong_variants(text, part):
     assert part in sentence(parse_variant, text)
 

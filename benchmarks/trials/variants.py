@@ -7,6 +7,7 @@ import yaml
 
 import models_kan
 from vision_kan.common.errors import UserError
+from vision_kan.config.flags import FLAGS
 
 TRAIN_IMAGES = 45_000       # of CIFAR-10's, the others are for validation
 SIZES = {"nano": "vit_nano_patch8_32", "micro": "vit_micro_patch4_32"}
@@ -119,22 +120,33 @@ def parse_variant(text: str, setting: str = "scratch", size: str = "nano", epoch
             raise UserError(f"{where}: {key} is not a {'whole ' if isinstance(recipe[key], int) else ''}number: {value}")
         if key in CHOICES and parsed not in CHOICES[key]:
             raise UserError(f"{where}: {key} is one of {', '.join(CHOICES[key])}, not {value}")
-        found[SHORT.get(key, key)] = parsed
+        key = SHORT.get(key, key)
+        if objection := _objection(key, parsed):
+            raise UserError(f"{where}: {key} {objection}")
+        found[key] = parsed
     size = found.pop("size", size)
     if size not in SIZES:
         raise UserError(f"{where}: size {size} is not one of {', '.join(SIZES)}")
     recipe["epochs"] = found.pop("epochs", recipe["epochs"])
-    batch_size = found.get("batch_size", recipe["batch_size"])
-    if min(recipe["epochs"], batch_size) < 1:
-        raise UserError(f"{where}: epochs and batch_size must be at least 1")
     if found.get("gated", options.get("gated")) and "act" in {**options, **found}:
         raise UserError(f"{where}: {name} cannot have both act and gated: SwiGLU has its own activation")
     if setting == "long":
-        recipe["warmup_steps"] = int(LONG_WARMUP * recipe["epochs"] * (TRAIN_IMAGES // batch_size))
+        steps = TRAIN_IMAGES // found.get("batch_size", recipe["batch_size"])
+        recipe["warmup_steps"] = int(LONG_WARMUP * recipe["epochs"] * steps)
     changed = {key: value for key, value in found.items() if value != {**options, **recipe}.get(key)}
     return Variant(",".join([name, *(f"{key}={_shown(value)}" for key, value in changed.items())]), name, suffix,
                    {**options, **{key: value for key, value in changed.items() if key not in recipe}},
                    {**recipe, **{key: value for key, value in changed.items() if key in recipe}}, size)
+
+
+def _objection(key: str, value: Any) -> str:
+    """Why a value is impossible, by the rule of main.py's flag of that name; '' if it is not."""
+    if key not in FLAGS:
+        return "must be above 0" if key == "mlp_ratio" and not value > 0 else ""
+    try:
+        return FLAGS[key].objection(FLAGS[key].typed(value))
+    except ValueError as error:
+        return str(error)
 
 
 def _value(text: str) -> Any:
