@@ -55,6 +55,14 @@ class Size(NamedTuple):
     deit3: bool = False             # layer scale, no position embedding for the class token
 
 
+class Tag(NamedTuple):
+    """Classes, preparation of images, and arguments of the architecture besides its feed-forward's."""
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    kwargs: Mapping[str, Any] = {}
+
+
 SIZES = {
     "deit_tiny_patch16_224": Size(224, 16, 192, 12, 3),
     "deit_small_patch16_224": Size(224, 16, 384, 12, 6),
@@ -82,14 +90,7 @@ FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "KAT": KAT,
     "ViT": MLP,
 }
-class Tag(NamedTuple):
-    """Of trained weights that come with this code: classes, preparation of images, arguments of their architecture."""
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    kwargs: Mapping[str, Any] = {}
-
-
+# tag of the weights that come with this code -> what their models have in common
 TAGS = {
     "digits": Tag(tuple("0123456789")),
     "cifar10": Tag(("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),

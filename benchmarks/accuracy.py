@@ -43,7 +43,7 @@ from benchmarks.trials.plan import Stage, read_plan
 from benchmarks.trials.report import append, finished, report
 from benchmarks.trials.side_by_side import train_side_by_side
 from benchmarks.trials.training import Trial, begin, begin_transfer, train
-from benchmarks.trials.variants import PRETRAIN_EPOCHS, SETTINGS, SIZES, Run, parse_variant
+from benchmarks.trials.variants import SETTINGS, SIZES, TRANSFERS, Run, parse_variant
 from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
 from vision_kan.common.process import Process, choose_device
 
@@ -55,7 +55,7 @@ def run_alone(run: Run, data: Path, work: Path, results: Path, seconds: float = 
     torch.set_num_threads(1)
     deadline = time.monotonic() + seconds
     images, columns = load_images(data, work), {}
-    if run.setting in PRETRAIN_EPOCHS:
+    if run.setting in TRANSFERS:
         trial, images, columns["step0_error"] = begin_transfer(run, images, work, Process())
     else:
         trial = begin(run, images, work, Process())
@@ -67,24 +67,23 @@ def run_alone(run: Run, data: Path, work: Path, results: Path, seconds: float = 
 def run_on_cpu(runs: list[Run], args: argparse.Namespace, deadline: float) -> list[str]:
     """--jobs runs at a time, a process each; they end with this one. Returns a sentence for each that failed."""
     failures: list[str] = []
-    running: set[subprocess.Popen] = set()
+    begun: list[subprocess.Popen] = []
     lock, stopped = threading.Lock(), threading.Event()
 
     def work(run: Run) -> None:
         log = run.folder(args.work_dir) / "log.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
         limit = [] if deadline == float("inf") else ["--seconds", str(deadline - time.monotonic())]
-        with open(log, "a") as stream:
-            with lock:
-                if stopped.is_set() or time.monotonic() > deadline:
-                    return
+        with lock:
+            if stopped.is_set() or time.monotonic() > deadline:
+                return
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as stream:
                 process = subprocess.Popen(
                     [sys.executable, __file__, run.setting, "--worker", "--data", str(args.data), "--variants", run.words,
                      "--seeds", str(run.seed), "--work-dir", str(args.work_dir), "--results", str(args.results), "--device",
                      "cpu", *limit], stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-                running.add(process)
-            code = process.wait()
-            running.discard(process)
+            begun.append(process)
+        code = process.wait()
         if stopped.is_set():
             return
         if code not in (0, EXIT_PREEMPTED):
@@ -97,7 +96,7 @@ def run_on_cpu(runs: list[Run], args: argparse.Namespace, deadline: float) -> li
         except BaseException:
             with lock:
                 stopped.set()
-                for process in running:
+                for process in begun:       # has no effect on one that has ended
                     process.terminate()
             raise
     return failures
@@ -116,12 +115,12 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
     """Returns a sentence for each run or stage that failed."""
     deadline = time.monotonic() + args.seconds
     failures = []
-    if args.device == "cuda" and any(stage.setting in PRETRAIN_EPOCHS for stage in stages):
-        raise UserError(f"--device cuda: {' and '.join(PRETRAIN_EPOCHS)} run on a CPU, give --device cpu")
+    if args.device == "cuda" and any(stage.setting in TRANSFERS for stage in stages):
+        raise UserError(f"--device cuda: {' and '.join(TRANSFERS)} run on a CPU, give --device cpu")
     load_images(args.data, args.work_dir)
     for number, stage in enumerate(stages, 1):
         on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()
-                                           and stage.setting not in PRETRAIN_EPOCHS)
+                                           and stage.setting not in TRANSFERS)
         rows = finished(args.results)
         try:
             runs = [run for run in stage.runs("cuda" if on_gpu else "cpu", rows) if run.key not in rows]
@@ -206,6 +205,10 @@ def command(args: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         failures = run_stages(stages, args)
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            raise Preempted(str(interrupt)) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if finished(args.results):
@@ -216,7 +219,8 @@ def command(args: argparse.Namespace) -> int:
 
 
 def stop(number: int, frame) -> NoReturn:
-    raise Preempted("SIGTERM: the same command continues after each run's last saved epoch")
+    """SIGTERM. An Exception would be taken for a failure of the run that it meets."""
+    raise KeyboardInterrupt("SIGTERM: the same command continues after each run's last saved epoch")
 
 
 def main(argv: list[str] | None = None) -> int:

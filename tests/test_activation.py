@@ -21,6 +21,7 @@ from vision_kan.kernels import (
     backend,
     rational,
     rational_reference,
+    rswaf_activation,
     rswaf_linear,
     rswaf_linear_reference,
 )
@@ -178,13 +179,14 @@ def test_many_variants_are_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **how: real(f, backend=counted, **how))
     backend._compiled.cache_clear()
     kernels.use("compile")
-    for function in OTHERS:
+    for function in FUNCTIONS:
         for base in ("gelu", "identity"):
             for width in (12, 24):
                 u, c = torch.randn(4, width), torch.randn(3, 8)
                 before = len(seen)
-                torch.testing.assert_close(activation(u, c, POINTS, H, base, None, function),
-                                           activation_reference(u, c, POINTS, H, base, None, function))
+                found = (rswaf_activation(u, c, POINTS, H, base) if function == "rswaf" else
+                         activation(u, c, POINTS, H, base, None, function))
+                torch.testing.assert_close(found, activation_reference(u, c, POINTS, H, base, None, function))
                 assert len(seen) > before or width == 24
     x, w, grid, c = torch.randn(4, 6), torch.randn(5, 6 * 8), torch.tensor(POINTS), torch.rand(2, 12)
     for number in range(1, 11):
@@ -221,7 +223,7 @@ def test_the_backend_chooses_the_way(monkeypatch):
     inputs, _ = problem()
     ways = []
     module = sys.modules[activation.__module__]
-    monkeypatch.setattr(module, "compiled", lambda *key: lambda *given: ways.append("compiled") or given[0])
+    monkeypatch.setattr(backend, "compiled", lambda *key: lambda *given: ways.append("compiled") or given[0])
     monkeypatch.setattr(module._ByRows, "apply", lambda *given: ways.append("rows") or given[0])
     for name in ("auto", "cpu", "compile", "reference"):
         kernels.use(name)

@@ -20,7 +20,7 @@ from vision_kan.checkpoints.downloads import fetch
 from vision_kan.common.errors import UserError
 from vision_kan.config.resolve import parse_args
 from vision_kan.run.build import model_of_run
-from vision_kan.run.starting import read_start, suggest_model
+from vision_kan.run.starting import effective_config, read_start, suggest_model
 from vision_kan.run.trained import default_output, load_trained
 
 NAME, CLASSES = f"{GKAN}.digits", TAGS["digits"].classes
@@ -97,6 +97,10 @@ def register_again() -> None:
         models_kan._register("vit_nano_patch8_32", models_kan.SIZES["vit_nano_patch8_32"], "GKAN", models_kan.GroupKAN)
 
 
+def test_every_tag_has_its_data_described():
+    assert ship.DATA.keys() == TAGS.keys()
+
+
 # ---------------------------------------------------------------- writing
 def test_what_is_written(box, file):
     path = shipped.shipped()[NAME]
@@ -144,13 +148,15 @@ def test_a_tag_with_its_own_architecture_and_preparation(tmp_path, monkeypatch, 
     place = checkpoint_of(GKAN, tmp_path / "a.pth", **own)
     data = write_digits(tmp_path / "data", train=1, val=1, names=list(tag.classes))
     grey = {"mean": [0.5] * 3, "std": list(tag.std)}
-    for changed, told in (({"kwargs": {"global_pool": "avg"}}, "class_token None, not False"),
-                          ({"kwargs": {**tag.kwargs, "kan_groups": 4}}, "kan_groups 4, not None"),
-                          ({"flags": grey}, "mean (0.5, 0.5, 0.5), not (0.4914, 0.4824, 0.4467)")):
+    for changed, told in (({"kwargs": {"global_pool": "avg"}}, "class_token None and not False"),
+                          ({"kwargs": {**tag.kwargs, "kan_groups": 4}}, "kan_groups 4 and not 8"),
+                          ({"flags": grey}, "mean (0.5, 0.5, 0.5) and not (0.4914, 0.4824, 0.4467)"),
+                          ({"flags": {**own["flags"], "interpolation": "bilinear"}}, "interpolation bilinear and not bicubic")):
         other = checkpoint_of(GKAN, tmp_path / "b.pth", **{**own, **changed})
         assert ship.main([str(other), "cifar10", "--data-path", str(data), *LOCAL]) == 2
-        assert f"differs from TAG cifar10 in models_kan.TAGS: {told}" in capsys.readouterr().err
+        assert f"has {told}, which a model of the name {GKAN}.cifar10 has: ship one" in capsys.readouterr().err
     assert not shipped.FOLDER.exists()
+    place = checkpoint_of(GKAN, tmp_path / "a.pth", **{**own, "kwargs": {**tag.kwargs, "kan_groups": 8}})      # the default
     assert ship.main([str(place), "cifar10", "--data-path", str(data), *LOCAL]) == 0
     register_again()
     try:
@@ -160,6 +166,12 @@ def test_a_tag_with_its_own_architecture_and_preparation(tmp_path, monkeypatch, 
         assert model.cls_token is None and model.global_pool == "avg" and model.pretrained_cfg["mean"] == tag.mean
         assert timm.create_model(name).cls_token is None and timm.create_model(GKAN).cls_token is not None
         assert timm.create_model(name, pretrained=True, num_classes=3).head.out_features == 3
+        for words in ((), ("--model", GKAN), ("--model", NANO)):
+            config = parse_args(["--finetune", name, *words])
+            start = read_start(config)
+            tuned, _ = model_of_run(effective_config(config, start), start, 3, torch.device("cpu"), lambda: None)
+            assert tuned.cls_token is None and torch.equal(tuned.pos_embed, model.pos_embed)
+            assert torch.equal(tuned.fc_norm.weight, model.fc_norm.weight)
     finally:
         monkeypatch.undo()
         register_again()

@@ -9,12 +9,15 @@ in place of an earlier one, and the model card NAME.md. Further flags are main.p
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from vision_kan.common import console
 
 console.starting(__name__)
+import timm
 import torch
+from timm.data import resolve_model_data_config
 from torch import Tensor
 
 import models_kan
@@ -76,6 +79,19 @@ def card(name: str, trained: Trained, note: str) -> str:
     return markdown(name, parts)
 
 
+def described(trained: Trained) -> dict[str, Any]:
+    """The preparation of images and the architecture of a checkpoint."""
+    kwargs = {key: value for key, value in trained.spec.kwargs.items() if key not in ("num_classes", "img_size")}
+    return {**trained.data_config, **kwargs, **models_kan.own_options(trained.spec)}
+
+
+def by_name(trained: Trained, tag: models_kan.Tag) -> dict[str, Any]:
+    """The same of the model that timm creates by its name and the tag."""
+    spec = models_kan.ModelSpec(trained.spec.name.split(".")[0], dict(tag.kwargs))
+    model: Any = timm.create_model(spec.name, **spec.kwargs)
+    return {**resolve_model_data_config(model), "mean": tag.mean, "std": tag.std, **tag.kwargs, **models_kan.own_options(spec)}
+
+
 def arguments() -> Parser:
     parser = model_parser("ship.py", __doc__)
     parser.add_argument("tag", choices=models_kan.TAGS, metavar="TAG", help=f"one of {', '.join(models_kan.TAGS)}")
@@ -93,13 +109,11 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     if tuple(trained.class_names) != tag.classes:
         raise UserError(f"checkpoint {own.checkpoint} has the classes {', '.join(trained.class_names[:5])} ..., which are not "
                         f"those of TAG {own.tag} in models_kan.TAGS")
-    kwargs = {key: value for key, value in trained.spec.kwargs.items() if key not in ("num_classes", "img_size")}
-    own_config = {**trained.data_config, **kwargs}
-    tags_config = {**trained.data_config, "mean": tag.mean, "std": tag.std, **tag.kwargs}
-    if own_config != tags_config:
-        raise UserError(f"checkpoint {own.checkpoint} differs from TAG {own.tag} in models_kan.TAGS: "
-                        + ", ".join(f"{key} {own_config.get(key)}, not {tags_config.get(key)}"
-                                    for key in {**own_config, **tags_config} if own_config.get(key) != tags_config.get(key)))
+    found, named = described(trained), by_name(trained, tag)
+    if differing := [f"{key} {found.get(key)} and not {named.get(key)}" for key in {**found, **named}
+                     if found.get(key) != named.get(key)]:
+        raise UserError(f"checkpoint {own.checkpoint} has {', '.join(differing)}, which a model of the name {name} has: ship one "
+                        "that was trained so, or write what it has in a new TAG of models_kan.TAGS")
     if not trained.args.data_path and trained.args.data_set != "DIGITS":
         raise UserError("the card states the accuracy: give --data-path DIR")
     trained.about.get("versions", {}).pop("platform", None)      # of the machine, not of the weights

@@ -1,4 +1,5 @@
 """CIFAR-10's images in memory, augmented and normalised by main.py's code for images on the device."""
+import hashlib
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +29,10 @@ class Images(dict[str, Tensor]):
 
 
 def load_images(folder: Path, cache: Path) -> Images:
-    """The images of train/CLASS and val/CLASS, decoded once."""
-    file, source = cache / "images.npz", str(folder.resolve())
-    if not file.exists() or _source(file) != source:
-        arrays: dict[str, np.ndarray] = {"source": np.array(source)}
+    """The images of train/CLASS and val/CLASS, decoded once for a folder."""
+    file = cache / f"images-{hashlib.sha256(bytes(folder.resolve())).hexdigest()[:8]}.npz"
+    if not file.exists():
+        arrays: dict[str, np.ndarray] = {}
         for split in ("train", "val"):
             if not (folder / split).is_dir():
                 raise UserError(f"--data {folder} has no folder {split}: name the folder with train/CLASS and val/CLASS")
@@ -39,17 +40,13 @@ def load_images(folder: Path, cache: Path) -> Images:
             with ThreadPoolExecutor() as pool:      # PIL releases Python's lock while it decodes
                 images = list(pool.map(lambda index, data=data: np.asarray(data[index][0]), range(len(data))))
             arrays[split] = np.stack(images).transpose(0, 3, 1, 2)
-            arrays[f"{split}_y"], arrays["classes"] = np.asarray(data.targets), np.array(data.classes)
+            arrays[f"{split}_y"] = np.asarray(data.targets)
+            if data.classes != arrays.setdefault("classes", np.array(data.classes)).tolist():
+                raise UserError(f"--data {folder}: train and val have different folders of classes")
         with atomic_write(file) as temporary:
             np.savez(temporary, **arrays)
     with np.load(file) as arrays:
         return Images({key: torch.from_numpy(arrays[key]) for key in KEYS}, arrays["classes"].tolist())
-
-
-def _source(file: Path) -> str:
-    """The folder whose images a file of `load_images` holds; "" of a file from before this was noted."""
-    with np.load(file) as arrays:
-        return str(arrays["source"]) if "source" in arrays.files else ""
 
 
 def subset(images: Images, classes: range) -> Images:

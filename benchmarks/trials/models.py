@@ -79,7 +79,7 @@ def build(variant: Variant, seed: int, num_classes: int, functions: Path | None 
 def spec_of(variant: Variant, num_classes: int) -> ModelSpec:
     """The model as timm creates it. One that it cannot create has a name that it does not know."""
     own = {"mlp_ratio", *options_of(variant.model)}
-    only_here = [f"{key}={value}" for key, value in variant.options.items() if key not in own | WEIGHTS_ONLY]
+    only_here = [f"{key}={value}" for key, value in variant.options.items() if value and key not in own | WEIGHTS_ONLY]
     kwargs = {**TAGS["cifar10"].kwargs, "num_classes": num_classes,
               **{key: value for key, value in variant.options.items() if key in own}}
     return ModelSpec(" with ".join([variant.model, *only_here]), kwargs)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.trials.images import MEAN, STD, Batches, EvalBatches, Images, normalise, subset
 from benchmarks.trials.models import build, spec_of
-from benchmarks.trials.variants import PRETRAIN_EPOCHS, Run, parse_variant
+from benchmarks.trials.variants import TRANSFERS, Run, parse_variant
 from engine import train_epochs
 from losses import build_criterion
+from models_kan import KAN_OPTIONS
 from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.checkpoints.write import save_checkpoint
 from vision_kan.common.process import Process
@@ -50,12 +51,15 @@ def flags_of(recipe: dict[str, Any], updates: int) -> Namespace:
 
 
 def description(run: Run, args: Namespace, classes: list[str]) -> dict[str, Any]:
-    """The entries of a checkpoint besides the state, as main.py writes them: it and every tool take the checkpoint. A model that
-    this library does not have is under a name that they refuse."""
+    """The entries of a checkpoint by which `main.py --eval` and every tool take it. A model that this library does not have is
+    under a name that they refuse."""
     spec = spec_of(run.variant, len(classes))
-    flags = {**vars(args), "model": spec.name, "seed": run.seed, "nb_classes": len(classes)}
+    flags = {**vars(args), **{key: spec.kwargs[key] for key in KAN_OPTIONS if key in spec.kwargs}, "model": spec.name,
+             "seed": run.seed, "nb_classes": len(classes)}
+    if run.variant.options.get("weight_init") == "mimetic":
+        flags["weight_init"] = "mimetic"
     return {"args": to_builtin_types(flags), "model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}),
-            "class_names": classes, "versions": versions()}
+            "class_names": classes, "versions": versions(), "trial": f"{run.setting} {run.words} seed {run.seed}"}
 
 
 class Smooth(Criterion):
@@ -84,16 +88,15 @@ class Trial:
         self.amp_dtype = choose_amp_dtype("auto", process.device)
         self.model = model.to(process.device)
         self.state = build_state(self.args, self.model, self.args.lr, self.steps, process.device, self.amp_dtype)
-        num_classes = int(images["train_y"].max()) + 1
-        self.mixup = build_mixup(self.args, num_classes)
-        self.criterion: Criterion = build_criterion(self.args, num_classes, self.mixup is not None)
+        self.mixup = build_mixup(self.args, len(images.classes))
+        self.criterion: Criterion = build_criterion(self.args, len(images.classes), self.mixup is not None)
         if self.recipe["smooth"]:
             self.criterion = Smooth(self.criterion, model, self.recipe["smooth"])
         self.progress: dict[str, Any] = {"curve": [], "seconds": 0.0, "step_ms": []}
         if (folder / CHECKPOINT).exists():
             stored = load_file(folder / CHECKPOINT)
             self.state.load_state_dict(stored)
-            self.progress = {key: stored[key] for key in ("curve", "seconds", "step_ms", "loss", "top1_ema")}
+            self.progress = stored["progress"]
         self.set_function_rate()
 
     @property
@@ -123,7 +126,7 @@ class Trial:
 
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint({**self.state.state_dict(), **self.progress, **self.about}, self.folder, keep=1)
+        save_checkpoint({**self.state.state_dict(), **self.about, "progress": self.progress}, self.folder, keep=1)
 
     def columns(self) -> dict[str, Any]:
         """The row of a finished run."""
@@ -141,7 +144,7 @@ class Trial:
 def begin(run: Run, images: Images, work: Path, process: Process) -> Trial:
     """A trial of `scratch` or `long`."""
     batch = normalise(images["train"][:: max(1, len(images["train"]) // 256)][:256].cpu())     # where the model is made
-    model = build(run.variant, run.seed, int(images["train_y"].max()) + 1, run.siblings(work), batch)
+    model = build(run.variant, run.seed, len(images.classes), run.siblings(work), batch)
     return Trial(run, model, images, run.folder(work), process)
 
 
@@ -168,7 +171,7 @@ def train(trial: Trial, images: Images, deadline: float = float("inf")) -> bool:
 def begin_transfer(run: Run, images: Images, work: Path, process: Process) -> tuple[Trial, Images, float]:
     """The trial with the weights of an MLP ViT trained on the first classes and a new head; the images of the other classes; and
     the largest difference of its logits from the MLP's, relative to the largest logit, before any training."""
-    mlp = Run(run.setting, parse_variant("mlp", size=run.variant.size, epochs=PRETRAIN_EPOCHS[run.setting]), run.seed)
+    mlp = Run(run.setting, parse_variant("mlp", size=run.variant.size, epochs=TRANSFERS[run.setting]), run.seed)
     folder = run.siblings(work) / f"pretrained-seed{run.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     twin: Any = build(mlp.variant, run.seed, len(CLASSES_A))

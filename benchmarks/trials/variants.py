@@ -7,6 +7,7 @@ import yaml
 
 import models_kan
 from vision_kan.common.errors import UserError
+from vision_kan.config.flag import BELOW_1, POSITIVE, Flag, at_least
 from vision_kan.config.flags import FLAGS
 
 TRAIN_IMAGES = 45_000       # of CIFAR-10's, the others are for validation
@@ -34,11 +35,26 @@ RECIPE: dict[str, Any] = {
 LONG: dict[str, Any] = {"ema_decay": 0.998, "mixup": 0.8, "cutmix": 1.0, "drop_path": 0.1}
 LONG_WARMUP = 1 / 20        # of the run's steps, unless a variant says warmup_steps=
 LONG_EPOCHS = {"cpu": 50, "cuda": 100}
-PRETRAIN_EPOCHS = {"transfer": 4, "transfer-long": 20}
-SETTINGS = ("scratch", *PRETRAIN_EPOCHS, "long")
-OPTIONS = ("act", "frozen", "gated", "phi_qkv", "phi_out", "phi2_scale", "gain", "whiten", "weight_init", "mlp_ratio")
-CHOICES = {"act": ("relu", "relu2", "silu"), "frozen": ("mean", "own"), "phi2_scale": ("calibrated", "learned"),
-           "whiten": ("zca", "pca"), "weight_init": ("reset", "mimetic")}
+TRANSFERS = {"transfer": 4, "transfer-long": 20}        # setting -> epochs of pretraining
+SETTINGS = ("scratch", *TRANSFERS, "long")
+# What only trials have, beside main.py's flags. For those of scope "model" see `models.build`.
+OWN = {flag.dest: flag for flag in (
+    Flag("--size", "nano", "model", "", choices=list(SIZES)),
+    Flag("--act", None, "model", "", choices=["relu", "relu2", "silu"]),
+    Flag("--gated", False, "model", "", type=bool),
+    Flag("--frozen", None, "model", "", choices=["mean", "own"]),
+    Flag("--phi-qkv", False, "model", "", type=bool),
+    Flag("--phi-out", False, "model", "", type=bool),
+    Flag("--phi2-scale", None, "model", "", choices=["calibrated", "learned"]),
+    Flag("--gain", None, "model", "", type=float, rule=POSITIVE),
+    Flag("--whiten", None, "model", "", choices=["zca", "pca"]),
+    Flag("--weight-init", "reset", "model", "", choices=["reset", "mimetic"]),
+    Flag("--mlp-ratio", None, "model", "", type=float, rule=POSITIVE),
+    Flag("--ema-decay", None, "training", "", type=float, rule=BELOW_1),
+    Flag("--warmup-steps", None, "training", "", type=int, rule=at_least(0)),
+    Flag("--kan-lr-end", None, "training", "", type=float, rule=at_least(0)),
+    Flag("--smooth", None, "training", "", type=float, rule=at_least(0)))}
+OPTIONS = [key for key, flag in OWN.items() if flag.scope == "model" and key != "size"]
 # option -> the model suffixes that can have it, where it is not all of them
 ONLY_FOR = {"act": ("ViT",), "gated": ("ViT",), "frozen": ("GKAN",), "phi2_scale": ("GKAN",), "phi_out": ("ViT", "GKAN", "KAT"),
             "gain": ("KAN",), "whiten": ("KAN",)}
@@ -113,40 +129,30 @@ def parse_variant(text: str, setting: str = "scratch", size: str = "nano", epoch
         if suffix not in ONLY_FOR.get(key, (suffix,)):
             able = [other for other, (its, _) in VARIANTS.items() if its in ONLY_FOR[key]]
             raise UserError(f"{where}: {name} cannot have {key}, which is for {', '.join(able)}")
-        parsed = value if key in ("size", *CHOICES) else _value(value)
-        if key in recipe and (isinstance(parsed, bool) or not isinstance(parsed, int if key in ("epochs", "batch_size",
-                                                                                                  "warmup_steps")
-                                                                         else (int, float))):
-            raise UserError(f"{where}: {key} is not a {'whole ' if isinstance(recipe[key], int) else ''}number: {value}")
-        if key in CHOICES and parsed not in CHOICES[key]:
-            raise UserError(f"{where}: {key} is one of {', '.join(CHOICES[key])}, not {value}")
         key = SHORT.get(key, key)
-        if objection := _objection(key, parsed):
+        flag = OWN.get(key) or FLAGS[key]
+        try:
+            found[key] = flag.typed(value if flag.type is None else _value(value))
+            objection = flag.objection(found[key])
+        except ValueError as error:
+            objection = str(error)
+        if objection:
             raise UserError(f"{where}: {key} {objection}")
-        found[key] = parsed
     size = found.pop("size", size)
-    if size not in SIZES:
-        raise UserError(f"{where}: size {size} is not one of {', '.join(SIZES)}")
     recipe["epochs"] = found.pop("epochs", recipe["epochs"])
     if found.get("gated", options.get("gated")) and "act" in {**options, **found}:
         raise UserError(f"{where}: {name} cannot have both act and gated: SwiGLU has its own activation")
+    batch_size = found.get("batch_size", recipe["batch_size"])
+    if batch_size > TRAIN_IMAGES // 2:      # transfer has half of the images
+        raise UserError(f"{where}: batch_size must be at most {TRAIN_IMAGES // 2}")
+    if batch_size % 2 and any({**recipe, **found}[key] for key in ("mixup", "cutmix")):
+        raise UserError(f"{where}: batch_size must be even, because mixup and cutmix mix pairs")
     if setting == "long":
-        steps = TRAIN_IMAGES // found.get("batch_size", recipe["batch_size"])
-        recipe["warmup_steps"] = int(LONG_WARMUP * recipe["epochs"] * steps)
+        recipe["warmup_steps"] = int(LONG_WARMUP * recipe["epochs"] * (TRAIN_IMAGES // batch_size))
     changed = {key: value for key, value in found.items() if value != {**options, **recipe}.get(key)}
     return Variant(",".join([name, *(f"{key}={_shown(value)}" for key, value in changed.items())]), name, suffix,
                    {**options, **{key: value for key, value in changed.items() if key not in recipe}},
                    {**recipe, **{key: value for key, value in changed.items() if key in recipe}}, size)
-
-
-def _objection(key: str, value: Any) -> str:
-    """Why a value is impossible, by the rule of main.py's flag of that name; '' if it is not."""
-    if key not in FLAGS:
-        return "must be above 0" if key == "mlp_ratio" and not value > 0 else ""
-    try:
-        return FLAGS[key].objection(FLAGS[key].typed(value))
-    except ValueError as error:
-        return str(error)
 
 
 def _value(text: str) -> Any:

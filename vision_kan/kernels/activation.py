@@ -6,6 +6,7 @@ FasterKAN's bumps have kernels of their own (`rswaf_activation`). This is the wa
 elsewhere PyTorch's operations on some rows at a time, so that only u and the parameters are kept for the backward pass.
 """
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h: floa
     if name == "reference" or backend.intercepted(u, coefficients, scale):
         return _reference(u, coefficients, scale, constants)
     if name == "compile" or backend.resolve(name, u, len(points), *constants) == "compiled":
-        return backend.compiled(_reference, constants)(u, coefficients, scale)
+        return compiled(u, coefficients, scale, *constants)
     return _ByRows.apply(u, coefficients, scale, constants)
 
 
@@ -51,6 +52,11 @@ def activation_reference(u: Tensor, coefficients: Tensor, points: Sequence[float
         b = BASES[base](x)
         v = v + (b if scale is None else b * scale.to(x.dtype).repeat_interleave(each))
     return v.to(u.dtype)
+
+
+def compiled(u: Tensor, coefficients: Tensor, scale: Tensor | None, *constants: Any) -> Tensor:
+    """`activation_reference` through torch.compile. constants: points, a tuple, h, base, function."""
+    return backend.compiled(_reference, constants)(u, coefficients, scale)
 
 
 def _reference(u: Tensor, coefficients: Tensor, scale: Tensor | None, constants: tuple) -> Tensor:

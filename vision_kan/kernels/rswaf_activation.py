@@ -15,7 +15,7 @@ from torch.library import custom_op
 from torch.nn import functional as F
 
 from vision_kan.kernels import backend, native
-from vision_kan.kernels.activation import activation_reference
+from vision_kan.kernels.activation import activation_reference, compiled
 from vision_kan.kernels.backend import as_matrix, cast, check_groups, math_dtype, row_chunks
 from vision_kan.kernels.basis import BASES, MAX_HALF_RANGE
 
@@ -42,7 +42,7 @@ def rswaf_activation(u: Tensor, coefficients: Tensor, points: Sequence[float], h
         if name == "reference" or (name == "compile" and intercepted) or backend.transformed():
             return rswaf_activation_reference(u, coefficients, points, h, base, scale)
         if name == "compile":
-            return backend.compiled(rswaf_activation_reference, tuple(points), h, base)(u, coefficients, scale)
+            return compiled(u, coefficients, scale, tuple(points), h, base, "rswaf")
         return _activation(u, coefficients, scale, list(points), h, base, name)
     constants = tuple(points), h, base, name
     return _Activation.apply(u, coefficients, scale, _kernel(u, coefficients, scale, *constants), constants)

@@ -46,11 +46,22 @@ def model_spec(config: Config, start: Start, num_classes: int) -> ModelSpec:
             raise UserError(f"the checkpoint has {stored} classes, the data {num_classes}: check --data-path and "
                             "--data-set, or start from its weights with --finetune")
         return ModelSpec(start.spec.name, {"num_classes": num_classes, **start.spec.kwargs})
-    kwargs = {"num_classes": num_classes, "img_size": args.input_size}
+    kwargs = {**_source_kwargs(args.model, start), "num_classes": num_classes, "img_size": args.input_size}
     for key in KAN_OPTIONS:
         if getattr(args, key) is not None:
             kwargs[key] = getattr(args, key)
     return ModelSpec(args.model, kwargs)
+
+
+def _source_kwargs(name: str, start: Start) -> dict[str, Any]:
+    """What the checkpoint of --finetune says of its architecture, for a model of the same size; without a feed-forward's options
+    for another feed-forward."""
+    source = start.checkpoint.spec if start.purpose == "finetune" else None
+    if source is None or models_kan.with_feed_forward(source.name, "ViT").split(".")[0] != \
+            models_kan.with_feed_forward(name, "ViT").split(".")[0]:
+        return {}
+    own = models_kan.options_of(name) if source.name.split(".")[0] == name.split(".")[0] else ()
+    return {key: value for key, value in source.kwargs.items() if key in own or key not in KAN_OPTIONS}
 
 
 def model_of_run(config: Config, start: Start, num_classes: int, device: torch.device,
