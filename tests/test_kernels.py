@@ -110,6 +110,8 @@ def test_what_a_run_says_is_what_its_layers_take(monkeypatch):
         "PyTorch through torch.compile, for a basis that the kernels don't take")
     both = nn.ModuleList([GroupKAN(16), FasterKAN(8, train_h=True)])
     assert native.compiler() is None or described(both) == f"{words['native']} and {words['chunked']}"
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    assert described(GroupKAN(16, function="sech")) == words["chunked"] and "need a C++ compiler" in described(GroupKAN(16))
 
 
 # ---------------------------------------------------------------- the compiler and the cache

@@ -224,7 +224,8 @@ def describe(device: str, grids: Sequence[tuple] = ()) -> str:
     grids: for each layer, the arguments of `resolve` after the tensor; without any: a grid that the kernels support."""
     if _chosen in ("reference", "compile"):
         return {"reference": "plain PyTorch, the basis kept in memory", "compile": "plain PyTorch through torch.compile"}[_chosen]
-    if device == "cpu" and native.compiler() is None and not _is_for_triton(_chosen, device):
+    in_cpp = not grids or any(len(grid) < 5 or grid[4] == "rswaf" for grid in grids)       # with a compiler
+    if in_cpp and device == "cpu" and native.compiler() is None and not _is_for_triton(_chosen, device):
         return "chunked PyTorch, slower than the C++ kernels, which need a C++ compiler (g++ or clang++)"
     layer: Any = SimpleNamespace(device=torch.device(device), dtype=torch.float32)
     ways = {resolve(_chosen, layer, *grid) for grid in grids}
