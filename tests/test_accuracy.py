@@ -829,14 +829,15 @@ def test_curves(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     rows = [row("mlp", 0, 40.0, top1_by_epoch="30.0 40.0"), row("mlp", 1, 44.0, top1_by_epoch="32.0 44.0"),
-            row("gkan", 0, 50.0, top1_by_epoch="31.0 50.0"), row("gkan", 1, 52.0, top1_by_epoch="33.0 52.0"),
+            *(row("gkan,kan_lr_mult=5", seed, top1, top1_by_epoch=curve)
+              for seed, top1, curve in ((0, 50.0, "31.0 50.0"), (1, 52.0, "33.0 52.0"))),
             row("kat", 0, 99.0, top1_by_epoch="98.0 99.0")]
     report.plot_curves(rows, tmp_path / "curves.png", "it", most=2)
     monkeypatch.undo()
     axes, = figures[0].axes
     assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {
-        "gkan (n=2)": [32.0, 51.0], "mlp (n=2)": [31.0, 42.0]}
-    assert [text.get_text() for text in axes.get_legend().texts] == ["gkan (n=2)", "mlp (n=2)"]
+        "group KAN, kan_lr_mult=5 (n=2)": [32.0, 51.0], "MLP, GELU (n=2)": [31.0, 42.0]}
+    assert [text.get_text() for text in axes.get_legend().texts] == ["group KAN, kan_lr_mult=5 (n=2)", "MLP, GELU (n=2)"]
     assert axes.get_title() == "it, 2 of 3 variants"
     plt.close(figures[0])
 

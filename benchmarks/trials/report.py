@@ -125,9 +125,9 @@ def _spread(values: list[float]) -> str:
 
 
 # ---------------------------------------------------------------- pictures
-# The rows of the picture in docs/results.md -> their names there.
+# Variants -> their names in the pictures of README.md and docs/results.md.
 PLAIN_NAMES = {"gkan": "group KAN", "relu2": "MLP, squared ReLU", "mlp": "MLP, GELU", "kan": "full-edge KAN, repaired",
-               "ekan": "efficient-KAN", "kan-original": "full-edge KAN, original"}
+               "ekan": "efficient-KAN", "kan-original": "full-edge KAN, original", "swiglu": "SwiGLU", "kat": "KAT"}
 
 
 def grouped(rows: list[Row]) -> dict[str, list[Row]]:
@@ -171,9 +171,9 @@ def plot_curves(rows: list[Row], file: Path, title: str, most: int = 8) -> None:
     plt, figure, axes = new_figure(figsize=(8, 5))
     for name, each in (item for item in variants if item in shown):
         curves = list(zip(*(map(float, row["top1_by_epoch"].split()) for row in each)))      # [epochs][seeds]
-        epochs = range(1, len(curves) + 1)
+        epochs, (first, *changes) = range(1, len(curves) + 1), name.split(",")
         line, = axes.plot(epochs, [statistics.mean(values) for values in curves], linewidth=1.2,
-                          label=f"{name} (n={len(each)})")
+                          label=f"{', '.join([PLAIN_NAMES.get(first, first), *changes])} (n={len(each)})")
         axes.fill_between(epochs, [min(values) for values in curves], [max(values) for values in curves], alpha=0.15,
                           color=line.get_color(), linewidth=0)
     axes.set_xlabel("epoch")
