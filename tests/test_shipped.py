@@ -30,7 +30,7 @@ LOCAL = ("--device", "cpu", "--num_workers", "0")
 # ---------------------------------------------------------------- what is in the box
 def test_every_file_in_the_box():
     found = shipped.shipped()
-    assert set(found) == {NAME, f"{TWIN}.digits"}
+    assert set(found) == {f"{model}.{tag}" for model in (GKAN, TWIN) for tag in TAGS}
     # a file for each name, a card for each file, and nothing else
     assert {path.name for path in shipped.FOLDER.iterdir()} == {
         "README.md", *(path.name for path in found.values()), *(f"{name}.md" for name in found)}

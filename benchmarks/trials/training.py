@@ -40,7 +40,7 @@ CLASSES_A, CLASSES_B = range(0, 5), range(5, 10)        # transfer: pretrain, fi
 def flags_of(recipe: dict[str, Any], updates: int) -> Namespace:
     """main.py's flags for a recipe. updates: of an epoch."""
     args = parse_args(["--data-set", "FOLDER", "--input-size", "32", "--unscale-lr", "--sched-on-updates", "--aa", "none",
-                       "--color-jitter", "0", "--reprob", "0"]).args
+                       "--color-jitter", "0", "--reprob", "0", "--no-repeated-aug"]).args
     for key in ("epochs", "batch_size", "lr", "min_lr", "weight_decay", "smoothing", "clip_grad", "kan_lr_mult",
                 "kan_weight_decay", "mixup", "cutmix", "drop_path"):
         setattr(args, key, recipe[key])
@@ -55,7 +55,7 @@ def description(run: Run, args: Namespace, classes: list[str]) -> dict[str, Any]
     under a name that they refuse."""
     spec = spec_of(run.variant, len(classes))
     flags = {**vars(args), **{key: spec.kwargs[key] for key in KAN_OPTIONS if key in spec.kwargs}, "model": spec.name,
-             "seed": run.seed, "nb_classes": len(classes)}
+             "seed": run.seed, "nb_classes": len(classes), "warmup_epochs": round(args.warmup_epochs)}
     if run.variant.options.get("weight_init") == "mimetic":
         flags["weight_init"] = "mimetic"
     return {"args": to_builtin_types(flags), "model_args": to_builtin_types({"name": spec.name, "kwargs": spec.kwargs}),
