@@ -44,7 +44,7 @@ from benchmarks.trials.report import append, finished, report
 from benchmarks.trials.side_by_side import train_side_by_side
 from benchmarks.trials.training import Trial, begin, begin_transfer, train
 from benchmarks.trials.variants import SETTINGS, SIZES, TRANSFERS, Run, parse_variant
-from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
+from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError, one_line
 from vision_kan.common.process import Process, choose_device
 
 SEEDS = [0, 1, 2, 3, 4]
@@ -87,7 +87,8 @@ def run_on_cpu(runs: list[Run], args: argparse.Namespace, deadline: float) -> li
         if stopped.is_set():
             return
         if code not in (0, EXIT_PREEMPTED):
-            failures.append(f"{run} (exit code {code}, see {log})")
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+            failures.append(f"{run}: {one_line(said[-1].removeprefix('error: '), 300)} (exit code {code}, see {log})")
         print(f"{ {0: 'done', EXIT_PREEMPTED: 'stopped'}.get(code, 'failed')}: {run}", flush=True)
 
     with ThreadPoolExecutor(args.jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)) as pool:
@@ -117,7 +118,13 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[str]:
     failures = []
     if args.device == "cuda" and any(stage.setting in TRANSFERS for stage in stages):
         raise UserError(f"--device cuda: {' and '.join(TRANSFERS)} run on a CPU, give --device cpu")
-    load_images(args.data, args.work_dir)
+    count = len(load_images(args.data, args.work_dir)["train"])
+    for stage in stages:
+        most = count // 2 if stage.setting in TRANSFERS else count
+        for text in (text for entry in stage.variants for text in entry):
+            if (batch_size := stage.parsed(text, "cpu").recipe["batch_size"]) > most:
+                raise UserError(f"variant {text}: a batch of {batch_size} is more than the {most} training images of --data "
+                                f"{args.data}: give batch_size={most} or less")
     for number, stage in enumerate(stages, 1):
         on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available()
                                            and stage.setting not in TRANSFERS)

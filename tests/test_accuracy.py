@@ -179,7 +179,7 @@ def test_long_ones():
     ("mlp,epochs=0", "epochs must be from 1 to 1000000"),
     ("mlp,batch_size=0", "batch_size must be at least 1"),
     ("gkan,drop_path=2", "drop_path must be at least 0 and less than 1"), ("gkan,kan_groups=-1", "kan_groups must be at least 0"),
-    ("gkan,kan_groups=many", "kan_groups must be a whole number"), ("mlp,mlp_ratio=0", "mlp_ratio must be greater than 0"),
+    ("gkan,kan_groups=many", "kan_groups must be a whole number"), ("mlp,mlp_ratio=0", "mlp_ratio must be at least 0.1"),
     ("mlp,mlp_ratio=wide", "mlp_ratio must be a number"), ("mlp,ema_decay=2", "ema_decay must be at least 0 and less than 1"),
     ("mlp,warmup_steps=-1", "warmup_steps must be at least 0"),
     ("kan,gain=1:2", "gain must be a number"), ("mlp,gated=maybe", "gated must be true or false"),
@@ -357,6 +357,20 @@ def test_a_checkpoint_of_another_model_is_refused(text, told, folder, small):
 def test_classes_that_differ(folder):
     (folder / "data/val/0").rename(folder / "data/val/zero")
     assert sentence(load_images, folder / "data", folder / "work").endswith("train and val have different folders of classes")
+
+
+def test_bad_images_and_checkpoints(folder, small, capsys):
+    command = ["scratch", "--data", str(folder / "data"), "--variants", "mlp,batch_size=62", "--seeds", "0", "--device", "cpu",
+               "--work-dir", str(folder / "work"), "--results", str(folder / "results")]
+    assert accuracy.main(command) == 2
+    assert "a batch of 62 is more than the 60 training images of --data" in capsys.readouterr().err
+    one = Run("scratch", parse_variant("mlp"), 0)
+    one.folder(folder / "work").mkdir(parents=True)
+    (one.folder(folder / "work") / "checkpoint.pth").write_bytes(b"no")
+    assert sentence(run, "scratch", "mlp", folder).endswith("checkpoint.pth is damaged: remove it, and the run begins again")
+    for file in (folder / "data/train/3").iterdir():
+        file.unlink()
+    assert "every class needs a folder with images" in sentence(load_images, folder / "data", folder / "other")
 
 
 def test_images_of_another_folder_are_not_taken_from_the_cache(folder, monkeypatch):

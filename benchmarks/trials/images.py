@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from models_kan import TAGS
 from samplers import RASampler
-from vision_kan.common.errors import UserError
+from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.files import atomic_write
 from vision_kan.data.device import CHUNK_BYTES, DeviceAugmentation, EvalLoader, TrainLoader, _Normalise
 
@@ -36,7 +36,10 @@ def load_images(folder: Path, cache: Path) -> Images:
         for split in ("train", "val"):
             if not (folder / split).is_dir():
                 raise UserError(f"--data {folder} has no folder {split}: name the folder with train/CLASS and val/CLASS")
-            data = ImageFolder(str(folder / split))
+            try:
+                data = ImageFolder(str(folder / split))
+            except FileNotFoundError as error:      # a class without images, or no class at all
+                raise UserError(f"--data {folder}: {split}: {one_line(error)}: every class needs a folder with images") from error
             with ThreadPoolExecutor() as pool:      # PIL releases Python's lock while it decodes
                 images = list(pool.map(lambda index, data=data: np.asarray(data[index][0]), range(len(data))))
             arrays[split] = np.stack(images).transpose(0, 3, 1, 2)

@@ -18,6 +18,7 @@ from losses import build_criterion
 from models_kan import KAN_OPTIONS
 from vision_kan.checkpoints.read import CHECKPOINT, load_file
 from vision_kan.checkpoints.write import save_checkpoint
+from vision_kan.common.errors import UserError
 from vision_kan.common.process import Process
 from vision_kan.common.seeds import seed_everything
 from vision_kan.common.text import to_builtin_types
@@ -94,7 +95,10 @@ class Trial:
             self.criterion = Smooth(self.criterion, model, self.recipe["smooth"])
         self.progress: dict[str, Any] = {"curve": [], "seconds": 0.0, "step_ms": []}
         if (folder / CHECKPOINT).exists():
-            stored = load_file(folder / CHECKPOINT)
+            try:
+                stored = load_file(folder / CHECKPOINT)
+            except UserError as error:
+                raise UserError(f"{folder / CHECKPOINT} is damaged: remove it, and the run begins again") from error
             self.state.load_state_dict(stored)
             self.progress = stored["progress"]
         self.set_function_rate()

@@ -49,7 +49,7 @@ OWN = {flag.dest: flag for flag in (
     Flag("--gain", None, "model", "", type=float, rule=POSITIVE),
     Flag("--whiten", None, "model", "", choices=["zca", "pca"]),
     Flag("--weight-init", "reset", "model", "", choices=["reset", "mimetic"]),
-    Flag("--mlp-ratio", None, "model", "", type=float, rule=POSITIVE),
+    Flag("--mlp-ratio", None, "model", "", type=float, rule=at_least(0.1)),
     Flag("--ema-decay", None, "training", "", type=float, rule=BELOW_1),
     Flag("--warmup-steps", None, "training", "", type=int, rule=at_least(0)),
     Flag("--kan-lr-end", None, "training", "", type=float, rule=at_least(0)),
