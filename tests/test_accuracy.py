@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -727,15 +728,19 @@ def test_a_stop_from_outside_ends_all_runs(number, code, told, folder):
     assert logs[0].stat().st_size == size       # it prints a line for each evaluation
 
 
-def test_rows_of_an_earlier_version_stay(tmp_path):
-    file = tmp_path / "runs.csv"
-    shutil.copy(ROOT / "benchmarks/results/accuracy/runs.csv", file)
-    before = report.read_rows(file)
-    old = [field for field in report.FIELDS if field not in ("size", "device", "weight_decay")]
-    with open(file, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, old, extrasaction="ignore")
+def file_of_an_earlier_version(folder) -> Path:
+    """The recorded rows from before size, device and weight decay were columns."""
+    later, rows = ("size", "device", "weight_decay"), report.read_rows(ROOT / "benchmarks/results/accuracy/runs.csv")
+    with open(folder / "runs.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, [field for field in report.FIELDS if field not in later], extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(before)
+        writer.writerows(row for row in rows if not row["weight_decay"])
+    return folder / "runs.csv"
+
+
+def test_rows_of_an_earlier_version_stay(tmp_path):
+    file = file_of_an_earlier_version(tmp_path)
+    before = report.read_rows(file)
     report.append(file, {"setting": "long", "variant": "mlp", "seed": 7, "epochs": 50, "top1": 1.0, "top1_ema": 2.0,
                          "size": "micro", "device": "GPU"})
     *rows, last = report.read_rows(file)
@@ -744,8 +749,7 @@ def test_rows_of_an_earlier_version_stay(tmp_path):
 
 
 def test_a_kill_while_an_old_file_is_rewritten_loses_nothing(tmp_path, monkeypatch):
-    file = tmp_path / "runs.csv"
-    shutil.copy(ROOT / "benchmarks/results/accuracy/runs.csv", file)
+    file = file_of_an_earlier_version(tmp_path)
     before = file.read_bytes()
 
     def killed(*args):
@@ -809,8 +813,7 @@ def test_a_baseline_is_that_of_its_epochs(tmp_path, capsys):
 
 def test_old_rows_beside_new_ones_are_told(tmp_path):
     """Older rows have no weight decay."""
-    file = tmp_path / "runs.csv"
-    shutil.copy(ROOT / "benchmarks/results/accuracy/runs.csv", file)
+    file = file_of_an_earlier_version(tmp_path)
 
     def said() -> str:
         rows = report.read_rows(file)
