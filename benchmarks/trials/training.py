@@ -31,7 +31,7 @@ from vision_kan.run.folder import versions
 from vision_kan.training.criterion import Criterion
 from vision_kan.training.optim import build_state
 from vision_kan.training.precision import choose_amp_dtype
-from vision_kan.training.state import result_of
+from vision_kan.training.state import results_of
 from vision_kan.training.training import Hooks, Training
 from vision_kan.training.updates import Updater
 
@@ -124,8 +124,7 @@ class Trial:
         self.progress["step_ms"].append(step_ms)
         self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": loss,
                           "top1_ema": results["ema_test"]["acc1"] if self.state.ema else top1}
-        self.state.results = {key: result_of(results[name], self.args)
-                              for key, name in (("model", "test"), ("model_ema", "ema_test")) if name in results}
+        self.state.results = results_of(results, self.args)
         self.set_function_rate()
 
     def save(self) -> None:

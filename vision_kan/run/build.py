@@ -57,10 +57,12 @@ def _source_kwargs(name: str, start: Start) -> dict[str, Any]:
     """What the checkpoint of --finetune says of its architecture, for a model of the same size; without a feed-forward's options
     for another feed-forward."""
     source = start.checkpoint.spec if start.purpose == "finetune" else None
-    if source is None or models_kan.with_feed_forward(source.name, "ViT").split(".")[0] != \
-            models_kan.with_feed_forward(name, "ViT").split(".")[0]:
+    if source is None:
         return {}
-    own = models_kan.options_of(name) if source.name.split(".")[0] == name.split(".")[0] else ()
+    theirs, ours = source.name.split(".")[0], name.split(".")[0]
+    if models_kan.with_feed_forward(theirs, "ViT") != models_kan.with_feed_forward(ours, "ViT"):
+        return {}
+    own = models_kan.options_of(ours) if theirs == ours else ()
     return {key: value for key, value in source.kwargs.items() if key in own or key not in KAN_OPTIONS}
 
 

@@ -23,7 +23,7 @@ from vision_kan.run.starting import Start
 from vision_kan.training.debug_nan import KeptBatches, replay_non_finite
 from vision_kan.training.optim import scaled_lr
 from vision_kan.training.speed import StepProfiler, ideal_rate
-from vision_kan.training.state import TrainState, result_of
+from vision_kan.training.state import TrainState, results_of
 from vision_kan.training.training import Epoch, Hooks, Training
 from vision_kan.training.updates import NonFinite, Requests, StopRequested, Updater
 
@@ -111,8 +111,8 @@ class TrainingRun(Hooks):
 
     def record_results(self, epoch: Epoch) -> tuple[str, ...]:
         """Record the results in the state. Returns the further names under which the epoch's checkpoint is kept."""
-        state, names = self.training.state, {"model": "test", "model_ema": "ema_test"}
-        state.results = {key: result_of(epoch.results[name], self.args) for key, name in names.items() if name in epoch.results}
+        state = self.training.state
+        state.results = results_of(epoch.results, self.args)
         return state.update_best(epoch.results)
 
     def ends_early(self) -> bool:

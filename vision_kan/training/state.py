@@ -127,6 +127,12 @@ def result_of(found: dict[str, float], args: Namespace) -> dict[str, Any]:
     return {**{key: found[key] for key in ("acc1", "acc5", "images")}, **evaluated_split(args)}
 
 
+def results_of(evaluations: dict[str, dict[str, float]], args: Namespace) -> dict[str, dict[str, Any]]:
+    """`TrainState.results` of an epoch's evaluations, as `update_best` takes them."""
+    return {key: result_of(evaluations[name], args)
+            for key, name in (("model", "test"), ("model_ema", "ema_test")) if name in evaluations}
+
+
 def _state_of(scheduler: Scheduler) -> dict[str, Any]:
     if not isinstance(scheduler, PlateauLRScheduler):
         return scheduler.state_dict()
