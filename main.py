@@ -2,6 +2,9 @@
 import math
 import sys
 
+from vision_kan.common import console
+
+console.starting(__name__)
 from vision_kan.config.early import answered
 
 answered(__name__)

@@ -1,5 +1,5 @@
-"""A process and its terminal: Ctrl-C during imports, exit codes, characters that the output's encoding lacks, and a reader that
-has left (`| head`). Imports nothing that takes time."""
+"""A process and its terminal: Ctrl-C and missing packages during imports, exit codes, characters that the output's encoding
+lacks, and a reader that has left (`| head`). Imports nothing that takes time."""
 import codecs
 import io
 import json
@@ -9,8 +9,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
-from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError
+from vision_kan.common.errors import EXIT_BAD_INPUT, EXIT_FAILED, Preempted, TrainingFailed, UserError
 
 EXIT_INTERRUPTED, EXIT_UNREAD = 130, 141        # 128 + SIGINT and SIGPIPE, as shells count
 # Set by a training: called when nobody reads the output any more, in place of an error, so that it can save first.
@@ -18,11 +19,22 @@ on_unread: Callable[[], None] | None = None
 
 
 def starting(name: str) -> None:
-    """Call it in the first lines of a program with its `__name__`: until `guarded` takes over, Ctrl-C ends it with one line in
-    place of a traceback. Importing PyTorch takes seconds."""
+    """Call it in the first lines of a program with its `__name__`: until `guarded` takes over, Ctrl-C and a missing package end
+    it with one line in place of a traceback. Importing PyTorch takes seconds."""
+    if name != "__main__":
+        return
+    sys.excepthook = _not_imported
     # a script's background jobs ignore SIGINT, and keep doing so
-    if name == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+
+
+def _not_imported(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if not isinstance(error, ModuleNotFoundError):
+        return sys.__excepthook__(kind, error, traceback)
+    tell(f"error: {sys.executable} has no module {error.name}: take the Python of .venv, which `make venv` sets up, or install "
+         "requirements.txt")
+    os._exit(EXIT_BAD_INPUT)        # Python itself would exit with 1
 
 
 def _end(number: int, frame) -> None:
@@ -42,6 +54,7 @@ def tell(line: str) -> None:
 def guarded(program: Callable[[], int]) -> int:
     """Run program() with Ctrl-C as KeyboardInterrupt and streams that accept every character. Returns its exit code, or silently
     `EXIT_UNREAD` if nobody reads its output."""
+    sys.excepthook = sys.__excepthook__ if sys.excepthook is _not_imported else sys.excepthook
     starts = signal.getsignal(signal.SIGINT) is _end
     if starts:
         signal.signal(signal.SIGINT, signal.default_int_handler)

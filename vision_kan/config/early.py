@@ -9,14 +9,13 @@ from vision_kan.config.resolve import parse_args
 
 
 def answered(name: str) -> None:
-    """Called at the top of main.py with its `__name__`: ends the process after --help or an error. Until
-    `console.guarded` takes over, Ctrl-C ends it with one line (`console.starting`)."""
-    console.starting(name)
+    """Called at the top of main.py with its `__name__`, after `console.starting`: ends the process after --help or an error."""
     if name == "__main__":
-        handler = signal.getsignal(signal.SIGINT)
+        handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook
         if code := console.exit_code(_refused):
             sys.exit(code)
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler)       # torch is imported next
+        sys.excepthook = hook
 
 
 def _refused() -> int:
