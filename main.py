@@ -2,9 +2,6 @@
 import math
 import sys
 
-from vision_kan.common import console
-
-console.starting(__name__)
 from vision_kan.config.early import answered
 
 answered(__name__)
