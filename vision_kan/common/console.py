@@ -32,8 +32,8 @@ def starting(name: str) -> None:
 def _not_imported(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     if not isinstance(error, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, traceback)
-    tell(f"error: {sys.executable} has no module {error.name}: take the Python of .venv, which `make venv` sets up, or install "
-         "requirements.txt")
+    print(f"error: {sys.executable} has no module {error.name}: take the Python of .venv, which `make venv` sets up, or install "
+          "requirements.txt", file=sys.stderr, flush=True)
     os._exit(EXIT_BAD_INPUT)        # Python itself would exit with 1
 
 
@@ -54,7 +54,8 @@ def tell(line: str) -> None:
 def guarded(program: Callable[[], int]) -> int:
     """Run program() with Ctrl-C as KeyboardInterrupt and streams that accept every character. Returns its exit code, or silently
     `EXIT_UNREAD` if nobody reads its output."""
-    sys.excepthook = sys.__excepthook__ if sys.excepthook is _not_imported else sys.excepthook
+    if sys.excepthook is _not_imported:
+        sys.excepthook = sys.__excepthook__
     starts = signal.getsignal(signal.SIGINT) is _end
     if starts:
         signal.signal(signal.SIGINT, signal.default_int_handler)
