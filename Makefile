@@ -31,11 +31,11 @@ torture: venv
 	OMP_NUM_THREADS=1 $(PY) -W ignore benchmarks/fuzz_checkpoints.py
 	OMP_NUM_THREADS=1 $(PY) benchmarks/torture.py
 
-# Every tile by the installed Triton; one of each op by 3.3.0, older than that of the oldest torch that requirements.txt allows, and by
+# Every tile by the installed Triton; one of each op by the oldest that requirements.txt allows (it comes with torch 2.8) and by
 # one between (torch 2.11).
 kernels: venv
 	$(PY) benchmarks/aot.py
-	$(PY) benchmarks/aot.py --quick --triton 3.3.0 3.6.0
+	$(PY) benchmarks/aot.py --quick --triton 3.4.0 3.6.0
 
 lint: venv
 	$(PY) -m ruff check .

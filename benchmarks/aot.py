@@ -3,7 +3,7 @@
     python benchmarks/aot.py                                    # all tiles, all targets; rewrites results/kernels_aot.*
     python benchmarks/aot.py --quick                            # one tile of each op and target
     python benchmarks/aot.py --kernels forward --targets sm_90  # names that contain "forward"
-    python benchmarks/aot.py --triton 3.3.0 3.6.0               # by other versions than the installed one
+    python benchmarks/aot.py --triton 3.4.0 3.6.0               # by other versions than the installed one
 
 It prints and writes (kernels_aot.csv and kernels_aot.md in --output; `--quick` and filtered runs write only if --output is given)
 registers, stack and spills, shared memory against the target's limit per block, the kind of matrix instruction, instruction
@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))
 os.environ.pop("TRITON_INTERPRET", None)        # the interpreter's kernels cannot be compiled
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from vision_kan.kernels.triton_common import TARGETS, AotCase, Device
@@ -176,9 +175,7 @@ def _serialised(ptx: str, device: Device) -> bool:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        found = get_ptxas(device.capability)
-        path = found[0] if isinstance(found, tuple) else found.path         # Triton 3.3 gives path and version
-        log = _run(path, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{device.capability}a",
+        log = _run(triton.knobs.nvidia.ptxas.path, "-v", "--regAllocOptLevel=2", f"--gpu-name=sm_{device.capability}a",
                    file.name, "-o", os.devnull)
     return "C7515" in log or "serializ" in log.lower()
 
@@ -310,9 +307,6 @@ def main() -> int:
         return max(codes)
     targets = [target for target in args.targets if TARGETS[target].backend != "hip" or links_amd()]
     cases = collect(targets, args.kernels, args.quick)
-    if triton.__version__ == "3.3.0":
-        print("Triton 3.3.0 has no matrix product for sm_120 (3.3.1 has): left out")
-        cases = [(target, case) for target, case in cases if not (target == "sm_120" and case.has_dot)]
     if not cases:
         parser.error(f"no kernel's name contains one of {args.kernels}")
     rows = []

@@ -58,7 +58,7 @@ def test_full(tmp_path):
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("version", ["3.3.0", "3.6.0"])
+@pytest.mark.parametrize("version", ["3.4.0", "3.6.0"])
 def test_older_versions_of_triton(tmp_path, version):
     """Downloads them. The oldest that the requirements allow, and the one in which activations once met in their loop."""
     done = subprocess.run([sys.executable, "benchmarks/aot.py", "--quick", "--output", str(tmp_path), "--triton", version],

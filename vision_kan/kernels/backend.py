@@ -9,7 +9,6 @@ compile    the reference through torch.compile
 import contextlib
 import functools
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -129,20 +128,12 @@ def _constant_in_graphs(function: Callable) -> Callable:
     return function
 
 
+@_constant_in_graphs
 def exporting() -> bool:
     """Whether torch.export is running, strict or not: its graph must consist of PyTorch's own operations, for any batch size.
 
-    `torch.compiler.is_exporting()` is also true under torch.compile in torch 2.7 to 2.11. The flag behind it is not, but misses a
-    strict export by torch 2.7, which Dynamo's state shows."""
-    return _compiler_exports() if torch.compiler.is_compiling() else torch.compiler._is_exporting_flag
-
-
-@_constant_in_graphs
-def _compiler_exports() -> bool:
-    if torch.compiler._is_exporting_flag:
-        return True
-    tracer = sys.modules.get("torch._dynamo.symbolic_convert")
-    return tracer is not None and getattr(getattr(tracer.tls, "current_tx", None), "export", False)
+    `torch.compiler.is_exporting()` is also true under torch.compile before torch 2.12. The flag behind it is not."""
+    return torch.compiler._is_exporting_flag
 
 
 def intercepted(*tensors: torch.Tensor | None) -> bool:

@@ -179,7 +179,7 @@ class AotCase:
     name: the op ("rswaf_linear.forward"). tile: a description that identifies the case among the op's.
     fn: a `triton.jit` function. signature: Triton types of its runtime arguments. constexprs: the other arguments.
     divisible: the integer arguments that are multiples of 16, besides all addresses.
-    has_dot: it multiplies matrices. tensor_cores: on matrix instructions (a product in full fp32 has none on NVIDIA).
+    tensor_cores: it multiplies matrices on matrix instructions (a product in full fp32 has none on NVIDIA).
     vector: bytes of each access to memory in its main loop, which has no barrier and no shared memory; 0: no such rule.
     quick: compiled by `--quick`, one case of each op and device.
     work: (tokens, width d) -> Work of the op at d inputs and d outputs with this tile; None: no bound is printed.
@@ -191,7 +191,6 @@ class AotCase:
     constexprs: dict[str, object]
     num_warps: int
     num_stages: int
-    has_dot: bool = False
     tensor_cores: bool = False
     divisible: tuple[str, ...] = ()
     vector: int = 0

@@ -688,7 +688,7 @@ def _case(op: str, tile: Tile, device: Device, kind: str, dtype: str, u: str, po
     text = f"{tile.m}x{tile.n}{parts}x{tile.k} G{points} {u}-{dtype}{'' if single_exp else ' each'}"
     if kind == "tf32":
         text += " tf32"
-    return AotCase(f"rswaf_linear.{op}", text, fn, signature, constexprs, tile.warps, tile.stages, has_dot=True,
+    return AotCase(f"rswaf_linear.{op}", text, fn, signature, constexprs, tile.warps, tile.stages,
                    tensor_cores=kind != "float" or device.backend == "hip",
                    divisible=tuple(name for name in sizes if name not in ("T", "STEPS")), quick=quick,
                    work=functools.partial(_work, op, tile, device.family) if op != "backward_grid" and kind == "half" else None)
