@@ -17,7 +17,7 @@ share has the same initial weights, and they get the same images in the same ord
 
 Finished runs are rows of `runs.csv` in --results and are not run again; an unfinished one continues after its last checkpoint.
 Models, optimizer, schedule, loss, step, augmentation and evaluation are main.py's. On a CPU each run is a process of one thread,
-its model compiled if there is a C++ compiler; on a GPU all runs are in one process (trials/side_by_side.py).
+its model compiled where torch.compile works; on a GPU all runs are in one process (trials/side_by_side.py).
 """
 import argparse
 import os
@@ -56,7 +56,10 @@ def run_alone(run: Run, data: Path, work: Path, results: Path, seconds: float = 
     deadline = time.monotonic() + seconds
     images, columns = load_images(data, work), {}
     if run.setting in TRANSFERS:
-        trial, images, columns["step0_error"] = begin_transfer(run, images, work, Process())
+        begun = begin_transfer(run, images, work, Process(), deadline)
+        if begun is None:
+            return False
+        trial, images, columns["step0_error"] = begun
     else:
         trial = begin(run, images, work, Process())
     if train(trial, images, deadline):
@@ -204,6 +207,7 @@ def command(args: argparse.Namespace) -> int:
         run = Run(args.setting, parse_variant(args.variants[0], args.setting), args.seeds[0])
         return 0 if run_alone(run, args.data, args.work_dir, args.results, args.seconds) else EXIT_PREEMPTED
     stages = stages_of(args)
+    parse_variant(args.baseline)
     try:
         args.results.mkdir(parents=True, exist_ok=True)
         open(args.results / "runs.csv", "a").close()
@@ -218,10 +222,10 @@ def command(args: argparse.Namespace) -> int:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if finished(args.results):
-        report(args.results, args.baseline)
     if failures:
         print("error: " + "; ".join(failures), file=sys.stderr)
+    if finished(args.results):
+        report(args.results, args.baseline)
     return 1 if failures else 0
 
 

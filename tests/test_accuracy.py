@@ -165,6 +165,14 @@ def test_long_ones():
     assert [block.drop_path1.drop_prob for block in build(cpu, 0, 10).blocks[1:]] == pytest.approx([0.1 / 3, 0.2 / 3, 0.1])
 
 
+@pytest.mark.parametrize("texts, one", [
+    (("gkan,kan_groups=16,lr=2e-3", "gkan,lr=0.002,kan_groups=16"), "gkan,kan_groups=16,lr=0.002"),
+    (("gkan,kan_groups=8", "gkan,grid=-3:3", "gkan,kan_trainable_base=false", "gkan,lr=1e-3"), "gkan"),
+    (("mlp,gated=false", "mlp,weight_init=reset"), "mlp"), (("kan,kan_basis=covering",), "kan")])
+def test_each_way_to_write_a_variant_is_the_same_run(texts, one):
+    assert {parse_variant(text).text for text in texts} == {one}
+
+
 @pytest.mark.parametrize("text, part", [
     ("kann", "kann is not one of mlp, "), ("gkan,lr", "lr=VALUE"), ("gkan,grups=3", "grups is none of"),
     ("mlp,kan_groups=2", "kan_groups is none of"), ("gkan,lr=fast", "lr must be a number, not the text 'fast'"),

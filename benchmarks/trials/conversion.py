@@ -28,14 +28,15 @@ def convert(seeds: list[int], data: Path, work: Path, results: Path) -> None:
     for seed in seeds:
         run = Run("scratch", parse_variant("mlp"), seed)
         checkpoint = run.folder(work) / CHECKPOINT
-        if not checkpoint.exists():
-            raise UserError(f"{checkpoint} is missing: run scratch --variants mlp --seeds {seed} first")
-        state = load_file(checkpoint)["model"]
-        source = build(run.variant, seed, 10)
+        stored = load_file(checkpoint) if checkpoint.exists() else {"epoch": -1}
+        if stored["epoch"] < run.variant.recipe["epochs"] - 1:
+            raise UserError(f"{checkpoint} is missing or not of the last epoch: run scratch --variants mlp --seeds {seed} first")
+        state = stored["model"]
+        source = build(run.variant, seed, len(images.classes))
         source.load_state_dict(state)
         top1 = evaluate(source, val, process)["acc1"]
         for grid, h in GRIDS:
-            kwargs = {**MODEL, "num_classes": 10, "hdim_kan": 4 * source.embed_dim, "kan_basis": "covering",
+            kwargs = {**MODEL, "num_classes": len(images.classes), "hdim_kan": 4 * source.embed_dim, "kan_basis": "covering",
                       "kan_second_norm": "static", "kan_grid_range": grid, **({} if h is None else {"kan_h": h})}
             model = timm.create_model(name, **kwargs)
             _, errors = load_converted(model, ModelSpec(name, kwargs), state, lambda: batch)

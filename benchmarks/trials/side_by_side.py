@@ -205,8 +205,8 @@ def train_side_by_side(runs: list[Run], images: Images, work: Path, process: Pro
     images = Images({key: value.to(process.device) if key != "val_y" else value for key, value in images.items()}, images.classes)
     val = EvalBatches(images, process.device)
     waiting, lanes, failures, saved = list(runs), [], [], time.monotonic()
-    number = 0
-    while (waiting or lanes) and time.monotonic() < deadline:
+    number, late = 0, time.monotonic() >= deadline
+    while (waiting or lanes) and not late:
         started = time.perf_counter()
         while waiting and len(lanes) < most:
             run = waiting.pop(0)

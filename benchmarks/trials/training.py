@@ -1,6 +1,5 @@
 """One run: its model and state from the checkpoint on, trained alone on a CPU, and what it leaves behind."""
 import fcntl
-import shutil
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -31,6 +30,7 @@ from vision_kan.run.folder import versions
 from vision_kan.training.criterion import Criterion
 from vision_kan.training.optim import build_state
 from vision_kan.training.precision import choose_amp_dtype
+from vision_kan.training.speed import missing_for_compile
 from vision_kan.training.state import results_of
 from vision_kan.training.training import Hooks, Training
 from vision_kan.training.updates import Updater
@@ -86,7 +86,9 @@ class Trial:
         self.args = flags_of(self.recipe, self.steps)
         self.about = description(run, self.args, images.classes)
         self.flops, self.parameters = count_flops(model), count_parameters(model)
+        # bfloat16 or float32: the steps of side_by_side.py do not scale losses, as float16 needs
         self.amp_dtype = choose_amp_dtype("auto", process.device)
+        self.amp_dtype = torch.float32 if self.amp_dtype == torch.float16 else self.amp_dtype
         self.model = model.to(process.device)
         self.state = build_state(self.args, self.model, self.args.lr, self.steps, process.device, self.amp_dtype)
         self.mixup = build_mixup(self.args, len(images.classes))
@@ -156,7 +158,7 @@ def train(trial: Trial, images: Images, deadline: float = float("inf")) -> bool:
     the last epoch."""
     batches = Batches(images, trial.args, trial.run.seed, trial.process.device)
     val = EvalBatches(images, trial.process.device)
-    net = torch.compile(trial.model, dynamic=False) if shutil.which("g++") else trial.model
+    net = trial.model if missing_for_compile("cpu") else torch.compile(trial.model, dynamic=False)
     training = trial.training(Updater(net, trial.state, trial.criterion, trial.process, amp_dtype=trial.amp_dtype,
                                       clip_grad=trial.args.clip_grad))
     start = time.perf_counter()
@@ -171,9 +173,10 @@ def train(trial: Trial, images: Images, deadline: float = float("inf")) -> bool:
 
 
 # ---------------------------------------------------------------- transfer
-def begin_transfer(run: Run, images: Images, work: Path, process: Process) -> tuple[Trial, Images, float]:
+def begin_transfer(run: Run, images: Images, work: Path, process: Process, deadline: float) -> tuple[Trial, Images, float] | None:
     """The trial with the weights of an MLP ViT trained on the first classes and a new head; the images of the other classes; and
-    the largest difference of its logits from the MLP's, relative to the largest logit, before any training."""
+    the largest difference of its logits from the MLP's, relative to the largest logit, before any training. None if `deadline`
+    (by time.monotonic()) has passed before the MLP was trained."""
     mlp = Run(run.setting, parse_variant("mlp", size=run.variant.size, epochs=TRANSFERS[run.setting]), run.seed)
     folder = run.siblings(work) / f"pretrained-seed{run.seed}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +184,8 @@ def begin_transfer(run: Run, images: Images, work: Path, process: Process) -> tu
     first = subset(images, CLASSES_A)
     with open(folder / "lock", "w") as lock:     # another variant may train it at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        train(Trial(mlp, twin, first, folder, process), first)
+        if not train(Trial(mlp, twin, first, folder, process), first, deadline):
+            return None
     model: Any = build(run.variant, run.seed, len(CLASSES_A))
     load_finetune(model, twin.state_dict())
     twin.eval(), model.eval()

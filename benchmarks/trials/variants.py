@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 import models_kan
+from models_kan import ModelSpec
 from vision_kan.common.errors import UserError
 from vision_kan.config.flag import BELOW_1, POSITIVE, Flag, at_least
 from vision_kan.config.flags import FLAGS
@@ -149,7 +150,9 @@ def parse_variant(text: str, setting: str = "scratch", size: str = "nano", epoch
         raise UserError(f"{where}: batch_size must be even, because mixup and cutmix mix pairs")
     if setting == "long":
         recipe["warmup_steps"] = int(LONG_WARMUP * recipe["epochs"] * (TRAIN_IMAGES // batch_size))
-    changed = {key: value for key, value in found.items() if value != {**options, **recipe}.get(key)}
+    usual = {**{key: OWN[key].default for key in OPTIONS}, **models_kan.own_options(ModelSpec(f"{SIZES[size]}_{suffix}")),
+             **options, **recipe}
+    changed = {key: found[key] for key in sorted(found) if _shown(found[key]) != _shown(usual.get(key))}
     return Variant(",".join([name, *(f"{key}={_shown(value)}" for key, value in changed.items())]), name, suffix,
                    {**options, **{key: value for key, value in changed.items() if key not in recipe}},
                    {**recipe, **{key: value for key, value in changed.items() if key in recipe}}, size)

@@ -23,13 +23,13 @@ def compile_model(model: nn.Module, device: torch.device, **options) -> None:
     something on this machine.
     """
     if options.get("backend", "inductor") == "inductor":
-        missing = _missing_for_compile(device.type)
+        missing = missing_for_compile(device.type)
         if missing:
             raise UserError(f"--compile needs {missing}, or leave the flag out")
     model.compile(**options)
 
 
-def _missing_for_compile(device_type: str) -> str:
+def missing_for_compile(device_type: str) -> str:
     """What inductor, torch.compile's default backend, lacks on this machine and how to get it, or ''."""
     if device_type == "cuda":
         if find_spec("triton") is None:
