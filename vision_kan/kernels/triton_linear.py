@@ -24,7 +24,6 @@ atomics. Basis, sums and derivatives are float32; what enters a product is round
 # ruff: noqa: E741      I and O are the shapes' names
 import contextlib
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vision_kan.kernels.basis import MAX_POINTS
 from vision_kan.kernels.triton_common import (
     SCALE,
     AotCase,
@@ -44,9 +44,6 @@ from vision_kan.kernels.triton_common import (
     grid_middle,
     load_width,
 )
-
-MAX_GRID = 32                   # points; more leave a tile less than four inputs
-
 
 # ---------------------------------------------------------------- the basis inside a kernel
 # A table of grid and width for the kernels, float32: 2 log2(e)/h, the middle, 2/h, 1/h, then g, p, q, [GP] each. It is loaded as
@@ -477,17 +474,11 @@ def _written_backward(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: fl
     return du, weight.new_zeros(weight.shape, dtype=torch.float32) if dw is None else dw
 
 
-@functools.lru_cache
-def _has_out_dtype() -> bool:
-    """torch.mm takes out_dtype since 2.8, on NVIDIA's GPUs."""
-    return torch.version.cuda is not None and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
-
-
 def _product_float32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of 16-bit matrices, summed in float32, and returned in it if PyTorch can."""
+    """a @ b of 16-bit matrices, summed in float32, and returned in it where PyTorch can: on NVIDIA's GPUs."""
     if not a.is_cuda:
         return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32) if _has_out_dtype() else (a @ b).float()
+    return torch.mm(a, b, out_dtype=torch.float32) if torch.version.cuda else (a @ b).float()
 
 
 # ---------------------------------------------------------------- launchers
@@ -545,8 +536,8 @@ def _pack(weight: Tensor, grid: Tensor, h: float | Tensor, inputs_to: int, outpu
 
 
 def _check_grid(grid: Tensor) -> tuple[int, int]:
-    if not 1 <= grid.numel() <= MAX_GRID:
-        raise ValueError(f"the Triton kernels take up to {MAX_GRID} grid points, got {grid.numel()}")
+    if not 1 <= grid.numel() <= MAX_POINTS:
+        raise ValueError(f"the Triton kernels take up to {MAX_POINTS} grid points, got {grid.numel()}")
     return grid.numel(), _padded_points(grid.numel())
 
 
@@ -613,12 +604,10 @@ def backward_u(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | T
     return _backward_u("backward_u", dy, u, weight, grid, h, single_exp)
 
 
-def backward_weight(dy: Tensor, u: Tensor, weight: Tensor | Sequence[int], grid: Tensor, h: float | Tensor,
+def backward_weight(dy: Tensor, u: Tensor, weight: Tensor, grid: Tensor, h: float | Tensor,
                     single_exp: bool) -> Tensor:
-    """dy [T, O], u [T, I] -> dW [O, I*G] float32. weight: a tensor, whose dtype the product takes, or its shape: then
-    the product takes dy's."""
-    if isinstance(weight, Tensor):
-        dy = dy.to(weight.dtype)
+    """dy [T, O], u [T, I] -> dW [O, I*G] float32. weight: only its dtype counts, which the product takes."""
+    dy = dy.to(weight.dtype)
     (tokens, inputs), outputs, device = u.shape, dy.shape[1], device_of(u)
     points, padded = _check_grid(grid)
     kind = _kind(dy.dtype, device)
