@@ -122,7 +122,8 @@ def _download_once(args: Namespace, process: Process) -> Namespace:
     """One process per machine downloads while the others wait. Returns the flags without --download."""
     try:
         if process.local_rank == 0:
-            build_dataset(False, args)
+            for is_train in (False,) if args.eval else (True, False):       # a download may be of one half only
+                build_dataset(is_train, args)
     finally:
         dist.barrier()
     return Namespace(**{**vars(args), "download": False})

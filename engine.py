@@ -44,7 +44,8 @@ def train_epochs(training: Training, train: DataLoader, val: DataLoader, hooks: 
         hooks.after_evaluation()
         state.next_epoch()
         if by_result:
-            state.scheduler.step(state.epoch, results["test"]["acc1"])
+            accuracy = torch.tensor(results["test"]["acc1"], dtype=torch.float64, device=training.process.device)
+            state.scheduler.step(state.epoch, gather_number(accuracy, training.process)[0])     # the same on all processes
         yield Epoch(number, trained, results)
 
 

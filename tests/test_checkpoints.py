@@ -23,6 +23,7 @@ from helpers import RELEASED, ROOT, differences, epochs, forked, needs_released,
 from safetensors.torch import save_file
 
 from vision_kan.checkpoints.checkpoint import Checkpoint
+from vision_kan.checkpoints.layouts import in_our_layout
 from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS, load_file
 from vision_kan.checkpoints.write import save_checkpoint, save_safetensors, saved_checkpoints
 from vision_kan.common.errors import UserError
@@ -89,6 +90,17 @@ def test_what_is_freed_and_what_stays():
     assert checkpoint.state == checkpoint.about == {"epoch": 4, "args": {"lr": 0.1}, "class_names": ["a"]}
     assert (checkpoint.path, checkpoint.epoch, checkpoint.flags) == ("c.pth", 4, {"lr": 0.1})
     assert "no weights" in sentence(checkpoint.weights)
+
+
+def test_of_two_networks_one_is_kept():
+    """DINO's teacher and student: the one that is not chosen must not stay in memory."""
+    content = {"teacher": {"w": W.clone()}, "student": {"w": W.clone()}, "epoch": 4}
+    tensors = [weakref.ref(content[key]["w"]) for key in ("teacher", "student")]
+    checkpoint = Checkpoint("c.pth", in_our_layout(content)[0])
+    del content
+    assert [tensor() is None for tensor in tensors] == [False, True]
+    checkpoint.free()
+    assert tensors[0]() is None and checkpoint.state == {"epoch": 4, "args": {}}
 
 
 def test_no_function_takes_a_checkpoint_and_its_path():

@@ -694,7 +694,7 @@ def test_bad_input_sizes(recipe):
     for text in ("[32, 48, 64]", "[]", "[32, x]", "true", "[32, 48.5]"):
         with pytest.raises(UserError, match="input_size must be a whole number"):
             parse_args(["--config", recipe(f"input_size: {text}")])
-    assert check_error("--input-size", "0", "48") == "--input-size 0 48 must be from 1 to 16384"
+    assert check_error("--input-size", "0", "48") == "--input-size 0 48 must be from 1 to 4096"
     assert "--input-size 4 48" in check_error("--input-size", "4", "48", "--cutmix-minmax", "0", "0.2")
     assert "at most --input-size 48 8" in check_error("--input-size", "48", "8", "--crop-padding", "9")
     with pytest.raises(UserError, match="--input-size 32 48 .* contradicts the checkpoint, which has 48 32"):

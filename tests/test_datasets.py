@@ -42,6 +42,7 @@ from timm.task import ClassificationEvaluator
 from torch.utils.data import DataLoader
 from torchvision import datasets as torchvision_datasets
 
+import datasets
 from datasets import build_dataset, build_loaders
 from samplers import RASampler
 from vision_kan.common.errors import UnreadableData, UserError
@@ -554,6 +555,16 @@ def test_download_fetches_cifar_into_a_new_folder(tmp_path, cifar_server):
     args = make_args(tmp_path / "new" / "folder", data_set="CIFAR10", download=True)
     loaders = build_loaders(args, Process())
     assert len(loaders.val.dataset) == 12 and loaders.nb_classes == 10
+
+
+@pytest.mark.parametrize("evaluating, halves", [(False, [True, False]), (True, [False])])
+def test_several_processes_download_all_that_is_read(evaluating, halves, tmp_path, monkeypatch):
+    """torchvision's QMNIST, INaturalist and Places365 download one half at a time."""
+    built: list[bool] = []
+    monkeypatch.setattr(datasets, "build_dataset", lambda is_train, args: built.append(is_train))
+    monkeypatch.setattr(datasets.dist, "barrier", lambda: None)
+    args = make_args(tmp_path, data_set="torch/qmnist", download=True, eval=evaluating)
+    assert not datasets._download_once(args, Process()).download and built == halves
 
 
 def test_download_in_a_process_group(tmp_path, cifar_server):

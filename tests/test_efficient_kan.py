@@ -429,3 +429,8 @@ def test_as_many_parameters_as_the_mlp(size):
         n, m = (sum(p.numel() for p in part(model).parameters()) for model in (kan, vit))
         assert abs(n - m) <= 0.02 * m
     assert not [module for module in kan.blocks[0].mlp.modules() if isinstance(module, nn.Linear)]
+
+
+def test_shapes_without_numbers():
+    with torch.device("meta"):
+        assert EfficientKAN(8, 16)(torch.empty(2, 3, 8)).shape == (2, 3, 8)

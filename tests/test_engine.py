@@ -546,6 +546,7 @@ def test_other_batches_after_a_resume():
     assert text == "" or "image 64" in text
     assert state.step == 4 and state.losses == [8.0, 8.0]       # the mean of 2 is that of both
     assert "image 64" in state.fit_launch(32, Process()) and state.step == 2 and state.losses == [4.0]
+    assert "image 64" in state.fit_launch(31, Process()) and state.step == 2        # as many batches, of other images
     state.next_epoch()
     assert (state.step, state.position, state.losses) == (0, 0, []) and state.fit_launch(8, Process()) == ""
 
@@ -866,6 +867,16 @@ def test_another_order_of_the_images_or_seed_gives_other_weights():
 def test_a_longer_run_after_a_resume_follows_the_schedule_of_its_new_length():
     longer = Run().epochs(1).resumed("--epochs", 10).epochs(2)
     assert longer.rates[0] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * 1 / 10)) / 2)
+
+
+def test_plateau_takes_the_accuracy_of_process_0(monkeypatch):
+    """Others may differ by an image that only one could not read; with other rates the weights would drift apart."""
+    seen = []
+    monkeypatch.setattr(engine, "gather_number", lambda number, process: [number.item() + 1, number.item()])
+    run = Run("--sched", "plateau", "--warmup-epochs", 0)
+    monkeypatch.setattr(run.state.scheduler, "step", lambda epoch, metric=None: seen.append(metric))
+    run.epochs(1)
+    assert seen == [51.0]
 
 
 def test_plateau_remembers_how_long_it_has_waited():

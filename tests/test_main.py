@@ -31,10 +31,11 @@ from safetensors.torch import save_file
 import engine
 import main as program
 import models_kan
-from tools import inspect_kan, predict
+from tools import evaluate, export, inspect_kan, predict
 from vision_kan.checkpoints.shipped import shipped
 from vision_kan.common.errors import EXIT_PREEMPTED
 from vision_kan.models.cost import count_flops
+from vision_kan.run import folder as run_folder
 
 slow = pytest.mark.slow
 STATE = ("model", "model_ema", "optimizer", "lr_scheduler", "scaler", "epoch", "max_accuracy", "max_accuracy_ema",
@@ -1004,6 +1005,43 @@ def test_a_full_disk_does_not_end_the_training(copied, data, tmp_path):
     assert not [name for name in after if name.endswith(".tmp")]
     assert run(*three_epochs(data, copied), "--resume", "auto", "--epochs", 5) == 0
     assert [record["epoch"] for record in log(copied)] == [0, 1, 2, 3, 4]
+
+
+def test_a_best_epoch_that_could_not_be_written_is_not_the_one_to_beat(data, tmp_path, monkeypatch, capsys):
+    """The accuracy stays the same here, so only the first epoch that is written can be kept as the best."""
+    write, failures = run_folder.save_checkpoint, iter([OSError(28, "No space left on device")])
+
+    def fails_once(*args):
+        for error in failures:
+            raise error
+        write(*args)
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", fails_once)
+    out = tmp_path / "out"
+    assert run(*QUICK, "--data-path", data, "--epochs", 2, "--lr", 1e-12, "--min-lr", 0, "--output_dir", out) == 0
+    assert "not kept as best_checkpoint.pth and best_ema_checkpoint.pth" in capsys.readouterr().err
+    records = log(out)
+    assert records[0]["test_acc1"] == records[1]["test_acc1"] > 0
+    for name in ("best_checkpoint.pth", "best_ema_checkpoint.pth"):
+        assert checkpoint(out, name)["epoch"] == 1 and checkpoint(out, name)["max_accuracy"] == records[1]["test_acc1"]
+
+
+def test_any_folder_is_a_class(tmp_path, capsys):
+    """Names with spaces and joiners of other scripts, with control characters and bytes that are not UTF-8."""
+    names = ["new\u3000york", "می\u200cخواهم", "red\x1b[31m\n", os.fsdecode(b"caf\xe9")]
+    data, out = write_digits(tmp_path / "data", names=names), tmp_path / "out"
+    words = (*QUICK, "--data-path", data, "--data-set", "FOLDER")
+    assert run(*words, "--epochs", 1, "--class-weights", "balanced", "--output_dir", out) == 0
+    assert "class weights: all 1, each class has 16 images" in capsys.readouterr().out
+    assert run(*words, "--epochs", 2, "--resume", "auto", "--output_dir", out) == 0
+    assert checkpoint(out)["class_names"] == sorted(names)
+    assert run("--device", "cpu", "--eval", "--resume", out / "checkpoint.pth", "--data-path", data, "--num_workers", 0) == 0
+    image = next((data / "val" / names[0]).iterdir())
+    for tool, words in ((evaluate, ("--num_workers", "0", "--data-path", str(data))), (predict, (str(image),)),
+                        (inspect_kan, (str(image),)), (export, (str(tmp_path / "exported"),))):
+        assert tool.main([str(out / "checkpoint.pth"), *words, "--device", "cpu"]) == 0, tool
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err and "Traceback" not in said.err and "hardest classes" in said.out
 
 
 @slow

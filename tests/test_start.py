@@ -1098,7 +1098,7 @@ def test_description_is_plain_and_leads_back_to_the_model():
     (["--batch-size", 4, "--sched", "plateau"], ["--min-lr .*is never lowered"]),
     *((["--batch-size", 4, "--sched", name], []) for name in ("step", "multistep")),
     (["--warmup-lr", 1e-3], ["--warmup-lr 0.001 .*goes down"]), (["--warmup-lr", 1e-3, "--warmup-epochs", 0], []),
-    (["--epochs", 5], ["--warmup-epochs fill all 5 of --epochs"]), (["--epochs", 5, "--sched", "plateau"], [])], ids=str)
+    *((["--epochs", 5, "--sched", name], ["--warmup-epochs fill all 5 of --epochs"]) for name in ("cosine", "plateau"))], ids=str)
 def test_a_schedule_that_goes_the_wrong_way_is_told(argv, said):
     """The rate does what the warning says."""
     args = flags(*argv)

@@ -264,7 +264,8 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         save(draw_confusion(tally, names), output / "confusion.png")
         save(draw_reliability(report["calibration"]), output / "reliability.png")
         save(draw_mistakes(tally.worst, names, trained.args), output / "mistakes.png")
-        with atomic_write(output / "classes.csv") as table, open(table, "w", encoding="utf-8", newline="") as out:
+        with atomic_write(output / "classes.csv") as table, \
+                open(table, "w", encoding="utf-8", errors="backslashreplace", newline="") as out:
             rows = csv.DictWriter(out, list(report["classes"][0]), lineterminator="\n")
             rows.writeheader()
             rows.writerows(report["classes"])

@@ -43,7 +43,7 @@ from vision_kan.checkpoints.write import save_safetensors
 from vision_kan.common.errors import TrainingFailed, UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.process import Process
-from vision_kan.common.text import say, shown_size, to_builtin_types, to_json
+from vision_kan.common.text import printable, say, shown_size, to_builtin_types, to_json
 from vision_kan.config.flags import FLAGS, PREPARATION
 from vision_kan.config.parser import Parser
 from vision_kan.models.cost import count_flops, count_parameters, measure_flops
@@ -326,7 +326,7 @@ def _few(names: list[str], most: int = 20) -> str:
 
 
 def _one_word(text: str) -> str:
-    return text.replace("`", "'").replace("\n", " ")
+    return printable(text.replace("`", "'").replace("\n", " "))
 
 
 def _yaml(content: dict[str, Any]) -> str:

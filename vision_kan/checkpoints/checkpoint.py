@@ -18,14 +18,13 @@ from vision_kan.checkpoints.layouts import args_of, in_our_layout
 from vision_kan.checkpoints.read import are_names, load_file
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import say
+from vision_kan.config.flag import MAX_SIDE
 
 # The entries that a run resumes from. All others describe the checkpoint.
-_STATE = (*WEIGHTS, "state_dict", "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
+_STATE = (*WEIGHTS, "optimizer", "lr_scheduler", "scaler", "losses", "unreadable")
 # Arguments of `timm.create_model` itself, which a checkpoint must not set: one names a file to unpickle, others download.
 _CREATE_MODEL_ARGUMENTS = set(inspect.signature(timm.create_model).parameters) - {"kwargs"}
 MAX_ARGUMENT = 2 ** 20
-# Flags that size an image: dest -> the largest value that is accepted.
-_LARGEST_FLAG = {"input_size": 4096, "crop_padding": 1024}
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ class Checkpoint:
 
     def _check_flags(self) -> None:
         flags, widest = self.flags, max(size for value in self._tensors("model").values() for size in (0, *value.shape))
-        for dest, largest in {**_LARGEST_FLAG, "hdim_kan": widest, "kan_groups": widest}.items():
+        for dest, largest in {"input_size": MAX_SIDE, "crop_padding": MAX_SIDE, "hdim_kan": widest, "kan_groups": widest}.items():
             value = flags.get(dest)
             for number in value if isinstance(value, (list, tuple)) else [value]:       # hdim_kan may have one for each block
                 if isinstance(number, (int, float)) and not (dest == "hdim_kan") <= number <= largest:
@@ -182,7 +181,8 @@ def _is_number(value: object) -> bool:
 
 
 def _is_result(value: object) -> bool:
-    return isinstance(value, Mapping) and are_names([value.get("data_set"), value.get("split")]) and \
+    return isinstance(value, Mapping) and \
+        all(isinstance(value.get(key), str) and value[key].isprintable() for key in ("data_set", "split")) and \
         _is_count(value.get("images")) and \
         all(_is_number(value.get(key)) and 0 <= value[key] <= 100 for key in ("acc1", "acc5"))
 

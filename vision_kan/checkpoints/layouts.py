@@ -88,7 +88,8 @@ def in_our_layout(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
     if key in ("teacher", "student") or outside:
         left_out = f"; left out: {len(outside)} tensors, such as {next(iter(outside))!a}" if outside else ""
         note = f"its weights are {len(inside)} tensors" + (f" under {key!r}" if key else "") + left_out
-    rest = {name: value for name, value in content.items() if name not in state or key is not None}
+    # without the weights that were not chosen, which would stay in memory
+    rest = {name: value for name, value in content.items() if name not in (*_WEIGHTS, *_AVERAGES, *(() if key else state))}
     average = next((name for name in _AVERAGES if holds_tensors(content.get(name))), None)
     ours = {**rest, "model": inside}
     if average:

@@ -77,5 +77,5 @@ def _load_folder(folder: Path) -> dict[str, Any]:
 
 
 def are_names(value: object) -> bool:
-    """Whether a value is a list of printable strings."""
-    return isinstance(value, list) and all(isinstance(name, str) and name.isprintable() for name in value)
+    """Whether a value is a list of strings. They may hold any character, as names of folders do: print them with `printable`."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -10,6 +10,7 @@ from vision_kan.common.text import one_or_two
 from vision_kan.config.parser import HeightAndWidth, SwitchOrMode, describe_value, did_you_mean, show_value
 
 LARGEST = 10 ** 9       # upper bound for every number but the seed: above it arithmetic overflows
+MAX_SIDE = 4096         # of an input image, in pixels
 
 
 class Rule(NamedTuple):

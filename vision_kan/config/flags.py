@@ -5,7 +5,7 @@ from functools import cache
 from typing import NamedTuple
 
 from vision_kan.common.device_names import DEVICE_NAME, NOT_A_DEVICE
-from vision_kan.config.flag import BELOW_1, POSITIVE, SHARE, Flag, Rule, at_least, between
+from vision_kan.config.flag import BELOW_1, MAX_SIDE, POSITIVE, SHARE, Flag, Rule, at_least, between
 from vision_kan.config.parser import Parser, with_underscores
 
 # Copies of names whose sources need torch, which takes seconds to import; tests/test_config.py compares them.
@@ -96,7 +96,7 @@ GROUPS = [
              "to its name", choices=list(FFN_SUFFIXES), one_shot=True, ours=True),
         Flag("--input-size", 224, "data",
              "side of the square input image, or height and width; if not given, the model's own", type=int,
-             size=True, metavar=("PIXELS", "WIDTH"), rule=between(1, 16384)),
+             size=True, metavar=("PIXELS", "WIDTH"), rule=between(1, MAX_SIDE)),
         Flag("--drop", 0.0, "training",
              "dropout after the position embedding and in projections and feed-forwards; 0: none", type=float,
              metavar="P",

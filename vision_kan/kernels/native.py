@@ -138,6 +138,7 @@ def _compiled(command: str, source: str, macros: dict[str, str]) -> Path:
             error = failed
     else:
         assert error is not None
+        shutil.rmtree(folder, ignore_errors=True)
         raise OSError(error.stderr.strip() or str(error))
     os.replace(shared, file)                        # atomic, since other processes may build it now
     objects.unlink()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vision_kan.kernels.backend import (
+    autocast_dtype,
     chunk_values,
     differentiable_backward,
     exporting,
@@ -99,9 +100,7 @@ def edge_linear(x: Tensor, base_weight: Tensor, spline_weight: Tensor, spline_sc
     is on, else in x's. One call in a graph of torch.fx."""
     spline = spline_weight * spline_scaler.unsqueeze(-1)                                    # [O, I, G]
     weight = torch.cat([base_weight.unsqueeze(1), spline.transpose(1, 2)], 1).flatten(1)    # [O, (1 + G)*I]
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    y = _EdgeLinear.apply(x.reshape(-1, x.shape[-1]), weight, knots, order, dtype)
+    y = _EdgeLinear.apply(x.reshape(-1, x.shape[-1]), weight, knots, order, autocast_dtype(x))
     return y.view(*x.shape[:-1], len(weight))
 
 

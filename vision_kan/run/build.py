@@ -226,8 +226,10 @@ def class_weights(args: Namespace, loaders: Loaders, device: torch.device) -> to
     counts = np.bincount(data.targets, minlength=loaders.nb_classes)
     weights = balanced(counts)
     few, many = counts.argmin(), counts.argmax()
-    say("class weights: " + ", ".join(f"{weights[number]:.3g} for {printable(loaders.class_names[number], 40)} ({counts[number]} "
-                                      "images)" for number in (few, many)) + (", others between" if len(counts) > 2 else ""))
+    shown = [f"{weights[number]:.3g} for {printable(loaders.class_names[number], 40)} ({counts[number]} images)"
+             for number in (few, many)]
+    say(f"class weights: all 1, each class has {counts[few]} images" if counts[few] == counts[many] else
+        f"class weights: {', '.join(shown)}" + (", others between" if len(counts) > 2 else ""))
     return torch.from_numpy(weights).to(device)
 
 

@@ -14,7 +14,7 @@ from vision_kan.common import console
 from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
 from vision_kan.common.interruption import UNREAD, Interruption, name_of
 from vision_kan.common.process import Process, peak_memory_mib
-from vision_kan.common.text import say
+from vision_kan.common.text import say, warn
 from vision_kan.config.recipes import dump_yaml
 from vision_kan.data.loaders import Loaders
 from vision_kan.models.cost import count_flops, count_parameters
@@ -41,6 +41,7 @@ class TrainingRun(Hooks):
         if args.profile and self.process.is_main:
             self.profiler = StepProfiler(args.output_dir, len(loaders.train), self.process.device)
         self.kept = KeptBatches(args.grad_accum) if args.debug_nan else None
+        self.best_before = 0.0, 0.0         # best top-1, raw and average, of the epochs before the last one
         self.interruption = Interruption(lambda: folder.interrupted(training.state), self.process.is_main)
 
     # ---- the whole run
@@ -93,7 +94,9 @@ class TrainingRun(Hooks):
         """Write a checkpoint, also under the names `also`. A collective: all processes call it at the same time."""
         state = self.training.state
         unreadable = self.loaders.gather_unreadable_state()
-        self.folder.save({**state.state_dict(), **self.description, "unreadable": unreadable}, also)
+        if not self.folder.save({**state.state_dict(), **self.description, "unreadable": unreadable}, also) and also:
+            state.max_accuracy, state.max_accuracy_ema = self.best_before
+            warn(f"this epoch is not kept as {' and '.join(also)}: the next one that is better than those before it will be")
         self.folder.status("running", state.epoch, state.step)
 
     # ---- after an epoch
@@ -113,6 +116,7 @@ class TrainingRun(Hooks):
         """Record the results in the state. Returns the further names under which the epoch's checkpoint is kept."""
         state = self.training.state
         state.results = results_of(epoch.results, self.args)
+        self.best_before = state.max_accuracy, state.max_accuracy_ema
         return state.update_best(epoch.results)
 
     def ends_early(self) -> bool:

@@ -33,7 +33,7 @@ def scaled_lr(args: Namespace, world_size: int) -> float:
 def schedule_warnings(args: Namespace, lr: float) -> list[str]:
     """Sentences about learning rates that are probably unintended. lr: from `scaled_lr`."""
     found = []
-    if args.warmup_epochs >= args.epochs and args.sched != "plateau":
+    if args.warmup_epochs >= args.epochs:
         found.append(f"the {args.warmup_epochs} epochs of --warmup-epochs fill all {args.epochs} of --epochs, so --lr "
                      "is never reached")
     scaled = "" if lr == args.lr else f" (--lr {args.lr:g} scaled to the images of an update)"

@@ -58,8 +58,9 @@ class TrainState:
         cannot be exact then, or ''.
 
         batch_size: images of a batch of one process."""
-        step = self.position // (batch_size * process.world_size)
-        if not self.position or (step == self.step and len(self.losses) == process.world_size):
+        images = batch_size * process.world_size
+        step = self.position // images
+        if not self.position or (step == self.step and step * images == self.position and len(self.losses) == process.world_size):
             return ""
         mean = sum(self.losses) / max(1, len(self.losses)) / max(1, self.step)
         self.step, self.losses = step, [mean * step] * process.world_size
