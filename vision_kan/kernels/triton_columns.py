@@ -87,7 +87,7 @@ def _add_4(total, x, N: tl.constexpr):
 @triton.jit
 def _add_row(total, x, N: tl.constexpr, VEC: tl.constexpr):
     """total [N] + the sum of x [N, VEC] over its columns, one after the other: what made x becomes part of an FMA, and
-    nothing leaves the thread, which tl.sum does not promise. Written out because Triton 3.3 has no recursion."""
+    nothing leaves the thread, which tl.sum does not promise."""
     if VEC == 4:
         return _add_4(total, x, N)
     else:

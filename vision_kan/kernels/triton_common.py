@@ -22,10 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Kernels take the numbers of a grid as one tuple. Triton 3.3 accepts it, but cannot index it.
-if not hasattr(tl.constexpr, "__getitem__"):
-    tl.constexpr.__getitem__ = lambda self, index: tl.constexpr(self.value[getattr(index, "value", index)])
-
 SCALE = tl.constexpr(2 * math.log2(math.e))
 # In the interpreter, kernels are Python on CPU tensors. Read at import, as Triton's decorators do.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
