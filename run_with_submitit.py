@@ -92,7 +92,7 @@ class Trainer:
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
 
         argv = [*self.argv, "--output_dir", str(output_dir)]
-        saved = any((output_dir / name).exists() for name in (CHECKPOINT, PREVIOUS))
+        saved = any((output_dir.expanduser() / name).exists() for name in (CHECKPOINT, PREVIOUS))
         if saved and (self.requeues or restarts) and not self.evaluates:
             argv += ["--resume", "auto"]
         warning = env._usr_sig()

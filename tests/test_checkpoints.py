@@ -443,6 +443,17 @@ def test_a_file_or_folder_takes_its_place_when_all_went_well(folder, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_what_else_fails_meanwhile_is_not_blamed_on_the_file(tmp_path):
+    def reads(what):
+        with atomic_write(tmp_path / "target"):
+            open(what)
+
+    assert f"(No such file or directory, {tmp_path}/source)" in sentence(lambda: reads(tmp_path / "source"))
+    with pytest.raises(BrokenPipeError), atomic_write(tmp_path / "target"):
+        raise BrokenPipeError       # of a reader that has left
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_runs_file_is_replaced_in_one_step(tmp_path):
     target = tmp_path / "status.json"
     write_text(target, "größe\n")

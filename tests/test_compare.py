@@ -67,7 +67,7 @@ def test_flags_of_one_feed_forward_and_of_earlier_runs(tmp_path):
     assert compare.recipe_of("kat", config).keys() == {"model", "kan_backend", "log_kan"}
     assert compare.recipe_of("mlp", config) == {"model": "deit_tiny_patch16_224_ViT"}
     config = parse_args(["--model", "test_convnext", "--epochs", "3"])
-    for recipe in (kan, compare.recipe_of("mlp", config)):
+    for recipe in (kan, {**kan, "log_kan": 1, "debug_nan": True}, compare.recipe_of("mlp", config)):
         compare.check("gkan", {**recipe, "input_size": 32})
     file = tmp_path / "gkan.yaml"
     compare.check_unchanged(file, kan)

@@ -138,6 +138,18 @@ def test_what_cannot_be_converted_is_dropped_with_the_reason(change, reason):
         conversion.mlp_to_full_edge(model, trained(), images())
 
 
+@pytest.mark.parametrize("change", [{"depth": 2}, {"mlp_ratio": 2}], ids=str)
+def test_random_weights_are_not_taken_for_an_mlp(change):
+    """A source without some of the MLPs, or with others: nothing is fitted to what a new twin would have there."""
+    target, source = spec(), timm.create_model(TWIN, num_classes=10, **change)
+    model = timm.create_model(target.name, **target.kwargs)
+    report, errors = conversion.load_converted(model, target, source.state_dict(), images)
+    assert not errors and not report.converted and any(".mlp.layers." in key for key in report.initial)
+    lacks = "blocks.2.norm2.weight" if "depth" in change else "blocks.0.mlp.fc1.weight"
+    assert {note for key, note in report.dropped.items() if ".mlp." in key} == {
+        f"no conversion: it has no {lacks} of the model's shape"}
+
+
 @pytest.mark.slow
 def test_the_images_are_asked_for_only_by_a_full_edge_kan():
     def unused():

@@ -68,6 +68,16 @@ def test_full_edge_kan(source, photos, tmp_path, capsys):
     assert "--calibrate" in capsys.readouterr().err
 
 
+def test_the_source_is_not_replaced(source, tmp_path, capsys):
+    target = tmp_path / "m.safetensors"
+    assert convert.main([str(source), str(target), "--model", GKAN]) == 0
+    before = target.read_bytes()
+    assert convert.main([str(target), str(target), "--model", GKAN]) == 2
+    assert "is the checkpoint itself, which would be lost" in capsys.readouterr().err and target.read_bytes() == before
+    assert convert.main([str(source), str(tmp_path / "n.safetensors"), "--model", GKAN, "--ffn", "gkan"]) == 2
+    assert "--ffn gkan: name the model with its feed-forward in --model" in capsys.readouterr().err
+
+
 def test_main_evaluates_and_finetunes_the_target(source, photos, tmp_path, capsys):
     target = tmp_path / "g.safetensors"
     assert convert.main([str(source), str(target), "--model", GKAN]) == 0

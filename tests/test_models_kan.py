@@ -10,7 +10,7 @@ import torch
 from helpers import NANO, RELEASED, every
 from models import spread
 from safetensors.torch import save_file
-from timm.layers import DropPath
+from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -776,6 +776,17 @@ def finetune(model, source):
     assert same_state({k: after[k] for k in report.initial}, {k: before[k] for k in report.initial})
     assert same_state(source, original)                         # the source is left as it was
     return report
+
+
+@pytest.mark.parametrize("theirs, ours", [(False, False), (False, True), (True, False)])
+def test_positions_are_resampled_with_and_without_a_class_token(theirs, ours):
+    source = spread(create("vit_nano_patch8_32_ViT", class_token=theirs, global_pool="avg"))
+    model = create("vit_nano_patch8_32_ViT", class_token=ours, global_pool="avg", img_size=64)
+    report = finetune(model, source.state_dict())
+    assert "pos_embed" in report.resampled and "pos_embed" not in report.dropped
+    old, new = source.pos_embed[:, theirs:], model.pos_embed[:, ours:]
+    want = resample_abs_pos_embed(old, [8, 8], [4, 4], num_prefix_tokens=0)
+    assert new.shape == (1, 64, 96) and torch.equal(new, want)
 
 
 def test_an_mlp_checkpoint_meets_a_kan():

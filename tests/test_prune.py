@@ -398,7 +398,7 @@ def test_a_file_of_the_original_code(digits, tmp_path):
     (["nowhere.pth", "t.pth", "--what", "hidden", "--keep-parameters", "0.5"], "does not exist"),
     (["SOURCE", "t.onnx", "--what", "hidden", "--keep-parameters", "0.5"], "must end in .pth or .safetensors"),
     (["SOURCE", "t.pth", "--what", "hidden", "--curve"], "must end in .csv"),
-    (["SOURCE", "SOURCE", "--what", "hidden", "--keep-parameters", "0.5"], "is CHECKPOINT itself"),
+    (["SOURCE", "SOURCE", "--what", "hidden", "--keep-parameters", "0.5"], "is the checkpoint itself"),
     (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "1.5"], "--keep-parameters 1.5 must be"),
     (["SOURCE", "t.pth", "--what", "hidden", "--keep-parameters", "nan"], "--keep-parameters nan must be"),
     (["SOURCE", "t.csv", "--what", "hidden", "--curve", "0"], "--curve 0 must be"),

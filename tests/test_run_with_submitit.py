@@ -207,6 +207,14 @@ def test_when_to_resume(task, tmp_path, requeues, restarts, saved, evaluates, re
     assert argv[:2] == ["--resume", "mine.pth"]
 
 
+def test_a_requeued_job_finds_its_run_in_the_home_folder(task, tmp_path, monkeypatch):
+    """bash leaves the ~ in --output_dir=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth").touch()
+    assert task(Trainer([], str(tmp_path), "~/run", requeues=1), 0)[-2:] == ["--resume", "auto"]
+
+
 def test_a_restart_does_not_read_the_old_address(task, tmp_path, monkeypatch):
     trainer = Trainer([], str(tmp_path), str(tmp_path))
     task(trainer, 0)

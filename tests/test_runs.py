@@ -94,6 +94,10 @@ def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys):
     (copy / "mlp" / "status.json").write_text("{")
     (copy / "mlp" / "args.yaml").write_text("no_such_flag: 1\n")
     (copy / "failed" / "log.txt").write_text("not a log\n")
+    (copy / "foreign").mkdir()
+    (copy / "foreign" / "log.txt").write_bytes(b"\xff\xfe")
+    (copy / "infinite").mkdir()
+    (copy / "infinite" / "log.txt").write_text('{"epoch": Infinity}\n')
     (copy / "new").mkdir()
     (copy / "new" / "status.json").write_text("[]")
     assert runs.main([str(copy)]) == 0
@@ -101,7 +105,7 @@ def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys):
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert " 2/2 " in lines["kan"] and " unknown " in lines["mlp"] and " unknown " in lines["new"]
     assert lines["mlp"].endswith(" -") and f"{log(copy / 'mlp')[0]['test_loss']:.4f}" in lines["mlp"]
-    assert len(err.splitlines()) == 3 and all(line.startswith("warning: ") for line in err.splitlines())
+    assert len(err.splitlines()) == 5 and all(line.startswith("warning: ") for line in err.splitlines())
     assert "status.json" in err and "no_such_flag" in err and "line 1 is not an epoch" in err
     assert (copy / "runs.png").exists()
 

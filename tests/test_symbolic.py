@@ -113,6 +113,23 @@ def test_what_has_no_formula(u, y, weight):
 
 
 # ---------------------------------------------------------------- models
+@pytest.mark.parametrize("middle", [200, 1000, -5000])
+def test_narrow_inputs_far_from_0(middle):
+    """exp overflows there, and is no candidate."""
+    u = middle + torch.linspace(-2, 2, 400, dtype=torch.float64)
+    found = fit_symbolic(u, (u - middle).sin())
+    assert found.r2 > 0.999
+
+
+def test_an_input_that_never_varies(small):
+    """Its function is described over the grid."""
+    trained = load_trained(str(small), device="cpu")
+    images = [torch.zeros(2, 3, 32, 32)]
+    for block in trained.model.blocks:
+        torch.nn.init.zeros_(block.norm2.weight)
+    assert all(learned.formula.r2 > 0.9 for learned in find_formulas(trained, images, 1))
+
+
 @pytest.mark.parametrize("base", every(3, ["identity", "gelu", "silu", "relu", "relu2"]))
 def test_an_untrained_activation_is_its_base(base):
     phi = GroupActivation(8, groups=2, base=base, trainable_base=True)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+PLACE = "USER/NAME"     # stands in a model card for the model's name on the Hub, which push_to_hub.py fills in
+
+
 def tool_parser(name: str, description: str | None) -> Parser:
     """The parser of `tools/NAME`. description: the tool's docstring, shown unchanged by --help."""
     return Parser(name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -40,6 +43,13 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(own, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
+
+
+def check_not_source(target: Path, source: str) -> None:
+    """Raises UserError if a tool would replace the checkpoint that it has read. source: `Checkpoint.path`."""
+    file = Path(source).expanduser()
+    if target.exists() and file.exists() and target.samefile(file):
+        raise UserError(f"{target} is the checkpoint itself, which would be lost: choose another name")
 
 
 def make_folder(folder: Path) -> Path:

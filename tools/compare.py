@@ -33,7 +33,7 @@ from tools.common import check_at_least_1, command, half_interval, make_folder, 
 from tools.logs import label_curves, read_log
 from vision_kan.checkpoints.read import CHECKPOINT
 from vision_kan.common.errors import EXIT_PREEMPTED, TrainingFailed, UserError
-from vision_kan.common.files import atomic_write, write_text
+from vision_kan.common.files import atomic_write
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import FFN_SUFFIXES, flag_name
 from vision_kan.config.parser import Parser, show_value
@@ -63,7 +63,8 @@ def recipe_of(ffn: str, config: Config) -> dict[str, Any]:
 
 def check(ffn: str, recipe: dict[str, Any]) -> None:
     """Raises UserError if a run of this recipe cannot be built."""
-    args, given = Namespace(**{**vars(parse_args([]).args), **recipe}), dict.fromkeys(recipe, f"--ffn {ffn}")
+    args = Namespace(**{**vars(parse_args(["--output_dir", "its own"]).args), **recipe})
+    given = dict.fromkeys(recipe, f"--ffn {ffn}")
     config = effective_config(Config(args, given, dict(given)), Start())
     validate(config.args)
     with torch.device("meta"):
@@ -226,7 +227,8 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         check(ffn, recipe)
         check_unchanged(output / f"{ffn}.yaml", recipe)
     for ffn, recipe in recipes.items():
-        write_text(make_folder(output) / f"{ffn}.yaml", dump_yaml(Namespace(**recipe)))
+        with atomic_write(make_folder(output) / f"{ffn}.yaml") as place:
+            place.write_text(dump_yaml(Namespace(**recipe)), encoding="utf-8")
     folders = {ffn: [output / f"{ffn}_seed{seed}" for seed in range(own.seeds)] for ffn in own.ffn}
     for seed in range(own.seeds):
         for ffn in own.ffn:

@@ -23,14 +23,15 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tools.common import command, tool_parser
+from tools.common import check_not_source, command, tool_parser
 from vision_kan.checkpoints.write import save_safetensors
 from vision_kan.common.errors import UserError
 from vision_kan.common.text import say, to_builtin_types
 from vision_kan.config.checks import validate
-from vision_kan.config.flags import PREPARATION
+from vision_kan.config.flags import FFN_SUFFIXES, PREPARATION
 from vision_kan.config.parser import Parser
 from vision_kan.config.resolve import parse_args, resolve
+from vision_kan.data.loaders import evenly_spaced
 from vision_kan.layers.feed_forward import FeedForward
 from vision_kan.models import conversion
 from vision_kan.models.cost import count_parameters
@@ -48,7 +49,7 @@ def images_in(folder: Path, args: Namespace, limit: int | None = None) -> Tensor
     """[B, 3, H, W]: images of a folder and its subfolders, prepared as main.py evaluates them. limit: take this number at most,
     evenly spaced."""
     files = image_files([folder])
-    pictures = Pictures(files[::max(1, len(files) // limit) if limit else 1], args, workers=0)
+    pictures = Pictures(evenly_spaced(files, limit or len(files)), args, workers=0)
     images = list(islice(chain.from_iterable(batch for batch, _ in pictures), limit))
     if not images:
         raise UserError(f"none of the {len(pictures)} images in {folder} can be read: name another folder")
@@ -83,7 +84,11 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     if own.target.suffix != ".safetensors":
         raise UserError(f"TARGET {own.target} must end in .safetensors")
     config = parse_args(["--model", own.model, "--drop-path", "0", *flags])
+    if config.args.ffn:
+        raise UserError(f"--ffn {config.args.ffn}: name the model with its feed-forward in --model, such as "
+                        f"{own.model.split('.')[0].removesuffix('_ViT')}_{FFN_SUFFIXES[config.args.ffn]}")
     checkpoint = open_source(own.source)
+    check_not_source(own.target, checkpoint.path)
     state, stored = checkpoint.weights(), checkpoint.flags
     preparation = {key: value for key, value in stored.items() if key in PREPARATION}
     config = resolve(with_own_input_size(config), preparation, purpose="finetune")

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import models_kan
 from engine import evaluate
-from tools.common import command, model_parser
+from tools.common import PLACE, command, model_parser
 from tools.images import loaders_of
 from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
 from vision_kan.checkpoints.write import save_safetensors
@@ -242,7 +242,6 @@ def export(trained: Trained, target: Path, check: list[Path] | None = None) -> D
 
 
 # ---------------------------------------------------------------- the model card
-PLACE = "USER/NAME"         # the model's name on the Hub, which push_to_hub.py fills in
 WEIGHTS_TITLES = {"model": "trained weights", "model_ema": "moving average"}
 
 

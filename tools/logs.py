@@ -14,11 +14,11 @@ def read_log(folder: Path) -> list[dict]:
     log = folder / "log.txt"
     if not log.is_file():
         raise UserError(f"{folder} holds no log.txt: name the --output_dir of a run")
-    lines, records = log.read_text(encoding="utf-8").splitlines(), []
+    lines, records = log.read_text(encoding="utf-8", errors="replace").splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
             records.append({**json.loads(line), "epoch": int(json.loads(line)["epoch"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if number < len(lines) or not records:
                 raise UserError(f"{log} line {number} is not an epoch of a training: name the --output_dir of a "
                                 "run") from error

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate
 from models_kan import KAN_OPTIONS, ModelSpec
-from tools.common import check_at_least_1, command, model_parser, save_picture
+from tools.common import check_at_least_1, check_not_source, command, model_parser, save_picture
 from tools.images import loaders_of, training_images
 from vision_kan.analysis.pruning import plans
 from vision_kan.analysis.pruning.calibrate import calibrate
@@ -171,13 +171,14 @@ def write_curve(rows: list[Measured], what: str, target: Path, title: str) -> Pa
     return picture
 
 
-def draw_curve(own: argparse.Namespace, trained: Trained, plan: Plan, validation: DataLoader) -> None:
+def draw_curve(own: argparse.Namespace, trained: Trained, plan: Plan, loaders: Loaders) -> None:
     levels = sorted({0, *(min(level_within(plan, share), len(plan) - 1) for share in own.curve or SHARES)})
     rows = []
     say(header(own.what))
     for level in levels:
         model, spec = plan.build(level)
-        rows.append(measure(trained, plan, model, validation))
+        rows.append(measure(trained, plan, model, loaders.val))
+        loaders.check_unreadable()
         say(line("", rows[-1], what_changed(trained.spec, spec)))
     what = {"hidden": "hidden units", "edges": "hidden units, by their edges", "points": "grid points"}.get(own.what, own.what)
     how = "in random order" if own.random else "the least important first"
@@ -208,8 +209,6 @@ def check(own: argparse.Namespace) -> None:
     suffixes = (".csv",) if own.curve is not None else (".pth", ".safetensors")
     if own.target.suffix not in suffixes:
         raise UserError(f"TARGET {own.target} must end in {' or '.join(suffixes)}")
-    if own.target.exists() and Path(own.checkpoint).exists() and own.target.samefile(own.checkpoint):
-        raise UserError(f"TARGET {own.target} is CHECKPOINT itself, which would be lost: choose another name")
     for flag, shares in (("--keep-parameters", [own.keep_parameters]), ("--curve", own.curve or [])):
         for share in shares:
             if share is not None and not 0 < share <= 1:
@@ -224,12 +223,13 @@ def check(own: argparse.Namespace) -> None:
 def run(own: argparse.Namespace, flags: list[str]) -> int:
     check(own)
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
+    check_not_source(own.target, trained.path)
     plans.check(trained.spec, own.what)
     loaders = loaders_of(trained)
     calibration, held_out = calibration_loaders(trained, own.images)
     plan = make_plan(trained, own.what, calibration, own.random)
     if own.curve is not None:
-        draw_curve(own, trained, plan, loaders.val)
+        draw_curve(own, trained, plan, loaders)
         return 0
     if own.keep_parameters is not None:
         level = level_within(plan, own.keep_parameters)

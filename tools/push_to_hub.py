@@ -16,13 +16,12 @@ console.starting(__name__)
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from tools.common import command, tool_parser
+from tools.common import PLACE, command, tool_parser
 from vision_kan.common.errors import UserError, one_line
 from vision_kan.common.text import say
 from vision_kan.config.parser import Parser
 
 FILES = ("config.json", "model.safetensors", "README.md")
-PLACE = "USER/NAME"     # stands in the model card for the model's name on the Hub
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:

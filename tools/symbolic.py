@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate, summary
-from tools.common import check_at_least_1, command, model_parser
+from tools.common import check_at_least_1, check_not_source, command, model_parser
 from tools.images import loaders_of
 from vision_kan.analysis.formulas import DEFINITIONS
 from vision_kan.analysis.symbolic import Learned, find_formulas, with_fitted_basis, with_formulas
@@ -43,6 +43,7 @@ from vision_kan.common.text import say, to_builtin_types, to_json
 from vision_kan.config.flags import FLAGS
 from vision_kan.config.parser import Parser
 from vision_kan.data.images import ImageSet
+from vision_kan.data.loaders import evenly_spaced
 from vision_kan.data.workers import batches
 from vision_kan.layers.function_layer import function_layers
 from vision_kan.run.trained import Pictures, Trained, image_files, load_trained
@@ -150,12 +151,12 @@ def _images(trained: Trained, folder: Path | None, limit: int) -> tuple[Iterable
     """Batches of up to `limit` images, evenly spaced, and the number of batches; (None, 0) without images."""
     if folder:
         files = image_files([folder])
-        pictures = Pictures(files[::-(-len(files) // limit)], trained.args)
+        pictures = Pictures(evenly_spaced(files, limit), trained.args)
         return (images for images, _ in pictures), -(-len(pictures) // 64)
     if not trained.has_data:
         return None, 0
     data: ImageSet = loaders_of(trained).val.dataset
-    some = Subset(data, range(0, len(data), -(-len(data) // limit)))
+    some = Subset(data, evenly_spaced(range(len(data)), limit))
     loader = DataLoader(some, 64, generator=torch.Generator())
     return (images[targets >= 0] for images, targets in batches(loader) if (targets >= 0).any()), len(loader)
 
@@ -186,6 +187,8 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         raise UserError(f"--replace {own.replace} must end in .safetensors")
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
     layers = function_layers(trained.model).values()
+    if own.replace:
+        check_not_source(own.replace, trained.path)
     if own.replace and all(layer.per_edge for layer in layers):
         raise UserError(f"--replace puts formulas in place of a group KAN's functions, and {trained.path} holds "
                         f"{trained.spec.name}: leave it out")

@@ -158,7 +158,7 @@ class _Curve:
 
         def solved(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             b, middle = numbers(x)
-            f = form.function(torch.from_numpy(b * (self.u - middle))).numpy()
+            f = _finite(form.function(torch.from_numpy(b * (self.u - middle))).numpy())
             return self.solve([f, *(self.u ** n for n in powers)])
 
         start = {"b": math.log(abs(b) * self.deviation), "c": (middle - self.mean) / self.deviation}
@@ -182,7 +182,7 @@ class _Curve:
         slopes = np.geomspace(0.2, 8, 24) / self.deviation if form.scaled else np.ones(1)
         middles = self.mean + self.deviation * np.linspace(-3, 3, 13) if form.shifted else np.zeros(1)
         b, middle = np.meshgrid(sign * slopes, middles, indexing="ij")
-        f = form.function(torch.from_numpy(b[..., None] * (self.u - middle[..., None]))).numpy()     # [slopes, middles, N]
+        f = _finite(form.function(torch.from_numpy(b[..., None] * (self.u - middle[..., None]))).numpy())  # [slopes, middles, N]
         linear, _ = np.linalg.qr(np.stack([self.root, self.root * self.u], 1))
         f, y = (value - value @ linear @ linear.T for value in (self.root * f, self.root * self.y))
         norms = np.square(f).sum(-1)
@@ -191,6 +191,11 @@ class _Curve:
         around = np.max([np.roll(padded, shift, axis)[1:-1, 1:-1] for axis in (0, 1) for shift in (-1, 1)], axis=0)
         best = np.argsort(-np.where(gain >= around, gain, -1), axis=None)[:count]
         return list(zip(b.flat[best].tolist(), middle.flat[best].tolist()))
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    """Functions [..., N]; zeros, which explain nothing, in place of one whose square overflows, as exp's does far from 0."""
+    return np.where((np.abs(values) < 1e100).all(-1, keepdims=True), values, 0)
 
 
 def _simplified(curve: _Curve, formula: Formula, simpler: Callable[[Formula], Iterable[Formula]]) -> Formula:

@@ -126,9 +126,12 @@ def find_formulas(trained: Trained, images: Iterable[Tensor] | None = None, roun
         which = [i for i, _ in chosen]
         u, weight = inputs[name].points(which) if name in inputs else _evenly(layer, len(which))
         for n, (i, o) in enumerate(chosen):
-            y = layer.basis(u[n]) @ weights[o, i]
-            found.append(Learned(name, f"{i} -> {o}" if layer.per_edge else str(i), u[n], weight, y,
-                                 fit_symbolic(u[n], y, weight, parsimony=parsimony)))
+            at, how = u[n], weight
+            if at.min() == at.max():        # always the same input says nothing of the function
+                (at,), how = _evenly(layer, 1)
+            y = layer.basis(at) @ weights[o, i]
+            found.append(Learned(name, f"{i} -> {o}" if layer.per_edge else str(i), at, how, y,
+                                 fit_symbolic(at, y, how, parsimony=parsimony)))
     return found
 
 

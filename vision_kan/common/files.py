@@ -27,8 +27,11 @@ def atomic_write(target: Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
         yield temporary / target.name
         os.replace(temporary / target.name, target)
+    except BrokenPipeError:         # of what the block prints
+        raise
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error}): free some space, or name another "
+        other = f", {error.filename}" if error.filename and Path(str(error.filename)).parent != temporary else ""
+        raise UserError(f"{target} cannot be written ({error.strerror or error}{other}): free some space, or name another "
                         "place") from error
     finally:
         if temporary:

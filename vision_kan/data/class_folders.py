@@ -56,7 +56,7 @@ def open_class_folders(is_train: bool, args: Namespace, data_set: str, class_nam
     train, val = os.path.join(root, "train"), os.path.join(root, "val")
     if data_set == "FOLDER" and (args.eval or args.val_split) and is_single_folder(root):
         return _single_folder(is_train, args, root)
-    for half in ["val"] if args.eval else ["train", "val"]:
+    for half in ["val"] if args.eval and not is_train else ["train", "val"]:
         if not os.path.isdir(os.path.join(root, half)):
             raise UserError(f"--data-path {args.data_path} {_why_no_half(root, half)}")
     annotations = os.path.join(val, "val_annotations.txt")

@@ -1,5 +1,6 @@
 """Loaders whose images are augmented on the device: those of loader processes, and small data sets that are kept there."""
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +109,8 @@ def load_pixels(data: ImageSet, fit: Callable[[Image.Image], Image.Image], devic
         if image is not None:
             pixels[index] = image
 
-    with ThreadPoolExecutor() as pool:      # PIL releases Python's lock while it decodes
+    # PIL releases Python's lock while it decodes. The filters of warnings, which each thread changes, are put back at the end.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         try:
             for _ in pool.map(keep, range(len(data))):
                 pass

@@ -1,4 +1,5 @@
 """Image files in folders: what counts as an image, and which of a folder's files are read."""
+import contextlib
 import os
 import sys
 from collections import Counter, deque
@@ -60,7 +61,8 @@ def find_labelled(root: str, classes: Sequence[str]) -> list[tuple[str, int]]:
     """The images in and below root/CLASS for each of `classes`: (path, index into `classes`), in torchvision's order. Reports
     once, on stderr, what is left out."""
     scan = _Scan(root, class_folders(root))
-    scan.hidden += [name for name in os.listdir(root) if is_hidden(name)]
+    with contextlib.suppress(OSError):
+        scan.hidden += [name for name in os.listdir(root) if is_hidden(name)]
     scan.outside += images_in(root)
     found = [(os.path.join(folder, name), number) for number in sorted(range(len(classes)), key=classes.__getitem__)
              for folder, names in sorted(scan.walk(os.path.join(root, classes[number]))) for name in names]

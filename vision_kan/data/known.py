@@ -91,7 +91,7 @@ def open_inat(is_train: bool, args: Namespace, year: int) -> Split:
         place = {name: index for index, name in enumerate(named)}
         parts = [image["file_name"].split("/") for image in content[half]["images"]]
         targets = [place[label[int(category)]] for _, _, category, _ in parts]
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"{half}, train{year}.json and categories.json under --data-path {args.data_path} "
                         f"do not fit together ({error!r}): check them and --inat-category "
                         f"{args.inat_category}") from error

@@ -60,8 +60,9 @@ def load_converted(model: nn.Module, spec: ModelSpec, state: dict[str, Tensor], 
     if not mlps or not any(getattr(getattr(block, "mlp", None), "FITS_MLP", False) for block in blocks):
         return report, []
     twin = models_kan.mlp_twin(spec)
-    load_finetune(twin, state, grid)
-    reason = why_not(model, twin)
+    missing = load_finetune(twin, state, grid).initial
+    reason = next((f"it has no {key} of the model's shape" for key in missing if re.search(r"\.(mlp|norm2)\.", key)),
+                  None) or why_not(model, twin)
     if reason:
         report.dropped |= dict.fromkeys(mlps, f"no conversion: {reason}")
         return report, []

@@ -43,9 +43,9 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] 
     The positions of the class and distillation tokens are kept. A DeiT-III model has none, so there they are added to the tokens
     themselves, which gives the same function; coming from DeiT-III they become zero, which also does."""
     pos = state["pos_embed"]
-    if not hasattr(model, "patch_embed") or getattr(model, "pos_embed", None) is None:
+    if not hasattr(model, "patch_embed") or getattr(model, "pos_embed", None) is None or pos.dim() != 3:
         return
-    tokens = ["cls_token"] + (["dist_token"] if "dist_token" in state else [])
+    tokens = [token for token in ("cls_token", "dist_token") if token in state]
 
     def fits(patches: int) -> bool:
         return patches > 0 and (patches == old[0] * old[1] if old else math.isqrt(patches) ** 2 == patches)
@@ -85,7 +85,7 @@ def load_finetune(model: nn.Module, source: dict[str, Tensor], grid: tuple[int, 
         report.dropped = {key: "never used by the original" for key in source if ".mlp." in key}
     source = rename_keys(source, own)
     state = dict(source)
-    if "pos_embed" in own and "pos_embed" in state and "cls_token" in state:
+    if "pos_embed" in own and "pos_embed" in state:
         _adapt_pos_embed(state, model, grid)
     if isinstance(model, VisionTransformer):
         pos = state.pop("pos_embed", None)
