@@ -282,6 +282,15 @@ def test_the_order_is_better_than_chance(kind, what, digits, group, full_edge):
     assert ours < (min(chance) / 1.5 if what == "hidden" else sum(chance) / 4), (ours, chance)
 
 
+def test_a_folder_without_halves_is_told(barely_trained, digits, tmp_path, capsys):
+    words = [str(barely_trained), str(tmp_path / "small.pth"), "--what", "hidden", "--keep-parameters", "0.5", "--images", "32",
+             "--data-path", str(digits / "val"), *HERE]
+    assert prune.main(words) == 0
+    assert "the training images here are those of the evaluation: give --val-split" in capsys.readouterr().err
+    assert prune.main([*words, "--val-split", "0.5"]) == 0
+    assert "note" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_hidden_units_to_a_budget_then_evaluate_and_finetune(command, group, digits, tmp_path, capsys):
     target = tmp_path / "deep" / "small.pth"
