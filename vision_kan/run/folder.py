@@ -180,15 +180,12 @@ class RunFolder:
             time.sleep(0.05)
         return SummaryWriter(str(self.folder), purge_step=epoch)
 
-    def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> bool:
-        """Write a checkpoint, also under the names `also`. Returns False if it could not be written."""
-        written = not self.folder
+    def save(self, checkpoint: dict[str, Any], also: tuple[str, ...] = ()) -> None:
+        """Write a checkpoint, also under the names `also`. `failed` says whether it could be written."""
         if self.folder:
             with self._warn_on_os_error(CHECKPOINT):
                 save_checkpoint(checkpoint, self.folder, also, self.keep)
-                written = True
             self.saved_at = time.monotonic()
-        return written
 
     def wants_saving(self) -> bool:
         """Whether a checkpoint within the epoch is due: by the clock, or because the last one could not be written."""

@@ -94,7 +94,8 @@ class TrainingRun(Hooks):
         """Write a checkpoint, also under the names `also`. A collective: all processes call it at the same time."""
         state = self.training.state
         unreadable = self.loaders.gather_unreadable_state()
-        if not self.folder.save({**state.state_dict(), **self.description, "unreadable": unreadable}, also) and also:
+        self.folder.save({**state.state_dict(), **self.description, "unreadable": unreadable}, also)
+        if also and self.folder.failed:
             state.max_accuracy, state.max_accuracy_ema = self.best_before
             warn(f"this epoch is not kept as {' and '.join(also)}: the next one that is better than those before it will be")
         self.folder.status("running", state.epoch, state.step)
