@@ -4,6 +4,7 @@ import fcntl
 import math
 import os
 import statistics
+import textwrap
 from collections import defaultdict
 from io import StringIO
 from pathlib import Path
@@ -145,6 +146,11 @@ def new_figure(**options):
     return plt, *plt.subplots(layout="constrained", **options)
 
 
+def wrapped(variant: str) -> str:
+    """A variant's name and changes in lines that leave room for the picture."""
+    return textwrap.fill(", ".join(part.strip() for part in variant.split(",")), 44)
+
+
 def plot(rows: list[Row], file: Path, title: str, plain: bool = False) -> None:
     """A row for each variant. plain: only those of `PLAIN_NAMES`, under these names."""
     if plain:
@@ -155,7 +161,7 @@ def plot(rows: list[Row], file: Path, title: str, plain: bool = False) -> None:
         values = [row["top1"] for row in each]
         axes.plot(values, [y] * len(values), "o", alpha=0.6)
         axes.plot([statistics.mean(values)] * 2, [y - 0.3, y + 0.3], "k-", linewidth=1.5)
-    axes.set_yticks(range(len(variants)), variants)
+    axes.set_yticks(range(len(variants)), [wrapped(name) for name in variants], fontsize="small")
     axes.set_xlabel("top-1 (%): a point for each seed, a bar at the mean")
     axes.set_title(title)
     axes.grid(axis="x", alpha=0.3)
@@ -173,7 +179,7 @@ def plot_curves(rows: list[Row], file: Path, title: str, most: int = 8) -> None:
         curves = list(zip(*(map(float, row["top1_by_epoch"].split()) for row in each)))      # [epochs][seeds]
         epochs, (first, *changes) = range(1, len(curves) + 1), name.split(",")
         line, = axes.plot(epochs, [statistics.mean(values) for values in curves], linewidth=1.2,
-                          label=f"{', '.join([PLAIN_NAMES.get(first, first), *changes])} (n={len(each)})")
+                          label=wrapped(",".join([PLAIN_NAMES.get(first, first), *changes])) + f" (n={len(each)})")
         axes.fill_between(epochs, [min(values) for values in curves], [max(values) for values in curves], alpha=0.15,
                           color=line.get_color(), linewidth=0)
     axes.set_xlabel("epoch")
