@@ -17,6 +17,7 @@ from faster_kan import FasterKAN
 from vision_kan.kernels import rswaf_activation
 from vision_kan.layers.efficient_kan import EfficientKAN
 from vision_kan.layers.group_kan import GroupKAN
+from vision_kan.layers.kat import KAT
 
 KANS = {
     "group": functools.partial(GroupKAN, groups=2, trainable_base=True),
@@ -25,6 +26,7 @@ KANS = {
     "full-edge, covering": functools.partial(FasterKAN, grid_min=-3, grid_max=3, h=None, kan_bias=True, base_branch=True,
                                              second_norm="static"),
     "efficient": EfficientKAN,
+    "KAT": functools.partial(KAT, groups=2),
 }
 
 

@@ -31,7 +31,7 @@ def model_parser(name: str, description: str | None) -> Parser:
     """A tool's parser with CHECKPOINT, --weights and --device."""
     parser = tool_parser(name, description)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py's or tools/convert.py's, of the "
-                        "original Vision-KAN or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights (main.py "
+                        "original Vision-KAN, KAT or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights (main.py "
                         "--list-models)")
     parser.add_argument("--weights", choices=WEIGHTS, default="model", help="the trained ones or their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")

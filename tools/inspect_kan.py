@@ -175,8 +175,9 @@ NOTES = {
         "points; blue: histogram of the inputs; dotted: their 5th and 95th percentile.",
     "Attention":
         "Rollout (arXiv:2005.00928): the product over the blocks of (attention + identity)/2, averaged over heads. Then the "
-        "class token's attention in each block, averaged over heads, and in each head of the last block. Each panel ranges "
-        "from a patch's smallest share (dark) to the largest (bright); its title gives both."}
+        "attention in each block, averaged over heads, and in each head of the last block: the class token's, or the mean over "
+        "the patches in a model without one. Each panel ranges from a patch's smallest share (dark) to the largest (bright); its "
+        "title gives both."}
 
 
 TEMPLATES = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,

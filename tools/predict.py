@@ -2,7 +2,7 @@
 
     python tools/predict.py CHECKPOINT IMAGE|FOLDER [IMAGE|FOLDER ...] [--top 5] [--format table|json|csv] [--output FILE]
 
-CHECKPOINT is one of ours, of the original Vision-KAN or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights
+CHECKPOINT is one of ours, of the original Vision-KAN, KAT or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights
 (main.py --list-models). Further flags are main.py's (--eval-crop-ratio, --num_workers, ...) and come last. Images that cannot be
 read are named and left out; if none can be read, the exit code is 2.
 """
