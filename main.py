@@ -62,7 +62,7 @@ def run(argv: list[str]) -> int:
         f"{describe_sources(config)}")
     # 2. Images, then the model, whose head needs the number of classes
     with stop_together(process):
-        loaders = move_to_device(build_loaders(args, process, start.class_names), args, process)
+        loaders = move_to_device(build_loaders(args, process, start.class_names(args.eval)), args, process)
         seed_everything(args.seed)
         model, spec = build.model_of_run(config, start, loaders.nb_classes, process.device,
                                          lambda: calibration_batch(loaders, args.seed))
@@ -98,12 +98,12 @@ def train(config: Config, argv: list[str], start: Start, model: torch.nn.Module,
         folder = open_folder(args, start, process)
     # 2. Loss, optimizer, schedule and moving average, as an earlier launch left them
     mixup, lr = build_mixup(args, loaders.nb_classes), scaled_lr(args, process.world_size)
-    teacher = build.build_teacher(args, loaders.nb_classes, process.device)
+    with stop_together(process), main_process_first(process):
+        teacher = build.build_teacher(args, loaders.class_names, process.device)
     criterion = build_criterion(args, loaders.nb_classes, mixup is not None, teacher,
                                 build.class_weights(args, loaders, process.device))
     state = build_state(args, model, lr, math.ceil(len(loaders.train) / args.grad_accum), process.device, amp_dtype)
-    if start.purpose == "resume":
-        resume(state, start, loaders)
+    resume(state, args, start, loaders, process)
     if has_ended(args, state, folder, process):
         return 0
     warn(state.fit_launch(args.batch_size, process), *schedule_warnings(args, lr))

@@ -403,7 +403,8 @@ def test_bad_value_names_its_flag(argv):
     "--opt-betas 0 0.9",
     "--lr 1e9", "--seed 9223372036854775807", "--aa augmix-a0.01", "--aa rand-m10-mstd101", "--crop-padding 224",
     "--decay-rate 2 --sched poly", "--decay-rate 1 --sched step", "--decay-rate 2",
-    "--batch-size 7 --eval", "--resplit", "--distillation-type hard --teacher-path x", "--world_size 1",
+    "--batch-size 7 --eval", "--cosub --drop-path 0 --drop 0.1",
+    "--resplit", "--distillation-type hard --teacher-path x", "--world_size 1",
 ])
 def test_good_values_pass(argv):
     validate(parse_args(argv.split()).args)
@@ -423,6 +424,11 @@ def test_timm_takes_the_policies_that_we_let_through(policy):
     ("--resplit --no-repeated-aug", ["--resplit", "--repeated-aug"]),
     ("--distillation-type soft", ["--distillation-type soft", "--teacher-path"]),
     ("--distillation-type soft --teacher-path t --cosub", ["--cosub", "--distillation-type"]),
+    ("--cosub --drop-path 0", ["--cosub", "--drop-path"]), ("--cosub --no-train-mode", ["--cosub", "--no-train-mode"]),
+    ("--sched multistep --decay-epochs 2.5", ["--decay-epochs 2.5", "whole number"]),
+    ("--sched multistep --decay-epochs 0.5", ["--decay-epochs 0.5", "whole number"]),
+    ("--lr-noise 0.8 0.4", ["--lr-noise 0.8 0.4", "begin before"]),
+    ("--lr-noise-std 1e9", ["--lr-noise-std", "100"]),
     ("--world_size 4", ["--world_size 4", "torchrun --nproc_per_node=4"]),
     ("--distributed", ["--distributed", "torchrun --nproc_per_node=2"]),
     ("--sched cosin", ["did you mean cosine?"]), ("--opt adamww", ["did you mean adamw?"]),

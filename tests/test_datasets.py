@@ -283,10 +283,18 @@ def test_what_is_no_single_folder(single, tmp_path):
 
 @pytest.mark.parametrize("flags, expected", [
     ({"data_set": "FOLDER"}, "validation"), ({"data_set": "CIFAR10"}, "test"), ({"data_set": "hfds/cats"}, ""),
-    ({"data_set": "FOLDER", "val_split": 0.2, "seed": 3}, "0.2 held out by seed 3"),
+    ({"data_set": "FOLDER", "val_split": 0.2, "seed": 3}, "validation"),        # the folder has halves of its own
+    ({"data_set": "hfds/cats", "val_split": 0.2, "seed": 3}, "0.2 held out by seed 3"),
     ({"data_set": "wds/cats", "data_split": ["train-0.tar|90", "val-0.tar|10"]}, "val-0.tar")])
 def test_which_images_are_evaluated(flags, expected):
     assert evaluated_split(make_args(**flags)) == {"data_set": flags["data_set"], "split": expected}
+
+
+def test_which_images_of_a_folder_without_halves_are_evaluated(tmp_path):
+    for name in ("cat", "dog"):
+        write_image(tmp_path / name / "0.jpg")
+    split = evaluated_split(make_args(tmp_path, data_set="FOLDER", val_split=0.2, seed=3))
+    assert split == {"data_set": "FOLDER", "split": "0.2 held out by seed 3"}
 
 
 @pytest.mark.parametrize("changes, words", [({"num_classes": 5}, "--num-classes 5 contradicts the data, which has 3"),

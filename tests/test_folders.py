@@ -215,4 +215,4 @@ def test_what_is_asked_for_only_once_is_read_lazily(data, monkeypatch):
     opened = []
     monkeypatch.setattr(folders.os, "scandir", lambda path, real=os.scandir: (opened.append(path), real(path))[1])
     assert folders.has_images(str(data / "train"), ["cat", "dog"]) and opened == [str(data / "train/cat")]
-    assert not folders.has_images(str(data), []) and needs_splitting(make_args(data, data_set="FOLDER")) is False
+    assert not folders.has_images(str(data), []) and needs_splitting("FOLDER", str(data)) is False

@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers import epochs, forked, names, scalars, sentence
 
-from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS, load_file
+from vision_kan.checkpoints.read import BEST, CHECKPOINT, PREVIOUS, load_file
 from vision_kan.checkpoints.write import save_checkpoint
 from vision_kan.common.process import Process
 from vision_kan.run.folder import RunFolder, _run_id
@@ -114,6 +114,8 @@ def test_a_folder_that_holds_another_run(tmp_path):
     assert not run.holds_another_run("") and not run.holds_another_run("elsewhere/checkpoint.pth")
     run.save({"epoch": 0})
     assert run.holds_another_run("") and run.holds_another_run("elsewhere/checkpoint.pth")
+    (tmp_path / CHECKPOINT).rename(tmp_path / BEST[0])      # what --resume auto finds, a new run keeps away from
+    assert run.holds_another_run("")
     for own in (CHECKPOINT, PREVIOUS, "../" + tmp_path.name + "/" + CHECKPOINT):
         assert not run.holds_another_run(str(tmp_path / own))
 
@@ -142,7 +144,11 @@ def test_a_log_that_cannot_be_written_is_told_and_survived(tmp_path, capsys):
     assert told.startswith("warning: ") and str(tmp_path) in told and "training goes on" in told
     run.save({"epoch": 0})
     assert run.failed == "" and epochs_of_checkpoints(tmp_path) == {CHECKPOINT: 0}
+    run.close()         # the line of the last epoch is still missing
+    assert "log.txt could not be written" in run.failed
+    (tmp_path / "log.txt").unlink()
     run.close()
+    assert json.loads((tmp_path / "log.txt").read_text()) == {"epoch": 0, "train_loss": 1.0}
 
 
 def epochs_of_checkpoints(folder: Path) -> dict[str, int]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -29,6 +30,7 @@ from vision_kan import kernels
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS
 from vision_kan.common.errors import UserError
+from vision_kan.common.process import Process
 from vision_kan.common.text import to_builtin_types
 from vision_kan.config.checks import validate
 from vision_kan.config.flags import PREPARATION
@@ -36,8 +38,10 @@ from vision_kan.config.recipes import dump_yaml
 from vision_kan.config.resolve import describe_sources, parse_args
 from vision_kan.models import vetting
 from vision_kan.models.infer import load_exactly
+from vision_kan.run import training_run
 from vision_kan.run.build import build_model, build_teacher, description, load_start, model_spec
 from vision_kan.run.starting import Start, effective_config, read_start
+from vision_kan.run.training_run import resume
 from vision_kan.training import optim
 from vision_kan.training.optim import (
     build_optimizer,
@@ -90,7 +94,7 @@ def test_purpose(tmp_path, flags, purpose):
     found = read_start(parse_args([*flags, str(path)]))
     assert (found.purpose, found.checkpoint.path) == (purpose, str(path))
     assert found.spec == (None if purpose == "finetune" else ModelSpec(NANO, {"depth": 1, "num_classes": 4}))
-    assert found.class_names == (None if purpose == "finetune" else ["a", "b"])
+    assert found.class_names(False) == (None if purpose == "finetune" else ["a", "b"]) and found.class_names(True) == ["a", "b"]
 
 
 def test_resume_auto(tmp_path, capsys):
@@ -258,7 +262,7 @@ def test_a_model_on_the_hub_wherever_a_checkpoint_is_named(tmp_path, monkeypatch
         assert requests.count("GET") == 2
         args = settled("--distillation-type", "hard", "--teacher-model", TWIN, "--teacher-path", "hf-hub:me/it", "--input-size",
                        32).args
-        teacher = build_teacher(args, 4, torch.device("cpu"))
+        teacher = build_teacher(args, CLASSES, torch.device("cpu"))
         pictures = torch.rand(2, 3, 32, 32)
         assert torch.equal(teacher(pictures), model(pictures))
         spec = read_start(parse_args(["--eval", "--resume", "hf-hub:me/it@main"])).spec
@@ -523,6 +527,7 @@ def test_a_flag_that_a_model_has_no_use_for():
     assert built("--model", "dla46x_c", depth=None)[1] == ModelSpec("dla46x_c", {"num_classes": 4})
     text = sentence(built, "--model", "dla46x_c", "--drop-path", 0.1, depth=None)      # as the default it is dropped
     assert "--drop-path" in text and "dla46x_c" in text and "leave it out" in text
+    assert "--cosub has no effect on --model dla46x_c" in sentence(built, "--model", "dla46x_c", "--cosub", depth=None)
     text = sentence(built, "--model", TWIN, "--hdim_kan", 7)
     assert "hdim_kan" in text and NANO in text
     text = sentence(built, "--model", "resnet18", "--kan-grid-points", 7, depth=None)
@@ -654,31 +659,60 @@ def test_finetune_takes_the_weights_over_and_tells(tmp_path):
     table = load_start(model, spec, Start("finetune", Checkpoint("c.pth", content)), None)
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     assert "loaded" in table and "head.weight" in table
+    assert "no head.weight of the model's shape" in sentence(
+        load_start, model, spec, Start("finetune", Checkpoint("c.pth", content)), None, True)     # --eval
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert load_start(model, spec, Start("resume", Checkpoint("c.pth", content)), None) is None
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_finetune_from_a_name_without_weights():
+    text = sentence(read_start, parse_args(["--finetune", NANO]))
+    assert text == f"--finetune {NANO}: {NANO} has no pretrained weights of its own: start from a checkpoint with --finetune"
+
+
+# ---------------------------------------------------------------- where it begins
+def test_processes_that_would_begin_at_different_places(monkeypatch):
+    """As where --output_dir is a folder of each machine: the first has a checkpoint, the second none."""
+    args = flags("--epochs", 5, "--output_dir", "here")
+    state = SimpleNamespace(epoch=2, step=0)
+    resume(state, args, Start(), None, Process())
+    monkeypatch.setattr(training_run, "gather_number", lambda number, process: [number.item(), 0.0])
+    text = sentence(resume, state, args, Start(), None, Process())
+    assert text.startswith("process 0 begins at epoch 2, process 1 at 0: --output_dir here must be a folder that all")
+
+
+def test_a_new_run_has_something_to_train():
+    text = sentence(resume, SimpleNamespace(epoch=5, step=0), flags("--epochs", 3, "--start_epoch", 5), Start(), None, Process())
+    assert "--start_epoch 5 leaves nothing to train of --epochs 3" in text
+
+
 # ---------------------------------------------------------------- teacher
+CLASSES = ["a", "b", "c", "d"]
+
+
 def test_teacher(tmp_path):
     args = settled("--distillation-type", "hard", "--teacher-model", TWIN, "--teacher-path", tmp_path / "t.pth", "--input-size",
                    32).args
-    assert build_teacher(Namespace(distillation_type="none"), 4, torch.device("cpu")) is None
+    assert build_teacher(Namespace(distillation_type="none"), CLASSES, torch.device("cpu")) is None
     original = nano(TWIN)
     save(tmp_path / "t.pth", model=original.state_dict(), model_args={"name": TWIN, "kwargs": {"depth": 1}})
-    teacher = build_teacher(args, 4, torch.device("cpu"))
+    teacher = build_teacher(args, CLASSES, torch.device("cpu"))
     images = torch.rand(2, 3, 32, 32)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert torch.equal(teacher(images), original.eval()(images))
 
-    assert "--teacher-path" in sentence(build_teacher, args, 5, torch.device("cpu"))
+    assert "--teacher-path" in sentence(build_teacher, args, [*CLASSES, "e"], torch.device("cpu"))
+    save(tmp_path / "t.pth", model=original.state_dict(), model_args={"name": TWIN, "kwargs": {"depth": 1}},
+         class_names=["b", "a", "c", "d"])
+    assert "its classes, or their order" in sentence(build_teacher, args, CLASSES, torch.device("cpu"))
     save(tmp_path / "t.pth", model=nano(NANO).state_dict())
-    text = sentence(build_teacher, args, 4, torch.device("cpu"))
+    text = sentence(build_teacher, args, CLASSES, torch.device("cpu"))
     assert "--teacher-path" in text and "does not fit" in text
     args.teacher_model = "teacher9000"
-    assert "--teacher-model teacher9000" in sentence(build_teacher, args, 4, torch.device("cpu"))
+    assert "--teacher-model teacher9000" in sentence(build_teacher, args, CLASSES, torch.device("cpu"))
     args.teacher_path = str(tmp_path / "none.pth")
-    assert "none.pth does not exist" in sentence(build_teacher, args, 4, torch.device("cpu"))
+    assert "none.pth does not exist" in sentence(build_teacher, args, CLASSES, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- optimizer
@@ -741,7 +775,7 @@ def test_betas_eps_and_momentum_reach_the_optimizer():
 
 def test_optimizers_that_cannot_be_set_up():
     for betas, name in (((0.9,), "adamw"), ((0.9, 0.9, 0.9), "adamw"), ((0.9, 0.9), "adan"), ((0.9,), "muon"),
-                        ((0.9,), "lookahead_lamb")):
+                        ((0.9,), "lookahead_lamb"), ((0.9, 0.9), "sgd")):
         text = sentence(build_optimizer, flags("--opt", name, "--opt-betas", *betas), nano(), 1e-3)
         assert f"--opt {name}" in text and "--opt-betas" in text
     build_optimizer(flags("--opt", "adan", "--opt-betas", 0.9, 0.9, 0.9), nano(), 1e-3)

@@ -83,6 +83,13 @@ def _check_training(args: Namespace) -> None:
         _refuse(args, "decay_rate", "must be less than 1 with --sched plateau, which multiplies the rate by it")
     if args.sched in ("step", "multistep") and args.decay_rate > 1:
         _refuse(args, "decay_rate", f"must be at most 1 with --sched {args.sched}, which multiplies the rate by it")
+    if args.sched == "multistep" and (args.decay_epochs < 1 or args.decay_epochs % 1):
+        _refuse(args, "decay_epochs", "must be a whole number with --sched multistep, which decays after whole epochs")
+    if args.lr_noise and len(args.lr_noise) == 2 and args.lr_noise[0] >= args.lr_noise[1]:
+        _refuse(args, "lr_noise", "must begin before it ends")
+    if args.cosub and not ((args.drop_path or args.drop) and args.train_mode):
+        raise UserError("--cosub trains two submodels that --drop-path or --drop makes different, and here they are equal: give "
+                        "--drop-path, and not --no-train-mode, or leave out --cosub")
     if args.resplit and not args.repeated_aug:
         raise UserError("--resplit leaves the first repeat of each image unerased and needs --repeated-aug, which is off: "
                         "leave out --resplit or --no-repeated-aug")

@@ -192,8 +192,9 @@ GROUPS = [
         Flag("--lr-noise-pct", 0.67, "training", "largest noise, relative to the learning rate", type=float,
              metavar="SHARE",
              rule=between(0.01, 1)),
+        # for the same reason
         Flag("--lr-noise-std", 1.0, "training", "standard deviation of the noise", type=float, metavar="S",
-             rule=POSITIVE),
+             rule=between(0, 100)),
         Flag("--warmup-lr", 1e-06, "training", "learning rate at the start of the warm-up", type=float, metavar="LR",
              rule=at_least(0)),
         Flag("--min-lr", 1e-05, "training", "learning rate at the end of the schedule", type=float, metavar="LR",

@@ -56,9 +56,9 @@ def looks_like_imagenet(data_path: str | None) -> bool:
     return bool(data_path) and bool(classes) and all(re.fullmatch("n[0-9]{8}", name) for name in classes)
 
 
-def needs_splitting(args: Namespace) -> bool:
+def needs_splitting(data_set: str | None, data_path: str | None) -> bool:
     """Whether --data-path is a folder of class folders, so that validation images have to be held out."""
-    return args.data_set == "FOLDER" and bool(args.data_path) and is_single_folder(os.path.expanduser(args.data_path))
+    return data_set == "FOLDER" and bool(data_path) and is_single_folder(os.path.expanduser(data_path or ""))
 
 
 def data_set_of(args: Namespace) -> str:
@@ -75,7 +75,7 @@ def evaluated_split(args: Namespace) -> dict[str, str]:
     data_set = data_set_of(args)
     if args.data_split:
         split = args.data_split[1].partition("|")[0]        # a stream's number of images follows
-    elif args.val_split:
+    elif args.val_split and (is_timm_name(data_set) or needs_splitting(data_set, args.data_path)):
         split = f"{args.val_split:g} held out by seed {args.seed}"
     else:
         split = "" if is_timm_name(data_set) else "test" if data_set in CIFARS else "validation"

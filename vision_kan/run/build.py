@@ -78,7 +78,7 @@ def model_of_run(config: Config, start: Start, num_classes: int, device: torch.d
     if config.args.weight_init == "mimetic" and start.purpose in (None, "finetune") and not init_mimetic(model):
         raise UserError(f"--weight-init mimetic has no effect on --model {spec.name}, which has no attention "
                         "with queries, keys and values in one map: leave it out")
-    if table := load_start(model, spec, start, images):
+    if table := load_start(model, spec, start, images, whole=config.args.eval):
         say(f"weights from {start.checkpoint.path}:\n{table}")
     if config.args.compile:
         compile_model(model, device, mode=config.args.compile)
@@ -115,6 +115,8 @@ def build_model(spec: ModelSpec, config: Config) -> tuple[nn.Module, ModelSpec]:
         except (ValueError, AssertionError) as error:
             raise UserError(f"--model {spec.name} cannot be built ({one_line(error)}): check --model, "
                             f"--input-size {shown_size(args.input_size)} and the KAN options") from error
+    if args.cosub and not args.eval and "drop_path_rate" not in kwargs and not args.drop:
+        raise _no_effect("cosub", spec.name)
     if not args.eval and not any(layer.scaled_parameters() for layer in function_layers(model).values()):
         for key in COEFFICIENT_FLAGS:
             if asked_for(key, config):
@@ -179,21 +181,28 @@ def _no_effect(dest: str, name: str, like: str | None = None) -> UserError:
                      + (f", or choose {' or '.join(others)}" if others else ""))
 
 
-def load_start(model: nn.Module, spec: ModelSpec, start: Start, images: Callable[[], torch.Tensor]) -> str | None:
+def load_start(model: nn.Module, spec: ModelSpec, start: Start, images: Callable[[], torch.Tensor], whole: bool = False
+               ) -> str | None:
     """Load --finetune's weights into the model and free the checkpoint. Returns the table of what became of each tensor, or None
-    without --finetune. images: returns a batch to calibrate on."""
+    without --finetune. images: returns a batch to calibrate on.
+
+    whole: raise UserError if the checkpoint lacks weights of the model."""
     if start.purpose != "finetune":
         return None
     with vetting.as_user_error(f"checkpoint {start.checkpoint.path}"):
         report, errors = conversion.load_converted(model, spec, start.checkpoint.weights(), images,
                                                    patch_grid(start.checkpoint))
+    if whole and report.initial:
+        raise UserError(f"--eval --finetune: checkpoint {start.checkpoint.path} has no {next(iter(report.initial))} of the "
+                        f"model's shape, which would be evaluated with {len(report.initial)} random tensors: train it first")
     start.checkpoint.free()
     return report.table() + (f"\n{conversion.table(errors)}" if errors else "")
 
 
-def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn.Module | None:
+def build_teacher(args: Namespace, class_names: Sequence[str], device: torch.device) -> nn.Module | None:
     """--teacher-model with the weights of --teacher-path, frozen, in evaluation mode. It takes the student's images and converts
-    them to its own size and normalisation: its checkpoint's, else those of its timm configuration."""
+    them to its own size and normalisation: its checkpoint's, else those of its timm configuration. Raises UserError if it does
+    not fit, or knows other classes than the data."""
     if args.distillation_type == "none":
         return None
     checkpoint = Checkpoint.open(args.teacher_path)
@@ -202,8 +211,11 @@ def build_teacher(args: Namespace, num_classes: int, device: torch.device) -> nn
                         "name")
     stored = vetting.spec_from_model_args(checkpoint)
     kwargs = stored.kwargs if stored and stored.name == args.teacher_model else {}
-    spec, what = ModelSpec(args.teacher_model, {**kwargs, "num_classes": num_classes}), f"--teacher-path {args.teacher_path}"
+    spec, what = ModelSpec(args.teacher_model, {**kwargs, "num_classes": len(class_names)}), f"--teacher-path {args.teacher_path}"
     vetting.check_weights(spec, checkpoint, what=what)
+    if (known := checkpoint.state.get("class_names")) and known != class_names:
+        raise UserError(f"{what}: its classes, or their order, are not those of the data, so it would teach wrong ones: give a "
+                        "teacher that was trained on the same classes")
     teacher = timm.create_model(spec.name, **spec.kwargs)
     load_exactly(teacher, checkpoint.weights(), what)
     own = effective_config(parse_args(["--eval", "--model", spec.name]), Start("eval", checkpoint, spec)).args

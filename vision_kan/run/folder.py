@@ -99,7 +99,7 @@ class RunFolder:
     def holds_another_run(self, resumed: str) -> bool:
         """Whether the folder has a checkpoint of another run than this one. resumed: the file that this run resumes from; '': a
         new run."""
-        if not self.folder or not (self.folder / CHECKPOINT).exists():
+        if not self.folder or not saved_checkpoints(self.folder):
             return False
         return not resumed or Path(resumed).expanduser().resolve().parent != self.folder.resolve()
 
@@ -142,9 +142,7 @@ class RunFolder:
         for tracker in self.trackers:
             tracker.log(record["epoch"], numbers)
         self.unwritten += to_json(record) + "\n"
-        with self._warn_on_os_error("log.txt"):
-            _append(self.folder / "log.txt", self.unwritten)
-            self.unwritten = ""
+        self._append_unwritten()
         if self.unwritten:
             return
 
@@ -258,8 +256,15 @@ class RunFolder:
             return f"{signal}: {self.failed}; --resume auto goes on from the checkpoint before"
         return f"{signal}: saved, --resume auto goes on after step {state.step} of epoch {state.epoch}"
 
+    def _append_unwritten(self) -> None:
+        if self.folder and self.unwritten:
+            with self._warn_on_os_error("log.txt"):
+                _append(self.folder / "log.txt", self.unwritten)
+                self.unwritten = ""
+
     def close(self) -> None:
-        """Close the TensorBoard events."""
+        """Write what log.txt still lacks, and close the TensorBoard events. `failed` says whether all could be written."""
+        self._append_unwritten()
         if self.board:
             with self._warn_on_os_error("the TensorBoard events"):
                 self.board.close()

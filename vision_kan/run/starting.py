@@ -15,6 +15,7 @@ import models_kan
 from models_kan import KAN_OPTIONS, ModelSpec
 from vision_kan.checkpoints.checkpoint import Checkpoint
 from vision_kan.checkpoints.downloads import HUB, LOCAL, is_url, quiet_hub
+from vision_kan.checkpoints.read import are_names
 from vision_kan.checkpoints.shipped import shipped
 from vision_kan.checkpoints.write import saved_checkpoints
 from vision_kan.common.errors import UserError, one_line
@@ -40,9 +41,10 @@ class Start:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     spec: ModelSpec | None = None                                   # the checkpoint's model, to resume or evaluate it
 
-    @property
-    def class_names(self) -> list[str] | None:
-        return self.checkpoint.state.get("class_names") if self.purpose in ("resume", "eval") else None
+    def class_names(self, evaluate: bool) -> list[str] | None:
+        """The checkpoint's, if its head is used. evaluate: --eval."""
+        names = self.checkpoint.state.get("class_names") if self.purpose != "finetune" or evaluate else None
+        return names if are_names(names) else None
 
 
 def read_start(config: Config) -> Start:
@@ -138,6 +140,8 @@ def open_source(source: str) -> Checkpoint:
         model: Any = timm.create_model(source, pretrained=True)
         return Checkpoint(source, {"model": model.state_dict(), "args": preparation(source, model.pretrained_cfg)})
     except Exception as error:      # the hub's client raises many kinds
+        if isinstance(error, ValueError) and models_kan.split_name(source)[0]:      # this project's, without weights
+            raise UserError(f"--finetune {source}: {error}") from error
         raise UserError(f"--finetune {source}: timm's weights cannot be downloaded ({one_line(error).split('. ')[0]}): check the "
                         "name and the connection, or give a downloaded file") from error
 
@@ -197,7 +201,8 @@ def effective_config(config: Config, start: Start) -> Config:
     config = resolve(config, stored, purpose=start.purpose, models_own=models_kan.own_options(start.spec) if start.spec else None)
     if found:
         config = _with(config, data_set=found, source="data folder")
-    if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(config.args):
+    if not config.args.eval and start.purpose != "resume" and config.args.val_split is None and needs_splitting(
+            config.args.data_set, config.args.data_path):
         config = _with(config, val_split=VAL_SPLIT, source="data folder")       # an evaluation has it from the checkpoint
     if "exif_orientation" not in config.sources:
         if start.purpose in ("resume", "eval") and stored.get("data_set") == "FOLDER" and "exif_orientation" not in stored:

@@ -81,8 +81,8 @@ def load_trained(location: str, *, weights: str = "model", device: str = "auto",
     """The model of a checkpoint.
 
     Args:
-        location: a file or folder of this project, of the original Vision-KAN, of KAT or of DeiT, its URL, hf-hub:OWNER/NAME, or the name
-            of weights that come with this code.
+        location: a file or folder of this project, of the original Vision-KAN, of KAT or of DeiT, its URL, hf-hub:OWNER/NAME,
+            or the name of weights that come with this code.
         weights: one of `checkpoints.WEIGHTS`.
         device: as --device.
         flags: further flags of main.py, such as --data-path DIR.

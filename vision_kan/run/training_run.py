@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from timm.data import Mixup
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from models_kan import ModelSpec
 from vision_kan.common import console
 from vision_kan.common.errors import EXIT_PREEMPTED, Preempted, UserError
 from vision_kan.common.interruption import UNREAD, Interruption, name_of
-from vision_kan.common.process import Process, peak_memory_mib
+from vision_kan.common.process import Process, gather_number, peak_memory_mib
 from vision_kan.common.text import say, warn
 from vision_kan.config.recipes import dump_yaml
 from vision_kan.data.loaders import Loaders
@@ -140,13 +141,23 @@ def open_folder(args: Namespace, start: Start, process: Process) -> RunFolder:
     return folder
 
 
-def resume(state: TrainState, start: Start, loaders: Loaders) -> None:
-    """Load the checkpoint that the run continues, and free its memory. Raises UserError if it does not fit."""
-    state.load_state_dict(start.checkpoint.state)
-    loaders.load_unreadable_state(start.checkpoint.state.get("unreadable") or [])
-    start.checkpoint.free()
-    step = f", step {state.step}" if state.step else ""
-    say(f"resumed from {start.checkpoint.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
+def resume(state: TrainState, args: Namespace, start: Start, loaders: Loaders, process: Process) -> None:
+    """Load the checkpoint that the run continues, if any, and free its memory. A collective.
+
+    Raises UserError if it does not fit, or if the processes would begin at different places."""
+    if start.purpose == "resume":
+        state.load_state_dict(start.checkpoint.state)
+        loaders.load_unreadable_state(start.checkpoint.state.get("unreadable") or [])
+        start.checkpoint.free()
+        step = f", step {state.step}" if state.step else ""
+        say(f"resumed from {start.checkpoint.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
+    elif state.epoch >= args.epochs:
+        raise UserError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}: lower it")
+    for count, what in ((state.epoch, "epoch"), (state.step, "step")):
+        counts = gather_number(torch.tensor(float(count), device=process.device), process)
+        if other := next((rank for rank, its in enumerate(counts) if its != counts[0]), 0):
+            raise UserError(f"process 0 begins at {what} {counts[0]:.0f}, process {other} at {counts[other]:.0f}: --output_dir "
+                            f"{args.output_dir} must be a folder that all machines share")
 
 
 def has_ended(args: Namespace, state: TrainState, folder: RunFolder, process: Process) -> bool:

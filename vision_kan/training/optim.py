@@ -71,8 +71,9 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     kwargs: dict[str, Any] = {**optimizer_kwargs(args), "lr": lr}
     scaled = {id(p) for layer in function_layers(model).values() for p in layer.scaled_parameters()}
     info = get_optimizer_info(args.opt.lower().split("_")[-1])     # without the prefix lookahead_
-    if info.has_betas and len(args.opt_betas or ()) not in (0, info.num_betas):
-        raise UserError(f"--opt {args.opt} takes {info.num_betas} --opt-betas, not {len(args.opt_betas)}")
+    betas = info.num_betas if info.has_betas else 0
+    if len(args.opt_betas or ()) not in (0, betas):
+        raise UserError(f"--opt {args.opt} takes {betas or 'no'} --opt-betas, not {len(args.opt_betas)}")
     if info.opt_class in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         # One kernel for the whole update: on a CPU 2-3 times as fast as a loop, and there foreach, timm's choice, is slower than
         # the loop. It also spares the loss scaler reading back whether a gradient was infinite.
