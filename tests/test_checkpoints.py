@@ -422,10 +422,11 @@ def test_a_file_or_folder_takes_its_place_when_all_went_well(folder, tmp_path):
         (place / "a" if folder else place).write_text(content)
 
     target = tmp_path / "target"
-    with pytest.raises(KeyError), atomic_write(target) as place:
-        write(place, "half")
-        raise KeyError
-    assert not list(tmp_path.iterdir())
+    for unfinished in (target, tmp_path / "new" / "newer" / "target"):
+        with pytest.raises(KeyError), atomic_write(unfinished) as place:
+            write(place, "half")
+            raise KeyError
+        assert not list(tmp_path.iterdir())
     with atomic_write(target) as place:
         write(place, "all")
         assert not target.exists() and place.name == "target"

@@ -90,6 +90,13 @@ def test_a_runs_args_yaml_as_the_recipe(data, tmp_path, monkeypatch):
     assert trained == [("mlp", 0)] and compare.load_recipe(str(tmp_path / "out/kat.yaml"))["model"] == "vit_nano_patch8_32_KAT"
 
 
+def test_a_folder_of_nobody(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compare.main(["--ffn", "mlp", "--output-dir", "~nouser/x"]) == 2
+    assert "--output-dir ~nouser/x cannot be a path (there is no such user)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_memory():
     before = peak_memory_mib(torch.device("cpu"))
     kept = torch.ones(2 ** 26)      # 256 MiB

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors import safe_open
 
 import main as program
-from tools import convert
+from tools import convert, export
 from vision_kan.checkpoints.read import load_file
+from vision_kan.checkpoints.shipped import shipped
 from vision_kan.models import conversion as conversion_module
 from vision_kan.models.finetune import load_finetune
 from vision_kan.models.infer import load_exactly
@@ -72,8 +73,13 @@ def test_the_source_is_not_replaced(source, tmp_path, capsys):
     target = tmp_path / "m.safetensors"
     assert convert.main([str(source), str(target), "--model", GKAN]) == 0
     before = target.read_bytes()
-    assert convert.main([str(target), str(target), "--model", GKAN]) == 2
-    assert "is the checkpoint itself, which would be lost" in capsys.readouterr().err and target.read_bytes() == before
+    folder = tmp_path / "exported"
+    assert export.main([str(source), str(folder)]) == 0
+    for words in ([target, target], [target.as_uri(), target], [folder, folder / "model.safetensors"],
+                  ["vit_nano_patch8_32_ViT.digits", shipped()["vit_nano_patch8_32_ViT.digits"]]):
+        assert convert.main([*map(str, words), "--model", GKAN]) == 2
+        assert "is the checkpoint itself, which would be lost" in capsys.readouterr().err
+    assert target.read_bytes() == before
     assert convert.main([str(source), str(tmp_path / "n.safetensors"), "--model", GKAN, "--ffn", "gkan"]) == 2
     assert "--ffn gkan: name the model with its feed-forward in --model" in capsys.readouterr().err
 
@@ -115,11 +121,45 @@ def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, 
     monkeypatch.setattr(conversion_module, "load_finetune", damaged)
     assert convert.main([str(source), str(tmp_path / "g.safetensors"), "--model", GKAN, "--check",
                          str(photos / "val")]) == 1
-    assert "differs from its source" in capsys.readouterr().err
+    assert "was not written: the converted model differs from its source" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kwargs", [{"depth": 6}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}], ids=str)
+def test_the_sources_architecture_is_kept(kwargs, photos, tmp_path):
+    """A file without a description shows depth and fc_norm by its weights; a model without a class token describes itself."""
+    model, file, target = trained(**kwargs), tmp_path / "source.pth", tmp_path / "g.safetensors"
+    torch.save({"model": model.state_dict(), **({"model_args": {"name": TWIN, "kwargs": {"num_classes": 10, **kwargs}}}
+                                                if "class_token" in kwargs else {})}, file)
+    assert convert.main([str(file), str(target), "--model", GKAN, "--check", str(photos / "val")]) == 0
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_trained(str(target), device="cpu").model(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wanted, changes, sentence", [
+    ("vit_nano_patch4_32_GKAN", {"blocks.4.norm1.weight": torch.ones(96)}, "blocks.4.norm1.weight is dropped: choose"),
+    (GKAN, {"blocks.3.ls1.gamma": torch.ones(96)}, "blocks.3.ls1.gamma is dropped: choose"),
+    (GKAN, {"norm.weight": None}, "norm.weight is left as initialised: choose"),
+    (GKAN, {"norm.weight": None, "norm.bias": None}, "norm.weight is left as initialised, and 1 more (see the table above)"),
+    *((GKAN, {key: torch.zeros(shape)}, "source.pth does not describe or fit a model") for key, shape in (
+        ("cls_token", ()), ("pos_embed", 17), ("patch_embed.proj.weight", (96, 3, 8, 0)), ("head.weight", ()),
+        ("blocks.0.mlp.fc1.weight", ())))])
+def test_a_model_that_computes_something_else_is_not_written(wanted, changes, sentence, tmp_path, capsys):
+    state = {key: value for key, value in {**trained().state_dict(), **changes}.items() if value is not None}
+    torch.save({"model": state}, tmp_path / "source.pth")
+    assert convert.main([str(tmp_path / "source.pth"), str(tmp_path / "g.safetensors"), "--model", wanted]) == 2
+    err = capsys.readouterr().err
+    assert sentence in err and err.startswith("error: ") and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source.pth"]
 
 
 @pytest.mark.parametrize("words, sentence", [
     (["nowhere.pth", "t.safetensors", "--model", GKAN], "neither a file"),
+    (["http://[x", "t.safetensors", "--model", GKAN], "SOURCE http://[x cannot be a path (Invalid IPv6 URL)"),
+    (["~nouser/x", "t.safetensors", "--model", GKAN], "SOURCE ~nouser/x cannot be a path (there is no such user)"),
+    (["a" * 300, "t.safetensors", "--model", GKAN], "cannot be a path (it is too long)"),
+    (["SOURCE", "a" * 300 + ".safetensors", "--model", GKAN], "cannot be a path (it is too long)"),
     (["SOURCE", "t.pth", "--model", GKAN], "must end in .safetensors"),
     (["SOURCE", "t.safetensors", "--model", "no_such_model"], "is unknown"),
     (["SOURCE", "t.safetensors", "--model", GKAN, "--kan-grups", "4"], "--kan-grups"),
@@ -148,9 +188,11 @@ def test_unreadable_images_are_left_out(source, photos, tmp_path, capsys):
 
 
 def test_images_stay_as_the_source_knows_them(photos, tmp_path):
+    """Their preparation, and which of them are held out."""
+    images = {"data_set": "FOLDER", "val_split": 0.2, "seed": 5}
     half = {"mean": [0.5] * 3, "std": [0.5] * 3, "eval_crop_ratio": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
-    torch.save({"model": trained().state_dict(), "args": {"lr": 1.0, **half}}, tmp_path / "source.pth")
+    torch.save({"model": trained().state_dict(), "args": {"lr": 1.0, "model": TWIN, **images, **half}}, tmp_path / "source.pth")
     target = tmp_path / "g.safetensors"
     assert convert.main([str(tmp_path / "source.pth"), str(target), "--model", GKAN]) == 0
-    assert load_file(target)["args"] == half
+    assert load_file(target)["args"] == {"input_size": 32, **images, **half}
     assert load_trained(str(target), device="cpu").data_config["mean"] == (0.5, 0.5, 0.5)

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,6 +357,14 @@ def test_mistakes(words, sentence, trained_run, tmp_path, capsys, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_the_source_is_not_replaced(trained_run, tmp_path, capsys):
+    target = tmp_path / "m.safetensors"
+    assert export.main([str(trained_run[0]), str(target)]) == 0
+    before = target.read_bytes()
+    assert export.main([str(target), str(target)]) == 2
+    assert "is the checkpoint itself, which would be lost" in capsys.readouterr().err and target.read_bytes() == before
+
+
 def test_packages_that_are_missing(trained_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     assert export.main([str(trained_run[0]), str(tmp_path / "m.onnx")]) == 2
@@ -426,6 +435,9 @@ def test_what_cannot_be_pushed(folder, hub, tmp_path, monkeypatch, capsys):
         return err
 
     assert "tools/export.py CHECKPOINT FOLDER" in sentence(tmp_path, "a/b")
+    shutil.copytree(folder, tmp_path / "latin")
+    (tmp_path / "latin/README.md").write_bytes("größe".encode("latin-1"))
+    assert "latin/README.md cannot be read" in sentence(tmp_path / "latin", "a/b") and not hub.repos
     response = SimpleNamespace(status_code=403, headers={}, request=None, url="")
     refused = huggingface_hub.errors.HfHubHTTPError("403", response=response)
     monkeypatch.setattr(hub, "create_repo", lambda *_, **__: raising(refused))

@@ -12,6 +12,7 @@ import timm
 import torch
 from e2e import checkpoint, evaluation, run, write_digits
 from helpers import GKAN, RELEASED, ROOT, TWIN, needs_released
+from models import nano
 
 from vision_kan.run.trained import Pictures, image_files, load_trained
 
@@ -142,11 +143,20 @@ def test_names_that_no_terminal_can_show(photos, fine_tuned, tmp_path, capfd):
         assert out.encode() and ("\x1b" not in out or kind == "csv")
 
 
+def test_a_file_whose_name_begins_like_a_users_folder(photos, fine_tuned, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("~draft.png").write_bytes(image_files([photos])[0].read_bytes())
+    assert "~draft.png" in read(capfd, fine_tuned / "checkpoint.pth", "~draft.png").out
+
+
 def test_mistakes(photos, fine_tuned, tmp_path, capfd):
     file = fine_tuned / "checkpoint.pth"
     (tmp_path / "empty").mkdir()
+    torch.save({"model": nano(TWIN, num_classes=0).state_dict()}, tmp_path / "headless.pth")
     for words, sentence in (([tmp_path / "none.pth", photos], "does not exist"),
                             ([file, tmp_path / "none.png"], "does not exist"),
+                            ([file, "a" * 300], "cannot be a path (it is too long)"),
+                            ([tmp_path / "headless.pth", photos], "headless.pth has no head and so no classes to predict"),
                             ([file, tmp_path / "empty"], "holds no images"), ([file, photos, "--top", 0], "--top 0"),
                             ([file, photos, "--batch-size", 0], "--batch-size 0"), ([file], "IMAGE|FOLDER"),
                             ([file, photos, "--format", "xml"], "is not one of table, json, csv"),

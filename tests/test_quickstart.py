@@ -54,11 +54,18 @@ def test_log_with_a_last_line_cut_off(tmp_path):
     assert [record["epoch"] for record in plot_run.read_log(tmp_path)] == [0, 1]
 
 
-@pytest.mark.parametrize("text", ["", "hello\n", "3\n", '{"loss": 1}\n', '{"epoch": 0}\nrubbish\n{"epoch": 1}\n'])
+@pytest.mark.parametrize("text", ["", "hello\n", "3\n", '{"loss": 1}\n', '{"epoch": 0}\nrubbish\n{"epoch": 1}\n',
+                                  '{"epoch": 0, "img_per_s": "fast"}\n', '{"epoch": 0, "test_loss": null}\n'])
 def test_log_that_is_none(tmp_path, text):
     (tmp_path / "log.txt").write_text(text)
     with pytest.raises(UserError, match=r"log\.txt"):
         plot_run.read_log(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_epochs_without_an_evaluation_are_left_out(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0}\n')
+    assert plot_run.main([str(tmp_path)]) == 0 and colours(tmp_path / "curves.png") > 1
 
 
 def test_runs_of_one_name_stay_apart(tmp_path):
@@ -152,7 +159,8 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, says", [
     ("--epoch 1", "error: unknown flag --epoch: did you mean --epochs?"), ("--seed 1", "did you mean --seeds?"),
-    ("out", "error: unexpected argument 'out'"), ("--epochs one", "--epochs"), ("--topk 5", "error: unknown flag --topk\n")])
+    ("out", "error: unexpected argument 'out'"), ("--epochs one", "--epochs"), ("--seeds 1 0 1", "--seeds 1 0 1 names one twice"),
+     ("--topk 5", "error: unknown flag --topk\n")])
 def test_no_abbreviations(words, says, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "prepare", None)        # nothing is begun
     assert quickstart.main(words.split()) == 2

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 from e2e import QUICK, log, run, write_digits
@@ -88,7 +89,7 @@ def test_runs_that_are_under_way_or_were_killed(copy, capsys):
         assert f" {told} " in table(capsys, copy)[0]["mlp"]
 
 
-def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys):
+def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys, monkeypatch):
     log_file = copy / "deep" / "kan" / "log.txt"
     log_file.write_text(log_file.read_text() + '{"epoch": 2, "tr')          # a kill while writing
     (copy / "mlp" / "status.json").write_text("{")
@@ -100,13 +101,19 @@ def test_damaged_and_missing_parts_are_told_and_the_rest_is_shown(copy, capsys):
     (copy / "infinite" / "log.txt").write_text('{"epoch": Infinity}\n')
     (copy / "new").mkdir()
     (copy / "new" / "status.json").write_text("[]")
+    (copy / "words").mkdir()
+    (copy / "words" / "log.txt").write_text('{"epoch": 0, "img_per_s": "fast", "epoch_seconds": 1}\n')
+    shutil.copytree(copy / "words", copy / "damaged")
+    real = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: real(path if path.parent.name != "damaged" else copy / "", **how))
     assert runs.main([str(copy)]) == 0
     out, err = capsys.readouterr()
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert " 2/2 " in lines["kan"] and " unknown " in lines["mlp"] and " unknown " in lines["new"]
     assert lines["mlp"].endswith(" -") and f"{log(copy / 'mlp')[0]['test_loss']:.4f}" in lines["mlp"]
-    assert len(err.splitlines()) == 5 and all(line.startswith("warning: ") for line in err.splitlines())
-    assert "status.json" in err and "no_such_flag" in err and "line 1 is not an epoch" in err
+    assert len(err.splitlines()) == 7 and all(line.startswith("warning: ") for line in err.splitlines())
+    assert "status.json" in err and "no_such_flag" in err and "words/log.txt line 1 is not an epoch" in err
+    assert "damaged/log.txt cannot be read (Is a directory)" in err
     assert (copy / "runs.png").exists()
 
 

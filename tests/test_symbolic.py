@@ -12,6 +12,7 @@ import torch
 from e2e import QUICK, evaluation, run
 from helpers import GKAN, RELEASED, every, needs_released
 from matplotlib.mathtext import MathTextParser
+from models import nano
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from tools.images import loaders_of
 from vision_kan.analysis import formulas
 from vision_kan.analysis.formulas import DEFINITIONS, FORMS, Formula, fit_symbolic
 from vision_kan.analysis.symbolic import Learned, SymbolicActivation, find_formulas, with_fitted_basis, with_formulas
+from vision_kan.checkpoints.read import load_file
 from vision_kan.kernels import rswaf_activation_reference, rswaf_basis
 from vision_kan.layers.group_kan import GroupActivation
 from vision_kan.run.trained import load_trained
@@ -162,6 +164,19 @@ def small(tmp_path_factory, data):
 def top1(text: str) -> dict[str, float]:
     return {line.partition(":")[0].strip(): float(line.partition("top-1 ")[2].split()[0])
             for line in text.splitlines() if ": top-1 " in line}
+
+
+def test_what_replaces_a_model_is_evaluated_on_its_held_out_images(data, tmp_path, monkeypatch):
+    args = {"data_set": "FOLDER", "val_split": 0.5, "seed": 5}
+    torch.save({"model": nano(GKAN, num_classes=3).state_dict(), "args": args,
+                "model_args": {"name": GKAN, "kwargs": {"depth": 1, "num_classes": 3}}}, tmp_path / "c.pth")
+    flags = ["--data-path", str(data / "train"), "--num_workers", "0"]
+    trained = load_trained(str(tmp_path / "c.pth"), device="cpu", flags=flags)
+    monkeypatch.setattr(symbolic, "with_formulas", lambda model, found: model)
+    monkeypatch.setattr(symbolic, "with_fitted_basis", lambda model, found: (model, [1.0]))
+    symbolic.replace_functions(trained, [], tmp_path / "t.safetensors")
+    kept = load_file(tmp_path / "t.safetensors")["args"]
+    assert {key: kept[key] for key in args} == args
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What all tools share: parsers, exit codes, pictures as PNG. Imports neither torch nor matplotlib."""
 import argparse
 import io
+import os
 import statistics
 import sys
 import warnings
@@ -12,13 +13,15 @@ from vision_kan.checkpoints import WEIGHTS
 from vision_kan.common import console
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
-from vision_kan.config.flags import parse_beside_main
-from vision_kan.config.parser import Parser
+from vision_kan.config.checks import impossible_path
+from vision_kan.config.flags import FLAGS, parse_beside_main
+from vision_kan.config.parser import Parser, show_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LOCATIONS = ("CHECKPOINT", "SOURCE")    # arguments that name a file, a folder, a URL or a name with weights: text, no Path
 PLACE = "USER/NAME"     # stands in a model card for the model's name on the Hub, which push_to_hub.py fills in
 
 
@@ -31,8 +34,8 @@ def model_parser(name: str, description: str | None) -> Parser:
     """A tool's parser with CHECKPOINT, --weights and --device."""
     parser = tool_parser(name, description)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of main.py's or tools/convert.py's, of the "
-                        "original Vision-KAN, KAT or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights (main.py "
-                        "--list-models)")
+                        "original Vision-KAN, KAT or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights "
+                        "(main.py --list-models)")
     parser.add_argument("--weights", choices=WEIGHTS, default="model", help="the trained ones or their moving average")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     return parser
@@ -45,10 +48,31 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(own, name)} must be at least 1")
 
 
+def check_paths(parser: Parser, own: argparse.Namespace) -> None:
+    """Raises UserError for an argument that cannot be a path or a URL. What exists is one, whatever its name: `~draft.png`."""
+    for action in parser._actions:
+        if action.type is Path or action.metavar in LOCATIONS:
+            value = getattr(own, action.dest)
+            for one in value if isinstance(value, list) else [value]:
+                exists = isinstance(one, Path) and os.path.lexists(one)
+                if one is not None and not exists and (reason := impossible_path(str(one))):
+                    name = action.option_strings[0] if action.option_strings else action.metavar
+                    raise UserError(f"{name} {show_value(one)} cannot be a path ({reason}): check it")
+
+
+def chooses_images(dest: str) -> bool:
+    """Whether a flag of main.py says which images an evaluation takes, or how it prepares them: those of the data, and the seed,
+    by which --val-split draws the held-out images. A file that a tool makes from a checkpoint keeps them."""
+    return FLAGS[dest].scope == "data" or dest == "seed"
+
+
 def check_not_source(target: Path, source: str) -> None:
-    """Raises UserError if a tool would replace the checkpoint that it has read. source: `Checkpoint.path`."""
-    file = Path(source).expanduser()
-    if target.exists() and file.exists() and target.samefile(file):
+    """Raises UserError if a tool would replace the file of the checkpoint that it has read. source: `Checkpoint.path`."""
+    from vision_kan.checkpoints.downloads import local_path  # imports torch
+    from vision_kan.checkpoints.read import weights_file
+    place = local_path(source)
+    file = weights_file(place) if place else None
+    if file and os.path.exists(target) and os.path.exists(file) and os.path.samefile(target, file):
         raise UserError(f"{target} is the checkpoint itself, which would be lost: choose another name")
 
 
@@ -94,7 +118,9 @@ def command(arguments: Callable[[], Parser], run: Callable[[argparse.Namespace, 
     def main(argv: list[str] | None = None) -> int:
         def program() -> int:
             words = sys.argv[1:] if argv is None else argv
-            own, rest = parse_beside_main(arguments(), words) if with_main else (arguments().parse_args(words), [])
+            parser = arguments()
+            own, rest = parse_beside_main(parser, words) if with_main else (parser.parse_args(words), [])
+            check_paths(parser, own)
             return run(own, rest)
         return console.exit_code(program)
     return main

@@ -10,6 +10,7 @@ also with more seeds or feed-forwards. It prints a table, and writes compare.csv
 import argparse
 import csv
 import io
+import os
 import signal
 import statistics
 import subprocess
@@ -218,7 +219,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         if dest in config.given and (getattr(config.args, dest) or dest == "seed"):
             raise UserError(f"{flag_name(dest)} ({config.given[dest]}) is not for a comparison, whose runs are trained with "
                             "--seeds and continue by themselves: leave it out")
-    output = own.output_dir.expanduser()
+    output = Path(os.path.expanduser(own.output_dir))       # leaves a folder named ~nobody as it is
     recipes = {ffn: recipe_of(ffn, config) for ffn in own.ffn}
     for dest in (*models_kan.KAN_OPTIONS, *COEFFICIENT_FLAGS, *OF_ALL_KANS):
         if asked_for(dest, config) and not any(dest in recipe for recipe in recipes.values()):

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import models_kan
 from engine import evaluate
-from tools.common import PLACE, command, model_parser
+from tools.common import PLACE, check_not_source, command, model_parser
 from tools.images import loaders_of
 from vision_kan.checkpoints.untrusted import SAFETENSORS_KEY
 from vision_kan.checkpoints.write import save_safetensors
@@ -350,7 +350,8 @@ def arguments() -> Parser:
     parser = model_parser("export.py", __doc__)
     parser.set_defaults(device="cpu")       # a program keeps the device on which it was exported
     parser.add_argument("target", type=Path, metavar="TARGET", help="its ending chooses the format")
-    parser.add_argument("--check", nargs="+", metavar="IMAGE|FOLDER", help="images on which to compare logits, besides noise")
+    parser.add_argument("--check", nargs="+", type=Path, metavar="IMAGE|FOLDER",
+                        help="images on which to compare logits, besides noise")
     return parser
 
 
@@ -358,6 +359,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     chosen = format_of(own.target)          # first, because the rest takes time
     files = image_files(own.check) if own.check else []
     trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
+    check_not_source(own.target, trained.path)
     if trained.args.data_path:
         measure(trained)
     found = export(trained, own.target, files)

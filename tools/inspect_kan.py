@@ -216,7 +216,8 @@ def write(columns: Sequence[Findings], folder: Path) -> Path:
 # ---------------------------------------------------------------- the command
 def arguments() -> Parser:
     parser = model_parser("inspect_kan.py", __doc__)
-    parser.add_argument("images", nargs="*", default=[], metavar="IMAGE", help="images or folders of images to show attention on")
+    parser.add_argument("images", nargs="*", type=Path, default=[], metavar="IMAGE",
+                        help="images or folders of images to show attention on")
     parser.add_argument("--data-path", metavar="DIR", help="data set on whose validation images inputs are measured")
     parser.add_argument("--data-set", metavar="NAME", help="as main.py's, if the folder does not show it")
     parser.add_argument("--samples", type=int, default=SAMPLES, metavar="N",

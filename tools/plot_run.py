@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from tools.common import command, save_picture, tool_parser
 from tools.images import loaders_of
-from tools.logs import draw_curve, names_of, read_log
+from tools.logs import draw_curve, drawable, names_of, read_log
 from vision_kan.analysis.drawing import draw_functions
 from vision_kan.analysis.inputs import collect_inputs
 from vision_kan.checkpoints.read import CHECKPOINT
@@ -30,7 +30,7 @@ def plot_runs(folders: list[Path], picture: Path, with_inputs: bool = False) -> 
 
     with_inputs: also draw histograms of the functions' inputs, for validation images of the checkpoint's data set, which must be
         available."""
-    logs = {name: read_log(folder) for name, folder in zip(names_of(folders), folders)}
+    logs = {name: complete for name, folder in zip(names_of(folders), folders) if (complete := drawable(read_log(folder)))}
     models = (load_trained(str(folder / CHECKPOINT), device="cpu") for folder in folders if (folder / CHECKPOINT).is_file())
     kan = next((trained for trained in models if function_layers(trained.model)), None)
     layers = list(function_layers(kan.model).items()) if kan else []

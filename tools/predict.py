@@ -2,9 +2,9 @@
 
     python tools/predict.py CHECKPOINT IMAGE|FOLDER [IMAGE|FOLDER ...] [--top 5] [--format table|json|csv] [--output FILE]
 
-CHECKPOINT is one of ours, of the original Vision-KAN, KAT or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with weights
-(main.py --list-models). Further flags are main.py's (--eval-crop-ratio, --num_workers, ...) and come last. Images that cannot be
-read are named and left out; if none can be read, the exit code is 2.
+CHECKPOINT is one of ours, of the original Vision-KAN, KAT or DeiT: a file, a folder, a URL, hf-hub:OWNER/NAME or a name with
+weights (main.py --list-models). Further flags are main.py's (--eval-crop-ratio, --num_workers, ...) and come last. Images that
+cannot be read are named and left out; if none can be read, the exit code is 2.
 """
 import argparse
 import codecs
@@ -108,6 +108,9 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
         temporary = stack.enter_context(atomic_write(own.output)) if own.output else None     # fails before the long work
         with redirect_stdout(sys.stderr):       # stdout is for the predictions only
             trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
+        if not trained.class_names:
+            raise UserError(f"checkpoint {trained.path} has no head and so no classes to predict: give it one by training with "
+                            "main.py --finetune, or name another")
         pictures = Pictures(files, trained.args, own.batch_size)
         out = stack.enter_context(open(temporary, "w", encoding="utf-8", newline="")) if temporary else sys.stdout
         WRITERS[kind](predict(trained, pictures, own.top), trained.class_names, pictures, out)

@@ -35,7 +35,11 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     if get_token() is None:
         raise UserError("nobody is logged in to the Hugging Face Hub: run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
-    card = (folder / "README.md").read_text(encoding="utf-8")
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / 'README.md'} cannot be read ({one_line(error)}): save it in UTF-8, or write the folder again "
+                        "with tools/export.py CHECKPOINT FOLDER") from error
     try:
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id       # adds the owner if it is missing
         files: list[tuple[str, str | bytes]] = [(name, str(folder / name)) for name in FILES if name != "README.md"]

@@ -177,6 +177,8 @@ def arguments() -> Parser:
 
 
 def run(args: argparse.Namespace, _: list[str]) -> int:
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))} names one twice: name each once")
     extra = [] if args.epochs is None else ["--epochs", str(args.epochs)]
     if args.epochs is not None:
         check_at_least_1(args, "epochs")

@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from tools.common import command, save_picture, tool_parser
-from tools.logs import draw_curve, names_of, read_log
+from tools.logs import draw_curve, drawable, names_of, read_log
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import STATUS, atomic_write
 from vision_kan.common.text import say, warn
@@ -204,9 +204,7 @@ def sheet(runs: Sequence[Run], names: dict[Path, str]) -> str:
 
 def plot(runs: Sequence[Run], names: dict[Path, str], picture: Path) -> None:
     """Draw loss and top-1 over the epochs of all runs with a finished epoch."""
-    keys = ("train_loss", "test_loss", "test_acc1")
-    logs = {names[run.folder]: complete for run in runs
-            if (complete := [record for record in run.records if all(isinstance(record.get(key), (int, float)) for key in keys)])}
+    logs = {names[run.folder]: complete for run in runs if (complete := drawable(run.records))}
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     for axis, key, label, dashed in ((axes[0], "test_loss", "loss (dashed: training)", "train_loss"),
                                      (axes[1], "test_acc1", "top-1 (%)", None)):

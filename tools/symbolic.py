@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from engine import evaluate, summary
-from tools.common import check_at_least_1, check_not_source, command, model_parser
+from tools.common import check_at_least_1, check_not_source, chooses_images, command, model_parser
 from tools.images import loaders_of
 from vision_kan.analysis.formulas import DEFINITIONS
 from vision_kan.analysis.symbolic import Learned, find_formulas, with_fitted_basis, with_formulas
@@ -56,7 +56,7 @@ def replace_functions(trained: Trained, found: Sequence[Learned], target: Path) 
     fitted, fits = with_fitted_basis(trained.model, found)
     about = {"model_args": to_builtin_types({"name": trained.spec.name, "kwargs": trained.spec.kwargs}),
              "args": to_builtin_types({dest: value for dest, value in vars(trained.args).items()
-                                       if FLAGS[dest].scope in ("model", "data")})}
+                                       if FLAGS[dest].scope == "model" or chooses_images(dest)})}
     if trained.about.get("class_names"):
         about["class_names"] = trained.about["class_names"]
     lines = [summary(f"{title:17}", evaluate(model, loaders.val, process)) for title, model in (

@@ -39,6 +39,19 @@ def quiet_hub() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+def local_path(location: str) -> Path | None:
+    """The path of a location that `fetch` need not download; None for others."""
+    if location.startswith(LOCAL):
+        return Path(os.path.expanduser(location.removeprefix(LOCAL)))       # leaves ~nobody as it is
+    if location.startswith(HUB):
+        return None
+    if is_url(location):
+        url = urlparse(location)
+        return Path(unquote(url.path)) if url.scheme == "file" else None
+    path = Path(location).expanduser()
+    return checked(location) if location in shipped() and not path.exists() else path
+
+
 def fetch(location: str) -> Path:
     """A local path for `location`: a file or folder; the name of weights that come with this code (`shipped`), unless there is a
     file or folder of that name; a URL, which is downloaded once; or timm's `hf-hub:OWNER/NAME[@REVISION]`, a model's folder in
@@ -46,16 +59,11 @@ def fetch(location: str) -> Path:
 
     DeiT's URLs end in the first digits of the file's SHA-256 (`name-a1311bcf.pth`), which is checked at every use. A file without
     them is kept only if it can be read as a checkpoint, because a server need not announce its length. Raises UserError."""
+    if path := local_path(location):
+        return path
     if location.startswith(HUB):
         return _from_hub(location)
-    if location.startswith(LOCAL):
-        return Path(location.removeprefix(LOCAL)).expanduser()
-    if not is_url(location):
-        path = Path(location).expanduser()
-        return checked(location) if location in shipped() and not path.exists() else path
     url = urlparse(location)
-    if url.scheme == "file":
-        return Path(unquote(url.path))
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     name = Path(url.path).name[-150:]
     found = re.search(r"-([a-f0-9]{8,64})\.[^.]+$", name)

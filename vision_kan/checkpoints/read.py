@@ -46,13 +46,21 @@ def load_file(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def weights_file(path: Path) -> Path:
+    """The file whose weights `load_file` reads: of a folder of timm's layout the one in it, else `path` itself. Raises UserError
+    for such a folder without weights."""
+    if not (path / FOLDER_CONFIG).is_file():
+        return path
+    found = [path / name for name in FOLDER_WEIGHTS if (path / name).is_file()]
+    if not found:
+        raise UserError(f"{path} has a {FOLDER_CONFIG} but no weights ({' or '.join(FOLDER_WEIGHTS)}): copy or download it "
+                        "again")
+    return found[0]
+
+
 def _load_folder(folder: Path) -> dict[str, Any]:
     """A model in timm's layout, as on the Hub and from tools/export.py: weights and a config.json that describes them."""
-    found = [folder / name for name in FOLDER_WEIGHTS if (folder / name).is_file()]
-    if not found:
-        raise UserError(f"{folder} has a {FOLDER_CONFIG} but no weights ({' or '.join(FOLDER_WEIGHTS)}): copy or download it "
-                        "again")
-    content = load_file(found[0])
+    content = load_file(weights_file(folder))
     if "model_args" in content:     # in our own exports the weights' file says more than config.json
         return content
     try:

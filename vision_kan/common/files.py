@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vision_kan.common.errors import UserError
@@ -15,14 +15,16 @@ STATUS = "status.json"      # in a run's folder
 
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
-    """Yields a temporary path for a file or folder. It becomes `target` if the block succeeds; otherwise nothing is left.
+    """Yields a temporary path for a file or folder. It becomes `target` if the block succeeds; otherwise nothing is left,
+    not even a folder that was made for it.
 
     The path has the target's name, in a temporary folder beside it. Raises UserError for any OSError inside, and if `target` is a
     folder that is not empty."""
-    temporary = None
+    temporary, made = None, list[Path]()
     try:
         if target.is_dir() and any(target.iterdir()):
             raise OSError(errno.ENOTEMPTY, "a folder that is not empty is in the way")
+        made = [folder for folder in target.parents if not folder.exists()]        # the innermost first
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=target.parent))
         yield temporary / target.name
@@ -36,6 +38,9 @@ def atomic_write(target: Path) -> Iterator[Path]:
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):     # they hold something: the target, or what others wrote
+            for folder in made:
+                folder.rmdir()
 
 
 @contextmanager

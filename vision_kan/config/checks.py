@@ -20,7 +20,7 @@ def impossible_path(path: str) -> str:
         return str(error)
     except RuntimeError:
         return "there is no such user"
-    if len(encoded) > 4095 or any(len(part) > 255 for part in encoded.split(b"/")):
+    if "://" not in path and (len(encoded) > 4095 or any(len(part) > 255 for part in encoded.split(b"/"))):
         return "it is too long"
     return ""
 
