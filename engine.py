@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from utils import progress, tqdm_safe_print
 from vision_kan.common import peers
 from vision_kan.common.errors import TrainingFailed, UserError
-from vision_kan.common.process import Process, gather_number, mean_over_processes
+from vision_kan.common.process import Process, exact_float, gather_number, mean_over_processes
 from vision_kan.common.seeds import seed_everything
 from vision_kan.common.text import say
 from vision_kan.data.workers import batches
@@ -44,7 +44,8 @@ def train_epochs(training: Training, train: DataLoader, val: DataLoader, hooks: 
         hooks.after_evaluation()
         state.next_epoch()
         if by_result:
-            accuracy = torch.tensor(results["test"]["acc1"], dtype=torch.float64, device=training.process.device)
+            device = training.process.device
+            accuracy = torch.tensor(results["test"]["acc1"], dtype=exact_float(device), device=device)
             state.scheduler.step(state.epoch, gather_number(accuracy, training.process)[0])     # the same on all processes
         yield Epoch(number, trained, results)
 

@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,9 +29,9 @@ import torch
 
 from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS
 from vision_kan.common import peers
-from vision_kan.common.errors import EXIT_PREEMPTED, UserError
+from vision_kan.common.errors import EXIT_PREEMPTED, UserError, one_line
 from vision_kan.common.files import write_text
-from vision_kan.config.checks import validate
+from vision_kan.config.checks import impossible_path, validate
 from vision_kan.config.flags import get_args_parser
 from vision_kan.config.parser import Parser
 from vision_kan.config.resolve import parse_args
@@ -154,8 +155,21 @@ def launch(argv: list[str]) -> int:
     if options.cluster != "slurm" and options.nodes > 1 or options.cluster == "debug" and options.ngpus > 1:
         raise UserError(f"--cluster {options.cluster} is one "
                         f"{'node: --nodes' if options.nodes > 1 else 'process: --ngpus'} must be 1")
-    validate(args, world_size=options.nodes * options.ngpus)
+    if not args.resume:         # main.py checks the flags together once the checkpoint has filled in what is missing
+        validate(args, world_size=options.nodes * options.ngpus)
+    if reason := impossible_path(options.job_dir):
+        raise UserError(f"--job_dir {options.job_dir} cannot be a path: {reason}")
+    try:
+        job = _submit(options, args, rest)
+    except OSError as error:
+        raise UserError(f"the job cannot be submitted ({one_line(error, 300)}): give a --job_dir that can be written to, on a "
+                        "machine that has sbatch") from error
+    print(f"job {job.job_id}: log in {job.paths.stdout}", flush=True)
+    return 0 if options.cluster == "slurm" else _wait(job)
 
+
+def _submit(options: Namespace, args: Namespace, argv: list[str]) -> "submitit.Job":
+    """Submit a job of main.py with the words `argv`, whose flags are `args`. Raises UserError and OSError."""
     job_dir = options.job_dir
     if options.cluster != "slurm":              # submitit replaces %j only on Slurm
         job_dir = job_dir.replace("%j", f"{options.cluster}-{os.getpid()}")
@@ -176,9 +190,11 @@ def launch(argv: list[str]) -> int:
         slurm_signal_delay_s=120, slurm_setup=[f"export PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"],
         **slurm)
     folder = str(executor.folder)
-    job = executor.submit(Trainer(rest, folder, args.output_dir or folder, args.eval))
-    print(f"job {job.job_id}: log in {job.paths.stdout}", flush=True)
-    return 0 if options.cluster == "slurm" else _wait(job)
+    try:
+        return executor.submit(Trainer(argv, folder, args.output_dir or folder, args.eval))
+    except submitit.core.utils.FailedJobError:      # submitit has printed what sbatch says
+        raise UserError("sbatch refused the job, for the reason above: correct --partition, --account, --qos, --nodes, --ngpus "
+                        "or --timeout") from None
 
 
 def _wait(job) -> int:

@@ -556,6 +556,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=0, metavar="N", help="also print the N slowest kernels of a step")
     parser.add_argument("--ema", action="store_true", help="steps with the moving average, main.py's default")
     args = parser.parse_args(arguments)
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only {args.only}: this is not a regular expression ({error})")
     if args.device == "cuda" and not torch.cuda.is_available():
         print("PyTorch finds no GPU here: run this on a machine with one, or try the code with --device cpu --quick.",
               file=sys.stderr)

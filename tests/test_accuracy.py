@@ -385,6 +385,32 @@ def test_images_of_another_folder_are_not_taken_from_the_cache(folder, monkeypat
     assert torch.equal(load_images(folder / "other", folder / "work")["train"], second["train"])
 
 
+def test_images_that_are_replaced_or_a_damaged_cache_are_read_again(folder):
+    first = load_images(folder / "data", folder / "work")
+    cache, = (folder / "work").iterdir()
+    for damage in (b"", b"damaged", cache.read_bytes()[:-99]):
+        cache.write_bytes(damage)
+        again = load_images(folder / "data", folder / "work")
+        assert all(torch.equal(again[key], first[key]) for key in first) and again.classes == first.classes
+    Image.new("RGB", (32, 32)).save(folder / "data/val/9/1.png")
+    again = load_images(folder / "data", folder / "work")
+    assert not again["val"][-1].any() and torch.equal(again["val"][:-1], first["val"][:-1])
+    (folder / "data/train/0/0.png").unlink()
+    assert len(load_images(folder / "data", folder / "work")["train"]) == len(first["train"]) - 1
+    assert list((folder / "work").iterdir()) == [cache]
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda file: Image.new("RGB", (40, 32)).save(file), "has 40 x 32 pixels: these trials need 32 x 32"),
+    (lambda file: file.write_bytes(b"no image"), "cannot be read (cannot identify image file"),
+    (lambda file: file.write_bytes(file.read_bytes()[:200]), "cannot be read ("),
+    (lambda file: (file.unlink(), file.symlink_to("gone")), "repair or remove it")])
+def test_an_image_that_cannot_be_used_is_named(spoil, told, folder):
+    spoil(folder / "data/val/9/1.png")
+    said = sentence(load_images, folder / "data", folder / "work")
+    assert said.startswith("--data") and str(folder / "data/val/9/1.png") in said and told in said
+
+
 def test_functions_rate_goes_to_its_end(small, tmp_path):
     trial = begin(Run("scratch", parse_variant("gkan,epochs=5,kan_lr_mult=20,kan_lr_end=4"), 0), tensors(24), tmp_path, Process())
     rates = []
@@ -742,8 +768,7 @@ def file_of_an_earlier_version(folder) -> Path:
 def test_rows_of_an_earlier_version_stay(tmp_path):
     file = file_of_an_earlier_version(tmp_path)
     before = report.read_rows(file)
-    report.append(file, {"setting": "long", "variant": "mlp", "seed": 7, "epochs": 50, "top1": 1.0, "top1_ema": 2.0,
-                         "size": "micro", "device": "GPU"})
+    report.append(file, row("mlp", 7, 1.0, setting="long", size="micro", device="GPU") | {"epochs": 50})
     *rows, last = report.read_rows(file)
     assert [report.key_of(row) for row in rows] == [report.key_of(row) for row in before] and len(rows) > 50
     assert report.key_of(last) == ("long", "micro", "mlp", 50, 7, "cuda")
@@ -766,19 +791,30 @@ def test_a_kill_while_an_old_file_is_rewritten_loses_nothing(tmp_path, monkeypat
 def test_rows_survive_what_others_did_to_the_file(tmp_path):
     """Another's column, a line that was cut off, a spreadsheet's mark; damage is told by its line."""
     file = tmp_path / "runs.csv"
-    row = {"setting": "scratch", "variant": "mlp", "epochs": 4, "top1": 50.0, "top1_ema": 51.0}
     for seed in (0, 1):
-        report.append(file, {**row, "seed": seed})
+        report.append(file, row("mlp", seed, 50.0))
     head, *lines = file.read_text().splitlines()
     file.write_text("\n".join(["mine," + head.removesuffix(",weight_decay"), *("x," + line[:-1] for line in lines)]))
     for seed in (2, 3):
-        report.append(file, {**row, "seed": seed})
+        report.append(file, row("mlp", seed, 50.0))
     assert [r["seed"] for r in report.read_rows(file)] == [0, 1, 2, 3]
     assert [r["mine"] for r in csv.DictReader(open(file, newline=""))] == ["x", "x", "", ""]
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes() + b"scratch,ml")
     assert sentence(report.read_rows, file).startswith(f"{file}: line 6 is damaged (")
     file.write_text("no rows of ours\n1\n")
-    assert sentence(report.read_rows, file).startswith(f"{file}: line 2 is damaged (KeyError")
+    assert sentence(report.read_rows, file).startswith(f"{file}: line 2 is damaged (LookupError: it has no setting, variant, ")
+
+
+@pytest.mark.parametrize("spoil, told", [
+    (lambda row: row.pop("torch"), "LookupError: it has no torch"), (lambda row: row.update(step_ms=""), "ValueError: "),
+    (lambda row: row.update(top1_by_epoch="9.0 x"), "ValueError: ")])
+def test_what_a_table_needs_is_in_each_row(spoil, told, tmp_path):
+    spoil(columns := dict.fromkeys(report.FIELDS, "1") | row("mlp", 0, 50.0))
+    with open(tmp_path / "runs.csv", "w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerow(columns)
+    assert sentence(report.report, tmp_path, "mlp").startswith(f"{tmp_path}/runs.csv: line 2 is damaged ({told}")
 
 
 def test_many_append_to_an_old_file_at_once(tmp_path):

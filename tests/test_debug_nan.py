@@ -39,6 +39,15 @@ def test_the_first_layer_is_named(model):
     assert "the output of blocks.1.attn.qkv (Linear; largest input " in told(model)
 
 
+def test_the_first_layer_of_a_compiled_model_is_named(model):
+    """Compiled before the replay adds its hooks, as in a run."""
+    model.compile(backend="eager")
+    model(torch.rand(4, 3, 32, 32))
+    with torch.no_grad():
+        model.blocks[0].norm2.bias[3] = math.inf
+    assert "the output of blocks.0.norm2 (LayerNorm; largest input " in told(model)
+
+
 def test_images_and_gradients(model):
     assert "not finite: the images themselves" in told(model, torch.full((4, 3, 32, 32), math.nan))
     model.blocks[0].attn.proj.weight.register_hook(lambda grad: grad * math.nan)

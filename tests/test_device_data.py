@@ -9,14 +9,17 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 from datasets import build_loaders
-from vision_kan.common.process import Process
+from vision_kan.common.process import Process, exact_float
 from vision_kan.config.resolve import parse_args
 from vision_kan.data import device as device_module
+from vision_kan.data import device_augment
 from vision_kan.data.device import NotOnDevice, TrainLoader, build_augmentation, move_to_device
 from vision_kan.data.device_augment import (
+    FILTERS,
     Augmentation,
     _crop_box,
     _jitter,
@@ -93,6 +96,25 @@ def test_a_resized_cut_is_pils(kind, size):
             assert (difference == 0).float().mean() > 0.8
         else:
             assert difference.max() <= 2 and difference.mean() < 0.05
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where an operation gives float64, as on an Apple GPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        assert getattr(result, "dtype", None) != torch.float64, operation
+        return result
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+def test_resampling_on_an_apple_gpu(kind, monkeypatch):
+    assert exact_float(torch.device("mps")) == torch.float32 and exact_float(torch.device("cpu")) == torch.float64
+    boxes = torch.tensor([3.0, 0.0]), torch.tensor([30.0, 48.0])
+    want = resampling(kind, *boxes, 48, 20)
+    monkeypatch.setattr(device_augment, "exact_float", lambda device: torch.float32)
+    with NoFloat64():
+        torch.testing.assert_close(resampling(kind, *boxes, 48, 20), want)
 
 
 @pytest.mark.parametrize("mode", ["constant", "reflect"])
@@ -265,7 +287,9 @@ def test_images_of_several_sizes_and_too_many_are_refused(data, tmp_path, monkey
     assert "GiB" in sentence(loaders, data)
 
 
-def test_off_and_auto_on_a_cpu_keep_the_loader(data):
-    for choice in ("off", "auto"):
-        assert isinstance(loaders(data, "--data-on-device", choice).train, torch.utils.data.DataLoader)
+def test_off_and_auto_without_cuda_keep_the_loader(data):
+    for choice, device in (("off", "cpu"), ("auto", "cpu"), ("auto", "mps")):
+        args = flags(data, "--data-on-device", choice)
+        made = move_to_device(build_loaders(args, CPU), args, Process(device=torch.device(device)))
+        assert isinstance(made.train, torch.utils.data.DataLoader)
     assert build_augmentation(flags(data, "--aa", "3a")).three

@@ -872,7 +872,13 @@ def test_a_longer_run_after_a_resume_follows_the_schedule_of_its_new_length():
 def test_plateau_takes_the_accuracy_of_process_0(monkeypatch):
     """Others may differ by an image that only one could not read; with other rates the weights would drift apart."""
     seen = []
-    monkeypatch.setattr(engine, "gather_number", lambda number, process: [number.item() + 1, number.item()])
+
+    def gather_number(number, process):
+        assert number.dtype == torch.float32
+        return [number.item() + 1, number.item()]
+
+    monkeypatch.setattr(engine, "gather_number", gather_number)
+    monkeypatch.setattr(engine, "exact_float", lambda device: torch.float32)     # as of an Apple GPU
     run = Run("--sched", "plateau", "--warmup-epochs", 0)
     monkeypatch.setattr(run.state.scheduler, "step", lambda epoch, metric=None: seen.append(metric))
     run.epochs(1)

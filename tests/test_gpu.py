@@ -103,6 +103,14 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_only_must_be_a_regular_expression(capsys):
+    with pytest.raises(SystemExit) as e:
+        gpu.main(["--device", "cpu", "--only", "["])
+    assert e.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("error: --only [: this is not a regular expression (unterminated "
+                                                             "character set at position 0)")
+
+
 def test_a_wrong_op_fails(monkeypatch, tmp_path):
     bench = gpu.Bench("cpu", True, 60)
     monkeypatch.setattr(gpu.kernels, "rswaf_linear", lambda u, w, grid, h, single_exp: 0 * u @ w[:, :u.shape[1]].t())

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from e2e import free_port
-from helpers import every
+from helpers import every, sentence
 
 from vision_kan.common import peers
 from vision_kan.common.console import EXIT_UNREAD
 from vision_kan.common.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PREEMPTED, Preempted, TrainingFailed, UserError
+from vision_kan.common.process import cores
 
 
 def child(program, rank: int, world: int, url: str, folder: Path, timeout: float) -> None:
@@ -74,6 +75,46 @@ def error_line(text: str) -> str:
 def test_all_is_well(url, tmp_path):
     codes, errors, _ = together(rounds, tmp_path, 3, url=f"file://{tmp_path}/meet" if url else "")
     assert codes == {0: 0, 1: 0, 2: 0} and not any("stopped" in text for text in errors.values())
+
+
+def test_a_file_that_a_killed_launch_has_left_is_named(tmp_path):
+    """Its processes look as if they were there already."""
+    def program(process, folder):
+        return rounds(process, folder, 1, lambda step: os.kill(os.getpid(), signal.SIGKILL) if process.rank else None)
+
+    url = f"file://{tmp_path}/meet"
+    together(program, tmp_path, url=url, timeout=1.0)
+    codes, errors, _ = together(rounds, tmp_path, url=url)
+    assert codes == {0: EXIT_BAD_INPUT, 1: EXIT_BAD_INPUT}
+    assert all(f"--dist_url {url}" in error_line(text) and text.endswith(f"delete {tmp_path}/meet\n") for text in errors.values())
+    (tmp_path / "meet").unlink()
+    assert together(rounds, tmp_path, url=url)[0] == {0: 0, 1: 0}
+
+
+@pytest.mark.parametrize("url, words", [
+    ("env://", "MASTER_ADDR' is not set): check MASTER_ADDR, MASTER_PORT and the firewall"),
+    ("tcp://127.0.0.1", "it names no host and port): check this address and the firewall"),
+    ("tcp://127.0.0.1:1", "check its log, its machine, this address and the firewall"),
+    ("file:///proc/meet", "No such file or directory: '/proc/meet'): check that all can write this file, and delete it")])
+def test_where_they_cannot_meet(url, words, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert words in sentence(peers.meet, url, 1, 2, 0.1)
+
+
+@pytest.mark.parametrize("name, value, wrong", [
+    ("RANK", "x", "'x', not a whole number from 0 on"), ("RANK", "-1", "'-1', not"), ("WORLD_SIZE", "", "'', not"),
+    ("WORLD_SIZE", "0", "'0', not a whole number from 1 on"), ("LOCAL_RANK", "z", "'z', not")])
+def test_a_launchers_variable_that_is_no_number_is_named(name, value, wrong, monkeypatch):
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(key, value if key == name else "1")
+    said = sentence(peers.init_process, "cpu")
+    assert said.startswith(f"the environment variable {name} is {wrong}") and said.endswith(f"or 'unset {name}'")
+
+
+@pytest.mark.parametrize("value", ["0", "many"])
+def test_processes_of_a_machine_that_are_no_number_are_named(value, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    assert sentence(cores).startswith(f"the environment variable LOCAL_WORLD_SIZE is '{value}', not a whole number from 1 on")
 
 
 @pytest.mark.parametrize("there, missing", every(2, [

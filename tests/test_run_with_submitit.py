@@ -83,7 +83,10 @@ def test_without_submitit(monkeypatch, capsys):
     ("--ngpus 0", "--ngpus 0"), ("--timeout 0", "--timeout 0"), ("--cluster locl", "did you mean local?"),
     ("--cluster local --nodes 2", "--nodes must be 1"), ("--cluster debug --ngpus 2", "--ngpus must be 1"),
     ("--cluster local --lr nan", "--lr nan"), ("--cluster local --config nowhere.yaml", "nowhere.yaml"),
-    ("--cluster local --ngpus 2 --world_size 3", "--world_size 3"),
+    ("--cluster local --ngpus 2 --world_size 3", "--world_size 3"), ("--batch-size 33", "--batch-size 33"),
+    ("--cluster local --job_dir ~nouser/x", "--job_dir ~nouser/x cannot be a path: there is no such user"),
+    ("--cluster local --job_dir /dev/null/x", "Not a directory: '/dev/null/x'): give a --job_dir"),
+    ("--cluster local --job_dir /proc/x", "No such file or directory: '/proc/x'): give a --job_dir"),
 ])
 def test_bad_flags_are_refused_at_once(argv, words, capsys):
     assert words in refused(capsys, *argv.split())
@@ -92,6 +95,29 @@ def test_bad_flags_are_refused_at_once(argv, words, capsys):
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="there is a Slurm here")
 def test_no_slurm_here(capsys, tmp_path):
     assert "--cluster local" in refused(capsys, "--job_dir", str(tmp_path))
+
+
+@pytest.fixture
+def refusing(monkeypatch, tmp_path):
+    """A Slurm that refuses every job."""
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: nope' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", "")
+
+
+def test_a_job_that_slurm_refuses(refusing, capsys, tmp_path):
+    assert main(["--partition", "nope", "--job_dir", str(tmp_path / "%j")]) == 2
+    reason, told = capsys.readouterr().err.splitlines()
+    assert reason == "sbatch: error: invalid partition specified: nope"
+    assert told.startswith("error: sbatch refused the job, for the reason above: correct --partition")
+
+
+@pytest.mark.parametrize("job_dir, words", [("~nouser/x", "there is no such user"), ("/dev/null/%j", "'/dev/null'"),
+                                            ("/proc/x", "'/proc/x'")])
+def test_a_job_dir_that_cannot_be_is_told_on_slurm_too(job_dir, words, refusing, capsys):
+    assert words in (said := refused(capsys, "--job_dir", job_dir)) and "--job_dir" in said
 
 
 def test_help_lists_both_kinds_of_flags(capsys):
@@ -142,6 +168,14 @@ def test_output_dir_of_the_user_or_the_recipe_is_kept(monkeypatch, tmp_path):
     assert FakeSlurm.made.trainer.output_dir == "from_recipe" and FakeSlurm.made.trainer.evaluates
     main(["--config", str(recipe), "--output-dir", "mine/%j", "--no-eval"])
     assert FakeSlurm.made.trainer.output_dir == "mine/%j" and not FakeSlurm.made.trainer.evaluates
+
+
+@pytest.mark.parametrize("flags", [("--distillation-type", "hard"), ("--batch-size", "33")])
+def test_what_a_checkpoint_may_fill_in_is_not_missed(flags, monkeypatch):
+    """The teacher, or that mixup is off."""
+    monkeypatch.setattr(submitit, "AutoExecutor", FakeSlurm)
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert main(["--resume", "auto", *flags]) == 0 and FakeSlurm.made.trainer.argv == ["--resume", "auto", *flags]
 
 
 def test_cpu_asks_slurm_for_no_gpu(monkeypatch):

@@ -1,5 +1,6 @@
 """CIFAR-10's images in memory, augmented and normalised by main.py's code for images on the device."""
 import hashlib
+import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import pil_loader
 
 from models_kan import TAGS
 from samplers import RASampler
@@ -29,10 +31,15 @@ class Images(dict[str, Tensor]):
 
 
 def load_images(folder: Path, cache: Path) -> Images:
-    """The images of train/CLASS and val/CLASS, decoded once for a folder."""
+    """The images of train/CLASS and val/CLASS, decoded once as long as no file changes. Raises UserError."""
     file = cache / f"images-{hashlib.sha256(bytes(folder.resolve())).hexdigest()[:8]}.npz"
-    if not file.exists():
-        arrays: dict[str, np.ndarray] = {}
+    try:
+        state = _state_of(folder)
+    except OSError as error:        # a link to a file that is gone
+        raise UserError(f"--data {folder}: {one_line(error, 300)}: repair or remove it") from error
+    arrays = _cached(file)
+    if arrays.get("state") != state:
+        arrays = {"state": np.array(state)}
         for split in ("train", "val"):
             if not (folder / split).is_dir():
                 raise UserError(f"--data {folder} has no folder {split}: name the folder with train/CLASS and val/CLASS")
@@ -41,15 +48,45 @@ def load_images(folder: Path, cache: Path) -> Images:
             except FileNotFoundError as error:      # a class without images, or no class at all
                 raise UserError(f"--data {folder}: {split}: {one_line(error)}: every class needs a folder with images") from error
             with ThreadPoolExecutor() as pool:      # PIL releases Python's lock while it decodes
-                images = list(pool.map(lambda index, data=data: np.asarray(data[index][0]), range(len(data))))
-            arrays[split] = np.stack(images).transpose(0, 3, 1, 2)
+                images = list(pool.map(_decoded, (path for path, _ in data.samples)))
+            arrays[split] = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
             arrays[f"{split}_y"] = np.asarray(data.targets)
             if data.classes != arrays.setdefault("classes", np.array(data.classes)).tolist():
                 raise UserError(f"--data {folder}: train and val have different folders of classes")
         with atomic_write(file) as temporary:
             np.savez(temporary, **arrays)
-    with np.load(file) as arrays:
-        return Images({key: torch.from_numpy(arrays[key]) for key in KEYS}, arrays["classes"].tolist())
+    return Images({key: torch.from_numpy(arrays[key]) for key in KEYS}, arrays["classes"].tolist())
+
+
+def _state_of(folder: Path) -> str:
+    """A hash of the names, sizes and times of the files in train and val."""
+    found = []
+    for split in ("train", "val"):
+        for place, _, names in os.walk(folder / split, followlinks=True):      # as ImageFolder does
+            within = os.path.relpath(place, folder)
+            for name in names:
+                about = os.stat(os.path.join(place, name))
+                found.append((within, name, about.st_size, about.st_mtime_ns))
+    return hashlib.sha256(repr(sorted(found)).encode()).hexdigest()
+
+
+def _cached(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a cache; none if there is no such file, or it is damaged."""
+    try:
+        with np.load(file) as arrays:
+            return dict(arrays)
+    except Exception:       # damage can raise nearly anything; the cache is made anew
+        return {}
+
+
+def _decoded(path: str) -> np.ndarray:
+    try:
+        image = np.asarray(pil_loader(path))
+    except Exception as error:      # PIL raises nearly anything for a damaged file
+        raise UserError(f"--data: the image {path} cannot be read ({one_line(error)}): repair or remove it") from error
+    if image.shape != (32, 32, 3):
+        raise UserError(f"--data: the image {path} has {image.shape[1]} x {image.shape[0]} pixels: these trials need 32 x 32")
+    return image
 
 
 def subset(images: Images, classes: range) -> Images:

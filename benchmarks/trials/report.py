@@ -19,6 +19,8 @@ from vision_kan.models.cost import cost_mismatch
 FIELDS = ["setting", "variant", "seed", "epochs", "lr", "top1", "top1_ema", "top1_by_epoch", "train_loss", "parameters",
           "matmul_mflops", "elementwise_mflops", "step_ms", "seconds", "step0_error", "torch", "timm", "size", "device",
           "weight_decay"]
+LATER = {"step0_error", "size", "device", "weight_decay"}      # columns that a file need not have
+NUMBERS = ("train_loss", "matmul_mflops", "elementwise_mflops", "step_ms")
 Row = dict[str, Any]
 
 
@@ -55,6 +57,11 @@ def read_rows(file: Path) -> list[Row]:
         reader = csv.DictReader(stream)
         try:
             for row in reader:
+                if missing := [field for field in FIELDS if field not in LATER and row.get(field) is None]:
+                    raise LookupError(f"it has no {', '.join(missing)}")
+                for number in (*(row[field] for field in NUMBERS), *row["top1_by_epoch"].split()):
+                    float(number)
+                int(row["parameters"])
                 epochs = int(row["epochs"])
                 rows.append({**row, "variant": parse_variant(row["variant"], row["setting"], epochs=epochs).text,
                              "seed": int(row["seed"]), "top1": float(row["top1"]), "top1_ema": float(row["top1_ema"]),

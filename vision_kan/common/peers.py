@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from vision_kan.common import console
 from vision_kan.common.errors import EXIT_FAILED, Preempted, TrainingFailed, UserError, one_line
-from vision_kan.common.launch import world_size_of_launch
+from vision_kan.common.launch import launch_number, world_size_of_launch
 from vision_kan.common.process import Process, choose_device
 
 LOST = re.compile(r"gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|socket")
@@ -34,10 +34,13 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
         # torchrun's own store outlives a restart of all processes, with the keys of the earlier attempt
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt {attempt}", _store(url, rank, world_size, timeout))
+        if url.startswith("file:") and store.check([f"here/{rank}"]):
+            raise UserError(f"--dist_url {url}: an earlier launch has left this file, or still uses it: if it has ended, delete "
+                            f"{urlparse(url).path}")
         store.set(f"here/{rank}", socket.gethostname())
     except TimeoutError as error:
         raise UserError(f"process 0 of {world_size}, which keeps the address {error}, did not start within --dist-timeout "
-                        f"{timeout:g} s: check its log and its machine, MASTER_ADDR, MASTER_PORT and the firewall") from None
+                        f"{timeout:g} s: check its log, its machine, {_to_check(url)}") from None
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         reason = f"{error} is not set" if isinstance(error, KeyError) else one_line(error)
         raise _cannot_meet(url, world_size, reason) from error
@@ -57,14 +60,22 @@ def meet(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
 
 
 def _cannot_meet(url: str, world_size: int, reason: str) -> UserError:
-    return UserError(f"the {world_size} processes cannot meet at --dist_url {url} ({reason[:200]}): check MASTER_ADDR, "
-                     "MASTER_PORT and the firewall")
+    return UserError(f"the {world_size} processes cannot meet at --dist_url {url} ({reason[:200]}): check "
+                     f"{_to_check(url)}")
+
+
+def _to_check(url: str) -> str:
+    """Where processes that do not meet at --dist_url may have gone wrong."""
+    if url.startswith("file:"):
+        return "that all can write this file, and delete it if an earlier launch has left it"
+    return f"{'MASTER_ADDR, MASTER_PORT' if url.startswith('env:') else 'this address'} and the firewall"
 
 
 def _store(url: str, rank: int, world_size: int, timeout: float) -> dist.Store:
     """By hand, because `torch.distributed.rendezvous` waits for all processes without naming one that is missing."""
     parts = urlparse(url)
     if parts.scheme == "file":
+        open(parts.path, "ab").close()      # where it cannot be written, FileStore would go on trying
         return dist.FileStore(parts.path, world_size)
     host, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if parts.scheme == "env" \
         else (parts.hostname, parts.port)
@@ -253,8 +264,8 @@ def init_process(device_name: str, dist_url: str = "env://", timeout: float = 60
     global _peers
     if "RANK" not in os.environ:
         return Process(device=choose_device(device_name))
-    rank, world_size = int(os.environ["RANK"]), world_size_of_launch()
-    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world_size, local_rank = launch_number("RANK"), world_size_of_launch(), launch_number("LOCAL_RANK")
+    device = choose_device(device_name, local_rank)
     store = meet(dist_url, rank, world_size, timeout)
     _peers = Peers(store, rank, world_size, timeout)        # a process may also be lost while the group is made
     try:
@@ -262,7 +273,7 @@ def init_process(device_name: str, dist_url: str = "env://", timeout: float = 60
                                 rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout + MARGIN_S))
     except (RuntimeError, ValueError, OSError) as error:
         raise _cannot_meet(dist_url, world_size, one_line(error)) from error
-    return Process(rank, world_size, int(os.environ.get("LOCAL_RANK", 0)), device)
+    return Process(rank, world_size, local_rank, device)
 
 
 def progress(doing: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vision_kan.common.device_names import DEVICE_NAME, NOT_A_DEVICE
 from vision_kan.common.errors import UserError
+from vision_kan.common.launch import launch_number
 
 try:
     import resource
@@ -30,9 +31,10 @@ class Process:
 
 
 def cores() -> int:
-    """The number of cores that this process may use: its share of the machine's if a launcher has started several here."""
+    """The number of cores that this process may use: its share of the machine's if a launcher has started several here. Raises
+    UserError."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, found // launch_number("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
@@ -63,6 +65,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has no Apple GPU that PyTorch can use; use --device cpu")
     return device
+
+
+def exact_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def gather_number(number: Tensor, process: Process) -> list[float]:

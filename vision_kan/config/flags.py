@@ -349,8 +349,8 @@ GROUPS = [
              "recompute activations in the backward pass: less memory, more time", type=bool, on_resume=True,
              ours=True),
         Flag("--data-on-device", "auto", "training",
-             "keep small images in the device's memory and augment them there; auto: on a GPU, if they fit and --aa is none "
-             "or 3a, or --augment-on device is given", choices=["auto", "on", "off"], ours=True),
+             "keep small images in the device's memory and augment them there; auto: on a CUDA GPU, if they fit and --aa is "
+             "none or 3a, or --augment-on device is given", choices=["auto", "on", "off"], ours=True),
         Flag("--augment-on", "loader", "training",
              "what augments training images: PIL in the loader processes, as in published figures, or the device, "
              "after loader processes have decoded and cropped them", choices=["loader", "device"], ours=True),

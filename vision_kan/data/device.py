@@ -35,7 +35,7 @@ class NotOnDevice(Exception):
 
 
 def move_to_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
-    """`loaders` with the images on the device, as --data-on-device asks. `auto` does so on a GPU wherever it can.
+    """`loaders` with the images on the device, as --data-on-device asks. `auto` does so on a CUDA GPU wherever it can.
 
     Raises UserError where the flag is `on` and it cannot."""
     loaders = _keep_on_device(loaders, args, process)
@@ -45,7 +45,7 @@ def move_to_device(loaders: Loaders, args: Namespace, process: Process) -> Loade
 
 
 def _keep_on_device(loaders: Loaders, args: Namespace, process: Process) -> Loaders:
-    if args.eval or args.data_on_device == "off" or (args.data_on_device == "auto" and process.device.type == "cpu"):
+    if args.eval or args.data_on_device == "off" or (args.data_on_device == "auto" and process.device.type != "cuda"):
         return loaders
     try:
         if loaders.train.dataset.is_stream:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vision_kan.common.process import exact_float
 from vision_kan.data.images import SMALLEST_CROP
 
 TRIES = 10      # candidates of a crop or erased box before the fallback, as in timm
@@ -66,7 +67,8 @@ FILTERS: dict[str, Callable[[Tensor], Tensor]] = {
 def resampling(kind: str, start: Tensor, length: Tensor, size: int, out: int) -> Tensor:
     """[B, out, size]: linear maps that crop `length` [B] of `size` pixels from `start` [B] on and resize them to `out`, as PIL
     does: pixels outside the crop have no weight, and a reduction averages."""
-    start, length = start.double(), length.double()         # at an edge the last bit decides which pixel counts
+    exact = exact_float(start.device)       # at an edge the last bit decides which pixel counts
+    start, length = start.to(exact), length.to(exact)
     ratio = (length / out)[:, None]
     centre = (torch.arange(out, device=start.device) + 0.5) * ratio                     # [B, out], in the crop
     pixel = torch.arange(size, device=start.device) - start[:, None]                    # [B, size], in the crop

@@ -10,6 +10,7 @@ import torch
 from timm.data.auto_augment import AutoAugment, RandAugment
 from torch import Tensor
 
+from vision_kan.common.process import exact_float
 from vision_kan.data.device_augment import blurred, greyscale
 
 LEVELS = 10.0       # a magnitude of 10 is level 1
@@ -188,7 +189,7 @@ def _look_up(x: Tensor, tables: Tensor) -> Tensor:
 
 
 def _autocontrast(x: Tensor, _: Tensor) -> Tensor:
-    exact = torch.float32 if x.device.type == "mps" else torch.float64      # which Apple's GPUs lack
+    exact = exact_float(x.device)
     low, high = (extreme.to(exact)[..., None] for extreme in (x.amin((2, 3)), x.amax((2, 3))))
     value = torch.arange(256, device=x.device, dtype=exact)
     scale = torch.full_like(low, 255) / (high - low)        # 255 / x would be 255 times the reciprocal

@@ -1,5 +1,6 @@
 """The base of every criterion, weights of classes, and the teacher of a distillation."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +80,7 @@ class Teacher(nn.Module):
         return self.model(images if self.same else images * self.scale + self.shift)
 
 
-def loss_of(net: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor) -> Tensor:
+def loss_of(net: Callable[[Tensor], Any], criterion: Criterion, images: Tensor, targets: Tensor) -> Tensor:
     """The criterion's loss of a batch, a scalar. The criterion gets logits in float32: one tensor, or a pair from the class and
     distillation tokens."""
     outputs = net(images if criterion.copies == 1 else torch.cat([images] * criterion.copies))

@@ -93,7 +93,8 @@ def _first_not_finite(model: nn.Module, criterion: Criterion, images: Tensor, ta
             if next(module.children(), None) is None:
                 stack.callback(module.register_forward_hook(check(name)).remove)
         with context():
-            loss = loss_of(model, criterion, images, targets)
+            # not the model itself: a compiled one would skip the hooks
+            loss = loss_of(model.forward, criterion, images, targets)
     if first:
         return first[0]
     if not bool(loss.isfinite()):
