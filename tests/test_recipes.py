@@ -40,7 +40,7 @@ KATS = {"imagenet_tiny_kat": ("74.6", 0.1), "imagenet_small_kat": ("81.2", 0.1),
 PLAIN = {("finetune_folder", "gkan"): "finetune_folder"}
 ALL = ("gkan", "kan_full", "mlp")
 TWINS = {
-    "quickstart": ("gkan", "mlp"), "cifar10": ("gkan", "kan", "mlp"),
+    "quickstart": ("gkan", "mlp"), "cifar10": ("gkan", "kan", "mlp"), "cifar10_long": ("gkan", "mlp"),
     **{f"{kind}_{size}": ALL for kind in ("imagenet", "imagenet_finetune", "cifar100_finetune")
        for size in ("tiny", "small", "base")},
     "cifar10_finetune_tiny": ALL, "cifar10_finetune_base": ("gkan", "mlp"), "finetune_folder": ALL,
@@ -51,7 +51,7 @@ def member(name: str, kind: str) -> str:
     return PLAIN.get((name, kind), f"{name}_{kind}")
 
 
-FOR_GPUS = {member(name, kind) for name, kinds in TWINS.items() if name not in ("quickstart", "cifar10")
+FOR_GPUS = {member(name, kind) for name, kinds in TWINS.items() if name not in ("quickstart", "cifar10", "cifar10_long")
             for kind in kinds} - ROWS.keys()
 # The only figures there are for those: DeiT's own
 PUBLISHED = {
