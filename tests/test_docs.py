@@ -31,7 +31,7 @@ SHOWN = ("python3 -m venv ", "pip install ", "tensorboard --logdir ", "source .v
 ELSEWHERE = {"export.md": "test_export.py", "library.md": "test_library.py"}
 # Appended to a training or an evaluation, so that it takes a second.
 SMALL = ("--device", "cpu", "--num_workers", "0", "--batch-size", "4")
-SHORT = ("--epochs", "1", "--warmup-epochs", "0", "--data-set", "FOLDER", "--input-size", "32")
+SHORT = ("--epochs", "1", "--warmup-epochs", "0", "--data-set", "FOLDER", "--no-download", "--input-size", "32")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
