@@ -45,8 +45,7 @@ def run(argv: list[str]) -> int:
     if config.args.list_models:
         say(build.model_table())
         return 0
-    if not config.args.resume:      # a checkpoint may still fill in what is missing
-        validate(config.args, world_size_of_launch())
+    validate(config.args, world_size_of_launch(), complete=not config.args.resume)
     process = peers.init_process(config.args.device, config.args.dist_url, config.args.dist_timeout)
     with stop_together(process):
         with main_process_first(process):       # it downloads, the others read the cached file

@@ -141,9 +141,13 @@ def _build(name: str, size: Size, suffix: str, pretrained: bool = False, *,
     return model
 
 
-def _no_weights(name: str) -> ValueError:
+class NoWeights(ValueError):
+    """There are no pretrained weights for a model."""
+
+
+def _no_weights(name: str) -> NoWeights:
     tagged = [known for known in shipped() if known.split(".")[0] == name]
-    return ValueError(f"{name} has no pretrained weights of its own: "
+    return NoWeights(f"{name} has no pretrained weights of its own: "
                       + (f"choose {' or '.join(tagged)}" if tagged else "start from a checkpoint with --finetune"))
 
 

@@ -27,7 +27,7 @@ from vision_kan.common import console
 console.starting(__name__)
 import torch
 
-from vision_kan.checkpoints.read import CHECKPOINT, PREVIOUS
+from vision_kan.checkpoints.write import saved_checkpoints
 from vision_kan.common import peers
 from vision_kan.common.errors import EXIT_PREEMPTED, UserError, one_line
 from vision_kan.common.files import write_text
@@ -93,8 +93,7 @@ class Trainer:
         os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
 
         argv = [*self.argv, "--output_dir", str(output_dir)]
-        saved = any((output_dir.expanduser() / name).exists() for name in (CHECKPOINT, PREVIOUS))
-        if saved and (self.requeues or restarts) and not self.evaluates:
+        if saved_checkpoints(output_dir.expanduser()) and (self.requeues or restarts) and not self.evaluates:
             argv += ["--resume", "auto"]
         warning = env._usr_sig()
         requeue = signal.getsignal(warning)         # submitit's handler, which main.py replaces while it trains
@@ -155,15 +154,15 @@ def launch(argv: list[str]) -> int:
     if options.cluster != "slurm" and options.nodes > 1 or options.cluster == "debug" and options.ngpus > 1:
         raise UserError(f"--cluster {options.cluster} is one "
                         f"{'node: --nodes' if options.nodes > 1 else 'process: --ngpus'} must be 1")
-    if not args.resume:         # main.py checks the flags together once the checkpoint has filled in what is missing
-        validate(args, world_size=options.nodes * options.ngpus)
+    validate(args, options.nodes * options.ngpus, complete=not args.resume)
     if reason := impossible_path(options.job_dir):
         raise UserError(f"--job_dir {options.job_dir} cannot be a path: {reason}")
     try:
         job = _submit(options, args, rest)
     except OSError as error:
-        raise UserError(f"the job cannot be submitted ({one_line(error, 300)}): give a --job_dir that can be written to, on a "
-                        "machine that has sbatch") from error
+        on = ", on a machine that has sbatch" if options.cluster == "slurm" else ""
+        raise UserError(f"the job cannot be submitted ({one_line(error, 300)}): give a --job_dir that can be written to{on}"
+                        ) from error
     print(f"job {job.job_id}: log in {job.paths.stdout}", flush=True)
     return 0 if options.cluster == "slurm" else _wait(job)
 

@@ -405,6 +405,7 @@ def test_bad_value_names_its_flag(argv):
     "--decay-rate 2 --sched poly", "--decay-rate 1 --sched step", "--decay-rate 2",
     "--batch-size 7 --eval", "--cosub --drop-path 0 --drop 0.1",
     "--resplit", "--distillation-type hard --teacher-path x", "--world_size 1",
+    "--resume c.pth --cosub --drop-path 0", "--resume c.pth --sched multistep --decay-epochs 2.5",    # an earlier run
 ])
 def test_good_values_pass(argv):
     validate(parse_args(argv.split()).args)

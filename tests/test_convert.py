@@ -125,7 +125,9 @@ def test_a_damaged_conversion_is_noticed(source, photos, monkeypatch, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kwargs", [{"depth": 6}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize("kwargs", [
+    {"depth": 6}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}, {"class_token": True, "reg_tokens": 4}],
+    ids=str)
 def test_the_sources_architecture_is_kept(kwargs, photos, tmp_path):
     """A file without a description shows depth and fc_norm by its weights; a model without a class token describes itself."""
     model, file, target = trained(**kwargs), tmp_path / "source.pth", tmp_path / "g.safetensors"
@@ -140,6 +142,7 @@ def test_the_sources_architecture_is_kept(kwargs, photos, tmp_path):
 @pytest.mark.parametrize("wanted, changes, sentence", [
     ("vit_nano_patch4_32_GKAN", {"blocks.4.norm1.weight": torch.ones(96)}, "blocks.4.norm1.weight is dropped: choose"),
     (GKAN, {"blocks.3.ls1.gamma": torch.ones(96)}, "blocks.3.ls1.gamma is dropped: choose"),
+    (GKAN, {"attn_pool.q": torch.ones(96)}, "attn_pool.q is dropped: choose"),
     (GKAN, {"norm.weight": None}, "norm.weight is left as initialised: choose"),
     (GKAN, {"norm.weight": None, "norm.bias": None}, "norm.weight is left as initialised, and 1 more (see the table above)"),
     *((GKAN, {key: torch.zeros(shape)}, "source.pth does not describe or fit a model") for key, shape in (

@@ -102,7 +102,6 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
     assert not (tmp_path / "gpu.csv").exists()
 
 
-@pytest.mark.slow
 def test_only_must_be_a_regular_expression(capsys):
     with pytest.raises(SystemExit) as e:
         gpu.main(["--device", "cpu", "--only", "["])
@@ -111,6 +110,7 @@ def test_only_must_be_a_regular_expression(capsys):
                                                              "character set at position 0)")
 
 
+@pytest.mark.slow
 def test_a_wrong_op_fails(monkeypatch, tmp_path):
     bench = gpu.Bench("cpu", True, 60)
     monkeypatch.setattr(gpu.kernels, "rswaf_linear", lambda u, w, grid, h, single_exp: 0 * u @ w[:, :u.shape[1]].t())

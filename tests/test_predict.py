@@ -150,12 +150,14 @@ def test_a_file_whose_name_begins_like_a_users_folder(photos, fine_tuned, tmp_pa
 
 
 def test_mistakes(photos, fine_tuned, tmp_path, capfd):
-    file = fine_tuned / "checkpoint.pth"
+    file, photo = fine_tuned / "checkpoint.pth", next(Path(photos).rglob("*.*"))
     (tmp_path / "empty").mkdir()
     torch.save({"model": nano(TWIN, num_classes=0).state_dict()}, tmp_path / "headless.pth")
     for words, sentence in (([tmp_path / "none.pth", photos], "does not exist"),
                             ([file, tmp_path / "none.png"], "does not exist"),
                             ([file, "a" * 300], "cannot be a path (it is too long)"),
+                            ([file, photos, "--output", file], "is the checkpoint itself, which would be lost"),
+                            ([file, photo, "--output", photo], "is one of the images, which would be lost"),
                             ([tmp_path / "headless.pth", photos], "headless.pth has no head and so no classes to predict"),
                             ([file, tmp_path / "empty"], "holds no images"), ([file, photos, "--top", 0], "--top 0"),
                             ([file, photos, "--batch-size", 0], "--batch-size 0"), ([file], "IMAGE|FOLDER"),

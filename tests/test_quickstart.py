@@ -160,7 +160,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words, says", [
     ("--epoch 1", "error: unknown flag --epoch: did you mean --epochs?"), ("--seed 1", "did you mean --seeds?"),
     ("out", "error: unexpected argument 'out'"), ("--epochs one", "--epochs"), ("--seeds 1 0 1", "--seeds 1 0 1 names one twice"),
-     ("--topk 5", "error: unknown flag --topk\n")])
+    ("--topk 5", "error: unknown flag --topk\n")])
 def test_no_abbreviations(words, says, capsys, monkeypatch):
     monkeypatch.setattr(quickstart, "prepare", None)        # nothing is begun
     assert quickstart.main(words.split()) == 2

@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,7 +145,8 @@ def test_a_log_that_cannot_be_written_is_told_and_survived(tmp_path, capsys):
     assert told.startswith("warning: ") and str(tmp_path) in told and "training goes on" in told
     run.save({"epoch": 0})
     assert run.failed == "" and epochs_of_checkpoints(tmp_path) == {CHECKPOINT: 0}
-    run.close()         # the line of the last epoch is still missing
+    assert '{"epoch": 0, "train_loss": 1.0}' in run.stopped_by("SIGTERM", SimpleNamespace(epoch=0, step=3))
+    run.close()
     assert "log.txt could not be written" in run.failed
     (tmp_path / "log.txt").unlink()
     run.close()

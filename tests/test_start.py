@@ -674,17 +674,20 @@ def test_finetune_from_a_name_without_weights():
 # ---------------------------------------------------------------- where it begins
 def test_processes_that_would_begin_at_different_places(monkeypatch):
     """As where --output_dir is a folder of each machine: the first has a checkpoint, the second none."""
-    args = flags("--epochs", 5, "--output_dir", "here")
+    args = flags("--epochs", 5, "--output_dir", "here", "--resume", "auto")
     state = SimpleNamespace(epoch=2, step=0)
     resume(state, args, Start(), None, Process())
     monkeypatch.setattr(training_run, "gather_number", lambda number, process: [number.item(), 0.0])
     text = sentence(resume, state, args, Start(), None, Process())
-    assert text.startswith("process 0 begins at epoch 2, process 1 at 0: --output_dir here must be a folder that all")
+    assert text == "process 0 begins at epoch 2, process 1 at 0: --output_dir here must be the same on all machines"
+    args.resume = "c.pth"
+    assert "--resume c.pth must be the same" in sentence(resume, state, args, Start(), None, Process())
 
 
 def test_a_new_run_has_something_to_train():
-    text = sentence(resume, SimpleNamespace(epoch=5, step=0), flags("--epochs", 3, "--start_epoch", 5), Start(), None, Process())
-    assert "--start_epoch 5 leaves nothing to train of --epochs 3" in text
+    config = parse_args(["--epochs", "3", "--start_epoch", "5"])
+    assert "--start_epoch 5 leaves nothing to train of --epochs 3" in sentence(effective_config, config, Start())
+    assert effective_config(config, Start("resume", Checkpoint("c.pth", {"args": {"epochs": 3}}))).args.start_epoch == 5
 
 
 # ---------------------------------------------------------------- teacher
@@ -706,6 +709,9 @@ def test_teacher(tmp_path):
     save(tmp_path / "t.pth", model=original.state_dict(), model_args={"name": TWIN, "kwargs": {"depth": 1}},
          class_names=["b", "a", "c", "d"])
     assert "its classes, or their order" in sentence(build_teacher, args, CLASSES, torch.device("cpu"))
+    save(tmp_path / "t.pth", model=original.state_dict(), model_args={"name": TWIN, "kwargs": {"depth": 1}},
+         class_names=["0", "1", "2", "3"])       # a stream's, which have no names
+    assert build_teacher(args, CLASSES, torch.device("cpu"))
     save(tmp_path / "t.pth", model=nano(NANO).state_dict())
     text = sentence(build_teacher, args, CLASSES, torch.device("cpu"))
     assert "--teacher-path" in text and "does not fit" in text
@@ -779,6 +785,7 @@ def test_optimizers_that_cannot_be_set_up():
         text = sentence(build_optimizer, flags("--opt", name, "--opt-betas", *betas), nano(), 1e-3)
         assert f"--opt {name}" in text and "--opt-betas" in text
     build_optimizer(flags("--opt", "adan", "--opt-betas", 0.9, 0.9, 0.9), nano(), 1e-3)
+    build_optimizer(flags("--opt", "sgd", "--opt-betas", 0.9, 0.9, "--resume", "c.pth"), nano(), 1e-3)     # an earlier run's
 
 
 @pytest.mark.parametrize("opt, package, remedy", [

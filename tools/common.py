@@ -49,7 +49,8 @@ def check_at_least_1(own: argparse.Namespace, *names: str) -> None:
 
 
 def check_paths(parser: Parser, own: argparse.Namespace) -> None:
-    """Raises UserError for an argument that cannot be a path or a URL. What exists is one, whatever its name: `~draft.png`."""
+    """Raises UserError for an argument that cannot be a path or a URL. A file that exists is one, whatever its
+    name: `~draft.png`."""
     for action in parser._actions:
         if action.type is Path or action.metavar in LOCATIONS:
             value = getattr(own, action.dest)

@@ -45,7 +45,8 @@ from vision_kan.run.build import build_model, model_spec
 from vision_kan.run.starting import Start, open_source, with_own_input_size
 from vision_kan.run.trained import Pictures, image_files
 
-PARTS = ("blocks.", "cls_token", "dist_token")     # of a source: without them a model computes something else
+# Of a source: without them a model computes something else.
+PARTS = ("blocks.", "cls_token", "dist_token", "reg_token", "norm_pre.", "norm.", "fc_norm.", "attn_pool.")
 EXACT = 1e-4        # without a fit: allowed difference of logits, relative to the largest logit
 AGREEMENT = 0.98    # with a fit: required share of images whose first choice stays
 
@@ -62,12 +63,10 @@ def images_in(folder: Path, args: Namespace, limit: int | None = None) -> Tensor
 
 
 def source_spec(checkpoint: Checkpoint) -> ModelSpec:
-    """The source's model: the one that its file describes, if it is one of this project's, else that of its weights, which the
-    checkpoint then describes, too."""
+    """The source's model: the one that its file describes, if it is one of this project's, else that of its weights."""
     spec = checkpoint.spec
     if spec is None or models_kan.split_name(spec.name)[0] is None:
         spec = infer_model(checkpoint.weights(), checkpoint.flags)
-        checkpoint.state["model_args"] = {"name": spec.name, "kwargs": spec.kwargs}
     return spec
 
 
@@ -117,6 +116,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     validate(config.args)
     with vetting.as_user_error(what):
         found = source_spec(checkpoint)
+        checkpoint.state["model_args"] = {"name": found.name, "kwargs": found.kwargs}       # for the target's architecture
         classes: Any = vetting.meta_model(found, len(state), what).num_classes
     model, spec = build_model(model_spec(config, Start("finetune", checkpoint), classes), config)
 

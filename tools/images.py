@@ -7,7 +7,7 @@ from vision_kan.common.process import Process
 from vision_kan.common.text import say
 from vision_kan.data.images import ImageSet, Split
 from vision_kan.data.loaders import Loaders
-from vision_kan.data.names import data_root, is_single_folder
+from vision_kan.data.names import needs_splitting
 from vision_kan.run.build import model_spec
 from vision_kan.run.starting import Start
 from vision_kan.run.trained import Trained
@@ -27,7 +27,7 @@ def training_images(trained: Trained) -> ImageSet:
     if data.is_stream:
         raise UserError(f"--data-set {trained.args.data_set} is a stream, from which no images can be chosen: give the "
                         "same images as a folder or as another data set that is not a stream")
-    if trained.args.data_set == "FOLDER" and not trained.args.val_split and is_single_folder(data_root(trained.args)):
+    if not trained.args.val_split and needs_splitting(trained.args.data_set, trained.args.data_path):
         say(f"note: --data-path {trained.args.data_path} has no train/ and val/, so the training images here are those of the "
             "evaluation: give --val-split as in the training", file=sys.stderr)
     return ImageSet(Split(data.images, data.targets, data.classes), False, trained.args)

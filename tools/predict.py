@@ -22,7 +22,7 @@ from vision_kan.common import console
 console.starting(__name__)
 import torch
 
-from tools.common import check_at_least_1, command, model_parser
+from tools.common import check_at_least_1, check_not_source, command, model_parser
 from vision_kan.common.errors import UserError
 from vision_kan.common.files import atomic_write
 from vision_kan.common.text import printable, to_json
@@ -104,10 +104,14 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     ending = own.output.suffix[1:].lower() if own.output else ""
     kind = own.format or (ending if ending in FORMATS else "table")
     files = image_files(own.places)
+    if own.output and own.output in files:
+        raise UserError(f"--output {own.output} is one of the images, which would be lost: choose another name")
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(own.output)) if own.output else None     # fails before the long work
         with redirect_stdout(sys.stderr):       # stdout is for the predictions only
             trained = load_trained(own.checkpoint, weights=own.weights, device=own.device, flags=flags)
+        if own.output:
+            check_not_source(own.output, trained.path)
         if not trained.class_names:
             raise UserError(f"checkpoint {trained.path} has no head and so no classes to predict: give it one by training with "
                             "main.py --finetune, or name another")

@@ -25,17 +25,17 @@ def impossible_path(path: str) -> str:
     return ""
 
 
-def validate(args: Namespace, world_size: int = 1) -> None:
+def validate(args: Namespace, world_size: int = 1, complete: bool = True) -> None:
     """Raise `UserError`, one sentence that names the flag, for a value that no run could use.
 
-    world_size: the number of processes that were started. With `args.eval`, values that only training reads are not checked
-    together.
+    world_size: the number of processes that were started. complete: False if a checkpoint may still fill in flags that were not
+    given; then they are not checked together. With `args.eval`, values that only training reads are not.
     """
-    check_flags(args, world_size)
+    check_flags(args, world_size, complete)
     _check_optimizer(args)
 
 
-def check_flags(args: Namespace, world_size: int = 1) -> None:
+def check_flags(args: Namespace, world_size: int = 1, complete: bool = True) -> None:
     """`validate` without the checks that need timm, which takes seconds to import."""
     for dest, value in vars(args).items():
         if dest in FLAGS and (objection := FLAGS[dest].objection(value)):
@@ -46,6 +46,8 @@ def check_flags(args: Namespace, world_size: int = 1) -> None:
     if args.track and args.eval:
         raise UserError("--track sends the epochs of a training, and --eval has none: leave one of them out")
     _check_launch(args, world_size)
+    if not complete:
+        return
     if not args.eval:
         _check_training(args)
     elif args.profile:
@@ -83,13 +85,8 @@ def _check_training(args: Namespace) -> None:
         _refuse(args, "decay_rate", "must be less than 1 with --sched plateau, which multiplies the rate by it")
     if args.sched in ("step", "multistep") and args.decay_rate > 1:
         _refuse(args, "decay_rate", f"must be at most 1 with --sched {args.sched}, which multiplies the rate by it")
-    if args.sched == "multistep" and (args.decay_epochs < 1 or args.decay_epochs % 1):
-        _refuse(args, "decay_epochs", "must be a whole number with --sched multistep, which decays after whole epochs")
-    if args.lr_noise and len(args.lr_noise) == 2 and args.lr_noise[0] >= args.lr_noise[1]:
-        _refuse(args, "lr_noise", "must begin before it ends")
-    if args.cosub and not ((args.drop_path or args.drop) and args.train_mode):
-        raise UserError("--cosub trains two submodels that --drop-path or --drop makes different, and here they are equal: give "
-                        "--drop-path, and not --no-train-mode, or leave out --cosub")
+    if not args.resume:     # earlier versions took these, and a checkpoint's flags cannot be changed
+        _check_effect(args)
     if args.resplit and not args.repeated_aug:
         raise UserError("--resplit leaves the first repeat of each image unerased and needs --repeated-aug, which is off: "
                         "leave out --resplit or --no-repeated-aug")
@@ -105,6 +102,16 @@ def _check_training(args: Namespace) -> None:
                             "give --teacher-path FILE")
         if args.cosub:
             raise UserError("--cosub cannot be combined with --distillation-type: leave one of them out")
+
+
+def _check_effect(args: Namespace) -> None:
+    if args.sched == "multistep" and (args.decay_epochs < 1 or args.decay_epochs % 1):
+        _refuse(args, "decay_epochs", "must be a whole number with --sched multistep, which decays after whole epochs")
+    if args.lr_noise and len(args.lr_noise) == 2 and args.lr_noise[0] >= args.lr_noise[1]:
+        _refuse(args, "lr_noise", "must begin before it ends")
+    if args.cosub and not ((args.drop_path or args.drop) and args.train_mode):
+        raise UserError("--cosub trains two submodels that --drop-path or --drop makes different, and here they are equal: give "
+                        "--drop-path, and not --no-train-mode, or leave out --cosub")
 
 
 def _check_launch(args: Namespace, world_size: int) -> None:

@@ -18,8 +18,8 @@ def answered(name: str) -> None:
 
     def refused() -> int:
         args = parse_args().args
-        if not args.list_models and not args.resume:        # a checkpoint may still fill in missing values
-            check_flags(args, world_size_of_launch())
+        if not args.list_models:
+            check_flags(args, world_size_of_launch(), complete=not args.resume)
         return 0
 
     handler, hook = signal.getsignal(signal.SIGINT), sys.excepthook

@@ -51,8 +51,9 @@ def _adapt_pos_embed(state: dict[str, Tensor], model: Any, old: tuple[int, int] 
         return patches > 0 and (patches == old[0] * old[1] if old else math.isqrt(patches) ** 2 == patches)
 
     n_prefix = next((n for n in (len(tokens), 0) if fits(pos.shape[1] - n)), None)
-    if n_prefix is None:
-        del state["pos_embed"]          # oblong images or further tokens: the meaning of the positions is unknown
+    if n_prefix is None:        # oblong images or further tokens: the meaning of the positions is unknown
+        if pos.shape != model.pos_embed.shape:
+            del state["pos_embed"]
         return
     prefix, grid = pos[:, :n_prefix], pos[:, n_prefix:]
     grid = resample_abs_pos_embed(grid, new_size=list(model.patch_embed.grid_size), old_size=list(old) if old else None,

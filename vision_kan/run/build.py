@@ -192,9 +192,10 @@ def load_start(model: nn.Module, spec: ModelSpec, start: Start, images: Callable
     with vetting.as_user_error(f"checkpoint {start.checkpoint.path}"):
         report, errors = conversion.load_converted(model, spec, start.checkpoint.weights(), images,
                                                    patch_grid(start.checkpoint))
-    if whole and report.initial:
-        raise UserError(f"--eval --finetune: checkpoint {start.checkpoint.path} has no {next(iter(report.initial))} of the "
-                        f"model's shape, which would be evaluated with {len(report.initial)} random tensors: train it first")
+    random = [key for key in report.initial if not key.endswith(".num_batches_tracked")]      # which an evaluation does not use
+    if whole and random:
+        raise UserError(f"--eval --finetune: checkpoint {start.checkpoint.path} has no {random[0]} of the model's shape, so "
+                        f"{len(random)} tensors would be evaluated as initialised: train first, or give the --model it holds")
     start.checkpoint.free()
     return report.table() + (f"\n{conversion.table(errors)}" if errors else "")
 
@@ -213,7 +214,8 @@ def build_teacher(args: Namespace, class_names: Sequence[str], device: torch.dev
     kwargs = stored.kwargs if stored and stored.name == args.teacher_model else {}
     spec, what = ModelSpec(args.teacher_model, {**kwargs, "num_classes": len(class_names)}), f"--teacher-path {args.teacher_path}"
     vetting.check_weights(spec, checkpoint, what=what)
-    if (known := checkpoint.state.get("class_names")) and known != class_names:
+    known = checkpoint.state.get("class_names") or class_names
+    if known != class_names and not all(map(str.isdigit, known)) and not all(map(str.isdigit, class_names)):
         raise UserError(f"{what}: its classes, or their order, are not those of the data, so it would teach wrong ones: give a "
                         "teacher that was trained on the same classes")
     teacher = timm.create_model(spec.name, **spec.kwargs)

@@ -254,7 +254,9 @@ class RunFolder:
             return f"{signal}: without --output_dir nothing is kept"
         if self.failed:
             return f"{signal}: {self.failed}; --resume auto goes on from the checkpoint before"
-        return f"{signal}: saved, --resume auto goes on after step {state.step} of epoch {state.epoch}"
+        self._append_unwritten()
+        lacks = f"; log.txt lacks these lines:\n{self.unwritten.rstrip()}" if self.unwritten else ""
+        return f"{signal}: saved, --resume auto goes on after step {state.step} of epoch {state.epoch}{lacks}"
 
     def _append_unwritten(self) -> None:
         if self.folder and self.unwritten:

@@ -139,9 +139,9 @@ def open_source(source: str) -> Checkpoint:
     try:
         model: Any = timm.create_model(source, pretrained=True)
         return Checkpoint(source, {"model": model.state_dict(), "args": preparation(source, model.pretrained_cfg)})
+    except models_kan.NoWeights as error:
+        raise UserError(f"--finetune {source}: {error}") from error
     except Exception as error:      # the hub's client raises many kinds
-        if isinstance(error, ValueError) and models_kan.split_name(source)[0]:      # this project's, without weights
-            raise UserError(f"--finetune {source}: {error}") from error
         raise UserError(f"--finetune {source}: timm's weights cannot be downloaded ({one_line(error).split('. ')[0]}): check the "
                         "name and the connection, or give a downloaded file") from error
 
@@ -212,6 +212,9 @@ def effective_config(config: Config, start: Start) -> Config:
     config = with_own_preparation(with_own_input_size(config), stored)
     own = {} if config.args.eval else models_kan.own_flags(config.args.model)
     config = _with(config, "model", **{dest: value for dest, value in own.items() if dest not in config.sources})
+    if not config.args.eval and start.purpose != "resume" and config.args.start_epoch >= config.args.epochs:
+        raise UserError(f"--start_epoch {config.args.start_epoch} leaves nothing to train of --epochs {config.args.epochs}: "
+                        "lower it")
     if "num_workers" not in config.given:
         config = _with(config, num_workers=min(config.args.num_workers, cores()), source="machine")
     return config

@@ -72,8 +72,9 @@ class TrainingRun(Hooks):
             average = f", model_ema {state.max_accuracy_ema:.2f}" if state.ema else ""
             say(f"best top-1: model {state.max_accuracy:.2f}{average}")
             if folder.failed:
-                raise UserError(f"{folder.failed}: the files there are from before; free some space and start again with "
-                                "--resume auto")
+                raise UserError(f"{folder.failed}: " + (
+                    f"add these lines to it:\n{folder.unwritten.rstrip()}" if folder.unwritten else
+                    "the files there are from before; free some space and start again with --resume auto"))
 
     # ---- between steps
     def requests(self) -> Requests:
@@ -151,13 +152,12 @@ def resume(state: TrainState, args: Namespace, start: Start, loaders: Loaders, p
         start.checkpoint.free()
         step = f", step {state.step}" if state.step else ""
         say(f"resumed from {start.checkpoint.path}: epoch {state.epoch}{step}, best top-1 {state.max_accuracy:.2f}")
-    elif state.epoch >= args.epochs:
-        raise UserError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}: lower it")
     for count, what in ((state.epoch, "epoch"), (state.step, "step")):
         counts = gather_number(torch.tensor(float(count), device=process.device), process)
         if other := next((rank for rank, its in enumerate(counts) if its != counts[0]), 0):
-            raise UserError(f"process 0 begins at {what} {counts[0]:.0f}, process {other} at {counts[other]:.0f}: --output_dir "
-                            f"{args.output_dir} must be a folder that all machines share")
+            place = f"--output_dir {args.output_dir}" if args.resume == "auto" else f"--resume {args.resume}"
+            raise UserError(f"process 0 begins at {what} {counts[0]:.0f}, process {other} at {counts[other]:.0f}: {place} must "
+                            "be the same on all machines")
 
 
 def has_ended(args: Namespace, state: TrainState, folder: RunFolder, process: Process) -> bool:

@@ -72,7 +72,8 @@ def build_optimizer(args: Namespace, model: nn.Module, lr: float) -> torch.optim
     scaled = {id(p) for layer in function_layers(model).values() for p in layer.scaled_parameters()}
     info = get_optimizer_info(args.opt.lower().split("_")[-1])     # without the prefix lookahead_
     betas = info.num_betas if info.has_betas else 0
-    if len(args.opt_betas or ()) not in (0, betas):
+    # earlier versions ignored those of an optimizer without betas, and a checkpoint's flags cannot be changed
+    if len(args.opt_betas or ()) not in (0, betas) and (betas or not args.resume):
         raise UserError(f"--opt {args.opt} takes {betas or 'no'} --opt-betas, not {len(args.opt_betas)}")
     if info.opt_class in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         # One kernel for the whole update: on a CPU 2-3 times as fast as a loop, and there foreach, timm's choice, is slower than
