@@ -135,7 +135,8 @@ def _spread(values: list[float]) -> str:
 # ---------------------------------------------------------------- pictures
 # Variants -> their names in the pictures of README.md and docs/results.md.
 PLAIN_NAMES = {"gkan": "group KAN", "relu2": "MLP, squared ReLU", "mlp": "MLP, GELU", "kan": "full-edge KAN, repaired",
-               "ekan": "efficient-KAN", "kan-original": "full-edge KAN, original", "swiglu": "SwiGLU", "kat": "KAT"}
+               "ekan": "efficient-KAN", "kan-original": "full-edge KAN, original", "swiglu": "SwiGLU", "kat": "KAT",
+               "silu": "MLP, SiLU", "mean-shape": "MLP, fixed mean of learned functions"}
 
 
 def grouped(rows: list[Row]) -> dict[str, list[Row]]:
@@ -176,13 +177,15 @@ def plot(rows: list[Row], file: Path, title: str, plain: bool = False) -> None:
     plt.close(figure)
 
 
-def plot_curves(rows: list[Row], file: Path, title: str, most: int = 8) -> None:
-    """Top-1 by epoch: each variant's mean over seeds, and the range of its seeds. Of more than `most` variants those with the
-    most seeds, and of these the best."""
-    variants = sorted(grouped(rows).items(), key=lambda item: -statistics.mean(row["top1"] for row in item[1]))
-    shown = sorted(variants, key=lambda item: -len(item[1]))[:most]
+def plot_curves(rows: list[Row], file: Path, title: str) -> None:
+    """Top-1 by epoch: mean and range over seeds, the best on top of the legend. Of each feed-forward the variant with the most
+    seeds, among equals the best."""
+    best: dict[str, tuple[str, list[Row]]] = {}         # feed-forward -> its variant
+    for name, each in grouped(rows).items():
+        if len(each) >= len(best.get(name.split(",")[0], ("", []))[1]):
+            best[name.split(",")[0]] = name, each
     plt, figure, axes = new_figure(figsize=(8, 5))
-    for name, each in (item for item in variants if item in shown):
+    for name, each in sorted(best.values(), key=lambda item: -statistics.mean(row["top1"] for row in item[1])):
         curves = list(zip(*(map(float, row["top1_by_epoch"].split()) for row in each)))      # [epochs][seeds]
         epochs, (first, *changes) = range(1, len(curves) + 1), name.split(",")
         line, = axes.plot(epochs, [statistics.mean(values) for values in curves], linewidth=1.2,
@@ -191,7 +194,7 @@ def plot_curves(rows: list[Row], file: Path, title: str, most: int = 8) -> None:
                           color=line.get_color(), linewidth=0)
     axes.set_xlabel("epoch")
     axes.set_ylabel("top-1 (%): mean and range over seeds")
-    axes.set_title(title + (f", {most} of {len(variants)} variants" if len(variants) > most else ""))
+    axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(file, dpi=130)
