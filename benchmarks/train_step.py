@@ -34,7 +34,7 @@ FIELDS = ("model", "variant", "dtype", "threads", "batch", "ms", "p25", "p75", "
 
 
 def variants(model: str) -> dict[str, tuple[str, dict]]:
-    """name -> timm model and options: the twin first, then KANs of equal parameters and FLOPs, and full-edge ones twice as wide."""
+    """name -> timm model and options: the twin first, then KANs of equal parameters and FLOPs, and full-edge twice as wide."""
     width = timm.create_model(f"{model}_ViT", depth=1).embed_dim
     return {"mlp": (f"{model}_ViT", {}), "gkan": (f"{model}_GKAN", {}),
             "gkan-without-phi1": (f"{model}_GKAN", {"kan_input_phi": False}), "kat": (f"{model}_KAT", {}),
