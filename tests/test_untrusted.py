@@ -160,8 +160,8 @@ ODD = {
     "a pointer as a numpy value": (_in_place_of_one(_numpys(b"O8", b"AAAAAAAA")), "a numpy value of type 'O8'"),
     "a numpy value longer than its bytes": (_in_place_of_one(_numpys(b"U9999", b"ab")), "numpy value of another length"),
     "a numpy value of many fields": (_in_place_of_one(_numpys(b"f8,f8", b"a" * 16)), "a numpy value of type 'f8,f8'"),
-    "a numpy type called as a function": (_in_place_of_one(b"cnumpy\ndtype\nK\x05\x85R"), ""),
-    "a path of numbers": (_in_place_of_one(b"cpathlib\nPosixPath\nK\x05\x85R"), ""),
+    "a numpy type called as a function": (_in_place_of_one(b"cnumpy\ndtype\nK\x05\x85R"), None),
+    "a path of numbers": (_in_place_of_one(b"cpathlib\nPosixPath\nK\x05\x85R"), None),
     "a number of 500 bits": (_in_place_of_one(b"\x8a\x40" + b"\x11" * 64), "a number of 509 bits"),
 }
 
