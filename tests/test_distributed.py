@@ -405,7 +405,7 @@ def test_the_number_of_processes_may_change_in_the_middle_of_an_epoch(before, af
     again = launch(tmp_path, *flags(after), "--resume", "auto", "--output_dir", out, processes=after)
     finish(again)
     close(checkpoint(tmp_path / "whole"), checkpoint(out))
-    assert "image 32 of its order" in again[0].err.read_text()
+    assert "continues at image 32 with different batches" in again[0].err.read_text()
 
 
 def stop_alone(argv: list[str]) -> int:

@@ -180,7 +180,7 @@ def run_tool(name: str, words: list[str], ground: dict[str, str]) -> None:
     if name == "runs":
         ground = {**ground, "FOLDER": ground["RUNS"]}
     if name == "compare":
-        words = [*words, "--seeds", "1", *SMALL, *SHORT]
+        words = [*words, "--seeds", "1", *SMALL, *SHORT, "--data-path", "DIR"]
     assert load("tools", name).main(filled(words, ground)) == 0
 
 
