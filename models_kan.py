@@ -148,7 +148,7 @@ class NoWeights(ValueError):
 def _no_weights(name: str) -> NoWeights:
     tagged = [known for known in shipped() if known.split(".")[0] == name]
     return NoWeights(f"{name} has no pretrained weights of its own: "
-                      + (f"choose {' or '.join(tagged)}" if tagged else "start from a checkpoint with --finetune"))
+                     + (f"choose {' or '.join(tagged)}" if tagged else "start from a checkpoint with --finetune"))
 
 
 def _timm_weights_cfg(name: str, feed_forward: type[FeedForward]) -> dict[str, Any]:

@@ -158,6 +158,7 @@ def test_mistakes(photos, fine_tuned, tmp_path, capfd):
                             ([file, "a" * 300], "cannot be a path (it is too long)"),
                             ([file, photos, "--output", file], "is the checkpoint itself, which would be lost"),
                             ([file, photo, "--output", photo], "is one of the images, which would be lost"),
+                            ([file, photo, "--output", os.path.relpath(photo)], "is one of the images, which would be lost"),
                             ([tmp_path / "headless.pth", photos], "headless.pth has no head and so no classes to predict"),
                             ([file, tmp_path / "empty"], "holds no images"), ([file, photos, "--top", 0], "--top 0"),
                             ([file, photos, "--batch-size", 0], "--batch-size 0"), ([file], "IMAGE|FOLDER"),

@@ -679,9 +679,9 @@ def test_processes_that_would_begin_at_different_places(monkeypatch):
     resume(state, args, Start(), None, Process())
     monkeypatch.setattr(training_run, "gather_number", lambda number, process: [number.item(), 0.0])
     text = sentence(resume, state, args, Start(), None, Process())
-    assert text == "process 0 begins at epoch 2, process 1 at 0: --output_dir here must be the same on all machines"
+    assert text == "process 0 begins at epoch 2, process 1 at 0: --output_dir here must be a folder that all machines share"
     args.resume = "c.pth"
-    assert "--resume c.pth must be the same" in sentence(resume, state, args, Start(), None, Process())
+    assert "--resume c.pth must be the same file on all machines" in sentence(resume, state, args, Start(), None, Process())
 
 
 def test_a_new_run_has_something_to_train():

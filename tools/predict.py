@@ -104,7 +104,7 @@ def run(own: argparse.Namespace, flags: list[str]) -> int:
     ending = own.output.suffix[1:].lower() if own.output else ""
     kind = own.format or (ending if ending in FORMATS else "table")
     files = image_files(own.places)
-    if own.output and own.output in files:
+    if own.output and own.output.exists() and any(own.output.samefile(file) for file in files):
         raise UserError(f"--output {own.output} is one of the images, which would be lost: choose another name")
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_write(own.output)) if own.output else None     # fails before the long work

@@ -155,9 +155,9 @@ def resume(state: TrainState, args: Namespace, start: Start, loaders: Loaders, p
     for count, what in ((state.epoch, "epoch"), (state.step, "step")):
         counts = gather_number(torch.tensor(float(count), device=process.device), process)
         if other := next((rank for rank, its in enumerate(counts) if its != counts[0]), 0):
-            place = f"--output_dir {args.output_dir}" if args.resume == "auto" else f"--resume {args.resume}"
-            raise UserError(f"process 0 begins at {what} {counts[0]:.0f}, process {other} at {counts[other]:.0f}: {place} must "
-                            "be the same on all machines")
+            remedy = f"--output_dir {args.output_dir} must be a folder that all machines share" if args.resume == "auto" else \
+                f"--resume {args.resume} must be the same file on all machines"
+            raise UserError(f"process 0 begins at {what} {counts[0]:.0f}, process {other} at {counts[other]:.0f}: {remedy}")
 
 
 def has_ended(args: Namespace, state: TrainState, folder: RunFolder, process: Process) -> bool:
